@@ -1,0 +1,32 @@
+"""lmjax: pretrains Transformer language models in JAX, from raw text to an exported checkpoint."""
+
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lmjax.lm import LM as LM
+    from lmjax.lm import load as load
+
+__all__ = ["LM", "load", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """lmjax's own version and those of the libraries that decide a run's result."""
+    found = {"lmjax": __version__}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorstore", "sentencepiece"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    # `import lmjax` stays instant; JAX is imported when a model is loaded.
+    if name in ("load", "LM"):
+        from lmjax import lm
+
+        return getattr(lm, name)
+    raise AttributeError(f"module 'lmjax' has no attribute {name!r}")

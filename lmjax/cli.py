@@ -1,0 +1,116 @@
+"""The `lmjax` command."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train the model of a config, or go on from its last checkpoint",
+    "prepare": "clean, tokenise and store a config's corpus without training on it",
+    "generate": "continue prompts with a trained model",
+    "score": "bits per byte of text files under a trained model",
+    "report": "write report.html from what a run has recorded so far",
+    "bench": "measure the train loop, the bare step, and PyTorch beside them",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Exit code 0: done (or stopped on request and saved), 2: it cannot be run as asked."""
+    arguments, overrides = _parser().parse_known_args(argv)
+    bad = [item for item in overrides if not item.startswith("--config.")]
+    if bad or (overrides and not hasattr(arguments, "config")):
+        return _refuse(f"{(bad or overrides)[0]}: expected an option of `lmjax {arguments.command}`, got an unknown one; "
+                       f"see lmjax {arguments.command} --help")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return _run(arguments, [item.removeprefix("--config.") for item in overrides])
+    except (ValueError, OSError) as error:
+        if os.environ.get("LMJAX_TRACEBACK"):
+            raise
+        return _refuse(" ".join(str(error).split()))
+
+
+def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    command = arguments.command
+    if command == "report":
+        from lmjax.report import write_report
+
+        print(write_report(arguments.workdir))
+        return 0
+    from lmjax import runtime  # JAX is imported from here on
+
+    recipe = None
+    if hasattr(arguments, "config"):
+        from lmjax.config import load
+        from lmjax.recipe import build_recipe
+
+        recipe = build_recipe(load(arguments.config, overrides))
+    runtime.use_compilation_cache()
+    if command == "train":
+        from lmjax.train import train
+
+        runtime.start_distributed()
+        train(recipe, arguments.workdir)
+    elif command == "prepare":
+        from lmjax.prepare import prepare
+
+        prepare(recipe.data, arguments.out)
+    elif command == "bench":
+        from lmjax.bench import bench
+
+        bench(recipe, seconds=arguments.seconds, out=arguments.out)
+    else:
+        _use(arguments)
+    return 0
+
+
+def _use(arguments: argparse.Namespace) -> None:
+    from lmjax.lm import load
+
+    lm = load(arguments.checkpoint)
+    if arguments.command == "generate":
+        answers = lm.generate(arguments.prompt, max_tokens=arguments.max_tokens, temperature=arguments.temperature,
+                              top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed)
+        for prompt, answer in zip(arguments.prompt, answers, strict=True):
+            print(prompt + answer)
+        return
+    for file in arguments.file:
+        with open(file, encoding="utf-8") as text:
+            score = lm.score([text.read()])[0]
+        print(f"{file}: {score.bits_per_byte:.4f} bits/byte, perplexity {score.perplexity:.2f}, {score.tokens} tokens")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lmjax", description="Pretrains language models in JAX.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    sub = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+           for name, text in COMMANDS.items()}
+    for name in ("train", "prepare", "bench"):
+        sub[name].add_argument("--config", required=True, metavar="FILE[:VARIANT]",
+                               help="a Python file with get_config(); --config.KEY.PATH=VALUE changes a value of it")
+    for name in ("train", "report"):
+        sub[name].add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
+    sub["prepare"].add_argument("--out", required=True, metavar="DIR", help="where the prepared data goes")
+    sub["bench"].add_argument("--seconds", type=float, default=60.0, help="time to measure for, per comparison")
+    sub["bench"].add_argument("--out", default="", metavar="FILE", help="write the figures as JSON, too")
+    for name in ("generate", "score"):
+        sub[name].add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory or one of its checkpoints")
+    sub["score"].add_argument("file", nargs="+", metavar="FILE", help="a UTF-8 text file")
+    add = sub["generate"].add_argument
+    add("--prompt", action="append", required=True, help="repeat it for several in one batch")
+    add("--max-tokens", type=int, default=128)
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    add("--top-k", type=int, default=0, help="0: no limit")
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    return parser
+
+
+def _refuse(message: str) -> int:
+    print(f"lmjax: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""Data: from raw text to rows of tokens in a pure, replayable order."""
+
+from lmjax.data.pipeline import DataConfig, eval_batches, make_batches, open_splits
+from lmjax.data.sources import SourceConfig
+from lmjax.data.tokenizer import Tokenizer, TokenizerConfig
+
+__all__ = ["DataConfig", "SourceConfig", "Tokenizer", "TokenizerConfig", "eval_batches", "make_batches", "open_splits"]

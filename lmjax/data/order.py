@@ -1,0 +1,138 @@
+"""The order of training rows as a pure function of (seed, sources, row number): nothing is ever stored.
+
+Row g lies in block g // BLOCK. In every block each source has an exact number of rows, by its weight;
+where in the block they come is a keyed permutation of the block. That gives (source, running index);
+the running index gives (epoch, place in the epoch), and a permutation keyed by (seed, source, epoch)
+turns the place into a packed row. So a run's data state is the number of rows it has consumed, any row
+can be found again, and the order knows nothing of steps, batch sizes, devices or processes.
+
+The permutation is a Feistel network with cycle walking (Black and Rogaway, "Ciphers with Arbitrary
+Finite Domains", 2002), in NumPy, so that the order depends on no library's version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+BLOCK = 256  # rows: a power of two; sources are mixed as evenly as this
+PERIOD = 1024  # blocks after which the counts repeat: weights are exact to 1 / (BLOCK * PERIOD)
+ROUNDS = 8  # of the Feistel network; 4 already pass for random against a chosen-plaintext adversary
+
+
+def key_of(*parts: int | str) -> np.ndarray:
+    """A 64-bit key from integers and strings; uint64 array of shape [] (arrays wrap around silently)."""
+    text = "\0".join(f"{type(p).__name__}:{p}" for p in parts)
+    return np.array(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"), np.uint64)
+
+
+def mix64(x: np.ndarray) -> np.ndarray:
+    """A bijection of 64-bit integers that looks random (SplitMix64's finaliser, Steele et al., 2014)."""
+    x = np.atleast_1d(np.asarray(x, np.uint64))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def fold(key: np.ndarray, *counters: np.ndarray | int) -> np.ndarray:
+    """A random-looking uint64 for every (key, counters...), broadcast: a counter-based generator."""
+    value = np.atleast_1d(np.asarray(key, np.uint64))
+    for counter in counters:
+        counter = np.atleast_1d(np.asarray(counter)).astype(np.uint64)
+        value = mix64(value + mix64(counter + np.uint64(0x9E3779B97F4A7C15)))
+    return value
+
+
+def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+    """The place of each index in a keyed random-looking permutation of range(n).
+
+    Args:
+      index: integers in [0, n).
+      n: size of the permuted range, at least 1.
+      key: uint64, one for all or one for each index.
+    Returns:
+      int64 of index's shape; for one key a bijection of range(n).
+    """
+    bits = (n - 1).bit_length()
+    x, key = np.broadcast_arrays(np.asarray(index).astype(np.uint64), np.asarray(key, np.uint64))
+    x = _feistel(x.reshape(-1), bits, key.reshape(-1))
+    while (outside := np.flatnonzero(x >= n)).size:  # cycle walking: at most half of 2**bits is outside
+        x[outside] = _feistel(x[outside], bits, key.reshape(-1)[outside])
+    return x.astype(np.int64).reshape(np.shape(index))
+
+
+def _feistel(x: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
+    low = np.uint64(bits - bits // 2)
+    low_mask, high_mask = np.uint64((1 << int(low)) - 1), np.uint64((1 << (bits // 2)) - 1)
+    high_half, low_half = x >> low, x & low_mask
+    for r in range(0, ROUNDS, 2):
+        low_half = low_half ^ (fold(key, high_half, r) & low_mask)
+        high_half = high_half ^ (fold(key, low_half, r + 1) & high_mask)
+    return (high_half << low) | low_half
+
+
+class BlockMixture:
+    """Which source, and which of its rows, every row of a run is.
+
+    Args:
+      names: one a source; part of the keys, so that sources are shuffled independently.
+      sizes: packed rows of each source in an epoch.
+      weights: share of rows of each source, any positive scale.
+      seed: of all permutations.
+    """
+
+    def __init__(self, *, names: Sequence[str], sizes: Sequence[int], weights: Sequence[float], seed: int):
+        self.names, self.sizes, self.seed = tuple(names), tuple(sizes), seed
+        self.cumulative = block_counts(np.asarray(weights, np.float64))
+
+    def running(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers int64 [n] -> (source int64 [n], how many rows of that source came before it [n])."""
+        block, place = np.divmod(np.asarray(g, np.int64), BLOCK)
+        place = permute(place, BLOCK, fold(key_of("block", self.seed), block))
+        before = self._before(block)
+        ends = np.cumsum(self._before(block + 1) - before, axis=1)
+        source = (place[:, None] >= ends).sum(axis=1)
+        rows = np.arange(len(source))
+        begin = np.where(source > 0, ends[rows, source - 1], 0)
+        return source, before[rows, source] + place - begin
+
+    def locate(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Row numbers int64 [n] -> (source, epoch, packed row of the source), int64 [n] each."""
+        source, index = self.running(g)
+        epoch, row = np.empty_like(index), np.empty_like(index)
+        for s, (name, size) in enumerate(zip(self.names, self.sizes, strict=True)):
+            mine = source == s
+            epoch[mine], place = np.divmod(index[mine], size)
+            row[mine] = permute(place, size, fold(key_of("epoch", self.seed, name), epoch[mine]))
+        return source, epoch, row
+
+    def seen(self, rows: int) -> np.ndarray:
+        """How many of the first `rows` rows are of each source; int64 [sources]."""
+        block, rest = divmod(rows, BLOCK)
+        tail, _ = self.running(np.arange(block * BLOCK, block * BLOCK + rest))
+        return self._before(np.array([block]))[0] + np.bincount(tail, minlength=len(self.names))
+
+    def _before(self, block: np.ndarray) -> np.ndarray:
+        period, rest = np.divmod(block, PERIOD)
+        return period[:, None] * self.cumulative[-1] + self.cumulative[rest]
+
+
+def block_counts(weights: np.ndarray) -> np.ndarray:
+    """Rows of each source before each block of a period, int64 [PERIOD + 1, sources].
+
+    Largest remainder with the error carried from block to block: a block has BLOCK rows, and after any
+    number of blocks a source is within about a row of its share.
+    """
+    target = weights / weights.sum() * BLOCK
+    total = np.zeros((PERIOD + 1, len(weights)), np.int64)
+    for block in range(PERIOD):
+        due = target * (block + 1) - total[block]
+        count = np.maximum(np.floor(due), 0).astype(np.int64)
+        while (missing := BLOCK - count.sum()) != 0:  # at most about as often as there are sources
+            step = 1 if missing > 0 else -1
+            able = np.where((count > 0) | (step > 0), step * (due - count), -np.inf)
+            count[np.argmax(able)] += step
+        total[block + 1] = total[block] + count
+    return total

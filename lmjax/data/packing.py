@@ -1,0 +1,202 @@
+"""Packing: which pieces of which documents make up each row, as a plan from document lengths alone.
+
+Lengths are in predictions: a stored document of n tokens (BOS + text + EOS) makes n - 1 of them, and
+prediction i reads token i and targets token i + 1. A piece (document, start, length) therefore covers
+the stored tokens [start, start + length], and two pieces of one document share one token. Every plan
+puts every prediction of every document in exactly one row.
+
+Shape legend: P pieces, N rows, L row length (seq_len).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+Rows = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows as runs of pieces: row r holds pieces first_N[r] .. first_N[r + 1] - 1, side by side.
+
+    document_P, start_P, length_P, offset_P are int64; offset is where in its row a piece begins;
+    first_N has one entry more than there are rows.
+    """
+
+    document_P: np.ndarray
+    start_P: np.ndarray
+    length_P: np.ndarray
+    offset_P: np.ndarray
+    first_N: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.first_N) - 1
+
+    @property
+    def predictions(self) -> int:
+        return int(self.length_P.sum())
+
+    def select(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For row numbers (int64 [n]): the piece numbers in order, and each one's place 0..n-1 in `rows`."""
+        counts = self.first_N[rows + 1] - self.first_N[rows]
+        place = np.repeat(np.arange(len(rows)), counts)
+        return ramps(self.first_N[rows], counts), place
+
+
+def ramps(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenation of arange(start, start + length) over all pairs, without a Python loop; int64."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def make_plan(method: str, lengths: np.ndarray, seq_len: int) -> Plan:
+    """Packs documents of `lengths` (predictions, int64 [documents]) into rows of `seq_len` by `method`.
+
+    Raises:
+      ValueError: unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"data.packing: expected one of {sorted(METHODS)}, got {method!r}; use one of those")
+    return METHODS[method](np.asarray(lengths, np.int64), seq_len)
+
+
+def cut(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts only what is longer than a row: (document, start, length) of each piece, in document order."""
+    counts = -(-lengths // seq_len)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    start = ramps(np.zeros_like(counts), counts) * seq_len
+    return document, start, np.minimum(lengths[document] - start, seq_len)
+
+
+def best_fit(lengths: np.ndarray, seq_len: int) -> Plan:
+    """Best-fit decreasing: each piece, longest first, goes to the fullest row that still has room for it.
+
+    Close to the fewest rows possible, and cuts no document unless it is longer than a row ("Fewer
+    Truncations Improve Language Modeling", https://arxiv.org/abs/2404.10830). Pieces of one length, and
+    rows with the same room, are moved together, so the cost grows with the number of distinct lengths.
+    """
+    document, start, length = cut(lengths, seq_len)
+    order = np.argsort(-length, kind="stable")
+    row_sorted = np.empty(len(order), np.int64)
+    counts = np.bincount(length, minlength=seq_len + 1) if len(length) else np.zeros(seq_len + 1, np.int64)
+    room = _Room(seq_len)
+    at = 0
+    for size in np.flatnonzero(counts)[::-1]:
+        at = room.place(int(size), int(counts[size]), row_sorted, at)
+    row = np.empty_like(row_sorted)
+    row[order] = row_sorted
+    return _plan(document, start, length, row, order, room.rows)
+
+
+class _Room:
+    """Rows grouped by the room they have left, for `best_fit`."""
+
+    def __init__(self, seq_len: int):
+        self.seq_len = seq_len
+        self.rows = 0
+        self.left: dict[int, list[np.ndarray]] = {}  # room -> stacks of row numbers with that room
+        self.has = np.zeros(seq_len + 1, bool)
+
+    def place(self, size: int, count: int, out: np.ndarray, at: int) -> int:
+        """Writes the rows of `count` pieces of `size` to out[at:], returns the next `at`."""
+        while count:
+            fit = np.flatnonzero(self.has[size:])
+            room = int(fit[0]) + size if len(fit) else self.seq_len
+            per_row = room // size  # the row just filled stays the best fit while another one goes in
+            rows = self._take(room, -(-count // per_row)) if len(fit) else self._open(-(-count // per_row))
+            used = min(count, len(rows) * per_row)
+            out[at : at + used] = np.repeat(rows, per_row)[:used]
+            last = used - (len(rows) - 1) * per_row  # the last row may take fewer
+            self._put(room - per_row * size, rows[:-1] if last < per_row else rows)
+            if last < per_row:
+                self._put(room - last * size, rows[-1:])
+            at, count = at + used, count - used
+        return at
+
+    def _open(self, number: int) -> np.ndarray:
+        self.rows += number
+        return np.arange(self.rows - number, self.rows)
+
+    def _take(self, room: int, number: int) -> np.ndarray:
+        stack, taken = self.left[room], []
+        while stack and number:
+            rows = stack.pop()
+            if len(rows) > number:
+                stack.append(rows[number:])
+                rows = rows[:number]
+            number -= len(rows)
+            taken.append(rows)
+        self.has[room] = bool(stack)
+        return np.concatenate(taken)
+
+    def _put(self, room: int, rows: np.ndarray) -> None:
+        if room and len(rows):
+            self.left.setdefault(room, []).append(rows)
+            self.has[room] = True
+
+
+def concat(lengths: np.ndarray, seq_len: int) -> Plan:
+    """All documents one after the other, cut at every row's end; only the last row has padding."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    bounds = np.unique(np.concatenate([[0], ends, np.arange(0, total, seq_len), [total]]))
+    begin, length = bounds[:-1], np.diff(bounds)
+    document = np.searchsorted(ends, begin, side="right")
+    start = begin - (ends - lengths)[document]
+    return _plan(document, start, length, begin // seq_len, np.arange(len(begin)), -(-total // seq_len))
+
+
+def none(lengths: np.ndarray, seq_len: int) -> Plan:
+    """One piece a row: a document alone, or one seq_len of a longer one."""
+    document, start, length = cut(lengths, seq_len)
+    pieces = np.arange(len(length))
+    return _plan(document, start, length, pieces, pieces, len(pieces))
+
+
+METHODS: dict[str, Callable[[np.ndarray, int], Plan]] = {"best_fit": best_fit, "concat": concat, "none": none}
+
+
+def _plan(document, start, length, row, order, num_rows: int) -> Plan:
+    """Groups pieces by row, keeping `order` within one."""
+    order = order[np.argsort(row[order], kind="stable")]
+    first = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=num_rows))]).astype(np.int64)
+    length = length[order]
+    begin = np.cumsum(length) - length
+    offset = begin - begin[first[row[order]]] if len(order) else begin
+    return Plan(document[order], start[order], length, offset, first)
+
+
+def empty_rows(rows: int, seq_len: int) -> Rows:
+    """`rows` rows of nothing but padding: int32 [rows, L] each, loss_mask float32."""
+    names = ("tokens", "targets", "segment_ids", "positions")
+    out = {name: np.zeros((rows, seq_len), np.int32) for name in names}
+    return out | {"loss_mask": np.zeros((rows, seq_len), np.float32)}
+
+
+def fill_rows(flat: np.ndarray, at_P, length_P, place_P, offset_P, rows: int, seq_len: int) -> Rows:
+    """Rows from pieces: piece p reads flat[at : at + length + 1] into row place at offset.
+
+    Args:
+      flat: tokens, any unsigned integer dtype.
+      at_P, length_P, place_P, offset_P: int64; pieces of one row must be neighbours, in order.
+    Returns:
+      the row dict: tokens, targets, segment_ids (1.. per piece, 0 on padding), positions (from 0 in each
+      piece), all int32 [rows, L], and loss_mask float32 [rows, L].
+    """
+    out = empty_rows(rows, seq_len)
+    first = np.searchsorted(place_P, place_P)  # a row's first piece, to number its pieces from 1
+    segment_P = np.arange(1, len(place_P) + 1) - first
+    within = ramps(np.zeros_like(length_P), length_P)
+    source = within + np.repeat(at_P, length_P)
+    target = within + np.repeat(place_P * seq_len + offset_P, length_P)
+    out["tokens"].reshape(-1)[target] = flat[source]
+    out["targets"].reshape(-1)[target] = flat[source + 1]
+    out["segment_ids"].reshape(-1)[target] = np.repeat(segment_P, length_P)
+    out["positions"].reshape(-1)[target] = within
+    out["loss_mask"].reshape(-1)[target] = 1.0
+    return out

@@ -1,0 +1,196 @@
+"""The token store: TensorStore (zarr3) arrays and a JSON manifest, on local disk, gs:// or s3://.
+
+    manifest.json  tokenizer.model  baselines.json  <source>/<split>/{tokens,offsets}/  <source>/<split>/ids.txt
+
+tokens is every document of the split end to end, each BOS + text + EOS (uint16, or uint32 for a
+vocabulary over 65,536); document d is tokens[offsets[d] : offsets[d + 1]] (int64). The manifest is
+written last: a directory without one is not a store.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+FORMAT, VERSION = "lmjax-tokens", 1
+SHARD, CHUNK = 1 << 24, 1 << 14  # tokens: one file holds a shard, one read decodes a chunk
+CACHE_BYTES = 256 << 20  # of decoded chunks, for stores too large to be held in memory
+
+
+def kvstore(path: str) -> dict[str, str]:
+    """TensorStore's address of a directory: a local path, gs://bucket/dir or s3://bucket/dir."""
+    for scheme, driver in (("gs://", "gcs"), ("s3://", "s3")):
+        if path.startswith(scheme):
+            bucket, _, rest = path.removeprefix(scheme).partition("/")
+            return {"driver": driver, "bucket": bucket, "path": rest.rstrip("/") + "/"}
+    return {"driver": "file", "path": str(epath.Path(path).expanduser().absolute()) + "/"}
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def digest(values: np.ndarray) -> str:
+    """sha256 of an array's values in little-endian C order, hex: independent of chunks and compression."""
+    return hashlib.sha256(np.ascontiguousarray(values, values.dtype.newbyteorder("<"))).hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """JSON with one spelling for equal values, for hashing and comparing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def write_array(path: str, values: np.ndarray) -> None:
+    """Writes a 1-D integer array: sharded, zstd-compressed, a CRC32C on every chunk."""
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}},
+              {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]
+    shard = min(SHARD, -(-max(len(values), 1) // CHUNK) * CHUNK)
+    metadata = {
+        "shape": [len(values)], "data_type": values.dtype.name, "fill_value": 0,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
+        "codecs": [{"name": "sharding_indexed", "configuration": {"chunk_shape": [CHUNK], "codecs": codecs}}],
+    }  # fmt: skip
+    spec = {"driver": "zarr3", "kvstore": kvstore(path), "metadata": metadata}
+    ts.open(spec, create=True, delete_existing=True).result().write(values).result()
+
+
+def open_array(path: str) -> ts.TensorStore:
+    context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+    spec = {"driver": "zarr3", "kvstore": kvstore(path), "recheck_cached_data": False}
+    return ts.open(spec, open=True, read=True, context=context).result()
+
+
+def write_split(directory: str, source: str, split: str, documents: Sequence[np.ndarray],
+                ids: Sequence[str], *, vocab_size: int, text_bytes: int) -> dict[str, Any]:  # fmt: skip
+    """Writes one split of one source; returns its entry for the manifest.
+
+    documents: integer token ids of each document, with BOS and EOS. ids: one a document, no newlines.
+    text_bytes: UTF-8 bytes of the text that the tokens stand for.
+    """
+    lengths = np.array([len(d) for d in documents], np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    tokens = np.concatenate([np.asarray(d, dtype) for d in documents]) if len(documents) else np.zeros(0, dtype)
+    path = epath.Path(directory) / source / split
+    path.mkdir(parents=True, exist_ok=True)
+    write_array(str(path / "tokens"), tokens)
+    write_array(str(path / "offsets"), offsets)
+    text = "".join(f"{name}\n" for name in ids)
+    (path / "ids.txt").write_bytes(text.encode())
+    return {
+        "documents": len(documents), "tokens": len(tokens), "predictions": len(tokens) - len(documents),
+        "bytes": text_bytes, "dtype": tokens.dtype.name,
+        "sha256": {"tokens": digest(tokens), "offsets": digest(offsets),
+                   "ids": hashlib.sha256(text.encode()).hexdigest()},
+    }  # fmt: skip
+
+
+def write_manifest(directory: str, manifest: dict[str, Any]) -> None:
+    (epath.Path(directory) / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_manifest(directory: str) -> dict[str, Any]:
+    """The manifest of a prepared directory.
+
+    Raises:
+      ValueError: there is none, it cannot be read, or it is of another version.
+    """
+    path = epath.Path(directory) / "manifest.json"
+    if not path.exists():
+        raise ValueError(f"expected prepared data in {directory}, got no manifest.json there; "
+                         "prepare it first, or correct data.directory")
+    try:
+        manifest = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error}; delete the directory and prepare it again") from error
+    got = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else manifest
+    if got != (FORMAT, VERSION):
+        raise ValueError(f"{path}: expected {FORMAT} version {VERSION}, got {got}; prepare the data again")
+    return manifest
+
+
+class SplitStore:
+    """The documents of one split of one source, for reading.
+
+    Args:
+      directory: the prepared directory.
+      source, split: which part of it.
+      facts: that part's entry in the manifest.
+      memory_limit: bytes; tokens that fit are loaded once, others are read where they lie.
+      verify: also hash everything against the manifest.
+    Raises:
+      ValueError: missing, truncated, or (with verify, or as soon as a damaged chunk is read) altered.
+    """
+
+    def __init__(self, directory: str, source: str, split: str, facts: dict[str, Any], *,
+                 memory_limit: int = 1 << 30, verify: bool = False):  # fmt: skip
+        self.path, self.facts = epath.Path(directory) / source / split, facts
+        self.documents, self.predictions, self.bytes = facts["documents"], facts["predictions"], facts["bytes"]
+        self.fingerprint = hashlib.sha256(canonical(facts["sha256"]).encode()).hexdigest()
+        self._tokens = self._open("tokens", facts["tokens"])
+        self.offsets = self._read(self._open("offsets", facts["documents"] + 1), "offsets")
+        held = facts["tokens"] * np.dtype(facts["dtype"]).itemsize <= memory_limit
+        self._memory = self._read(self._tokens, "tokens") if held else None
+        if verify:
+            self._verify()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Predictions of each document, int64 [documents]."""
+        return np.diff(self.offsets) - 1
+
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        return (self.path / "ids.txt").read_bytes().decode().split("\n")[:-1]
+
+    def tokens(self) -> np.ndarray:
+        """All tokens of the split, uint16 or uint32 [tokens]; not a copy where they are in memory."""
+        return self._memory if self._memory is not None else self._read(self._tokens, "tokens")
+
+    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ranges of tokens at once: (flat, at) such that range p is flat[at[p] : at[p] + lengths[p]]."""
+        if self._memory is not None:
+            return self._memory, starts
+        with ts.Batch() as batch:  # coalesces ranges of one chunk; everything is in flight together
+            pending = [self._tokens[int(a) : int(a + n)].read(batch=batch) for a, n in zip(starts, lengths, strict=True)]
+        try:
+            flat = np.concatenate([p.result() for p in pending])
+        except ValueError as error:
+            raise self._damaged("tokens", error) from error
+        return flat, np.cumsum(lengths) - lengths
+
+    def _open(self, name: str, size: int) -> ts.TensorStore:
+        try:
+            array = open_array(str(self.path / name))
+        except ValueError as error:
+            raise self._damaged(name, error) from error
+        if array.shape != (size,):
+            raise self._damaged(name, f"{array.shape[0]} values where the manifest says {size}")
+        return array
+
+    def _read(self, array: ts.TensorStore, name: str) -> np.ndarray:
+        try:
+            return array.read().result()
+        except ValueError as error:
+            raise self._damaged(name, error) from error
+
+    def _verify(self) -> None:
+        for name, values in (("tokens", self.tokens()), ("offsets", self.offsets)):
+            if digest(values) != self.facts["sha256"][name]:
+                raise self._damaged(name, f"sha256 {digest(values)[:12]}")
+        ids = hashlib.sha256((self.path / "ids.txt").read_bytes()).hexdigest()
+        if ids != self.facts["sha256"]["ids"]:
+            raise self._damaged("ids", f"sha256 {ids[:12]}")
+
+    def _damaged(self, name: str, got: object) -> ValueError:
+        expected = self.facts["sha256"][name][:12]
+        text = str(got).splitlines()[0]
+        return ValueError(f"{self.path / name}: expected the array of sha256 {expected}, got {text}; "
+                          "delete the directory and prepare the data again")

@@ -1,0 +1,195 @@
+"""Tokenizers: SentencePiece behind one interface, set up so that every text comes back exactly.
+
+Byte fallback covers characters outside the vocabulary; nothing is normalised; digits are split one by
+one; a newline is a token of its own, so no token spans lines, and training may go line by line; runs
+of spaces are tokens, as code needs. U+2581, which SentencePiece writes for a space and would turn
+into one, is encoded as its three bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lmjax.config import at_least, choice
+from lmjax.data.order import key_of, permute
+from lmjax.data.packing import ramps
+
+SPACE = "\u2581"  # SentencePiece's own sign for a space
+PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+MODELS = ("bpe", "unigram")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens.
+
+    vocab_size: tokens, of which 260 are bytes and special ones.
+    model: bpe or unigram.
+    train_bytes: text that the tokenizer is trained on: a sample of whole documents of the training split.
+    seed: of the sample.
+    path: an existing SentencePiece model to use instead; vocab_size must then be its own.
+    """
+
+    vocab_size: int = 4096
+    model: str = "bpe"
+    train_bytes: int = 8_000_000
+    seed: int = 0
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        at_least(8, vocab_size=self.vocab_size)
+        at_least(1, train_bytes=self.train_bytes)
+        choice("model", self.model, MODELS)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Args:
+      model: a serialised SentencePiece model.
+    Raises:
+      ValueError: not such a model, or one without BOS and EOS.
+    """
+
+    def __init__(self, model: bytes):
+        import sentencepiece
+
+        self._model = model
+        try:
+            self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"tokenizer: expected a SentencePiece model, got {len(model)} bytes that are none "
+                             f"({str(error).splitlines()[0]}); correct the path") from error  # fmt: skip
+        self.vocab_size: int = self._sp.vocab_size()
+        self.bos_id: int = self._sp.bos_id()
+        self.eos_id: int = self._sp.eos_id()
+        self.pad_id: int = max(self._sp.pad_id(), 0)  # never looked at: padding is masked
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"tokenizer: expected a BOS and an EOS token, got ids {self.bos_id}, {self.eos_id}; "
+                             "use a model that has both")  # fmt: skip
+
+    @classmethod
+    def from_bytes(cls, model: bytes) -> Tokenizer:
+        return cls(model)
+
+    def to_bytes(self) -> bytes:
+        return self._model
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of the model, hex."""
+        return hashlib.sha256(self._model).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without BOS and EOS."""
+        if SPACE not in text:
+            return self._sp.encode(text)
+        parts = [self._sp.encode(part) for part in text.split(SPACE)]
+        return parts[0] + [i for part in parts[1:] for i in [*self._space_ids, *part]]
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[np.ndarray]:
+        """Token ids of many texts, int32 each, on all cores; the result does not depend on their number."""
+        plain = self._sp.encode(["" if SPACE in t else t for t in texts], num_threads=num_threads or os.cpu_count())
+        return [np.array(self.encode(t) if SPACE in t else ids, np.int32) for t, ids in zip(texts, plain, strict=True)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids. Special tokens are nothing; bytes that are no UTF-8 become U+FFFD."""
+        return self.surface(np.fromiter(ids, np.int64))[0].decode(errors="replace")
+
+    def surface(self, ids: np.ndarray) -> tuple[bytes, np.ndarray]:
+        """The UTF-8 bytes that token ids [n] stand for, and how many of them each one gives (int64 [n])."""
+        blob, starts, lengths = self._surfaces
+        return blob[ramps(starts[ids], lengths[ids])].tobytes(), lengths[ids]
+
+    def lossy(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> int | None:
+        """The number of the first text that its ids do not give back exactly, None if all do."""
+        raw = [text.encode() for text in texts]
+        got, lengths = self.surface(np.concatenate([*ids, np.zeros(0, np.int32)]))
+        ends = np.cumsum([len(i) for i in ids], dtype=np.int64)
+        per_text = np.diff(np.concatenate([[0], np.concatenate([[0], np.cumsum(lengths)])[ends]]))
+        if got == b"".join(raw) and np.array_equal(per_text, [len(r) for r in raw]):
+            return None
+        return next(n for n, i in enumerate(ids) if self.surface(i)[0] != raw[n])
+
+    @functools.cached_property
+    def _space_ids(self) -> list[int]:
+        return [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+
+    @functools.cached_property
+    def _surfaces(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        table = [self._surface_of(i) for i in range(self.vocab_size)]
+        lengths = np.array([len(s) for s in table], np.int64)
+        return np.frombuffer(b"".join(table), np.uint8), np.cumsum(lengths) - lengths, lengths
+
+    def _surface_of(self, i: int) -> bytes:
+        piece = self._sp.id_to_piece(i)
+        if self._sp.is_byte(i):
+            return bytes([int(piece[3:5], 16)])
+        if self._sp.is_control(i):
+            return b""
+        return "\ufffd".encode() if self._sp.is_unknown(i) else piece.replace(SPACE, " ").encode()
+
+
+def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
+    """The tokenizer of a config: read from `path`, or trained on a sample of `texts`.
+
+    Raises:
+      ValueError: no such model, another vocabulary size, or one that the texts cannot support.
+    """
+    if not config.path:
+        return Tokenizer(train_model(config, texts))
+    from etils import epath
+
+    path = epath.Path(config.path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"data.tokenizer.path: expected a SentencePiece model, got {config.path!r}, which does "
+                         "not exist; correct it, or leave it empty to train one")  # fmt: skip
+    tokenizer = Tokenizer(path.read_bytes())
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(f"data.tokenizer.vocab_size: expected that of {config.path}, {tokenizer.vocab_size}, got "
+                         f"{config.vocab_size}; set it to {tokenizer.vocab_size}")  # fmt: skip
+    return tokenizer
+
+
+def train_model(config: TokenizerConfig, texts: Sequence[str]) -> bytes:
+    """Trains a SentencePiece model on a seeded sample of the texts; the same bytes every time."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    settings: dict[str, Any] = {
+        "model_type": config.model, "vocab_size": config.vocab_size,
+        "pad_id": PAD_ID, "bos_id": BOS_ID, "eos_id": EOS_ID, "unk_id": UNK_ID,
+        "byte_fallback": True, "normalization_rule_name": "identity",  # nothing is lost
+        "add_dummy_prefix": False, "remove_extra_whitespaces": False,  # nor are spaces added or removed
+        "split_digits": True, "allow_whitespace_only_pieces": True, "user_defined_symbols": ["\n"],
+        "max_sentence_length": 1 << 30,  # longer lines would be left out in silence; the default is 4192 bytes
+        "num_threads": 2,  # pinned: the model may depend on it
+        "minloglevel": 2,
+    }  # fmt: skip
+    lines = sample_lines(texts, config.train_bytes, config.seed)
+    try:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].partition("] ")[2] or str(error).splitlines()[0]
+        raise ValueError(f"data.tokenizer.vocab_size: expected a size that the training text supports, got "
+                         f"{config.vocab_size} ({reason}); change it, or add text") from error  # fmt: skip
+    return model.getvalue()
+
+
+def sample_lines(texts: Sequence[str], budget: int, seed: int) -> Iterator[str]:
+    """Lines of texts in a keyed random order, until `budget` UTF-8 bytes have been given."""
+    for i in permute(np.arange(len(texts)), len(texts), key_of("tokenizer", seed)) if texts else ():
+        for line in texts[i].split("\n"):
+            if budget <= 0:
+                return
+            budget -= len(line.encode()) + 1
+            if line and SPACE not in line and "\0" not in line:  # SentencePiece reads these two otherwise
+                yield line

@@ -1,0 +1,128 @@
+"""Dense layers, embeddings, norms, the MLP and dropout.
+
+Shape suffixes: B batch, T sequence, D embed_dim, F mlp_dim, V vocab_size.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lmjax.nn.module import Initializer, normal, ones, param, zeros
+from lmjax.sharding import constrain
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+# name -> (activation, whether a second matrix gates it); GLU variants: Shazeer 2020, arXiv:2002.05202
+MLP_KINDS = {
+    "gelu": ("gelu", False),
+    "gelu_tanh": ("gelu_tanh", False),
+    "relu": ("relu", False),
+    "swiglu": ("silu", True),
+    "geglu": ("gelu_tanh", True),
+}
+
+
+class Dense(nnx.Module):
+    """`y = x @ kernel + bias`, contracting the last `len(in_shape)` dimensions of x.
+
+    The kernel has shape (*in_shape, *out_shape), is stored in float32 and used in the dtype of x.
+    """
+
+    def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], axes: tuple[str, ...], *,
+                 use_bias: bool, init: Initializer, rngs: nnx.Rngs):
+        self.num_in = len(in_shape)
+        self.kernel = param(rngs, init, (*in_shape, *out_shape), axes)
+        self.bias = param(rngs, zeros, out_shape, ("norm",) * len(out_shape)) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        # Two-dimensional matmuls are what every backend's library is best at, forward and backward.
+        lead, out = x.shape[: x.ndim - self.num_in], kernel.shape[self.num_in:]
+        rows = math.prod(kernel.shape[: self.num_in])
+        y = x.reshape(*lead, rows) @ kernel.reshape(rows, -1)
+        y = y.reshape(*lead, *out)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of a (num, D) float32 table."""
+
+    def __init__(self, num: int, dim: int, axes: tuple[str, str], *, init: Initializer, rngs: nnx.Rngs):
+        self.table = param(rngs, init, (num, dim), axes)
+
+    def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """ids int32 [...] -> [..., D] in `dtype`. Ids out of range give the nearest row."""
+        return jnp.take(self.table[...].astype(dtype), ids, axis=0, mode="clip")
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last dimension, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = param(rngs, ones, (dim,), ("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse * _along_last(self.scale[...], x.ndim)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * scale + bias over the last dimension, in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = param(rngs, ones, (dim,), ("norm",))
+        self.bias = param(rngs, zeros, (dim,), ("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        y = x32 * inverse * _along_last(self.scale[...], x.ndim) + _along_last(self.bias[...], x.ndim)
+        return y.astype(x.dtype)
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+class MLP(nnx.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) for the gated kinds of `MLP_KINDS`."""
+
+    def __init__(self, dim: int, hidden: int, *, kind: str, use_bias: bool, init: Initializer,
+                 out_init: Initializer, rngs: nnx.Rngs):
+        activation, gated = MLP_KINDS[kind]
+        self.activation = activation
+        axes = ("embed", "mlp")
+        self.gate = Dense((dim,), (hidden,), axes, use_bias=use_bias, init=init, rngs=rngs) if gated else None
+        self.up = Dense((dim,), (hidden,), axes, use_bias=use_bias, init=init, rngs=rngs)
+        self.down = Dense((hidden,), (dim,), ("mlp", "embed"), use_bias=use_bias, init=out_init, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        act = ACTIVATIONS[self.activation]
+        h_BTF = act(self.up(x_BTD)) if self.gate is None else act(self.gate(x_BTD)) * self.up(x_BTD)
+        return self.down(constrain(h_BTF, "batch", "seq", "act_mlp"))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes each element with probability `rate` and rescales the rest; x itself without a key."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
+def residual_init(std: float, num_layers: int) -> Initializer:
+    """GPT-2's init of matrices that write to the residual stream: two writers a layer, variances add up."""
+    return normal(std / math.sqrt(2 * num_layers))
+
+
+def _along_last(v: jax.Array, ndim: int) -> jax.Array:
+    return v.reshape((1,) * (ndim - 1) + v.shape)

@@ -1,0 +1,263 @@
+"""Prepares data: read, clean, split, train the tokenizer, tokenise, write the store and its baselines.
+
+Everything is held in memory: about 12 bytes per byte of text at the peak, which is the n-gram baselines'.
+A local directory is written under another name and renamed when whole, so that it exists completely
+or not at all; on gs:// and s3:// the manifest is written last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from lmjax.data import ngram, sources, store
+from lmjax.data.clean import Cleaner
+from lmjax.data.pipeline import DataConfig, check_prepared_by
+from lmjax.data.sources import Document, SourceConfig
+from lmjax.data.tokenizer import Tokenizer, make_tokenizer
+
+BATCH_CHARS = 4 << 20  # tokenised at once
+BASELINE_TOKENS = 16_000_000  # of the training split that the n-grams count: some 10 s and 2 GB
+Log = Callable[[str], None]
+
+
+class Corpus(NamedTuple):
+    """The cleaned documents of a source by split, and what was counted on the way."""
+
+    splits: dict[str, list[Document]]
+    counts: dict[str, Any]
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def prepare(config: DataConfig, out: str, *, log: Log = to_stderr) -> str:
+    """Makes a prepared data directory, or finds that `out` already is that one.
+
+    Args:
+      config: the data config; sources must not be synthetic.
+      out: the directory to make: local, gs:// or s3://.
+      log: called with each line of progress.
+    Returns:
+      the directory.
+    Raises:
+      ValueError: bad sources; `out` holds other data, or something else; no space left.
+    """
+    if config.synthetic:
+        raise ValueError("data.sources: expected text to prepare, got synthetic data, which needs no preparing; "
+                         "train on it directly")  # fmt: skip
+    out = str(out).rstrip("/")
+    if (epath.Path(out) / "manifest.json").exists():
+        _reuse(config, out, log)
+        return out
+    start = time.monotonic()
+    with _workspace(out) as workspace:
+        facts = _write(config, workspace, log)
+    log(f"prepare: {out} is ready: {facts['tokens']:,} tokens, fingerprint {facts['fingerprint'][:12]} "
+        f"({time.monotonic() - start:.1f} s)")  # fmt: skip
+    return out
+
+
+def _reuse(config: DataConfig, out: str, log: Log) -> None:
+    manifest = store.read_manifest(out)
+    check_prepared_by(config, manifest, out)
+    log(f"prepare: using the data prepared in {out}, fingerprint {manifest['fingerprint'][:12]}")
+    for source in config.sources:
+        was, now = manifest["sources"][source.name]["identity"], sources.identity(source)
+        if now and was != now:
+            log(f"prepare: warning: the files of source {source.name} have changed since; to read them again, "
+                f"delete {out} or prepare another directory")  # fmt: skip
+
+
+def _write(config: DataConfig, workspace: str, log: Log) -> dict[str, Any]:
+    """All stages; returns what the last line of the log says."""
+    corpora, seen = {}, set()
+    for source in config.sources:
+        with _stage(log, f"read and cleaned {source.name}") as note:
+            corpora[source.name] = corpus = _read(config, source, seen)
+            note.append(_describe(corpus))
+    with _stage(log, "tokenizer") as note:
+        texts = [document.data for corpus in corpora.values() for document in corpus.splits["train"]]
+        tokenizer = make_tokenizer(config.tokenizer, texts)
+        del texts
+        (epath.Path(workspace) / "tokenizer.model").write_bytes(tokenizer.to_bytes())
+        note.append(f"{tokenizer.vocab_size:,} tokens, {tokenizer.hash[:12]}")
+    tokens: dict[str, list[np.ndarray]] = {"train": [], "heldout": []}
+    entries: dict[str, dict[str, Any]] = {}
+    for name, corpus in corpora.items():
+        entries[name] = dict(corpus.counts)
+        for split, documents in corpus.splits.items():
+            with _stage(log, f"tokenised {name}/{split}") as note:
+                ids = tokenise(tokenizer, documents, name)
+                size = sum(len(document.data.encode()) for document in documents)
+                entries[name][split] = store.write_split(
+                    workspace, name, split, ids, [document.id for document in documents],
+                    vocab_size=tokenizer.vocab_size, text_bytes=size)  # fmt: skip
+                tokens[split].append(np.concatenate(ids))
+                note.append(f"{len(tokens[split][-1]):,} tokens, {size / entries[name][split]['predictions']:.3f} "
+                            "bytes a token, every document comes back exactly")  # fmt: skip
+                documents.clear()
+    with _stage(log, "n-gram baselines") as note:
+        result = _baselines(tokens, tokenizer, sum(e["heldout"]["bytes"] for e in entries.values()))
+        (epath.Path(workspace) / "baselines.json").write_text(json.dumps(result, indent=1) + "\n")
+        note.append(", ".join(f"{b['name']} {b['bits_per_byte']:.3f}" for b in result["baselines"]) + " bits per byte")
+    manifest = _manifest(config, tokenizer, entries)
+    store.write_manifest(workspace, manifest)
+    return {"fingerprint": manifest["fingerprint"], "tokens": sum(len(t) for parts in tokens.values() for t in parts)}
+
+
+def _read(config: DataConfig, source: SourceConfig, seen: set[bytes]) -> Corpus:
+    reader = sources.Reader(source, invalid_utf8_budget=config.invalid_utf8_budget)
+    cleaner = Cleaner(rules=config.clean, min_chars=config.min_chars, seen=seen)
+    splits = split_by_hash(list(cleaner(reader)), config.heldout_fraction)
+    counts = {"identity": sources.identity(source), "read": {"documents": reader.read, "bytes": reader.bytes},
+              "changed": dict(cleaner.changed),
+              "removed": {"invalid_utf8": len(reader.skipped), **cleaner.removed}}  # fmt: skip
+    if not all(splits.values()):
+        raise ValueError(f"source {source.name} ({source.uri}): expected at least two different documents, one to "
+                         f"train on and one to hold out, got {sum(map(len, splits.values()))} of {reader.read} read; "
+                         "split the text into more files, or lower data.min_chars")  # fmt: skip
+    return Corpus(splits, counts)
+
+
+def split_by_hash(documents: Sequence[Document], fraction: float) -> dict[str, list[Document]]:
+    """Splits by a hash of id and text: whether a document is held out depends on nothing else.
+
+    Only where no hash falls under `fraction` is the smallest one held out, so that no split is empty.
+    """
+    hashes = [hashlib.sha256(f"{d.id}\0{d.data}".encode()).digest()[:8] for d in documents]
+    bound = int(fraction * 2.0**64).to_bytes(9, "big")[1:]
+    bound = max(bound, min(hashes, default=bound) + b"\0") if len(documents) > 1 else bound
+    splits: dict[str, list[Document]] = {"train": [], "heldout": []}
+    for document, value in zip(documents, hashes, strict=True):
+        splits["heldout" if value < bound else "train"].append(document)
+    return splits
+
+
+def tokenise(tokenizer: Tokenizer, documents: Sequence[Document], source: str) -> list[np.ndarray]:
+    """BOS + tokens + EOS of each document, checked to give back its exact text.
+
+    Raises:
+      ValueError: a document does not come back, which only an existing tokenizer can cause.
+    """
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
+    out: list[np.ndarray] = []
+    for batch in _batches(documents):
+        texts = [document.data for document in batch]
+        ids = tokenizer.encode_batch(texts)
+        bad = tokenizer.lossy(texts, ids)
+        if bad is not None:
+            raise ValueError(f"document {batch[bad].id} of source {source}: expected the tokenizer to give back its "
+                             "text, got another text; use a tokenizer that loses nothing, or train one by leaving "
+                             "data.tokenizer.path empty")  # fmt: skip
+        out += [np.concatenate([bos, i.astype(dtype), eos]) for i in ids]
+    return out
+
+
+def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.data)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _baselines(tokens: dict[str, list[np.ndarray]], tokenizer: Tokenizer, heldout_bytes: int) -> dict[str, Any]:
+    share = min(1.0, BASELINE_TOKENS / sum(map(len, tokens["train"])))
+    train = np.concatenate([part[: int(len(part) * share)] for part in tokens["train"]])
+    return ngram.baselines(train, np.concatenate(tokens["heldout"]), heldout_bytes=heldout_bytes,
+                           vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id)  # fmt: skip
+
+
+def _manifest(config: DataConfig, tokenizer: Tokenizer, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Everything about the data; the fingerprint covers what decides its rows."""
+    arrays = {name: {split: entry[split]["sha256"] for split in ("train", "heldout")} for name, entry in entries.items()}
+    rows = [store.FORMAT, store.VERSION, tokenizer.hash, arrays]
+    packages = ("numpy", "sentencepiece", "tensorstore")
+    return {
+        "format": store.FORMAT, "version": store.VERSION,
+        "fingerprint": hashlib.sha256(store.canonical(rows).encode()).hexdigest(),
+        "config": config.prepared_by(),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "tokenizer": {"hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
+        "sources": entries,
+    }  # fmt: skip
+
+
+def _describe(corpus: Corpus) -> str:
+    counts = corpus.counts
+    removed = ", ".join(f"{n:,} {reason}" for reason, n in counts["removed"].items() if n)
+    changed = ", ".join(f"{n:,} {rule}" for rule, n in counts["changed"].items() if n)
+    kept = {split: len(documents) for split, documents in corpus.splits.items()}
+    return (f"{counts['read']['documents']:,} documents, {counts['read']['bytes'] / 1e6:.1f} MB; "
+            f"changed: {changed or 'none'}; removed: {removed or 'none'}; "
+            f"{kept['train']:,} train, {kept['heldout']:,} held out")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _stage(log: Log, name: str) -> Iterator[list[str]]:
+    """Logs one line when the stage is done: its name, what the block noted, and its seconds."""
+    start, note = time.monotonic(), []
+    yield note
+    log(f"prepare: {name}: {'; '.join(note)} ({time.monotonic() - start:.1f} s)")
+
+
+@contextlib.contextmanager
+def _workspace(out: str) -> Iterator[str]:
+    """A directory to write into that becomes `out` when the block ends well, and vanishes when it does not."""
+    if store.is_remote(out):
+        yield out
+        return
+    out = os.path.abspath(os.path.expanduser(out))
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise ValueError(f"{out}: expected a prepared directory, an empty one or none, got something else; "
+                         "use another directory, or move that away")  # fmt: skip
+    temporary = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.partial")
+    lock = _claim(temporary, out)
+    try:
+        yield temporary
+        os.rename(temporary, out)
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            raise ValueError(f"{out}: expected room for the prepared data, got a full disk; free some space, or "
+                             "use another directory") from error  # fmt: skip
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _claim(temporary: str, out: str) -> int:
+    """Makes an empty `temporary` that only this process holds: a lock on it dies with its process."""
+    os.makedirs(temporary, exist_ok=True)
+    lock = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise ValueError(f"{out}: expected nobody else at work there, got another process that is preparing it; "
+                         "wait until it has ended") from None  # fmt: skip
+    for name in os.listdir(temporary):  # left behind by a process that was killed
+        path = os.path.join(temporary, name)
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    return lock

@@ -1,0 +1,130 @@
+"""What one run is: the config file, resolved into frozen dataclasses."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from lmjax.config import at_least, build, choice, differences
+from lmjax.data import DataConfig
+from lmjax.models.decoder import DecoderConfig
+from lmjax.optim import OptimizerConfig
+from lmjax.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    steps: optimizer steps. batch_size: rows a step, over all devices. microbatches: parts that a step's
+    batch is computed in, one after the other, to need less memory. compute_dtype: of activations and
+    matmuls; auto is bfloat16 on TPU and GPU and float32 on CPU. seed: of parameters and dropout. z_loss:
+    coefficient of log(Z)^2. loss_chunk: positions whose logits exist at a time; 0 is all. log_every: steps
+    between lines of metrics.jsonl.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    microbatches: int = 1
+    compute_dtype: str = "auto"
+    seed: int = 0
+    z_loss: float = 0.0
+    loss_chunk: int = 0
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps, batch_size=self.batch_size, microbatches=self.microbatches,
+                 log_every=self.log_every)
+        at_least(0, seed=self.seed, z_loss=self.z_loss, loss_chunk=self.loss_chunk)
+        choice("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"microbatches: expected a divisor of batch_size={self.batch_size}, got "
+                             f"{self.microbatches}; change one of them")
+
+    def dtype(self, platform: str) -> Any:
+        """The compute dtype on `platform`."""
+        auto = "float32" if platform == "cpu" else "bfloat16"
+        return jnp.dtype(auto if self.compute_dtype == "auto" else self.compute_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation: every `every` steps (0: never) on `batches` batches (0: the whole held-out set),
+    and on the whole set after the last step. batch_size: 0 takes the training one."""
+
+    every: int = 0
+    batches: int = 0
+    batch_size: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(0, every=self.every, batches=self.batches, batch_size=self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint every `every` steps and after the last; the newest `keep_last` stay, and each whose step
+    is a multiple of `keep_every` (0: none)."""
+
+    every: int = 100
+    keep_last: int = 2
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, every=self.every, keep_last=self.keep_last)
+        at_least(0, keep_every=self.keep_every)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Text generated every `every` steps (0: never) and after the last, from each of `prompts`."""
+
+    every: int = 0
+    prompts: tuple[str, ...] = ("",)
+    max_tokens: int = 64
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least(0, every=self.every, temperature=self.temperature, top_k=self.top_k)
+        at_least(1, max_tokens=self.max_tokens)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a probability in (0, 1], got {self.top_p}; 1 switches it off")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A run, whole: everything that `lmjax train` reads besides the working directory."""
+
+    model: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.positions == "learned" and self.data.seq_len > self.model.max_positions:
+            raise ValueError(f"data.seq_len: expected at most model.max_positions={self.model.max_positions}, got "
+                             f"{self.data.seq_len}; raise max_positions or shorten the rows")
+
+
+# What may differ when a run is resumed: where it runs and what is kept of it, not what it computes.
+MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "data.directory", "data.memory_limit_mib",
+              "train.microbatches", "train.log_every", "model.attention", "model.remat", "model.scan_layers",
+              "train.loss_chunk")
+
+
+def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
+    """The strict `Recipe` of a config file's plain dict."""
+    return build(Recipe, mapping)
+
+
+def blocking_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(changes that would make a resumed run another run, changes that are fine), as `key: old -> new`."""
+    changes = differences(old, new)
+    fine = [c for c in changes if c.startswith(MAY_CHANGE)]
+    return [c for c in changes if c not in fine], fine

@@ -1,0 +1,153 @@
+"""Meshes and the two tables that place arrays on them.
+
+A parameter and an activation name their axes; a rule maps each name to mesh axes. Another strategy is
+another mesh shape or another row in `rules`, never another model.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lmjax.config import at_least
+
+# Order is outermost (slowest links) to innermost: `tensor` collectives are the most frequent.
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    # parameters
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "vocab": ("tensor",),
+    "layers": (),
+    "norm": (),  # scales and biases: too small to be worth an all-gather
+    "positions": (),
+    # activations
+    "batch": ("data", "fsdp"),
+    "seq": ("context",),
+    "kv_seq": (),
+    "act_embed": (),
+    "act_mlp": ("tensor",),
+    "act_heads": ("tensor",),
+    "act_kv_heads": ("tensor",),
+    "act_vocab": ("tensor",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (at most once) takes what the others leave.
+
+    data: replicas of the weights, each with its share of the batch.
+    fsdp: the batch and the weights are both split along this axis (ZeRO-3).
+    context: the sequence is split along this axis.
+    tensor: heads, MLP and vocabulary are split along this axis.
+    rules: rows that replace those of `RULES`, e.g. {"kv_heads": []} when there are fewer than `tensor`.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+    rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = [getattr(self, axis) for axis in MESH_AXES]
+        if sizes.count(-1) > 1:
+            raise ValueError(f"data: expected -1 on at most one mesh axis, got {sizes} for {MESH_AXES}; fix the others")
+        at_least(1, **{a: n for a, n in zip(MESH_AXES, sizes, strict=True) if n != -1})
+        for name, axes in self.rules.items():
+            if name not in RULES or any(axis not in MESH_AXES for axis in axes):
+                raise ValueError(f"rules.{name}: expected a name of {', '.join(RULES)} with axes of "
+                                 f"{', '.join(MESH_AXES)}, got {name!r}: {list(axes)}; correct the name")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules that place named axes on it."""
+
+    mesh: Mesh
+    rules: Mapping[str, tuple[str, ...]]
+
+    def spec(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
+        """The `PartitionSpec` of an array whose dimensions are named `axes` (None: not sharded).
+
+        Raises:
+          ValueError: an unknown name, a rank that differs, or a dimension that its mesh axes do not divide.
+        """
+        if shape is not None and len(shape) != len(axes):
+            raise ValueError(f"expected {len(axes)} dimensions {tuple(axes)}, got shape {tuple(shape)}; name every one")
+        entries = []
+        for i, name in enumerate(axes):
+            if name is not None and name not in self.rules:
+                raise ValueError(f"axis {name!r}: expected one of {', '.join(self.rules)}; add a row to RULES")
+            on = tuple(a for a in (self.rules[name] if name else ()) if self.mesh.shape[a] > 1)
+            ways = math.prod(self.mesh.shape[a] for a in on)
+            if shape is not None and shape[i] % ways:
+                raise ValueError(f"mesh: expected {'*'.join(on)}={ways} to divide {name}={shape[i]}, got a remainder of "
+                                 f"{shape[i] % ways}; change the mesh or map {name!r} elsewhere in mesh.rules")
+            entries.append(on if len(on) > 1 else (on[0] if on else None))
+        return PartitionSpec(*entries)
+
+    def sharding(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
+        """`spec` bound to the mesh."""
+        return NamedSharding(self.mesh, self.spec(axes, shape))
+
+    def tree(self, axes: Any, shapes: Any) -> Any:
+        """A sharding for every leaf of `shapes`, from a tree of axis-name tuples of the same structure."""
+        return jax.tree.map(lambda leaf, names: self.sharding(names, leaf.shape), shapes, axes)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding that puts a whole copy on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+
+def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """The mesh of `config` over `devices` (default: all of them), with its rules.
+
+    Raises:
+      ValueError: the axes' product is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    if -1 in sizes.values() and len(devices) % fixed == 0:
+        sizes = {a: len(devices) // fixed if n == -1 else n for a, n in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        shown = ", ".join(f"{a}={n}" for a, n in sizes.items())
+        raise ValueError(f"config.mesh: expected axes whose product is the {len(devices)} devices present, got {shown} "
+                         f"(a multiple of {fixed}); set one axis to -1 or change the others")
+    # Explicit axis types became JAX's default; lmjax constrains by name and lets the compiler propagate.
+    mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES),
+                         devices=devices)
+    return Layout(mesh, {**RULES, **config.rules})
+
+
+_LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def use_layout(layout: Layout | None) -> Iterator[None]:
+    """While tracing inside, `constrain` places activations by `layout`."""
+    token = _LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells the compiler where `x`, whose dimensions are named `axes`, lives. A no-op outside a layout."""
+    layout = _LAYOUT.get()
+    if layout is None or layout.mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))

@@ -1,0 +1,114 @@
+"""The one train step. Objectives differ in the batch and in `loss_fn`, nothing else."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmjax.losses import cross_entropy
+from lmjax.models import Batch, Model
+from lmjax.nn.module import Params
+from lmjax.optim import ema_update
+from lmjax.sharding import Layout, constrain, use_layout
+from lmjax.train_state import StateSpec, TrainState
+
+
+class Loss(NamedTuple):
+    """Sums over a batch; the step differentiates `total` / `weight`, over all microbatches together.
+
+    total: what is minimised. nats: cross-entropy alone. weight: tokens that count. float32 scalars.
+    """
+
+    total: jax.Array
+    nats: jax.Array
+    weight: jax.Array
+
+
+class LossFn(Protocol):
+    """(params, batch, key) -> sums. key: for dropout and other noise, None when evaluating."""
+
+    def __call__(self, params: Params, batch: Batch, key: jax.Array | None) -> Loss: ...
+
+
+Metrics = Mapping[str, jax.Array]
+
+
+def next_token_loss(model: Model, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
+    """Cross-entropy of `targets` where `loss_mask` counts, plus z_loss * log(Z)^2 (PaLM, arXiv:2204.02311)."""
+
+    def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
+        hidden, table = model.hidden(params, batch, key)
+        sums = cross_entropy(hidden, table, batch["targets"], batch["loss_mask"],
+                             softcap=model.config.logit_softcap, chunk=chunk)
+        return Loss(sums.nats + z_loss * sums.z, sums.nats, sums.weight)
+
+    return loss_fn
+
+
+def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: optax.Schedule, *, seed: int,
+                    microbatches: int = 1, ema_decay: float = 0.0) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step: (state, donated; batch of [B, T] arrays) -> (next state, scalar metrics).
+
+    The gradient is that of the mean over the batch's tokens, whatever their split into microbatches.
+    Randomness is keyed by (seed, step, microbatch), so a step can be run again.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        with use_layout(layout):
+            sums, grads = _gradient(loss_fn, state.params, batch, key, microbatches)
+        weight = jnp.maximum(sums.weight, 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None if state.ema is None else ema_update(state.ema, params, ema_decay, state.step)
+        metrics = {
+            "loss": sums.nats / weight,
+            "learning_rate": schedule(state.step),
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+            "weight": sums.weight,
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(spec.shardings, layout.replicated))
+
+
+def make_eval_step(loss_fn: LossFn, layout: Layout) -> Callable[[Params, Batch], Loss]:
+    """The jitted (params, batch) -> sums, without noise; add them up over a split."""
+
+    def step(params: Params, batch: Batch) -> Loss:
+        with use_layout(layout):
+            return loss_fn(params, batch, None)
+
+    return jax.jit(step, out_shardings=layout.replicated)
+
+
+def _gradient(loss_fn: LossFn, params: Params, batch: Batch, key: jax.Array,
+              microbatches: int) -> tuple[Loss, Params]:
+    """Sums over the batch and the gradient of their total, both accumulated in float32."""
+
+    def total(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Loss]:
+        loss = loss_fn(params, batch, key)
+        return loss.total, loss
+
+    gradient = jax.value_and_grad(total, has_aux=True)
+    if microbatches == 1:
+        (_, sums), grads = gradient(params, batch, key)
+        return sums, grads
+
+    def body(carry: tuple[Loss, Params], part: tuple[Batch, jax.Array]) -> tuple[tuple[Loss, Params], None]:
+        (_, sums), grads = gradient(params, part[0], jax.random.fold_in(key, part[1]))
+        return jax.tree.map(jnp.add, carry, (sums, grads)), None
+
+    def split(x: jax.Array) -> jax.Array:
+        # Row i goes to microbatch i % microbatches: every device keeps the rows that it has.
+        x = jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
+        return constrain(x, None, "batch", "seq")
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    start = Loss(*(jnp.zeros((), jnp.float32) for _ in Loss._fields))
+    parts = (jax.tree.map(split, dict(batch)), jnp.arange(microbatches))
+    return jax.lax.scan(body, (start, zeros), parts)[0]

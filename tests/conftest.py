@@ -1,0 +1,39 @@
+"""A strict place to run in: eight CPU devices, no silent broadcasting, no warnings (see pyproject.toml).
+
+Everything here has to happen before JAX or TensorFlow is first imported, hence at the top of this file.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+import re
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def _cpu_features() -> str:
+    """What names this CPU: a program compiled for one with other instructions may not run here."""
+    try:
+        cpuinfo = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        cpuinfo = ""
+    flags = re.search(r"^(flags|Features)\s*:.*$", cpuinfo, re.MULTILINE)
+    return hashlib.sha256((flags.group() if flags else platform.machine()).encode()).hexdigest()[:8]
+
+
+# Processes that a test starts inherit these; one that wants another number of devices sets XLA_FLAGS itself.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow's greetings and its notes on CPU instructions
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["MPLBACKEND"] = "agg"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Set here and not in the environment: a process that a test kills could leave half an entry behind.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / f"jax-tests-{_cpu_features()}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,0 +1,149 @@
+"""The shape of the source, read from the source: imports point downwards, and nothing grows too large."""
+
+import ast
+import graphlib
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "lmjax"
+
+# A module may import from its own layer and from those below. A new module needs a row here.
+LAYERS = [
+    {"sharding", "config", "tree"},
+    {"nn"},
+    {"models", "data", "losses", "optim"},
+    {"recipe", "train_state", "train_step", "checkpoint", "metrics", "adapt", "interop", "tasks"},
+    {"cli", "train", "evaluate", "generate", "lm", "plan", "report", "report_page", "report_plots",
+     "prepare", "bench"},
+]
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+# Each of these has cost others days: their state rules, host time or memory. Plain JAX does the same.
+BANNED_NNX = {"jit", "grad", "value_and_grad", "scan", "vmap", "remat", "Optimizer"}
+TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+ALL_FILES = sorted([*FILES, *(ROOT / "configs").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+
+
+def name_of(path: pathlib.Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_of(path: pathlib.Path) -> str:
+    """lmjax/nn/layers.py -> "lmjax.nn.layers", lmjax/nn/__init__.py -> "lmjax.nn"."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module that `tree` imports, at its top or inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write relative imports as absolute ones"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else str(node.module)
+
+
+def layer_of(module: str) -> int:
+    part = module.split(".")[1]
+    layers = [i for i, parts in enumerate(LAYERS) if part in parts]
+    assert layers, f"{module}: expected a module of the layer table, got a new one; add it to LAYERS"
+    return layers[0]
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported: all but the bodies of functions."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from at_import(child)
+
+
+def parsed(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_downwards(path):
+    module = module_of(path)
+    if module == "lmjax":  # the public face: may name anything, and anyone may read its version
+        return
+    for target in imports(parsed(path)):
+        if target.startswith("lmjax."):
+            assert layer_of(target) <= layer_of(module), f"imports {target}, from a layer above"
+
+
+def test_no_two_modules_import_each_other():
+    inner = MODULES - {"lmjax"}
+    files = {module_of(path): path for path in FILES}
+    graph = {module: set(imports(parsed(files[module]))) & inner - {module} for module in inner}
+    graphlib.TopologicalSorter(graph).prepare()  # raises with the cycle
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_tensorflow_feeds_data_only(path):
+    tree = parsed(path)
+    if any(target.split(".")[0] in TENSORFLOW for target in imports(tree)):
+        assert "lmjax/data/" in name_of(path), "TensorFlow feeds data and nothing else"
+    for node in at_import(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {target.split(".")[0] for target in imports(node)}
+            assert not names & TENSORFLOW, f"line {node.lineno}: import it in the function that needs it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_plain_jax_runs_the_modules(path):
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nnx":
+            where = f"line {node.lineno}"
+            assert node.attr not in BANNED_NNX, f"{where}: use plain JAX, not nnx.{node.attr}"
+            if node.attr in ("split", "merge"):
+                assert name_of(path) == "lmjax/nn/module.py", f"{where}: only nn/module.py splits and merges"
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("flax"):
+            # Any other way in would go past the checks above.
+            only = "from flax import nnx"
+            assert ast.unparse(node) == only, f"line {node.lineno}: write `{only}`"
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=name_of)
+def test_nothing_grows_too_large(path):
+    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+    for node in functions(parsed(path)):
+        length = node.end_lineno - node.lineno + 1
+        assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_public_functions_are_typed(path):
+    tree = parsed(path)
+    scopes = [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))]
+    for scope in scopes:
+        for node in scope.body:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if node.name.startswith("_") and node.name not in ("__init__", "__call__"):
+                continue
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            arguments += [a for a in (node.args.vararg, node.args.kwarg) if a is not None]
+            missing = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            assert not missing, f"{node.name} (line {node.lineno}): no type for {', '.join(missing)}"
+            assert node.returns is not None or node.name == "__init__", f"{node.name}: no return type"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_file_says_what_it_is_for(path):
+    if path.name != "__init__.py":
+        assert ast.get_docstring(parsed(path)), "expected a docstring at the top of the file"
