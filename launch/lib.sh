@@ -45,7 +45,8 @@ setup() {
   local venv="${LMJAX_VENV:-$root/.venv}" extras="$1" base="" version constraints stamp state log
   python="$venv/bin/python"
   stamp="$venv/lmjax-installed"
-  if ! usable_python "$python"; then
+  # pip comes last in the making of an environment: without it, that was interrupted.
+  if ! usable_python "$python" || [[ ! -e "$venv/bin/pip" ]]; then
     base="$(find_python)"
     say "making $venv with $("$base" --version)"
     "$base" -m venv "$venv" || die "$base cannot make an environment; on Debian: apt install python3-venv"

@@ -110,7 +110,10 @@ def load(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
     Raises:
       ValueError: no checkpoint there, or a damaged one.
     """
-    where = _find(epath.Path(path), step)
+    where = epath.Path(path)
+    if "://" not in str(path):
+        where = where.expanduser().absolute()  # Orbax takes no relative path
+    where = _find(where, step)
     about = read_about(where)
     recipe = build_recipe(about["recipe"])
     devices = jax.local_devices()

@@ -1,7 +1,5 @@
 """What a run writes down while it trains, and what it shows on the terminal.
 
-Three JSON-lines files, each with one purpose, so that a resumed run can be compared with a straight one:
-
 | file | holds | on resuming at step k |
 | --- | --- | --- |
 | metrics.jsonl | figures that follow from the config and the data alone | lines after step k are removed |
@@ -88,11 +86,9 @@ def _line(record: Mapping[str, Any]) -> bytes:
 def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file, in order; none if there is no file. A torn last line is left out.
 
-    Raises:
-      ValueError: a line other than the last is not a JSON object.
+    Raises ValueError at a whole line that is not a JSON object with a step.
     """
-    for _, record in _whole_lines(Path(path)):
-        yield record
+    return (record for _, record in _whole_lines(Path(path)))
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -116,10 +112,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _truncate(path: Path, last_step: float) -> Counter[bytes]:
-    """Keeps exactly the whole lines with step <= last_step. Returns those with step == last_step.
-
-    The new content takes the old one's place in one rename, so a kill leaves one or the other.
-    """
+    """Keeps exactly the whole lines with step <= last_step, in one rename. Returns those of last_step."""
     kept = [(line, record) for line, record in _whole_lines(path) if record["step"] <= last_step]
     content = b"".join(line for line, _ in kept)
     if path.exists() and path.stat().st_size != len(content):
@@ -144,9 +137,9 @@ class _Appender:
         line = _line(record)
         if self._seen[line]:
             self._seen[line] -= 1
-            return
-        self._file.write(line)
-        self._file.flush()
+        else:
+            self._file.write(line)
+            self._file.flush()
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())
@@ -180,10 +173,12 @@ class MetricsWriter:
         last_steps = {"metrics": resume_step, "samples": resume_step, "timing": math.inf}
         paths = {name: workdir / f"{name}.jsonl" for name in last_steps}
         seen = {name: _truncate(paths[name], step) for name, step in last_steps.items()}  # may refuse a file
-        earlier = [line["seconds"] for line in read_jsonl(paths["timing"]) if "event" not in line]
+        timed = (line for line in read_jsonl(paths["timing"]) if "event" not in line)
+        earlier = [line["seconds"] for line in timed if "seconds" in line]
         self._metrics, self._samples, self._timing = (_Appender(paths[name], seen[name]) for name in paths)
         self.seconds_before = float(earlier[-1]) if earlier else 0.0
         self._events = _EventFile(workdir, purge_step=resume_step + 1) if tensorboard else None
+        self._files = [f for f in (self._metrics, self._samples, self._timing, self._events) if f]
         self._sample_step, self._sample_index = -1, 0
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -223,15 +218,12 @@ class MetricsWriter:
 
     def flush(self) -> None:
         """Returns once everything written so far is on the disk, safe from a power cut too."""
-        for file in self._open_files():
+        for file in self._files:
             file.sync()
 
     def close(self) -> None:
-        for file in self._open_files():
+        for file in self._files:
             file.close()
-
-    def _open_files(self) -> list[_Appender | _EventFile]:
-        return [file for file in (self._metrics, self._samples, self._timing, self._events) if file]
 
 
 # TensorBoard: a file of TFRecords, each an `Event` protocol buffer (tensorflow/core/util/event.proto) -----
@@ -290,9 +282,11 @@ class _EventFile:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Rounded to float32, which is what the format holds."""
-        summary = b""
+        summary, limit = (
+            b"",
+            3.4028234663852886e38,
+        )  # struct.pack refuses what rounds beyond; NaN and inf pass
         for tag, value in values.items():
-            limit = 3.4028234663852886e38  # struct.pack refuses what rounds beyond; NaN and inf pass
             value = max(-limit, min(limit, value)) if math.isfinite(value) else value
             summary += _field(1, _field(1, tag) + struct.pack("<Bf", 2 << 3 | 5, value))
         self._write(step, _field(5, summary))
@@ -315,13 +309,10 @@ class _EventFile:
 
 class Progress:
     """Shows how far a run is: a line rewritten in place on a terminal, plain lines now and then elsewhere.
-
     Piped lines come at the first update, then 1, 2, 4, 8, 15, 15, ... seconds apart, and always at the end.
 
-    Args:
-      total_steps: the step at which the run ends.
-      stream: where to write; standard error by default, so that standard output stays clean.
-      clock: seconds, monotonic.
+    total_steps: the step at which the run ends. stream: standard error unless given, so that standard output
+    stays clean. clock: seconds, monotonic.
     """
 
     def __init__(
@@ -355,12 +346,14 @@ class Progress:
         remaining = math.nan
         if step > first_step:
             remaining = (now - first_time) / (step - first_step) * (self._total - step)
-        share = step / max(self._total, 1)
-        self._line = (
-            f"step {step:,}/{self._total:,} {share:4.0%} | loss {loss:.4f} | {bits_per_byte:.4f} bits/byte"
-            f" | {human_count(tokens_per_second)} tokens/s | data wait {data_wait_share:.1%}"
-            f" | ETA {'-' if math.isnan(remaining) else human_seconds(round(remaining))}"
-        )
+        done = f"{step:,}/{self._total:,} {step / max(self._total, 1):.0%}"
+        losses, rate = (f"loss {loss:.3f}", f"{bits_per_byte:.3f} bits/byte"), human_count(tokens_per_second)
+        left = f"ETA {'-' if math.isnan(remaining) else human_seconds(round(remaining))}"
+        if self._live:  # short enough for 80 columns
+            parts = (done, *losses, f"{rate} tok/s", f"wait {data_wait_share:.0%}", left)
+        else:
+            parts = (f"step {done}", *losses, f"{rate} tokens/s", f"data wait {data_wait_share:.1%}", left)
+        self._line = ("  " if self._live else " | ").join(parts)
         self._shown = False
         if now >= self._next_time or step >= self._total:
             self._show()

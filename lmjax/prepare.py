@@ -1,6 +1,7 @@
 """Prepares data: read, clean, split, train the tokenizer, tokenise, write the store and its baselines.
 
-Everything is held in memory: about 12 bytes per byte of text at the peak, which is the n-gram baselines'.
+Everything is held in memory: the text (a byte or more a character), 2 or 4 bytes a token, and for the n-gram
+baselines up to 2 GB, which 16 million tokens need. The 32 MB of the standard library peak at 1.5 GB.
 A local directory is written under another name and renamed when whole, so that it exists completely
 or not at all; on gs:// and s3:// the manifest is written last.
 """
@@ -59,8 +60,8 @@ def prepare(config: DataConfig, out: str, *, log: Log = to_stderr) -> str:
       ValueError: bad sources; `out` holds other data, or something else; no space left.
     """
     if config.synthetic:
-        raise ValueError("data.sources: expected text to prepare, got synthetic data, which needs no preparing; "
-                         "train on it directly")  # fmt: skip
+        raise ValueError("data.sources: expected text to prepare, got synthetic data, which needs no "
+                         "preparing; train on it directly")
     out = str(out).rstrip("/")
     if (epath.Path(out) / "manifest.json").exists():
         _reuse(config, out, log)
@@ -69,7 +70,7 @@ def prepare(config: DataConfig, out: str, *, log: Log = to_stderr) -> str:
     with _workspace(out) as workspace:
         facts = _write(config, workspace, log)
     log(f"prepare: {out} is ready: {facts['tokens']:,} tokens, fingerprint {facts['fingerprint'][:12]} "
-        f"({time.monotonic() - start:.1f} s)")  # fmt: skip
+        f"({time.monotonic() - start:.1f} s)")
     return out
 
 
@@ -80,8 +81,8 @@ def _reuse(config: DataConfig, out: str, log: Log) -> None:
     for source in config.sources:
         was, now = manifest["sources"][source.name]["identity"], sources.identity(source)
         if now and was != now:
-            log(f"prepare: warning: the files of source {source.name} have changed since; to read them again, "
-                f"delete {out} or prepare another directory")  # fmt: skip
+            log(f"prepare: warning: the files of source {source.name} have changed since; "
+                f"to read them again, delete {out} or prepare another directory")
 
 
 def _write(config: DataConfig, workspace: str, log: Log) -> dict[str, Any]:
@@ -107,18 +108,21 @@ def _write(config: DataConfig, workspace: str, log: Log) -> dict[str, Any]:
                 size = sum(len(document.data.encode()) for document in documents)
                 entries[name][split] = store.write_split(
                     workspace, name, split, ids, [document.id for document in documents],
-                    vocab_size=tokenizer.vocab_size, text_bytes=size)  # fmt: skip
+                    vocab_size=tokenizer.vocab_size, text_bytes=size)
                 tokens[split].append(np.concatenate(ids))
-                note.append(f"{len(tokens[split][-1]):,} tokens, {size / entries[name][split]['predictions']:.3f} "
-                            "bytes a token, every document comes back exactly")  # fmt: skip
+                rate = size / entries[name][split]["predictions"]
+                note.append(f"{len(tokens[split][-1]):,} tokens, {rate:.3f} bytes a token, "
+                            "every document comes back exactly")
                 documents.clear()
     with _stage(log, "n-gram baselines") as note:
         result = _baselines(tokens, tokenizer, sum(e["heldout"]["bytes"] for e in entries.values()))
         (epath.Path(workspace) / "baselines.json").write_text(json.dumps(result, indent=1) + "\n")
-        note.append(", ".join(f"{b['name']} {b['bits_per_byte']:.3f}" for b in result["baselines"]) + " bits per byte")
+        scores = ", ".join(f"{b['name']} {b['bits_per_byte']:.3f}" for b in result["baselines"])
+        note.append(f"{scores} bits per byte of held-out text")
     manifest = _manifest(config, tokenizer, entries)
     store.write_manifest(workspace, manifest)
-    return {"fingerprint": manifest["fingerprint"], "tokens": sum(len(t) for parts in tokens.values() for t in parts)}
+    total = sum(len(part) for parts in tokens.values() for part in parts)
+    return {"fingerprint": manifest["fingerprint"], "tokens": total}
 
 
 def _read(config: DataConfig, source: SourceConfig, seen: set[bytes]) -> Corpus:
@@ -127,11 +131,12 @@ def _read(config: DataConfig, source: SourceConfig, seen: set[bytes]) -> Corpus:
     splits = split_by_hash(list(cleaner(reader)), config.heldout_fraction)
     counts = {"identity": sources.identity(source), "read": {"documents": reader.read, "bytes": reader.bytes},
               "changed": dict(cleaner.changed),
-              "removed": {"invalid_utf8": len(reader.skipped), **cleaner.removed}}  # fmt: skip
+              "removed": {"invalid_utf8": len(reader.skipped), **cleaner.removed}}
     if not all(splits.values()):
-        raise ValueError(f"source {source.name} ({source.uri}): expected at least two different documents, one to "
-                         f"train on and one to hold out, got {sum(map(len, splits.values()))} of {reader.read} read; "
-                         "split the text into more files, or lower data.min_chars")  # fmt: skip
+        kept = sum(map(len, splits.values()))
+        raise ValueError(f"source {source.name} ({source.uri}): expected two different documents or more, "
+                         f"one to train on and one to hold out, got {kept} of the {reader.read} read; split the "
+                         "text into more files, or lower data.min_chars or data.heldout_fraction")
     return Corpus(splits, counts)
 
 
@@ -140,9 +145,11 @@ def split_by_hash(documents: Sequence[Document], fraction: float) -> dict[str, l
 
     Only where no hash falls under `fraction` is the smallest one held out, so that no split is empty.
     """
-    hashes = [hashlib.sha256(f"{d.id}\0{d.data}".encode()).digest()[:8] for d in documents]
-    bound = int(fraction * 2.0**64).to_bytes(9, "big")[1:]
-    bound = max(bound, min(hashes, default=bound) + b"\0") if len(documents) > 1 else bound
+    digests = [hashlib.sha256(f"{d.id}\0{d.data}".encode()).digest() for d in documents]
+    hashes = [int.from_bytes(digest[:8], "big") for digest in digests]
+    bound = int(fraction * 2.0**64)
+    if len(documents) > 1:
+        bound = max(bound, min(hashes) + 1)
     splits: dict[str, list[Document]] = {"train": [], "heldout": []}
     for document, value in zip(documents, hashes, strict=True):
         splits["heldout" if value < bound else "train"].append(document)
@@ -163,9 +170,9 @@ def tokenise(tokenizer: Tokenizer, documents: Sequence[Document], source: str) -
         ids = tokenizer.encode_batch(texts)
         bad = tokenizer.lossy(texts, ids)
         if bad is not None:
-            raise ValueError(f"document {batch[bad].id} of source {source}: expected the tokenizer to give back its "
-                             "text, got another text; use a tokenizer that loses nothing, or train one by leaving "
-                             "data.tokenizer.path empty")  # fmt: skip
+            raise ValueError(f"document {batch[bad].id} of source {source}: expected a tokenizer that gives "
+                             "back its text, got another text; use one that loses nothing, or train one by "
+                             "leaving data.tokenizer.path empty")
         out += [np.concatenate([bos, i.astype(dtype), eos]) for i in ids]
     return out
 
@@ -182,26 +189,28 @@ def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _baselines(tokens: dict[str, list[np.ndarray]], tokenizer: Tokenizer, heldout_bytes: int) -> dict[str, Any]:
+def _baselines(tokens: dict[str, list[np.ndarray]], tokenizer: Tokenizer,
+               heldout_bytes: int) -> dict[str, Any]:
     share = min(1.0, BASELINE_TOKENS / sum(map(len, tokens["train"])))
     train = np.concatenate([part[: int(len(part) * share)] for part in tokens["train"]])
     return ngram.baselines(train, np.concatenate(tokens["heldout"]), heldout_bytes=heldout_bytes,
-                           vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id)  # fmt: skip
+                           vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id)
 
 
-def _manifest(config: DataConfig, tokenizer: Tokenizer, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _manifest(config: DataConfig, tokenizer: Tokenizer, entries: dict[str, Any]) -> dict[str, Any]:
     """Everything about the data; the fingerprint covers what decides its rows."""
-    arrays = {name: {split: entry[split]["sha256"] for split in ("train", "heldout")} for name, entry in entries.items()}
+    arrays = {name: {split: entry[split]["sha256"] for split in ("train", "heldout")}
+              for name, entry in entries.items()}
     rows = [store.FORMAT, store.VERSION, tokenizer.hash, arrays]
-    packages = ("numpy", "sentencepiece", "tensorstore")
+    versions = {name: importlib.metadata.version(name) for name in ("numpy", "sentencepiece", "tensorstore")}
     return {
         "format": store.FORMAT, "version": store.VERSION,
         "fingerprint": hashlib.sha256(store.canonical(rows).encode()).hexdigest(),
         "config": config.prepared_by(),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "versions": {"python": platform.python_version()} | versions,
         "tokenizer": {"hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
         "sources": entries,
-    }  # fmt: skip
+    }
 
 
 def _describe(corpus: Corpus) -> str:
@@ -211,7 +220,7 @@ def _describe(corpus: Corpus) -> str:
     kept = {split: len(documents) for split, documents in corpus.splits.items()}
     return (f"{counts['read']['documents']:,} documents, {counts['read']['bytes'] / 1e6:.1f} MB; "
             f"changed: {changed or 'none'}; removed: {removed or 'none'}; "
-            f"{kept['train']:,} train, {kept['heldout']:,} held out")  # fmt: skip
+            f"{kept['train']:,} train, {kept['heldout']:,} held out")
 
 
 @contextlib.contextmanager
@@ -224,26 +233,26 @@ def _stage(log: Log, name: str) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _workspace(out: str) -> Iterator[str]:
-    """A directory to write into that becomes `out` when the block ends well, and vanishes when it does not."""
+    """A directory to write into: it becomes `out` when the block ends well, and vanishes when it does not."""
     if store.is_remote(out):
         yield out
         return
     out = os.path.abspath(os.path.expanduser(out))
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise ValueError(f"{out}: expected a prepared directory, an empty one or none, got something else; "
-                         "use another directory, or move that away")  # fmt: skip
+                         "use another directory, or move that away")
     temporary = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.partial")
     lock = _claim(temporary, out)
     try:
         yield temporary
         os.rename(temporary, out)
-    except Exception as error:
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-            raise ValueError(f"{out}: expected room for the prepared data, got a full disk; free some space, or "
-                             "use another directory") from error  # fmt: skip
+            raise ValueError(f"{out}: expected room for the prepared data, got a full disk; free some space, "
+                             "or use another directory") from error
         raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
 
 
@@ -253,10 +262,12 @@ def _claim(temporary: str, out: str) -> int:
     lock = os.open(temporary, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        if not os.path.samestat(os.fstat(lock), os.stat(temporary)):
+            raise BlockingIOError  # the other process has just finished, and renamed it
+    except (BlockingIOError, FileNotFoundError):
         os.close(lock)
-        raise ValueError(f"{out}: expected nobody else at work there, got another process that is preparing it; "
-                         "wait until it has ended") from None  # fmt: skip
+        raise ValueError(f"{out}: expected nobody else at work there, got another process that is preparing "
+                         "it; wait until it has ended") from None
     for name in os.listdir(temporary):  # left behind by a process that was killed
         path = os.path.join(temporary, name)
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)

@@ -79,7 +79,7 @@ def _summary(run: Run) -> str:
     on = f" of {_join(sources)}" if sources else ""
     done = f"{run.step:,} of {facts['steps']:,} steps so far" if run.unfinished else f"{run.step:,} steps"
     text = f"{what} trained for {done} on {seen}{on}. {_reached(run)}{_compared(run)}"
-    seconds, device = last(run.timing, "seconds"), _device(run)
+    seconds, device = run.seconds, _device(run)
     if seconds > 0:
         resumed = sum(name == "resume" for name, _, _ in run.events)
         text += f"It took {human_seconds(seconds)}" + (f" on {device}" if device else "")
@@ -150,7 +150,7 @@ def _header(run: Run) -> str:
 
 
 def _tiles(run: Run) -> str:
-    heldout, seconds = run.heldout, last(run.timing, "seconds")
+    heldout, seconds = run.heldout, run.seconds
     flops = median(run.timing, "model_flops_per_second")
     figures = [
         (f"{last(heldout, 'bits_per_byte'):.3f}", "held-out bits/byte", "heldout"),
@@ -240,15 +240,20 @@ def _samples(run: Run, steps_shown: int = 6, each: int = 4) -> str:
 
 def _time(run: Run) -> str:
     """Where the wall time went, by the events that timing.jsonl holds."""
-    seconds = last(run.timing, "seconds")
+    seconds = run.seconds
     spent: dict[str, list[float]] = {}
     for name, _, duration in run.events:
-        if name in ("compile", "eval", "checkpoint") and math.isfinite(duration):
+        if name in ("compile", "eval", "sample", "checkpoint") and math.isfinite(duration):
             spent.setdefault(name, []).append(duration)
     rest = seconds - sum(map(sum, spent.values()))
     if not (spent and rest > 0):
         return ""
-    words = {"compile": "compiling", "eval": "evaluating", "checkpoint": "saving checkpoints"}
+    words = {
+        "compile": "compiling",
+        "eval": "evaluating",
+        "sample": "sampling",
+        "checkpoint": "saving checkpoints",
+    }
     parts = [("training", rest / seconds, human_seconds(rest))]
     for name, each in spent.items():
         parts.append(
@@ -293,6 +298,8 @@ def _walk(value: Any, path: tuple[str, ...], rows: list, removed: list, facts: l
             rows.append([name, f"{value['documents']:,}", human_count(tokens), human_count(size), ratio])
             value = {key: inner for key, inner in value.items() if "removed" in key or key == "splits"}
         for key, inner in value.items():
+            if key == "config":
+                continue  # shown whole further down
             _walk(inner, (*path, str(key)), rows, removed, facts)
     elif isinstance(value, list):
         for number, inner in enumerate(value):

@@ -22,7 +22,7 @@ class Run:
     """What the files of a run hold; empty where there is no file.
 
     evals: name of the group ("eval", "eval_ema") -> columns without the group's prefix.
-    events: (name, step, seconds). data: (source and split, documents, tokens, bytes).
+    events: (name, step, seconds). seconds: wall time over all starts, nan if unknown.
     """
 
     workdir: Path
@@ -32,6 +32,7 @@ class Run:
     evals: dict[str, Columns] = field(default_factory=dict)
     timing: Columns = field(default_factory=dict)
     events: list[tuple[str, int, float]] = field(default_factory=list)
+    seconds: float = math.nan
     samples: list[dict[str, Any]] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
     baselines: list[dict[str, Any]] = field(default_factory=list)
@@ -130,6 +131,7 @@ def read_run(workdir: Path) -> Run:
     timing = list(_records(workdir / "timing.jsonl"))
     run.timing = _columns([record for record in timing if "event" not in record])
     run.events = [(r["event"], r["step"], float(r.get("seconds", 0.0))) for r in timing if "event" in r]
+    run.seconds = _wall_seconds(timing)
     run.samples = list(read_jsonl(workdir / "samples.jsonl"))
     named = Path(str(run.facts.get("data", {}).get("directory") or "data"))
     for directory in (named, workdir / named, workdir / "data"):
@@ -138,6 +140,17 @@ def read_run(workdir: Path) -> Run:
             run.baselines = _json(directory / "baselines.json").get("baselines", [])
             break
     return run
+
+
+def _wall_seconds(timing: list[dict[str, Any]]) -> float:
+    """What the last line of figures says, and what happened after it: the last evaluation, the last save."""
+    figures = [number for number, record in enumerate(timing) if "event" not in record]
+    if not figures:
+        return math.nan
+    after = timing[figures[-1] + 1 :]
+    return float(timing[figures[-1]].get("seconds", math.nan)) + sum(
+        float(r.get("seconds", 0)) for r in after
+    )
 
 
 def last(columns: Columns, name: str) -> float:

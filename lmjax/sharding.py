@@ -70,7 +70,7 @@ class MeshConfig:
                                  f"{', '.join(MESH_AXES)}, got {name!r}: {list(axes)}; correct the name")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, as a key of compiled programs
 class Layout:
     """A mesh and the rules that place named axes on it."""
 

@@ -23,7 +23,7 @@ from lmjax.data import Tokenizer, eval_batches, make_batches, open_splits
 from lmjax.data.pipeline import Mixture, Split
 from lmjax.evaluate import bits_per_byte, evaluate
 from lmjax.generate import Generator, Sampling
-from lmjax.metrics import MetricsWriter, Progress, human_count, human_seconds
+from lmjax.metrics import MetricsWriter, Progress, human_count
 from lmjax.models import Model, build_model
 from lmjax.optim import make_optimizer, make_schedule
 from lmjax.prepare import prepare
@@ -55,6 +55,7 @@ class Run:
     checkpointer: Checkpointer
     about: dict[str, Any]
     state: TrainState | None = None
+    compiled: Callable[..., tuple[TrainState, Metrics]] | None = None  # step_fn, once the loop has started
 
 
 def train(recipe: Recipe, workdir: str | Path, log: Log = lambda line: print(line, file=sys.stderr, flush=True)) -> str:
@@ -73,17 +74,9 @@ def train(recipe: Recipe, workdir: str | Path, log: Log = lambda line: print(lin
             run = set_up(recipe, workdir, log)
             start = int(run.state.step)
             writer = MetricsWriter(workdir, start) if jax.process_index() == 0 else _Silent()
-            writer.event(start, "resume" if start else "start", time.monotonic() - began)
-            outcome = "done"
-            if start < recipe.train.steps and not stop.due(start):
-                _compile(run, writer, start, log)
-                outcome = Loop(run, writer, log).run(start, stop)
-            elif start < recipe.train.steps:
-                outcome = "stopped"
-            else:
-                log(f"already at the last step, {start}")
-            run.checkpointer.close()
-            writer.close()
+            with contextlib.closing(run.checkpointer), contextlib.closing(writer):
+                writer.event(start, "resume" if start else "start", time.monotonic() - began)
+                outcome = Loop(run, writer).run(start, recipe.train.steps, stop)
         if jax.process_index() == 0:
             log(f"report: {write_report(workdir)}")
     return outcome
@@ -124,27 +117,31 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
 class Loop:
     """The training loop. Step k is dispatched before the metrics of step k-1 are read."""
 
-    def __init__(self, run: Run, writer: MetricsWriter, log: Log):
-        self.run_, self.writer, self.log = run, writer, log
+    def __init__(self, run: Run, writer: MetricsWriter):
+        self.run_, self.writer = run, writer
         self.pending: tuple[int, Metrics, float, float] | None = None
         self.progress: Progress | None = None
         self.tokens = run.about["data"].get("tokens", 0)  # trained before this start
         self.began = time.monotonic()
 
-    def run(self, start: int, stop: StopSignal) -> str:
-        """Runs steps [start, recipe.train.steps) and leaves the state saved. "done" or "stopped"."""
+    def run(self, start: int, end: int, stop: StopSignal) -> str:
+        """Runs steps [start, end) and leaves the state in the run. "done", or "stopped" and saved."""
         run, recipe = self.run_, self.run_.recipe
+        if start >= end or stop.due(start):  # nothing left to do, or asked to stop before anything began
+            return "done" if start >= end else "stopped"
         steps, state = recipe.train.steps, run.state
         run.state = None  # the step donates it
-        batches = make_batches(run.train_split, batch_size=recipe.train.batch_size, start_step=start, stop_step=steps,
+        batches = make_batches(run.train_split, batch_size=recipe.train.batch_size, start_step=start, stop_step=end,
                                sharding=run.layout.sharding(("batch", "seq")))
         with contextlib.closing(batches), contextlib.closing(_progress(steps)) as self.progress:
+            if run.compiled is None:
+                _compile(run, self.writer, start)  # while the first batches are made in the background
             last = time.monotonic()
-            for step in range(start + 1, steps + 1):
+            for step in range(start + 1, end + 1):
                 asked = time.monotonic()
                 batch = next(batches)
                 waited = time.monotonic() - asked
-                state, metrics = run.step_fn(state, batch)
+                state, metrics = run.compiled(state, batch)
                 self._report()
                 now = time.monotonic()
                 self.pending, last = (step, metrics, now - last, waited), now
@@ -153,8 +150,10 @@ class Loop:
                     self._milestone(step, state, stopping)
                     last = time.monotonic()
                 if stopping and step < steps:
-                    self.log(f"stopped and saved at step {step}; the same command goes on from there")
+                    self.progress.log(f"stopped and saved at step {step}; the same command goes on from there")
                     return "stopped"
+            self._report()
+            run.state = state
         return "done"
 
     def _due(self, step: int) -> bool:
@@ -227,7 +226,7 @@ class Loop:
             self.writer.sample(step, prompt, run.tokenizer.decode(answer))
 
 
-def _compile(run: Run, writer: MetricsWriter, step: int, log: Log) -> None:
+def _compile(run: Run, writer: MetricsWriter, step: int) -> None:
     """Compiles the step before the loop, so that its time is known and its errors come first."""
     began = time.monotonic()
     shape = (run.recipe.train.batch_size, run.recipe.data.seq_len)
@@ -235,10 +234,8 @@ def _compile(run: Run, writer: MetricsWriter, step: int, log: Log) -> None:
     kinds = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32,
              "loss_mask": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in kinds.items()}
-    run.step_fn = run.step_fn.lower(run.spec.shapes, batch).compile()
-    seconds = time.monotonic() - began
-    writer.event(step, "compile", seconds)
-    log(f"compiled the step in {human_seconds(seconds)}")
+    run.compiled = run.step_fn.lower(run.spec.shapes, batch).compile()
+    writer.event(step, "compile", time.monotonic() - began)
 
 
 def _restore(run: Run, log: Log) -> None:

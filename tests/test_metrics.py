@@ -1,4 +1,4 @@
-"""What is written while a run trains: exact, valid, safe from a kill, and readable as TensorBoard reads it."""
+"""What is written while a run trains: exact, valid, safe from a kill, and readable by TensorBoard."""
 
 import io
 import json
@@ -78,16 +78,17 @@ def test_replaying_the_step_resumed_at_adds_nothing(tmp_path):
     assert files(tmp_path / "again") == files(tmp_path / "straight")
 
 
-def test_torn_at_any_byte(tmp_path):
-    write_steps(tmp_path, 0, range(1, 6))
+def test_torn_at_any_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # hundreds of them, and no power cut to survive
+    write_steps(tmp_path, 0, range(1, 4))
     whole = files(tmp_path)
     for name, content in whole.items():
         ends = [match.end() for match in re.finditer(b"\n", content)]
         for cut in range(len(content) + 1):
             (tmp_path / name).write_bytes(content[:cut])
-            MetricsWriter(tmp_path, 4, tensorboard=False).close()
+            MetricsWriter(tmp_path, 2, tensorboard=False).close()
             kept = content[: max([end for end in ends if end <= cut], default=0)]
-            expected = b"".join(line for line in kept.splitlines(True) if json.loads(line)["step"] <= 4)
+            expected = b"".join(line for line in kept.splitlines(True) if json.loads(line)["step"] <= 2)
             assert (tmp_path / name).read_bytes() == expected
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -207,7 +208,7 @@ def test_piped_progress():
     lines = text.splitlines()
     assert "evaluated" in lines and len(lines) == len(times) + 1
     assert lines[0] == (
-        "step 1/1,000   0% | loss 2.0000 | 1.5000 bits/byte | 12.3k tokens/s | data wait 1.2% | ETA -"
+        "step 1/1,000 0% | loss 2.000 | 1.500 bits/byte | 12.3k tokens/s | data wait 1.2% | ETA -"
     )
     assert lines[-1].startswith("step 1,000/1,000 100% |") and lines[-1].endswith("ETA 0ms")
     assert re.search(r"step 241/1,000 +24% .* ETA 1m35s$", text, re.M)
@@ -221,8 +222,8 @@ def test_piped_progress_shows_the_last_update_of_a_run_that_stops_early():
     progress.close()
     progress.close()
     assert [line.split(" | ")[0] for line in stream.getvalue().splitlines()] == [
-        "step 1/1,000   0%",
-        "step 2/1,000   0%",
+        "step 1/1,000 0%",
+        "step 2/1,000 0%",
     ]
     Progress(10, stream).close()  # nothing was shown: nothing is written
 
@@ -240,10 +241,23 @@ def test_live_progress_stays_on_one_line(monkeypatch):
     progress.close()
     text = stream.getvalue()
     assert text.count("\n") == 3 and text.endswith("\n")
-    frames = re.findall(r"\r(step[^\r\n\x1b]*)\x1b\[K", text)
+    frames = re.findall(r"\r(\d[^\r\n\x1b]*)\x1b\[K", text)
     assert 8 <= len(frames) <= 16  # of a hundred updates within a second
-    assert max(map(len, frames)) == 49 and frames[-1].startswith("step 100/100 100%")
-    assert "\r\x1b[Ka message\nof two lines\n\rstep " in text
+    assert max(map(len, frames)) == 49 and frames[-1].startswith("100/100 100%  loss 2.000  1.500 bits/byte")
+    assert "\r\x1b[Ka message\nof two lines\n\r50/100 50%  " in text
+
+
+def test_live_progress_fits_eighty_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    stream, clock = Terminal(), Clock()
+    progress = Progress(2000, stream, clock)
+    progress.update(1, 9.0, 3.5, 100.0)
+    clock.now += 300
+    progress.update(1201, 3.2, 1.1, 21_000, 0.004)
+    progress.close()
+    expected = "1,201/2,000 60%  loss 3.200  1.100 bits/byte  21.0k tok/s  wait 0%  ETA 3m20s"
+    assert f"\r{expected}\x1b[K" in stream.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -258,8 +272,9 @@ def test_human_count(value, expected):
 
 @pytest.mark.parametrize(
     "seconds, expected",
-    [(0, "0ms"), (0.02, "20ms"), (0.9996, "1.0s"), (5.25, "5.2s"), (9.96, "10s"), (59.4, "59s"), (59.6, "1m00s"),
-     (200, "3m20s"), (3599.7, "1h00m"), (3700, "1h01m"), (86399.9, "1d00h"), (200_000, "2d07h"), (math.inf, "?")],
+    [(0, "0ms"), (0.02, "20ms"), (0.9996, "1.0s"), (5.25, "5.2s"), (9.96, "10s"), (59.4, "59s"),
+     (59.6, "1m00s"), (200, "3m20s"), (3599.7, "1h00m"), (3700, "1h01m"), (86399.9, "1d00h"),
+     (200_000, "2d07h"), (math.inf, "?")],
 )  # fmt: skip
 def test_human_seconds(seconds, expected):
     assert human_seconds(seconds) == expected

@@ -210,19 +210,29 @@ def test_muon_takes_experts_as_separate_and_refuses_what_is_no_matrix():
 
 def test_adafactor_treats_every_layer_alone():
     axes = {"w": ("layers", "embed", "mlp"), "scale": ("layers", "norm")}
-    grads = random_like({"w": (3, 128, 130), "scale": (3, 4)}, 0)
-    grads = jax.tree.map(lambda g: g * jnp.array([1e-3, 1.0, 50.0]).reshape(3, *[1] * (g.ndim - 1)), grads)
-    config = bare("adafactor")
-    tx = make_optimizer(config, 10, axes)
-    sizes = sorted(leaf.size for leaf in jax.tree.leaves(tx.init(grads)) if leaf.size > 3)
-    assert sizes == [12, 3 * 128, 3 * 130], "expected one row and one column of statistics for each matrix"
-    together = first_updates(config, grads, grads, axes)
+    params = random_like({"w": (3, 128, 130), "scale": (3, 4)}, 0)
+    state = make_optimizer(bare("adafactor"), 9, axes).init(params)
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(state))
+    assert sizes[-3:] == [12, 3 * 128, 3 * 130], "expected one row and one column of statistics a matrix"
+
+    def second_update(params, axes, growth):
+        """The gradient grows from step to step by another factor in each layer, so that some are clipped."""
+        tx = make_optimizer(bare("adafactor"), 9, axes)
+        _, state = tx.update(params, tx.init(params), params)
+        return tx.update(jax.tree.map(jnp.multiply, params, growth), state, params)[0]
+
+    growth = jnp.array([0.1, 1.0, 9.0])
+    stacked = {"w": growth[:, None, None], "scale": growth[:, None]}
+    together = jax.jit(lambda p: second_update(p, axes, stacked))(params)
+    own = {"w": ("embed", "mlp"), "scale": ("norm",)}
+    single = jax.jit(lambda p, growth: second_update(p, own, {"w": growth, "scale": growth}))
+    rms = []
     for i in range(3):
-        layer = jax.tree.map(lambda g, i=i: g[i], grads)
-        alone = first_updates(config, layer, layer, {"w": ("embed", "mlp"), "scale": ("norm",)})
+        alone = single(jax.tree.map(lambda p, i=i: p[i], params), growth[i])
         for name, update in alone.items():
             np.testing.assert_allclose(together[name][i], update, rtol=1e-4)
-            assert float(jnp.sqrt(jnp.mean(update ** 2))) <= 1.0001
+        rms.append(float(jnp.sqrt(jnp.mean(alone["w"] ** 2))))
+    assert rms[0] < 0.5 and 0.999 < rms[2] < 1.001, "expected one layer to be clipped and another not"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

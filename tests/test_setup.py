@@ -97,7 +97,7 @@ case "$*" in
   *"sys.version_info <"*) exit {int(tuple(map(int, version.split("."))) < (3, 11))} ;;
   *"%d.%d"*) echo {version} ;;
   *--version*) echo Python {version} ;;
-  *"-m venv"*) for last; do :; done; mkdir -p "$last/bin"; cp "$0" "$last/bin/python" ;;
+  *"-m venv"*) for last; do :; done; mkdir -p "$last/bin"; cd "$last/bin"; cp "$0" python; touch pip ;;
   *"-m pip"*) echo "$@" >> "$CALLS" ;;
 esac
 """)
@@ -136,6 +136,13 @@ def test_a_failed_installation_is_tried_again(checkout):
     done = launch(checkout, python)
     assert done.returncode == 2 and "no such package" in done.stderr
     assert "installing" in launch(checkout, python).stderr
+
+
+def test_a_half_made_environment_is_made_anew(checkout):
+    python = fake_python(checkout / "bin", "3.12")
+    shutil.copy(python, fake_python(checkout / ".venv" / "bin", "3.12").with_name("python"))
+    assert "making" in launch(checkout, python).stderr
+    assert "making" not in launch(checkout, python).stderr
 
 
 def test_an_old_python_is_refused(checkout):

@@ -1,7 +1,9 @@
 """Data: from raw text to rows of tokens in a pure, replayable order."""
 
-from lmjax.data.pipeline import DataConfig, eval_batches, make_batches, open_splits
+from lmjax.data.batches import eval_batches, make_batches
+from lmjax.data.pipeline import DataConfig, open_splits
 from lmjax.data.sources import SourceConfig
 from lmjax.data.tokenizer import Tokenizer, TokenizerConfig
 
-__all__ = ["DataConfig", "SourceConfig", "Tokenizer", "TokenizerConfig", "eval_batches", "make_batches", "open_splits"]
+__all__ = ["DataConfig", "SourceConfig", "Tokenizer", "TokenizerConfig", "eval_batches", "make_batches",
+           "open_splits"]

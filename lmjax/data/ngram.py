@@ -82,14 +82,14 @@ class NGram:
             if k == 0:
                 count_G = np.where(counts.keys[0] == self.bos_id, 0, count_G)  # a history, never a prediction
             histories = len(counts.keys[k - 1]) if k else 1
-            self._orders.append(_smooth(counts.keys[k], count_G.astype(np.float64), histories, self.vocab_size))
+            self._orders.append(_smooth(counts.keys[k], count_G.astype(float), histories, self.vocab_size))
 
     def log_probs(self, tokens: np.ndarray) -> np.ndarray:
         """Natural log of the probability of each token given its document so far; float64 [T], 0 for BOS."""
         tokens = np.asarray(tokens).astype(np.uint64)
         place_T = positions(tokens, self.bos_id)
         p_T = np.full(len(tokens), 1 / self.vocab_size)
-        history_T = np.zeros(len(tokens), np.int64)  # rank of the k - 1 tokens before, -1 if unseen or cut off
+        history_T = np.zeros(len(tokens), np.int64)  # rank of the k - 1 tokens before, -1 if unseen
         for order in self._orders:
             known = np.flatnonzero(history_T >= 0)
             history = history_T[known]
@@ -146,7 +146,7 @@ def unigram_log_probs(train: np.ndarray, tokens: np.ndarray, *, vocab_size: int,
 
 
 def baselines(train: np.ndarray, heldout: np.ndarray, *, heldout_bytes: int, vocab_size: int,
-              bos_id: int) -> dict[str, Any]:  # fmt: skip
+              bos_id: int) -> dict[str, Any]:
     """Losses of a unigram, a bigram and a 5-gram model on all predictions of the held-out documents.
 
     Args:
@@ -165,6 +165,8 @@ def baselines(train: np.ndarray, heldout: np.ndarray, *, heldout_bytes: int, voc
         "unit": "loss: nats per token; bits_per_byte: bits per UTF-8 byte of the held-out text",
         "train_tokens": len(train),
         "heldout": {"tokens": predictions, "bytes": heldout_bytes},
-        "baselines": [{"name": name, "loss": n / predictions, "bits_per_byte": n / heldout_bytes / math.log(2)}
-                      for name, n in nats.items()],
-    }  # fmt: skip
+        "baselines": [
+            {"name": name, "loss": n / predictions, "bits_per_byte": n / heldout_bytes / math.log(2)}
+            for name, n in nats.items()
+        ],
+    }

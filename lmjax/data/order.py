@@ -89,14 +89,22 @@ class BlockMixture:
 
     def running(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers int64 [n] -> (source int64 [n], how many rows of that source came before it [n])."""
-        block, place = np.divmod(np.asarray(g, np.int64), BLOCK)
-        place = permute(place, BLOCK, fold(key_of("block", self.seed), block))
-        before = self._before(block)
-        ends = np.cumsum(self._before(block + 1) - before, axis=1)
-        source = (place[:, None] >= ends).sum(axis=1)
-        rows = np.arange(len(source))
-        begin = np.where(source > 0, ends[rows, source - 1], 0)
-        return source, before[rows, source] + place - begin
+        g = np.asarray(g, np.int64)
+        if len(self.names) == 1:
+            return np.zeros_like(g), g
+        block, place = np.divmod(g, BLOCK)
+        blocks, which = np.unique(block, return_inverse=True)
+        before_US, shape = self._before(blocks), (len(blocks), BLOCK)
+        key_U = fold(key_of("block", self.seed), blocks)
+        mixed_UB = permute(np.tile(np.arange(BLOCK), len(blocks)), BLOCK, np.repeat(key_U, BLOCK)).reshape(shape)
+        ends_US = np.cumsum(self._before(blocks + 1) - before_US, axis=1)
+        source_UB = sum(mixed_UB >= ends_US[:, s, None] for s in range(len(self.names)))
+        rank_UB = np.zeros(shape, np.int64)  # rows of the same source that come earlier in the block
+        for s in range(len(self.names)):
+            mine_UB = source_UB == s
+            rank_UB += mine_UB * (np.cumsum(mine_UB, axis=1) - 1)
+        source = source_UB[which, place]
+        return source, before_US[which, source] + rank_UB[which, place]
 
     def locate(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Row numbers int64 [n] -> (source, epoch, packed row of the source), int64 [n] each."""

@@ -1,26 +1,16 @@
-"""From a data config to batches: splits whose rows are a pure function, and iterators over steps.
-
-Global row g = step * batch_size + i. Nothing here has state to save: starting at another step is
-passing another `start_step`, and each process reads only the rows that its own devices hold.
-"""
+"""From a data config to splits: rows of several sources, found by their number in the run alone."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from lmjax.config import at_least, choice, plain
-from lmjax.data import packing
+from lmjax.data import clean, packing
 from lmjax.data.order import BlockMixture
 from lmjax.data.packing import Rows
 from lmjax.data.sources import SourceConfig, is_synthetic
@@ -28,8 +18,6 @@ from lmjax.data.store import SplitStore, canonical, read_manifest
 from lmjax.data.synthetic import SyntheticRows
 from lmjax.data.tokenizer import TokenizerConfig
 
-NAMES = ("tokens", "targets", "segment_ids", "positions", "loss_mask")  # of a row dict
-PREFETCH = 4  # batches made ahead: enough to ride over one slow read, little memory
 SYNTHETIC_ROWS = 4096  # an epoch of `synthetic`; `synthetic:N` has N
 
 
@@ -63,17 +51,17 @@ class DataConfig:
     memory_limit_mib: int = 1024
 
     def __post_init__(self) -> None:
-        from lmjax.data.clean import RULES
-
         choice("packing", self.packing, packing.METHODS)
         at_least(2, seq_len=self.seq_len)
         at_least(0, min_chars=self.min_chars, memory_limit_mib=self.memory_limit_mib, seed=self.seed)
         for rule in self.clean:
-            choice("clean", rule, RULES)
+            choice("clean", rule, clean.RULES)
         if not 0 < self.heldout_fraction < 1:
-            raise ValueError(f"heldout_fraction: expected a share in (0, 1), got {self.heldout_fraction}; use e.g. 0.02")
+            raise ValueError(f"heldout_fraction: expected a share in (0, 1), got {self.heldout_fraction}; "
+                             "use e.g. 0.02")
         if not 0 <= self.invalid_utf8_budget <= 1:
-            raise ValueError(f"invalid_utf8_budget: expected a share in [0, 1], got {self.invalid_utf8_budget}; use e.g. 0.02")
+            raise ValueError("invalid_utf8_budget: expected a share in [0, 1], got "
+                             f"{self.invalid_utf8_budget}; use e.g. 0.02")
         names = [source.name for source in self.sources]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sources: expected one or more with different names, got {names}; rename them")
@@ -89,7 +77,9 @@ class DataConfig:
     def prepared_by(self) -> dict[str, Any]:
         """The part of the config that decides what `prepare` writes, as plain JSON values."""
         keys = ("tokenizer", "heldout_fraction", "invalid_utf8_budget", "min_chars", "clean")
-        sources = [{"name": s.name, "uri": s.uri, "text_field": s.text_field, "data_dir": s.data_dir} for s in self.sources]
+        sources = [plain(source) for source in self.sources]
+        for source in sources:
+            del source["weight"]  # may change from run to run
         return {"sources": sources} | {key: plain(getattr(self, key)) for key in keys}
 
 
@@ -164,7 +154,7 @@ class Mixture(Split):
     def __init__(self, sources: Sequence[RowSource], *, weights: Sequence[float], seed: int):
         super().__init__(sources, f"mixture-1 {list(weights)} {seed}")
         self.order = BlockMixture(names=[s.name for s in sources], sizes=[s.num_rows for s in sources],
-                                  weights=weights, seed=seed)  # fmt: skip
+                                  weights=weights, seed=seed)
 
     def locate(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         source, _, row = self.order.locate(g)
@@ -199,7 +189,8 @@ def open_splits(config: DataConfig, directory: str = "", *, verify: bool = False
       ValueError: no prepared data, prepared by another config, or damaged.
     """
     make = _synthetic if config.synthetic else _stored(config, directory, verify)
-    train, heldout = ([make(config, source, split) for source in config.sources] for split in ("train", "heldout"))
+    train = [make(config, source, "train") for source in config.sources]
+    heldout = [make(config, source, "heldout") for source in config.sources]
     return Mixture(train, weights=[s.weight for s in config.sources], seed=config.seed), InOrder(heldout)
 
 
@@ -207,18 +198,18 @@ def _synthetic(config: DataConfig, source: SourceConfig, split: str) -> Syntheti
     rows = int(source.uri.partition(":")[2] or SYNTHETIC_ROWS)
     rows = rows if split == "train" else max(1, round(rows * config.heldout_fraction))
     return SyntheticRows(name=source.name, vocab_size=config.tokenizer.vocab_size, seq_len=config.seq_len,
-                         num_rows=rows, seed=config.seed, split=split)  # fmt: skip
+                         num_rows=rows, seed=config.seed, split=split)
 
 
-def _stored(config: DataConfig, directory: str, verify: bool) -> Callable[[DataConfig, SourceConfig, str], PackedRows]:
+def _stored(config: DataConfig, directory: str, verify: bool) -> Callable[..., PackedRows]:
     manifest = read_manifest(directory)
     check_prepared_by(config, manifest, directory)
 
     def make(config: DataConfig, source: SourceConfig, split: str) -> PackedRows:
         store = SplitStore(directory, source.name, split, manifest["sources"][source.name][split],
-                           memory_limit=config.memory_limit_mib << 20, verify=verify)  # fmt: skip
+                           memory_limit=config.memory_limit_mib << 20, verify=verify)
         return PackedRows(store, name=source.name, vocab_size=manifest["tokenizer"]["vocab_size"],
-                          seq_len=config.seq_len, method=config.packing)  # fmt: skip
+                          seq_len=config.seq_len, method=config.packing)
 
     return make
 
@@ -228,186 +219,5 @@ def check_prepared_by(config: DataConfig, manifest: dict[str, Any], directory: s
     got, expected = manifest["config"], config.prepared_by()
     for key in expected:
         if got.get(key) != expected[key]:
-            raise ValueError(f"{directory}: expected data prepared with {key} = {canonical(expected[key])}, got "
-                             f"{canonical(got.get(key))}; use another directory, or delete this one")
-
-
-def make_batches(split: Split, *, batch_size: int, start_step: int, stop_step: int,
-                 sharding: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:  # fmt: skip
-    """Batches of the steps [start_step, stop_step): step s holds rows s * batch_size .. + batch_size - 1.
-
-    Args:
-      split: what to read.
-      batch_size: rows in a global batch.
-      sharding: of the dimensions (batch, seq) over the devices of all processes.
-    Returns:
-      an iterator of row dicts of global arrays [batch_size, seq_len]; the work is done ahead, in the
-      background, from this call on.
-    Raises:
-      ValueError: the batch or the sequence does not divide over the mesh (at once, not at the first batch).
-    """
-    shape = (batch_size, split.seq_len)
-    local = local_rows(shape, sharding)
-
-    def host_batch(step: int) -> Rows:
-        return split.rows(step * batch_size + local)
-
-    return _device_batches(split, host_batch, range(start_step, stop_step), shape, sharding, local)
-
-
-def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:
-    """Every row of the split once, in order; rows that fill up the last batch are all padding, masked.
-
-    Arguments, result and errors are those of `make_batches`.
-    """
-    shape, total = (batch_size, split.seq_len), split.num_rows()
-    local = local_rows(shape, sharding)
-
-    def host_batch(step: int) -> Rows:
-        g = step * batch_size + local
-        rows = packing.empty_rows(len(g), split.seq_len)
-        inside = g < total
-        for name, values in split.rows(g[inside]).items() if inside.any() else ():
-            rows[name][inside] = values
-        return rows
-
-    return _device_batches(split, host_batch, range(-(-total // batch_size)), shape, sharding, local)
-
-
-def local_rows(shape: tuple[int, int], sharding: jax.sharding.Sharding) -> np.ndarray:
-    """Rows of a global batch that this process's devices hold under `sharding`; int64, ascending."""
-    try:
-        sharding.shard_shape(shape)
-    except ValueError as error:
-        raise ValueError(f"batch_size, seq_len: expected sizes that the mesh divides, got {shape} for {sharding}; "
-                         "make them multiples of the mesh axes that they are split over") from error
-    return rows_of(sharding.addressable_devices_indices_map(shape).values(), shape[0])
-
-
-def rows_of(indices: Any, batch_size: int) -> np.ndarray:
-    """The rows that any of these (batch, seq) index pairs covers; int64, ascending."""
-    wanted = np.zeros(batch_size, bool)
-    for index in indices:
-        wanted[index[0] if index else slice(None)] = True
-    return np.flatnonzero(wanted)
-
-
-def to_global(rows: Rows, shape: tuple[int, int], sharding: jax.sharding.Sharding, local: np.ndarray) -> dict[str, jax.Array]:
-    """Global arrays from the rows `local` of this process."""
-    place = np.zeros(shape[0], np.int64)
-    place[local] = np.arange(len(local))
-
-    def shard(values: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-        begin, stop, _ = index[0].indices(shape[0])
-        return values[place[begin] : place[begin] + stop - begin, index[1]]
-
-    return {name: jax.make_array_from_callback(shape, sharding, lambda index, v=values: shard(v, index))
-            for name, values in rows.items()}  # fmt: skip
-
-
-def _device_batches(split, host_batch, steps, shape, sharding, local) -> Iterator[dict[str, jax.Array]]:
-    feed = _TfData if split.through_tensorflow else _Thread
-    host = feed(host_batch, steps, split.seq_len)
-
-    def batches() -> Iterator[dict[str, jax.Array]]:
-        with contextlib.closing(host):
-            for rows in host:
-                yield to_global(rows, shape, sharding, local)
-
-    return batches()
-
-
-class _Thread:
-    """host_batch(step) for every step, a few ahead, in a thread: for data that needs no TensorFlow."""
-
-    def __init__(self, host_batch: Callable[[int], Rows], steps: range, seq_len: int):
-        self._queue: queue.Queue[Rows | Exception | None] = queue.Queue(PREFETCH)
-        self._stop = threading.Event()
-        args = (host_batch, steps, self._queue, self._stop)
-        threading.Thread(target=self._work, args=args, name="lmjax-data", daemon=True).start()
-
-    @staticmethod
-    def _work(host_batch, steps, out, stop) -> None:
-        def put(item: Rows | Exception | None) -> None:
-            while not stop.is_set():
-                with contextlib.suppress(queue.Full):
-                    return out.put(item, timeout=0.2)
-
-        try:
-            for step in steps:
-                put(host_batch(step))
-                if stop.is_set():
-                    return
-            put(None)
-        except Exception as error:  # raised again where the batch is asked for
-            put(error)
-
-    def __iter__(self) -> Iterator[Rows]:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-
-    def close(self) -> None:
-        self._stop.set()
-
-    __del__ = close
-
-
-class _TfData:
-    """The same by tf.data: Dataset.range(start, stop) mapped over host_batch, deterministic, prefetched."""
-
-    def __init__(self, host_batch: Callable[[int], Rows], steps: range, seq_len: int):
-        self._error: list[Exception] = []
-        self._made: Future[Any] = Future()
-        args = (self._made, self._error, host_batch, steps)
-        # In a thread because importing TensorFlow takes seconds, in which the model can be compiled.
-        threading.Thread(target=self._work, args=args, name="lmjax-data", daemon=True).start()
-
-    @staticmethod
-    def _work(made, errors, host_batch, steps) -> None:
-        try:
-            made.set_result(_dataset(errors, host_batch, steps).as_numpy_iterator())
-        except Exception as error:
-            made.set_exception(error)
-
-    def __iter__(self) -> Iterator[Rows]:
-        iterator = self._made.result()
-        while True:
-            try:
-                values = next(iterator)
-            except StopIteration:
-                return
-            except Exception:
-                if self._error:  # what host_batch raised, rather than TensorFlow's account of it
-                    raise self._error[0] from None
-                raise
-            yield dict(zip(NAMES, values, strict=True))
-
-    def close(self) -> None:
-        """tf.data stops when its iterator is dropped."""
-
-
-def _dataset(errors: list[Exception], host_batch: Callable[[int], Rows], steps: range) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is first imported
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")  # TensorFlow feeds data and nothing else
-
-    def call(step: np.ndarray) -> list[np.ndarray]:
-        try:
-            rows = host_batch(int(step))
-        except Exception as error:
-            errors.append(error)
-            raise
-        return [rows[name] for name in NAMES]
-
-    types = [tf.float32 if name == "loss_mask" else tf.int32 for name in NAMES]
-    data = tf.data.Dataset.range(steps.start, steps.stop)
-    data = data.map(lambda step: tf.numpy_function(call, [step], types, stateful=False))
-    options = tf.data.Options()
-    options.deterministic = True
-    options.autotune.enabled = False
-    options.threading.private_threadpool_size = 1  # the cores belong to XLA
-    options.threading.max_intra_op_parallelism = 1
-    return data.prefetch(PREFETCH).with_options(options)
+            raise ValueError(f"{directory}: expected data prepared with {key} = {canonical(expected[key])}, "
+                             f"got {canonical(got.get(key))}; use another directory, or delete this one")

@@ -54,7 +54,8 @@ class SourceConfig:
         scheme, _, rest = self.uri.partition(":")
         if is_synthetic(self):
             if rest and not (rest.isdecimal() and int(rest)):
-                raise ValueError(f"uri: expected synthetic or synthetic:ROWS, got {self.uri!r}; give a number")
+                raise ValueError(f"uri: expected synthetic or synthetic:ROWS, got {self.uri!r}; "
+                                 "give a number")
         elif scheme not in SCHEMES or not rest:
             known = ", ".join([*(f"{s}:..." for s in SCHEMES), "synthetic"])
             raise ValueError(f"uri: expected one of {known}, got {self.uri!r}; put the scheme in front, "
@@ -98,7 +99,7 @@ class Reader:
         if len(self.skipped) > self.budget * total:
             raise _problem(self.source, f"at most {self.budget:.1%} of documents that are not UTF-8",
                            f"{len(self.skipped)} of {total} (first: {self.skipped[0]})",
-                           "convert them to UTF-8, or raise data.invalid_utf8_budget")  # fmt: skip
+                           "convert them to UTF-8, or raise data.invalid_utf8_budget")
 
 
 def identity(source: SourceConfig) -> str:
@@ -177,7 +178,8 @@ def _jsonl(rest: str, source: SourceConfig) -> Iterator[tuple[str, str | bytes]]
                 yield where, line
                 continue
             except ValueError as error:
-                raise _problem(source, "one JSON object a line", f"{error} at {where}", "repair the line") from error
+                raise _problem(source, "one JSON object a line", f"{error} at {where}",
+                               "repair the line") from error
             yield where, _field(record, where, source)
 
 
@@ -191,7 +193,8 @@ def _lines(path: str, source: SourceConfig) -> Iterator[bytes]:
         with pa.input_stream(path, compression=compression) as stream:
             yield from io.BufferedReader(stream, 1 << 20)
     except OSError as error:
-        raise _problem(source, "a whole file", f"{str(error).splitlines()[0]} in {path}", "fetch it again") from error
+        raise _problem(source, "a whole file", f"{str(error).splitlines()[0]} in {path}",
+                       "fetch it again") from error
 
 
 def _field(record: Any, where: str, source: SourceConfig) -> str | bytes:
@@ -200,7 +203,7 @@ def _field(record: Any, where: str, source: SourceConfig) -> str | bytes:
         keys = sorted(record) if isinstance(record, dict) else type(record).__name__
         what = "nothing there" if got is None else type(got).__name__
         raise _problem(source, f"text under {source.text_field!r}", f"{what} at {where} (it has {keys})",
-                       "set text_field, or repair the record")  # fmt: skip
+                       "set text_field, or repair the record")
     return got
 
 
@@ -212,17 +215,18 @@ def _parquet(rest: str, source: SourceConfig) -> Iterator[tuple[str, str | bytes
         try:
             with pq.ParquetFile(path) as table:
                 if source.text_field not in table.schema_arrow.names:
-                    raise _problem(source, f"a column {source.text_field!r}", f"{table.schema_arrow.names} in {path}",
-                                   "set text_field")  # fmt: skip
+                    raise _problem(source, f"a column {source.text_field!r}",
+                                   f"{table.schema_arrow.names} in {path}", "set text_field")
                 row = 0
                 for batch in table.iter_batches(columns=[source.text_field]):
                     # as bytes: Parquet does not check that its strings are UTF-8
                     for value in batch.column(0).cast(pa.binary()):
-                        yield f"{name}:{row}", _field({source.text_field: value.as_py()}, f"{path}:{row}", source)
+                        record = {source.text_field: value.as_py()}
+                        yield f"{name}:{row}", _field(record, f"{path}:{row}", source)
                         row += 1
         except (OSError, pa.ArrowException) as error:
             raise _problem(source, "a whole Parquet file", f"{str(error).splitlines()[0]} in {path}",
-                           "fetch it again, or use a text column") from error  # fmt: skip
+                           "fetch it again, or use a text column") from error
 
 
 def _tfds(rest: str, source: SourceConfig) -> Iterator[tuple[str, bytes]]:
@@ -234,10 +238,10 @@ def _tfds(rest: str, source: SourceConfig) -> Iterator[tuple[str, bytes]]:
         builder = tfds.builder(name, data_dir=source.data_dir or None)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise _problem(source, "a dataset of TensorFlow Datasets", f"{name!r}, not found",
-                       "correct the name, or data_dir") from error  # fmt: skip
+                       "correct the name, or data_dir") from error
     if split not in builder.info.splits:
-        raise _problem(source, f"a prepared split {split!r} in {builder.data_dir}", f"{sorted(builder.info.splits)}",
-                       "prepare it with `tfds build`, or set data_dir")  # fmt: skip
+        raise _problem(source, f"a prepared split {split!r} in {builder.data_dir}",
+                       f"{sorted(builder.info.splits)}", "prepare it with `tfds build`, or set data_dir")
     one_by_one = tfds.ReadConfig(interleave_cycle_length=1, shuffle_seed=None)  # the same order every time
     records = builder.as_dataset(split=split, shuffle_files=False, read_config=one_by_one)
     for i, record in enumerate(tfds.as_numpy(records)):

@@ -1,6 +1,7 @@
 """The token store: TensorStore (zarr3) arrays and a JSON manifest, on local disk, gs:// or s3://.
 
-    manifest.json  tokenizer.model  baselines.json  <source>/<split>/{tokens,offsets}/  <source>/<split>/ids.txt
+    manifest.json  tokenizer.model  baselines.json
+    <source>/<split>/tokens/  <source>/<split>/offsets/  <source>/<split>/ids.txt
 
 tokens is every document of the split end to end, each BOS + text + EOS (uint16, or uint32 for a
 vocabulary over 65,536); document d is tokens[offsets[d] : offsets[d + 1]] (int64). The manifest is
@@ -56,7 +57,7 @@ def write_array(path: str, values: np.ndarray) -> None:
         "shape": [len(values)], "data_type": values.dtype.name, "fill_value": 0,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
         "codecs": [{"name": "sharding_indexed", "configuration": {"chunk_shape": [CHUNK], "codecs": codecs}}],
-    }  # fmt: skip
+    }
     spec = {"driver": "zarr3", "kvstore": kvstore(path), "metadata": metadata}
     ts.open(spec, create=True, delete_existing=True).result().write(values).result()
 
@@ -68,7 +69,7 @@ def open_array(path: str) -> ts.TensorStore:
 
 
 def write_split(directory: str, source: str, split: str, documents: Sequence[np.ndarray],
-                ids: Sequence[str], *, vocab_size: int, text_bytes: int) -> dict[str, Any]:  # fmt: skip
+                ids: Sequence[str], *, vocab_size: int, text_bytes: int) -> dict[str, Any]:
     """Writes one split of one source; returns its entry for the manifest.
 
     documents: integer token ids of each document, with BOS and EOS. ids: one a document, no newlines.
@@ -77,7 +78,7 @@ def write_split(directory: str, source: str, split: str, documents: Sequence[np.
     lengths = np.array([len(d) for d in documents], np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    tokens = np.concatenate([np.asarray(d, dtype) for d in documents]) if len(documents) else np.zeros(0, dtype)
+    tokens = np.concatenate([np.zeros(0, dtype), *(np.asarray(d, dtype) for d in documents)])
     path = epath.Path(directory) / source / split
     path.mkdir(parents=True, exist_ok=True)
     write_array(str(path / "tokens"), tokens)
@@ -89,11 +90,12 @@ def write_split(directory: str, source: str, split: str, documents: Sequence[np.
         "bytes": text_bytes, "dtype": tokens.dtype.name,
         "sha256": {"tokens": digest(tokens), "offsets": digest(offsets),
                    "ids": hashlib.sha256(text.encode()).hexdigest()},
-    }  # fmt: skip
+    }
 
 
 def write_manifest(directory: str, manifest: dict[str, Any]) -> None:
-    (epath.Path(directory) / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    path = epath.Path(directory) / "manifest.json"
+    path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_manifest(directory: str) -> dict[str, Any]:
@@ -109,7 +111,8 @@ def read_manifest(directory: str) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error}; delete the directory and prepare it again") from error
+        raise ValueError(f"{path}: expected JSON, got {error}; delete the directory and prepare the data "
+                         "again") from error
     got = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else manifest
     if got != (FORMAT, VERSION):
         raise ValueError(f"{path}: expected {FORMAT} version {VERSION}, got {got}; prepare the data again")
@@ -130,9 +133,10 @@ class SplitStore:
     """
 
     def __init__(self, directory: str, source: str, split: str, facts: dict[str, Any], *,
-                 memory_limit: int = 1 << 30, verify: bool = False):  # fmt: skip
+                 memory_limit: int = 1 << 30, verify: bool = False):
         self.path, self.facts = epath.Path(directory) / source / split, facts
-        self.documents, self.predictions, self.bytes = facts["documents"], facts["predictions"], facts["bytes"]
+        self.documents, self.predictions = facts["documents"], facts["predictions"]
+        self.bytes = facts["bytes"]
         self.fingerprint = hashlib.sha256(canonical(facts["sha256"]).encode()).hexdigest()
         self._tokens = self._open("tokens", facts["tokens"])
         self.offsets = self._read(self._open("offsets", facts["documents"] + 1), "offsets")
@@ -159,7 +163,8 @@ class SplitStore:
         if self._memory is not None:
             return self._memory, starts
         with ts.Batch() as batch:  # coalesces ranges of one chunk; everything is in flight together
-            pending = [self._tokens[int(a) : int(a + n)].read(batch=batch) for a, n in zip(starts, lengths, strict=True)]
+            ranges = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+            pending = [self._tokens[begin:end].read(batch=batch) for begin, end in ranges]
         try:
             flat = np.concatenate([p.result() for p in pending])
         except ValueError as error:

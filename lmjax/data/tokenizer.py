@@ -66,15 +66,15 @@ class Tokenizer:
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ValueError(f"tokenizer: expected a SentencePiece model, got {len(model)} bytes that are none "
-                             f"({str(error).splitlines()[0]}); correct the path") from error  # fmt: skip
+            raise ValueError(f"tokenizer: expected a SentencePiece model, got {len(model)} bytes that are "
+                             "none; correct the path") from error
         self.vocab_size: int = self._sp.vocab_size()
         self.bos_id: int = self._sp.bos_id()
         self.eos_id: int = self._sp.eos_id()
         self.pad_id: int = max(self._sp.pad_id(), 0)  # never looked at: padding is masked
         if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError(f"tokenizer: expected a BOS and an EOS token, got ids {self.bos_id}, {self.eos_id}; "
-                             "use a model that has both")  # fmt: skip
+            raise ValueError("tokenizer: expected a BOS and an EOS token, got ids "
+                             f"{self.bos_id}, {self.eos_id}; use a model that has both")
 
     @classmethod
     def from_bytes(cls, model: bytes) -> Tokenizer:
@@ -97,8 +97,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[np.ndarray]:
         """Token ids of many texts, int32 each, on all cores; the result does not depend on their number."""
-        plain = self._sp.encode(["" if SPACE in t else t for t in texts], num_threads=num_threads or os.cpu_count())
-        return [np.array(self.encode(t) if SPACE in t else ids, np.int32) for t, ids in zip(texts, plain, strict=True)]
+        threads = num_threads or os.cpu_count()
+        plain = self._sp.encode(["" if SPACE in t else t for t in texts], num_threads=threads)
+        both = zip(texts, plain, strict=True)
+        return [np.array(self.encode(t) if SPACE in t else ids, np.int32) for t, ids in both]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids. Special tokens are nothing; bytes that are no UTF-8 become U+FFFD."""
@@ -150,12 +152,12 @@ def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
 
     path = epath.Path(config.path).expanduser()
     if not path.is_file():
-        raise ValueError(f"data.tokenizer.path: expected a SentencePiece model, got {config.path!r}, which does "
-                         "not exist; correct it, or leave it empty to train one")  # fmt: skip
+        raise ValueError(f"data.tokenizer.path: expected a SentencePiece model, got {config.path!r}, which "
+                         "does not exist; correct it, or leave it empty to train one")
     tokenizer = Tokenizer(path.read_bytes())
     if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(f"data.tokenizer.vocab_size: expected that of {config.path}, {tokenizer.vocab_size}, got "
-                         f"{config.vocab_size}; set it to {tokenizer.vocab_size}")  # fmt: skip
+        raise ValueError(f"data.tokenizer.vocab_size: expected {tokenizer.vocab_size}, as {config.path} has, "
+                         f"got {config.vocab_size}; set it to {tokenizer.vocab_size}")
     return tokenizer
 
 
@@ -170,17 +172,17 @@ def train_model(config: TokenizerConfig, texts: Sequence[str]) -> bytes:
         "byte_fallback": True, "normalization_rule_name": "identity",  # nothing is lost
         "add_dummy_prefix": False, "remove_extra_whitespaces": False,  # nor are spaces added or removed
         "split_digits": True, "allow_whitespace_only_pieces": True, "user_defined_symbols": ["\n"],
-        "max_sentence_length": 1 << 30,  # longer lines would be left out in silence; the default is 4192 bytes
+        "max_sentence_length": 1 << 30,  # longer lines would be left out in silence (default: 4192)
         "num_threads": 2,  # pinned: the model may depend on it
         "minloglevel": 2,
-    }  # fmt: skip
+    }
     lines = sample_lines(texts, config.train_bytes, config.seed)
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].partition("] ")[2] or str(error).splitlines()[0]
         raise ValueError(f"data.tokenizer.vocab_size: expected a size that the training text supports, got "
-                         f"{config.vocab_size} ({reason}); change it, or add text") from error  # fmt: skip
+                         f"{config.vocab_size} ({reason}); change it, or add text") from error
     return model.getvalue()
 
 

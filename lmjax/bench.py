@@ -1,0 +1,173 @@
+"""`lmjax bench`: the whole loop beside the bare step, the machine's matmul rate, and PyTorch where installed.
+
+Everything that is compared runs in turn in one process, round after round, and the medians over the rounds
+are divided: a machine that slows down slows all of them down.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmjax.metrics import MetricsWriter
+from lmjax.recipe import Recipe
+from lmjax.runtime import StopSignal
+from lmjax.train import Loop, Run, set_up
+
+Report = dict[str, Any]
+
+
+def bench(recipe: Recipe, *, seconds: float = 60.0, out: str = "", start_up: str = "") -> Report:
+    """Measures `recipe` on this machine for about `seconds`, prints a table and returns its figures.
+
+    out: a file for the figures as JSON. start_up: a config file (with variant) whose time from process start
+    to its first step is measured as well, with its programs compiled before.
+    """
+    recipe = dataclasses.replace(recipe, eval=dataclasses.replace(recipe.eval, every=0),
+                                 sample=dataclasses.replace(recipe.sample, every=0))
+    with tempfile.TemporaryDirectory() as workdir:
+        run = set_up(recipe, Path(workdir), lambda line: print(line, file=sys.stderr))
+        contestants = _contestants(run)
+        times = _in_turn(contestants, seconds)
+        run.checkpointer.close()
+    report = _figures(run, times)
+    if start_up:
+        report["start_up_seconds"] = _start_up(start_up)
+    _print(report)
+    if out:
+        Path(out).write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _contestants(run: Run) -> dict[str, Callable[[int], None]]:
+    """name -> a function that runs n steps and returns when they are done; all warmed up."""
+    batch_size, seq_len = run.recipe.train.batch_size, run.recipe.data.seq_len
+    found: dict[str, Callable[[int], None]] = {"loop": _loop(run)}
+    found["loop"](1)  # compiles
+    state = run.spec.init(0)
+    batch = jax.device_put(run.train_split.rows(np.arange(batch_size)), run.layout.sharding(("batch", "seq")))
+
+    def bare(n: int) -> None:
+        nonlocal state
+        for _ in range(n):
+            state, _ = run.compiled(state, batch)
+        jax.block_until_ready(state)
+
+    found["bare step"] = bare
+    platform = jax.devices()[0].platform
+    try:
+        from lmjax.bench_torch import torch_step
+    except ImportError:
+        print("PyTorch is not installed: no comparison with it", file=sys.stderr)
+    else:
+        for name, compiled in (("torch eager", False), ("torch compiled", True)):
+            step = torch_step(run.model.config, batch_size, seq_len, dtype=str(run.model.dtype), platform=platform,
+                              compiled=compiled)
+            found[name] = lambda n, step=step: step(n)
+    for do in found.values():
+        do(2)
+    return found
+
+
+def _loop(run: Run) -> Callable[[int], None]:
+    """The production loop: data, metrics files, progress line and checkpoints included."""
+    writer = MetricsWriter(run.workdir, 0)
+    done = 0
+
+    def steps(n: int) -> None:
+        nonlocal done
+        with contextlib.redirect_stderr(io.StringIO()):  # the progress line is part of the work, not of the result
+            Loop(run, writer).run(done, done + n, StopSignal())
+        done += n
+        run.checkpointer.wait()
+        jax.block_until_ready(run.state)
+
+    return steps
+
+
+def _in_turn(contestants: dict[str, Callable[[int], None]], seconds: float) -> dict[str, list[float]]:
+    """name -> seconds a step, one figure a round; the rounds go on until the time is over (at least three)."""
+    began = time.monotonic()
+    contestants["bare step"](1)
+    once = time.monotonic() - began
+    n = max(5, min(50, round(seconds / 5 / len(contestants) / max(once, 1e-3))))
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    while time.monotonic() - began < seconds or len(times["loop"]) < 3:
+        for name, do in contestants.items():
+            at = time.monotonic()
+            do(n)
+            times[name].append((time.monotonic() - at) / n)
+            print(f"\r{name}: {times[name][-1]:.3f} s/step   ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return times
+
+
+def matmul_rate(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> float:
+    """FLOP/s of a square matmul, the best of `repeats`: what the machine can do at most."""
+    a = jnp.ones((size, size), dtype)
+    multiply = jax.jit(lambda a, b: a @ b)
+    multiply(a, a).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        at = time.monotonic()
+        multiply(a, a).block_until_ready()
+        best = min(best, time.monotonic() - at)
+    return 2 * size**3 / best
+
+
+def _figures(run: Run, times: dict[str, list[float]]) -> Report:
+    tokens = run.recipe.train.batch_size * run.recipe.data.seq_len
+    flops = run.model.flops_per_token(run.recipe.data.seq_len)
+    peak = matmul_rate(str(run.model.dtype))
+    bare = times["bare step"]
+    rows = {}
+    for name, values in times.items():
+        rate = tokens / statistics.median(values)
+        ratio = statistics.median(b / v for b, v in zip(bare, values, strict=True))
+        rows[name] = {"tokens_per_second": rate, "model_flops_per_second": rate * flops, "share_of_matmul_rate":
+                      rate * flops / peak, "speed_beside_bare_step": ratio}
+    return {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "dtype": str(run.model.dtype),
+            "cores": os.cpu_count(), "parameters": sum(x.size for x in jax.tree.leaves(run.model.shapes)),
+            "tokens_per_step": tokens, "matmul_flops_per_second": peak, "rounds": len(bare), "rows": rows}
+
+
+def _start_up(config: str) -> list[float]:
+    """Seconds from process start to the end of the first step, twice; the first one may still compile."""
+    found = []
+    for _ in range(2):
+        with tempfile.TemporaryDirectory() as workdir:
+            began = time.monotonic()
+            process = subprocess.Popen([sys.executable, "-m", "lmjax.cli", "train", "--config", config, "--workdir",
+                                        workdir], stderr=subprocess.PIPE, text=True)
+            for line in process.stderr:
+                if line.startswith("step 1/"):
+                    found.append(time.monotonic() - began)
+                    break
+            process.kill()
+            process.wait()
+    return found
+
+
+def _print(report: Report) -> None:
+    print(f"{report['devices']} x {report['device']}, {report['dtype']}, {report['parameters'] / 1e6:.1f}M parameters, "
+          f"{report['tokens_per_step']:,} tokens a step, matmul {report['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, "
+          f"medians of {report['rounds']} rounds")
+    print(f"{'':16}{'tokens/s':>12}{'model GFLOP/s':>16}{'of matmul':>12}{'beside bare step':>19}")
+    for name, row in report["rows"].items():
+        print(f"{name:16}{row['tokens_per_second']:12,.0f}{row['model_flops_per_second'] / 1e9:16.1f}"
+              f"{row['share_of_matmul_rate']:12.0%}{row['speed_beside_bare_step']:19.3f}")
+    if "start_up_seconds" in report:
+        print(f"process start to first step: {', '.join(f'{s:.1f} s' for s in report['start_up_seconds'])}")

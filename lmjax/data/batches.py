@@ -1,0 +1,209 @@
+"""Batches of global arrays, made ahead in the background, from a split's rows.
+
+Row i of step s is global row g = s * batch_size + i. Nothing here has state to save: starting at another
+step is passing another `start_step`, and each process reads only the rows that its own devices hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmjax.data import packing
+from lmjax.data.packing import Rows
+from lmjax.data.pipeline import Split
+
+NAMES = ("tokens", "targets", "segment_ids", "positions", "loss_mask")  # of a row dict
+PREFETCH = 4  # batches made ahead: enough to ride over one slow read, little memory
+Batch = dict[str, jax.Array]
+
+
+def make_batches(split: Split, *, batch_size: int, start_step: int, stop_step: int,
+                 sharding: jax.sharding.Sharding) -> Iterator[Batch]:
+    """Batches of the steps [start_step, stop_step): step s holds rows s * batch_size .. + batch_size - 1.
+
+    Args:
+      split: what to read.
+      batch_size: rows in a global batch.
+      sharding: of the dimensions (batch, seq) over the devices of all processes.
+    Returns:
+      an iterator of row dicts of global arrays [batch_size, seq_len]; the work is done ahead, in the
+      background, from this call on.
+    Raises:
+      ValueError: the batch or the sequence does not divide over the mesh (at once, not at the first batch).
+    """
+    shape = (batch_size, split.seq_len)
+    local = local_rows(shape, sharding)
+
+    def host_batch(step: int) -> Rows:
+        return split.rows(step * batch_size + local)
+
+    return _device_batches(split, host_batch, range(start_step, stop_step), shape, sharding, local)
+
+
+def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding) -> Iterator[Batch]:
+    """Every row of the split once, in order; rows that fill up the last batch are all padding, masked.
+
+    Arguments, result and errors are those of `make_batches`.
+    """
+    shape, total = (batch_size, split.seq_len), split.num_rows()
+    local = local_rows(shape, sharding)
+
+    def host_batch(step: int) -> Rows:
+        g = step * batch_size + local
+        rows = packing.empty_rows(len(g), split.seq_len)
+        inside = g < total
+        for name, values in split.rows(g[inside]).items() if inside.any() else ():
+            rows[name][inside] = values
+        return rows
+
+    return _device_batches(split, host_batch, range(-(-total // batch_size)), shape, sharding, local)
+
+
+def local_rows(shape: tuple[int, int], sharding: jax.sharding.Sharding) -> np.ndarray:
+    """Rows of a global batch that this process's devices hold under `sharding`; int64, ascending."""
+    try:
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        where = f"{sharding.spec} on {dict(sharding.mesh.shape)}"
+        raise ValueError(f"batch_size, seq_len: expected multiples of the axes that split them ({where}), "
+                         f"got {shape}; change them or the mesh") from error
+    return rows_of(sharding.addressable_devices_indices_map(shape).values(), shape[0])
+
+
+def rows_of(indices: Any, batch_size: int) -> np.ndarray:
+    """The rows that any of these (batch, seq) index pairs covers; int64, ascending."""
+    wanted = np.zeros(batch_size, bool)
+    for index in indices:
+        wanted[index[0] if index else slice(None)] = True
+    return np.flatnonzero(wanted)
+
+
+def to_global(rows: Rows, shape: tuple[int, int], sharding: jax.sharding.Sharding,
+              local: np.ndarray) -> Batch:
+    """Global arrays [batch, seq] from the rows `local` of this process."""
+    place = np.zeros(shape[0], np.int64)
+    place[local] = np.arange(len(local))
+
+    def shard(values: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        begin, stop, _ = index[0].indices(shape[0])
+        return values[place[begin] : place[begin] + stop - begin, index[1]]
+
+    return {name: jax.make_array_from_callback(shape, sharding, lambda index, v=values: shard(v, index))
+            for name, values in rows.items()}
+
+
+def _device_batches(split, host_batch, steps, shape, sharding, local) -> Iterator[Batch]:
+    feed = _TfData if split.through_tensorflow else _Thread
+    host = feed(host_batch, steps, split.seq_len)
+
+    def batches() -> Iterator[Batch]:
+        with contextlib.closing(host):
+            for rows in host:
+                yield to_global(rows, shape, sharding, local)
+
+    return batches()
+
+
+class _Thread:
+    """host_batch(step) for every step, a few ahead, in a thread: for data that needs no TensorFlow."""
+
+    def __init__(self, host_batch: Callable[[int], Rows], steps: range, seq_len: int):
+        self._queue: queue.Queue[Rows | Exception | None] = queue.Queue(PREFETCH)
+        self._stop = threading.Event()
+        args = (host_batch, steps, self._queue, self._stop)
+        threading.Thread(target=self._work, args=args, name="lmjax-data", daemon=True).start()
+
+    @staticmethod
+    def _work(host_batch, steps, out, stop) -> None:
+        def put(item: Rows | Exception | None) -> None:
+            while not stop.is_set():
+                with contextlib.suppress(queue.Full):
+                    return out.put(item, timeout=0.2)
+
+        try:
+            for step in steps:
+                put(host_batch(step))
+                if stop.is_set():
+                    return
+            put(None)
+        except Exception as error:  # raised again where the batch is asked for
+            put(error)
+
+    def __iter__(self) -> Iterator[Rows]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        self._stop.set()
+
+    __del__ = close
+
+
+class _TfData:
+    """The same by tf.data: Dataset.range(start, stop) mapped over host_batch, deterministic, prefetched."""
+
+    def __init__(self, host_batch: Callable[[int], Rows], steps: range, seq_len: int):
+        self._error: list[Exception] = []
+        self._made: Future[Any] = Future()
+        args = (self._made, self._error, host_batch, steps)
+        # In a thread because importing TensorFlow takes seconds, in which the model can be compiled.
+        threading.Thread(target=self._work, args=args, name="lmjax-data", daemon=True).start()
+
+    @staticmethod
+    def _work(made, errors, host_batch, steps) -> None:
+        try:
+            made.set_result(_dataset(errors, host_batch, steps).as_numpy_iterator())
+        except Exception as error:
+            made.set_exception(error)
+
+    def __iter__(self) -> Iterator[Rows]:
+        iterator = self._made.result()
+        while True:
+            try:
+                values = next(iterator)
+            except StopIteration:
+                return
+            except Exception:
+                if self._error:  # what host_batch raised, rather than TensorFlow's account of it
+                    raise self._error[0] from None
+                raise
+            yield dict(zip(NAMES, values, strict=True))
+
+    def close(self) -> None:
+        """tf.data stops when its iterator is dropped."""
+
+
+def _dataset(errors: list[Exception], host_batch: Callable[[int], Rows], steps: range) -> Any:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is first imported
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")  # TensorFlow feeds data and nothing else
+
+    def call(step: np.ndarray) -> list[np.ndarray]:
+        try:
+            rows = host_batch(int(step))
+        except Exception as error:
+            errors.append(error)
+            raise
+        return [rows[name] for name in NAMES]
+
+    types = [tf.float32 if name == "loss_mask" else tf.int32 for name in NAMES]
+    data = tf.data.Dataset.range(steps.start, steps.stop)
+    data = data.map(lambda step: tf.numpy_function(call, [step], types, stateful=False))
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    options.threading.private_threadpool_size = 1  # the cores belong to XLA
+    options.threading.max_intra_op_parallelism = 1
+    return data.prefetch(PREFETCH).with_options(options)
