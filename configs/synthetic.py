@@ -3,7 +3,7 @@
     lmjax train --config configs/synthetic.py --workdir runs/synthetic
 
 The chain's entropy is known, so the loss that a perfect model reaches is, too. Seconds on a CPU; for smoke
-tests of a new machine, mesh or kernel.
+tests of a new machine, mesh or kernel. `configs/synthetic.py:tiny` is smaller still.
 """
 
 from ml_collections import ConfigDict
@@ -21,4 +21,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train = dict(steps=60, batch_size=16)
     config.eval = dict(every=20, batches=4)
     config.checkpoint = dict(every=20)
+    if variant == "tiny":
+        config.model.update(num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=4, mlp_dim=64)
+        config.data.update(seq_len=32)
+        config.data.tokenizer.update(vocab_size=64)
     return config

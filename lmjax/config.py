@@ -63,12 +63,14 @@ def build(cls: type[T], value: Any, path: str = "config") -> T:
     """
     if isinstance(value, cls):
         return value
+    if hasattr(value, "to_dict"):  # a ConfigDict, which is no Mapping
+        value = plain(value)
     if not isinstance(value, Mapping):
         raise _wrong(path, f"a group of keys ({_keys(cls)})", value, "set the keys one by one")
     hints = typing.get_type_hints(cls)
     for key in value:
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1)
+            near = difflib.get_close_matches(str(key), hints, 1)
             fix = f"did you mean {near[0]!r}?" if near else "remove it"
             raise ConfigError(f"{path}.{key}: expected one of {_keys(cls)}, got an unknown key; {fix}")
     fields = {key: _convert(hints[key], item, f"{path}.{key}") for key, item in value.items()}
@@ -150,7 +152,7 @@ def _items(value: Any, path: str) -> Sequence[Any]:
     if isinstance(value, Text):
         value = _parse_json(value, path, "a JSON list") if value.startswith("[") else (
             [Text(item) for item in value.split(",")] if value else [])
-    if isinstance(value, Mapping) and all(key.isdigit() for key in value):  # sources.0.weight=2
+    if isinstance(value, Mapping) and set(value) == {str(i) for i in range(len(value))}:  # sources.0.weight=2
         value = [value[str(i)] for i in range(len(value))]
     if not isinstance(value, (tuple, list)):
         raise _wrong(path, "a list", value, "write it as [a, b]")

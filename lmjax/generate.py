@@ -3,6 +3,7 @@
 Shape suffixes: B batch, P prompt bucket, S cache slots, V vocab_size.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -34,7 +35,8 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
     kept = jnp.arange(V).reshape(1, V) < top_k
     probability = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
     # A token stays while those ranked above it have less than top_p together, so one always stays.
-    kept &= jnp.cumsum(probability, axis=-1) - probability < sampling.top_p
+    top_p = jnp.where(sampling.top_p < 1, sampling.top_p, jnp.inf)  # rounded sums may pass 1 before the last token
+    kept &= jnp.cumsum(probability, axis=-1) - probability < top_p
     lowest = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
     drawn = jax.vmap(jax.random.categorical)(keys_B, jnp.where(scaled >= lowest, scaled, -jnp.inf))
     return jnp.where(sampling.temperature > 0, drawn, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
@@ -44,7 +46,9 @@ class Generator:
     """Continues prompts. Compiles once for every (batch, prompt, total) bucket: powers of two."""
 
     def __init__(self, model: Model, layout: Layout | None = None, *, eos_id: int = -1):
-        self.model, self.layout, self.eos_id = model, layout, eos_id
+        self.model, self.eos_id = model, eos_id
+        # A handful of rows, one token at a time, need not divide the mesh: only the weights are split.
+        self.layout = layout and dataclasses.replace(layout, rules={**layout.rules, "batch": (), "seq": ()})
 
     def __call__(self, params: Params, prompts: Sequence[Sequence[int]], *, max_tokens: int,
                  sampling: Sampling = Sampling(), seed: int = 0) -> list[list[int]]:
@@ -67,7 +71,7 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
         loop = _compiled(self.model, self.layout, self.eos_id, _bucket(P + max_tokens, 32))
-        answers, ends = loop(params, tokens, lengths, np.int32(max_tokens), np.int32(seed),
+        answers, ends = loop(params, tokens, lengths, np.arange(B) >= len(prompts), np.int32(max_tokens), np.int32(seed),
                              Sampling(*(np.asarray(v) for v in sampling)))
         answers, ends = np.asarray(answers), np.asarray(ends)
         return [answers[row, : ends[row]].tolist() for row in range(len(prompts))]
@@ -75,10 +79,11 @@ class Generator:
 
 @functools.lru_cache(maxsize=32)
 def _compiled(model: Model, layout: Layout | None, eos_id: int, slots: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(params, tokens [B, P], lengths [B], max_tokens, seed, sampling) -> (answers [B, slots], their lengths [B])."""
+    """(params, tokens [B, P], lengths [B], unused rows bool [B], max_tokens, seed, sampling) -> (answers [B, slots],
+    their lengths [B])."""
 
-    def run(params: Params, tokens: jax.Array, lengths: jax.Array, max_tokens: jax.Array, seed: jax.Array,
-            sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    def run(params: Params, tokens: jax.Array, lengths: jax.Array, unused: jax.Array, max_tokens: jax.Array,
+            seed: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
         B = tokens.shape[0]
         row_keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(B))
 
@@ -99,7 +104,7 @@ def _compiled(model: Model, layout: Layout | None, eos_id: int, slots: int) -> C
 
         logits, cache = model.step(params, tokens, model.init_cache(B, slots), lengths - 1)
         start = (jnp.int32(0), draw(logits, jnp.int32(0)), jnp.zeros((B, slots), jnp.int32), jnp.zeros(B, jnp.int32),
-                 jnp.zeros(B, bool), cache)
+                 unused, cache)
         _, _, answers, ends, _, _ = jax.lax.while_loop(more, body, start)
         return answers, ends
 

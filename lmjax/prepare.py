@@ -135,8 +135,8 @@ def _read(config: DataConfig, source: SourceConfig, seen: set[bytes]) -> Corpus:
     if not all(splits.values()):
         kept = sum(map(len, splits.values()))
         raise ValueError(f"source {source.name} ({source.uri}): expected two different documents or more, "
-                         f"one to train on and one to hold out, got {kept} of the {reader.read} read; split the "
-                         "text into more files, or lower data.min_chars or data.heldout_fraction")
+                         f"one to train on and one to hold out, got {kept} of the {reader.read} read; "
+                         "split the text into more files, or lower data.min_chars or data.heldout_fraction")
     return Corpus(splits, counts)
 
 

@@ -126,5 +126,5 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
 def blocking_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(changes that would make a resumed run another run, changes that are fine), as `key: old -> new`."""
     changes = differences(old, new)
-    fine = [c for c in changes if c.startswith(MAY_CHANGE)]
+    fine = [c for c in changes if any(c.startswith(m if m.endswith(".") else f"{m}:") for m in MAY_CHANGE)]
     return [c for c in changes if c not in fine], fine

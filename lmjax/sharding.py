@@ -81,11 +81,12 @@ class Layout:
         """The `PartitionSpec` of an array whose dimensions are named `axes` (None: not sharded).
 
         Raises:
-          ValueError: an unknown name, a rank that differs, or a dimension that its mesh axes do not divide.
+          ValueError: an unknown name, a rank that differs, a dimension that its mesh axes do not divide, or a mesh
+            axis on two dimensions.
         """
         if shape is not None and len(shape) != len(axes):
             raise ValueError(f"expected {len(axes)} dimensions {tuple(axes)}, got shape {tuple(shape)}; name every one")
-        entries = []
+        entries, used = [], []
         for i, name in enumerate(axes):
             if name is not None and name not in self.rules:
                 raise ValueError(f"axis {name!r}: expected one of {', '.join(self.rules)}; add a row to RULES")
@@ -94,6 +95,10 @@ class Layout:
             if shape is not None and shape[i] % ways:
                 raise ValueError(f"mesh: expected {'*'.join(on)}={ways} to divide {name}={shape[i]}, got a remainder of "
                                  f"{shape[i] % ways}; change the mesh or map {name!r} elsewhere in mesh.rules")
+            if len({*used, *on}) < len(used) + len(on):
+                raise ValueError(f"mesh.rules: expected each mesh axis on at most one of the dimensions {tuple(axes)}, got "
+                                 f"{'*'.join(on)} for {name!r} after {used}; map one of the names elsewhere")
+            used += on
             entries.append(on if len(on) > 1 else (on[0] if on else None))
         return PartitionSpec(*entries)
 

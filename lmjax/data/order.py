@@ -96,7 +96,8 @@ class BlockMixture:
         blocks, which = np.unique(block, return_inverse=True)
         before_US, shape = self._before(blocks), (len(blocks), BLOCK)
         key_U = fold(key_of("block", self.seed), blocks)
-        mixed_UB = permute(np.tile(np.arange(BLOCK), len(blocks)), BLOCK, np.repeat(key_U, BLOCK)).reshape(shape)
+        place_UB = np.broadcast_to(np.arange(BLOCK), shape)
+        mixed_UB = permute(place_UB, BLOCK, np.broadcast_to(key_U[:, None], shape))
         ends_US = np.cumsum(self._before(blocks + 1) - before_US, axis=1)
         source_UB = sum(mixed_UB >= ends_US[:, s, None] for s in range(len(self.names)))
         rank_UB = np.zeros(shape, np.int64)  # rows of the same source that come earlier in the block

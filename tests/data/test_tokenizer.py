@@ -1,0 +1,103 @@
+"""Tokenizers: every text comes back exactly, whatever is in it."""
+
+import random
+
+import numpy as np
+import pytest
+
+from lmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer, TokenizerConfig, make_tokenizer, train_model
+
+NASTY = [
+    "", " ", "  ", "a  b   c    d", "  lead", "trail  ", "\n", "\n\n\n", "\r", "\r\n\r", "\t\tx\t", "a\x0b\x0cb",
+    "\u2581", "\u2581x \u2581\u2581 ", " \u2581 ", "\x00", "a\x00\x00b", "<s>", "</s><unk><pad><s>", "<0x41><0xE2>",
+    "\u00e9 e\u0301", "\ufffd", "\ufeffbom", "\U0001d11e\U0001f600", "a\u2028b\u2029c\u0085d", "\u2585 \u2047 ",
+    "\u65e5\u672c\u8a9e \u30c6\u30ad\u30b9\u30c8", "\x7f\x01\x1b[0m", "\xa0\u3000\u200b\u200d", "\ue000\uffff\U0010ffff",
+    "        return x12345", "x" * 5000, "\u0627\u0644\u0639 \u05d0", "a\u2581<0xE2>\u2581",
+]  # fmt: skip
+
+
+def corpus():
+    rng = random.Random(0)
+    words = ["alpha", "beta", "return self", "print(x)", "    if", "42", "e\u0301", "<s>", "</s>", "<unk>"]
+    return [f"{i}\n" + "\n".join(" ".join(rng.choices(words, k=6)) for _ in range(40)) for i in range(20)]
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def tokenizer(request):
+    size = {"bpe": 330, "unigram": 300}[request.param]
+    return make_tokenizer(TokenizerConfig(vocab_size=size, model=request.param), corpus())
+
+
+def test_every_text_comes_back(tokenizer):
+    rng = random.Random(1)
+    pool = [chr(c) for c in [*range(0x300), *range(0x2570, 0x2590), 0x2581, 0x2581, 0x1F600, 0xD7FF, 0xE000]]
+    texts = NASTY + ["".join(rng.choices(pool, k=rng.randint(1, 60))) for _ in range(500)] + corpus()
+    ids = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(i) for i in ids] == texts
+    assert [tokenizer.encode(t) for t in texts] == [i.tolist() for i in ids]
+    assert tokenizer.lossy(texts, ids) is None
+    assert max(int(i.max()) for i in ids if len(i)) < tokenizer.vocab_size
+    assert not {PAD_ID, BOS_ID, EOS_ID, 3} & {int(n) for i in ids for n in i}  # spelt out in text, never meant
+
+
+def test_our_decoding_is_sentencepieces_own(tokenizer):
+    for text in NASTY:
+        assert tokenizer._sp.decode(tokenizer.encode(text)) == text
+
+
+def test_the_number_of_threads_changes_nothing(tokenizer):
+    one, many = (tokenizer.encode_batch(corpus(), num_threads=n) for n in (1, 4))
+    assert all(np.array_equal(a, b) for a, b in zip(one, many, strict=True))
+
+
+def test_a_text_that_does_not_come_back_is_found(tokenizer):
+    texts = ["one two", "three", "four five"]
+    ids = tokenizer.encode_batch(texts)
+    assert tokenizer.lossy(["one two", "threw", "four five"], ids) == 1
+    assert tokenizer.lossy(["one twot", "hree", "four five"], ids) == 0  # the same bytes in all
+
+
+def test_half_a_character_decodes_to_a_replacement(tokenizer):
+    ids = tokenizer.encode("\U0001f600")
+    assert tokenizer.decode([tokenizer.bos_id, *ids[:2]]) == "\ufffd"
+    assert tokenizer.decode([]) == ""
+
+
+def test_the_model_is_a_pure_function_and_describes_itself(tokenizer):
+    again = Tokenizer.from_bytes(tokenizer.to_bytes())
+    assert again.hash == tokenizer.hash and again.encode("a b") == tokenizer.encode("a b")
+    config = TokenizerConfig(vocab_size=300, train_bytes=5000)
+    assert train_model(config, corpus()) == train_model(config, corpus())
+    assert train_model(config, corpus()) != train_model(TokenizerConfig(300, "bpe", 5000, seed=1), corpus())
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (PAD_ID, BOS_ID, EOS_ID)
+
+
+def test_long_lines_are_not_left_out_of_training():
+    tokenizer = make_tokenizer(TokenizerConfig(vocab_size=290), ["needle " * 20_000])
+    assert len(tokenizer.encode("needle needle")) <= 3
+
+
+def test_runs_of_spaces_are_one_token(tokenizer):
+    code = make_tokenizer(TokenizerConfig(vocab_size=330), ["        x = 1\n    y\n" * 50])
+    assert len(code.encode("        ")) <= 2
+
+
+@pytest.mark.parametrize("config, message", [
+    (TokenizerConfig(vocab_size=100), "vocab_size: expected .* got 100 .*smaller than required_chars"),
+    (TokenizerConfig(vocab_size=9000), "vocab_size: expected .* got 9000 .*too high"),
+    (TokenizerConfig(path="/none/such.model"), "path: expected a SentencePiece model, got '/none/such.model'"),
+])
+def test_a_tokenizer_that_cannot_be_made(config, message):
+    with pytest.raises(ValueError, match=message):
+        make_tokenizer(config, corpus())
+
+
+def test_an_existing_model(tmp_path, tokenizer):
+    path = tmp_path / "t.model"
+    path.write_bytes(tokenizer.to_bytes())
+    assert make_tokenizer(TokenizerConfig(tokenizer.vocab_size, path=str(path)), []).hash == tokenizer.hash
+    with pytest.raises(ValueError, match=f"expected {tokenizer.vocab_size}.*, got 4096"):
+        make_tokenizer(TokenizerConfig(path=str(path)), [])
+    path.write_bytes(b"junk")
+    with pytest.raises(ValueError, match="expected a SentencePiece model, got 4 bytes"):
+        make_tokenizer(TokenizerConfig(path=str(path)), [])

@@ -1,0 +1,90 @@
+"""Runs of the real command in real processes, for the tests that kill, move and compare them."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from lmjax.checkpoint import checkpoint_steps, read_about, restore_params
+from lmjax.models import build_model
+from lmjax.recipe import build_recipe
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def start(workdir: pathlib.Path, *overrides: str, config: str = "configs/synthetic.py:tiny", devices: int = 1,
+          env: dict[str, str] | None = None) -> subprocess.Popen:
+    """`lmjax train` on `devices` forced CPU devices; its output goes to <workdir>.log."""
+    command = [sys.executable, "-m", "lmjax.cli", "train", "--config", config, "--workdir", str(workdir),
+               *(f"--config.{item}" for item in overrides)]
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                   "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"), **(env or {})}
+    with open(f"{workdir}.log", "a") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def finish(workdir: pathlib.Path, *overrides: str, expect: int = 0, **options: object) -> str:
+    """Runs to the end and returns what this start printed."""
+    before = pathlib.Path(f"{workdir}.log").stat().st_size if pathlib.Path(f"{workdir}.log").exists() else 0
+    code = start(workdir, *overrides, **options).wait(timeout=300)
+    printed = pathlib.Path(f"{workdir}.log").read_text()[before:]
+    assert code == expect, printed
+    return printed
+
+
+def finish_together(workdir: pathlib.Path, *overrides: str, processes: int, devices: int, **options: object) -> None:
+    """The same run in several real processes that find each other over the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    running = [start(workdir, *overrides, devices=devices, env={
+        "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(i)}, **options)
+        for i in range(processes)]
+    codes = [process.wait(timeout=300) for process in running]
+    assert codes == [0] * processes, pathlib.Path(f"{workdir}.log").read_text()
+
+
+def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
+    """Returns as soon as `happened()`, or when the process has ended."""
+    deadline = time.monotonic() + 200
+    while not happened() and process.poll() is None:
+        assert time.monotonic() < deadline, "what the test waits for did not happen in 200 s"
+        time.sleep(0.002)
+
+
+def lines(workdir: pathlib.Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The records of a JSON-lines file of the run, without a torn last one."""
+    file = workdir / name
+    return [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")] if file.exists() else []
+
+
+def losses(workdir: pathlib.Path) -> np.ndarray:
+    """Training losses by step, then the held-out ones."""
+    found = lines(workdir)
+    return np.array([r["loss"] for r in found if "loss" in r] + [r["eval/loss"] for r in found if "eval/loss" in r])
+
+
+def final_checksums(workdir: pathlib.Path) -> dict:
+    """Checksums of parameters and optimizer state in the newest checkpoint, the parameters' computed anew."""
+    step = checkpoint_steps(workdir / "checkpoints")[-1]
+    path = workdir / "checkpoints" / str(step)
+    about = read_about(path)
+    model = build_model(build_recipe(about["recipe"]).model, vocab_size=0, platform="cpu", dtype="float32")
+    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), model.shapes)
+    restore_params(path, shapes)  # raises if the arrays are not what the checksums say
+    return {"step": step, "data": about["data"], **about["checksums"]}
+
+
+def assert_same_run(a: pathlib.Path, b: pathlib.Path, names: Sequence[str] = ("metrics.jsonl", "samples.jsonl")) -> None:
+    """Bit for bit: parameters, optimizer state, data position, metrics and samples."""
+    assert final_checksums(a) == final_checksums(b)
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name

@@ -1,0 +1,270 @@
+"""A config that is wrong is refused in one line that names the key, what was expected, what was got and the fix."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import runpy
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from lmjax.config import ConfigError, Text, build, load, plain, to_json
+from lmjax.recipe import Recipe, blocking_changes, build_recipe
+from lmjax.sharding import MeshConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SYNTHETIC = str(ROOT / "configs" / "synthetic.py")
+# Every shipped config, and each with every variant that its source or docstring names.
+SHIPPED = [(path, variant) for path in sorted((ROOT / "configs").rglob("*.py"))
+           for variant in ["", *sorted(set(re.findall(r"configs/[\w/]+\.py:(\w+)", path.read_text())))]]
+
+
+def refusal(make, *parts):
+    """The one line that `make` is refused with; every one of `parts` is in it."""
+    with pytest.raises(ValueError) as caught:
+        make()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in ("expected", "got", *parts):
+        assert part in message, message
+    assert re.search(r"; \S", message), f"no fix in: {message}"
+    return message
+
+
+def nested(key, value):
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def both_ways(key, value, text, *parts):
+    """`value` in a ConfigDict and `text` on the command line are refused alike."""
+    refusal(lambda: build_recipe(plain(ConfigDict(nested(key, value)))), f"config.{key}", *parts)
+    refusal(lambda: build_recipe(load(SYNTHETIC, [f"{key}={text}"])), f"config.{key}", *parts)
+
+
+# --- keys
+
+
+@pytest.mark.parametrize("key, near", [
+    ("optimizer.peak_rl", "'peak_lr'"), ("model.num_layer", "'num_layers'"), ("modle.num_layers", "'model'"),
+    ("data.tokenizer.vocabsize", "'vocab_size'"), ("sample.promts", "'prompts'")])
+def test_unknown_key_names_the_nearest(key, near):
+    name = key if key.startswith(("optimizer", "model", "data", "sample")) else "modle"
+    refusal(lambda: build_recipe(plain(ConfigDict(nested(key, 1)))), f"config.{name}", f"did you mean {near}?")
+    refusal(lambda: build_recipe(load(SYNTHETIC, [f"{key}=1"])), f"config.{name}", f"did you mean {near}?")
+
+
+def test_unknown_key_lists_the_known_ones():
+    message = refusal(lambda: build_recipe({"eval": {"xyzzy": 1}}), "config.eval.xyzzy", "remove it")
+    for field in ("every", "batches", "batch_size"):
+        assert field in message
+    refusal(lambda: build_recipe({"eval": {3: 1}}), "config.eval.3")
+
+
+# --- values
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "NaN", "1e999"])
+@pytest.mark.parametrize("key", ["optimizer.peak_lr", "model.dropout"])
+def test_floats_are_finite(key, text):
+    both_ways(key, float(text), text, "a finite number")
+
+
+@pytest.mark.parametrize("value, text, fix", [
+    ("10", "ten", "write"), (1e4, "1e4", "write 10000"), (1.5, "1.5", "write a whole number"),
+    (True, "True", "write"), (None, "None", "write"), ([1], "[1]", "write"), (float("nan"), "nan", "write")])
+@pytest.mark.parametrize("key", ["train.steps", "data.tokenizer.vocab_size"])
+def test_integers_are_integers(key, value, text, fix):
+    both_ways(key, value, text, "an integer", fix)
+
+
+@pytest.mark.parametrize("key, value, text, expected", [
+    ("optimizer.peak_lr", "1e-3", "fast", "a number"), ("optimizer.peak_lr", True, "True", "a number"),
+    ("model.use_bias", 1, "1", "true or false"), ("model.use_bias", "true", "yes", "true or false"),
+    ("model", 5, "5", "a group of keys"), ("model.num_heads", {}, "", "an integer")])
+def test_wrong_types(key, value, text, expected):
+    both_ways(key, value, text, expected)
+
+
+def test_wrong_types_without_a_command_line_form():
+    refusal(lambda: build_recipe({"model": {"norm": 5}}), "config.model.norm", "a string")
+    refusal(lambda: build_recipe({"model": None}), "config.model", "a group of keys")
+    refusal(lambda: build_recipe({"sample": {"prompts": "def "}}), "config.sample.prompts", "a list")
+    refusal(lambda: build_recipe({"mesh": {"rules": ["mlp"]}}), "config.mesh.rules", "a mapping")
+
+
+@pytest.mark.parametrize("override, parts", [
+    ("model.norm=batchnorm", ("rmsnorm, layernorm", "'batchnorm'")),
+    ("model.remat=ful", ("none, full, dots",)),
+    ("model.num_heads=7", ("divisor of embed_dim=64", "7")),
+    ("model.num_kv_heads=3", ("divisor of num_heads=4", "3")),
+    ("model.head_dim=5", ("even", "5")),
+    ("model.dropout=1.0", ("less than 1",)),
+    ("model.num_layers=0", ("at least 1", "0")),
+    ("train.microbatches=3", ("divisor of batch_size=16", "3")),
+    ("train.compute_dtype=float16", ("bfloat16",)),
+    ("optimizer.name=adam", ("adamw",)),
+    ("sample.top_p=0", ("(0, 1]",)),
+    ("checkpoint.keep_last=0", ("at least 1",))])
+def test_values_that_the_types_cannot_refuse(override, parts):
+    refusal(lambda: build_recipe(load(SYNTHETIC, [override])), f"config.{override.partition('=')[0]}", *parts)
+
+
+def test_rows_longer_than_the_position_table():
+    overrides = ["model.positions=learned", "model.max_positions=32"]
+    refusal(lambda: build_recipe(load(SYNTHETIC, overrides)), "config.data.seq_len", "model.max_positions=32", "64")
+
+
+# --- files and paths
+
+
+def test_files_that_are_no_configs(tmp_path):
+    refusal(lambda: load(str(tmp_path / "none.py")), "none.py", "does not exist")
+    empty = tmp_path / "empty.py"
+    empty.write_text("x = 1\n")
+    refusal(lambda: load(str(empty)), "get_config()")
+
+
+def test_overrides_without_a_place():
+    refusal(lambda: load(SYNTHETIC, ["train.steps"]), "train.steps", "no '='")
+    refusal(lambda: load(SYNTHETIC, ["train.steps.more=1"]), "config.train.steps.more", "60")
+    refusal(lambda: load(SYNTHETIC, ["data.sources.1.weight=2"]), "config.data.sources.1.weight", "below 1")
+    refusal(lambda: load(SYNTHETIC, ["data.sources.first.weight=2"]), "config.data.sources.first.weight")
+    # An index into a list that the file does not set is built from its parts, and those must be all there.
+    gap = {"data": {"sources": {"1": {"name": "a", "uri": "synthetic"}}}}
+    refusal(lambda: build_recipe(gap), "config.data.sources", "a list")
+    refusal(lambda: build_recipe({"data": {"sources": {"0": {"weight": 2.0}}}}), "config.data.sources.0", "name, uri")
+
+
+def test_variants_reach_get_config(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("def get_config(variant='plain'):\n    return {'data': {'tokenizer': {'path': variant}}}\n")
+    assert build_recipe(load(str(file))).data.tokenizer.path == "plain"
+    assert build_recipe(load(f"{file}:big")).data.tokenizer.path == "big"
+
+
+def test_command_line_values_take_the_type_of_their_field():
+    recipe = build_recipe(load(SYNTHETIC, [
+        "train.steps=1_000", "optimizer.peak_lr=1e-2", "optimizer.weight_decay=0", "model.use_bias=true",
+        "model.qk_norm=False", "data.directory=123", "data.sources.0.weight=2", "data.sources.0.name=a",
+        "data.tokenizer.vocab_size=128", "train.steps=7"]))
+    assert recipe.train.steps == 7 and type(recipe.train.steps) is int  # the last one counts
+    assert recipe.optimizer.peak_lr == 0.01 and type(recipe.optimizer.weight_decay) is float
+    assert (recipe.model.use_bias, recipe.model.qk_norm) == (True, False)
+    assert recipe.data.directory == "123" and type(recipe.data.directory) is str
+    assert recipe.data.sources[0].weight == 2.0 and recipe.data.sources[0].name == "a"
+    assert recipe.data.sources[0].uri == "synthetic" and recipe.data.tokenizer.vocab_size == 128
+
+
+@pytest.mark.parametrize("text, items", [
+    ("def ,class ", ("def ", "class ")), ("one", ("one",)), ("", ()), ("[]", ()),
+    ('["f(a, b)", "[x]"]', ("f(a, b)", "[x]"))])
+def test_tuples_on_the_command_line(text, items):
+    recipe = build_recipe(load(SYNTHETIC, [f"sample.prompts={text}"]))
+    assert recipe.sample.prompts == items and all(type(item) is str for item in items)
+
+
+def test_dicts_on_the_command_line():
+    rules = {"kv_heads": (), "batch": ("data",)}
+    for overrides in (['mesh.rules={"kv_heads": [], "batch": ["data"]}'],
+                      ["mesh.rules.kv_heads=", "mesh.rules.batch=data"]):
+        assert build_recipe(load(SYNTHETIC, overrides)).mesh.rules == rules
+    refusal(lambda: build_recipe(load(SYNTHETIC, ["sample.prompts=[1, 2"])), "config.sample.prompts", "JSON")
+    refusal(lambda: build_recipe(load(SYNTHETIC, ["mesh.rules={1"])), "config.mesh.rules", "JSON")
+
+
+def test_numpy_scalars_are_taken():
+    recipe = build_recipe({"train": {"steps": np.int64(5)}, "optimizer": {"peak_lr": np.float32(0.5)}})
+    assert type(recipe.train.steps) is int and type(recipe.optimizer.peak_lr) is float
+
+
+def test_optional_fields():
+    @dataclasses.dataclass(frozen=True)
+    class Some:
+        size: int | None = 3
+
+    assert build(Some, {"size": None}).size is None and build(Some, {"size": Text("None")}).size is None
+    assert build(Some, {"size": Text("4")}).size == 4
+    refusal(lambda: build(Some, {"size": 1.5}), "config.size", "an integer")
+
+
+# --- round trips
+
+
+@pytest.mark.parametrize("path, variant", SHIPPED, ids=[f"{p.stem}-{v}" for p, v in SHIPPED])
+def test_shipped_configs_survive_json(path, variant):
+    recipe = build_recipe(load(f"{path}:{variant}" if variant else str(path)))
+    again = build(Recipe, json.loads(to_json(recipe)))
+    assert again == recipe
+    assert to_json(again) == to_json(recipe)
+    # and a ConfigDict is taken as it is
+    get_config = runpy.run_path(str(path))["get_config"]
+    assert build_recipe(get_config(variant) if variant else get_config()) == recipe
+
+
+def test_json_is_json():
+    """Whatever a recipe holds, its JSON is strict JSON and comes back equal."""
+    recipe = build_recipe({"mesh": {"rules": {"kv_heads": [], "mlp": ["tensor"]}},
+                           "optimizer": {"peak_lr": 1e-3 / 3}, "sample": {"prompts": ["ü\n\"", ""]}})
+
+    def no_constants(name):
+        raise AssertionError(name)
+
+    assert build(Recipe, json.loads(to_json(recipe), parse_constant=no_constants)) == recipe
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        build_recipe({}).train.steps = 5
+
+
+# --- meshes
+
+
+def test_mesh_values():
+    refusal(lambda: MeshConfig(data=-1, fsdp=-1), "data", "-1 on at most one")
+    refusal(lambda: MeshConfig(tensor=0), "tensor", "at least 1")
+    refusal(lambda: MeshConfig(fsdp=-2), "fsdp", "at least 1")
+    refusal(lambda: build_recipe(load(SYNTHETIC, ["mesh.rules.kv_head=tensor"])), "config.mesh.rules.kv_head", "kv_heads")
+    refusal(lambda: build_recipe(load(SYNTHETIC, ["mesh.rules.mlp=tenser"])), "config.mesh.rules.mlp", "tensor", "tenser")
+
+
+# --- resuming
+
+
+def changed(**keys):
+    old = plain(build_recipe({}))
+    new = plain(build_recipe({}))
+    for key, value in keys.items():
+        group, _, name = key.partition("__")
+        new[group][name] = value
+    return blocking_changes(old, new)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("model__num_layers", 3), ("model__attention_softcap", 30.0), ("model__sliding_window", 8), ("train__steps", 5),
+    ("train__batch_size", 32), ("train__seed", 1), ("train__compute_dtype", "bfloat16"), ("train__z_loss", 1e-4),
+    ("optimizer__peak_lr", 1.0), ("data__seed", 3), ("data__seq_len", 8), ("data__sources", [])])
+def test_changes_of_what_is_computed_block(key, value):
+    bad, fine = changed(**{key: value})
+    assert len(bad) == 1 and not fine
+    assert bad[0].startswith(f"{key.replace('__', '.')}: ") and " -> " in bad[0]
+
+
+@pytest.mark.parametrize("key, value", [
+    ("model__attention", "xla"), ("model__remat", "full"), ("model__scan_layers", False), ("mesh__fsdp", 4),
+    ("mesh__rules", {"mlp": []}), ("eval__every", 7), ("checkpoint__keep_last", 3), ("sample__prompts", ["a"]),
+    ("train__microbatches", 2), ("train__log_every", 5), ("train__loss_chunk", 8), ("data__directory", "/elsewhere"),
+    ("data__memory_limit_mib", 5)])
+def test_changes_of_where_it_runs_do_not(key, value):
+    bad, fine = changed(**{key: value})
+    assert not bad and len(fine) == 1
+
+
+def test_a_new_key_and_a_gone_one_are_changes():
+    assert blocking_changes({"train": {"old": 1}}, {"train": {"new": 2}})[0] == [
+        "train.old: 1 -> null", "train.new: null -> 2"]
+    assert blocking_changes(plain(build_recipe({})), plain(build_recipe({}))) == ([], [])
