@@ -24,8 +24,9 @@ import numpy as np
 
 from lmjax.metrics import MetricsWriter
 from lmjax.recipe import Recipe
+from lmjax.run import Run, set_up
 from lmjax.runtime import StopSignal
-from lmjax.train import Loop, Run, set_up
+from lmjax.train import Loop
 
 Report = dict[str, Any]
 

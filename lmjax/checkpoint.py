@@ -84,8 +84,8 @@ class Checkpointer:
             damaged.append((step, error))
             self.log(f"checkpoint {self.directory / str(step)} is damaged and not used: {error}")
         if damaged:
-            raise ValueError(f"{self.directory}: expected a readable checkpoint, got {len(damaged)} damaged, the newest "
-                             f"with: {damaged[0][1]}; restore one from a backup or start in another --workdir")
+            raise ValueError(f"{self.directory}: expected a readable checkpoint, got {len(damaged)} damaged, the "
+                             f"newest with: {damaged[0][1]}; restore one from a backup or start in another --workdir")
         return None
 
     def wait(self) -> None:
@@ -133,8 +133,9 @@ class Checkpointer:
             return
         free = shutil.disk_usage(self.directory).free
         if free < size:
-            raise OSError(errno.ENOSPC, f"checkpoint of step {step}: expected {size / 1e6:.0f} MB free in {self.directory}, "
-                                        f"got {free / 1e6:.0f} MB; make room and run the same command again")
+            raise OSError(errno.ENOSPC, f"checkpoint of step {step}: expected {size / 1e6:.0f} MB free in "
+                                        f"{self.directory}, got {free / 1e6:.0f} MB; make room and run the same "
+                                        "command again, it goes on from the last complete one")
 
 
 def read_about(path: str | os.PathLike) -> About:
@@ -278,5 +279,6 @@ class _readable_disk_errors:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         if error is not None and (full or "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)):
-            raise OSError(errno.ENOSPC, f"{self.directory}: expected room for a checkpoint, got a full disk; make room "
-                                        "and run the same command again, it goes on from the last complete one") from error
+            raise OSError(errno.ENOSPC, f"{self.directory}: expected room for a checkpoint, got a full disk; make "
+                                        "room and run the same command again, it goes on from the last complete one"
+                          ) from error

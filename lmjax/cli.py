@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = _parser().parse_known_args(argv)
     bad = [item for item in overrides if not item.startswith("--config.")]
     if bad or (overrides and not hasattr(arguments, "config")):
-        return _refuse(f"{(bad or overrides)[0]}: expected an option of `lmjax {arguments.command}`, got an unknown one; "
-                       f"see lmjax {arguments.command} --help")
+        return _refuse(f"{(bad or overrides)[0]}: expected an option of `lmjax {arguments.command}`, got an unknown "
+                       f"one; see lmjax {arguments.command} --help")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         return _run(arguments, [item.removeprefix("--config.") for item in overrides])
@@ -51,6 +51,7 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         from lmjax.train import train
 
         runtime.start_distributed()
+        runtime.keep_freed_memory()
         train(recipe, arguments.workdir)
     elif command == "prepare":
         from lmjax.prepare import prepare
@@ -59,6 +60,7 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     elif command == "bench":
         from lmjax.bench import bench
 
+        if not os.environ.get("NOMALLOPT"): runtime.keep_freed_memory()
         bench(recipe, seconds=arguments.seconds, out=arguments.out)
     else:
         _use(arguments)

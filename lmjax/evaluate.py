@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterable
 
 from lmjax.data.pipeline import Split
+from lmjax.losses import Loss
 from lmjax.models import Batch
 from lmjax.nn.module import Params
-from lmjax.train_step import Loss
 
 
 def evaluate(eval_step: Callable[[Params, Batch], Loss], params: Params, batches: Iterable[Batch],

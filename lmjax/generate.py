@@ -26,6 +26,8 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
 
 
+PLAIN = Sampling()
+
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
     """One token id a row, int32 [B], from softmax(logits / temperature) cut to top_k and then to top_p."""
     V = logits_BV.shape[-1]
@@ -51,10 +53,10 @@ class Generator:
         self.layout = layout and dataclasses.replace(layout, rules={**layout.rules, "batch": (), "seq": ()})
 
     def __call__(self, params: Params, prompts: Sequence[Sequence[int]], *, max_tokens: int,
-                 sampling: Sampling = Sampling(), seed: int = 0) -> list[list[int]]:
+                 sampling: Sampling = PLAIN, seed: int = 0) -> list[list[int]]:
         """The tokens that follow each prompt, up to `max_tokens` and without the end-of-text token.
 
-        A row's randomness is keyed by (seed, row, position in the answer), so it does not depend on the other rows.
+        A row's randomness is keyed by (seed, row, position in the answer): it does not depend on the other rows.
 
         Raises:
           ValueError: an empty prompt, or more positions than a learned table has.
@@ -64,8 +66,8 @@ class Generator:
         longest = max(map(len, prompts))
         limit = self.model.config.max_positions if self.model.config.positions == "learned" else None
         if limit and longest + max_tokens > limit:
-            raise ValueError(f"max_tokens: expected prompt and answer within max_positions={limit}, got {longest} + "
-                             f"{max_tokens}; shorten one of them")
+            raise ValueError(f"max_tokens: expected prompt and answer within max_positions={limit}, got {longest} "
+                             f"+ {max_tokens}; shorten one of them")
         B, P = _bucket(len(prompts), 1), _bucket(longest, 16)
         tokens, lengths = np.zeros((B, P), np.int32), np.ones(B, np.int32)
         for row, prompt in enumerate(prompts):
@@ -78,7 +80,8 @@ class Generator:
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(model: Model, layout: Layout | None, eos_id: int, slots: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def _compiled(model: Model, layout: Layout | None, eos_id: int,
+              slots: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """(params, tokens [B, P], lengths [B], unused rows bool [B], max_tokens, seed, sampling) -> (answers [B, slots],
     their lengths [B])."""
 

@@ -3,63 +3,119 @@
 Shape suffixes: B batch, T sequence, D embed_dim, V vocab_size, C chunk of the sequence.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from lmjax.nn.ops import barrier, dot
 from lmjax.sharding import constrain
 
+Sums = tuple[jax.Array, jax.Array]  # total and nats
+Part = tuple[jax.Array, jax.Array, jax.Array]  # hidden, targets, mask
 
-class LossSums(NamedTuple):
-    """Sums over the tokens that count; divide by `weight` for means. All float32 scalars.
 
-    nats: cross-entropy. z: squared log-partition (the z-loss before its coefficient). weight: loss mask.
+class Loss(NamedTuple):
+    """Sums over the tokens that count; divide by `weight` for means. float32 scalars.
+
+    total: what is minimised; only it has a gradient. nats: cross-entropy alone. weight: the loss mask's sum.
     """
 
+    total: jax.Array
     nats: jax.Array
-    z: jax.Array
     weight: jax.Array
 
 
 def cross_entropy(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, *,
-                  softcap: float = 0.0, chunk: int = 0) -> LossSums:
-    """Sums of -log softmax(hidden @ table.T)[target] and of log-partition^2 where the mask counts.
+                  softcap: float = 0.0, chunk: int = 0, z_loss: float = 0.0) -> Loss:
+    """Sums of -log softmax(hidden @ table.T)[target] where the mask counts, plus z_loss * log(Z)^2 (PaLM,
+    arXiv:2204.02311).
 
-    chunk: at most this many positions' logits [B, C, V] exist at a time, forward and backward (they are
-    computed again in the backward pass); 0: all at once.
+    The gradient is made beside the loss, while the logits are there, so they are neither kept for the
+    backward pass nor computed again in it. chunk: at most this many positions' logits [B, C, V] exist at a
+    time; 0: all at once.
 
     Raises:
       ValueError: `chunk` does not divide the sequence.
     """
     T = targets_BT.shape[1]
-    if not chunk or chunk >= T:
-        return _sums(hidden_BTD, table_VD, targets_BT, mask_BT, softcap)
+    chunk = min(chunk or T, T)
     if T % chunk:
         raise ValueError(f"config.train.loss_chunk: expected a divisor of the sequence length {T}, got {chunk}; "
                          "change it or set 0")
-
-    @jax.checkpoint
-    def body(sums: LossSums, part: tuple[jax.Array, ...]) -> tuple[LossSums, None]:
-        hidden, targets, mask = part
-        return jax.tree.map(jnp.add, sums, _sums(hidden, table_VD, targets, mask, softcap)), None
-
-    def split(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], T // chunk, chunk, *x.shape[2:]), 1, 0)
-
-    zero = LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
-    return jax.lax.scan(body, zero, (split(hidden_BTD), split(targets_BT), split(mask_BT)))[0]
-
-
-def _sums(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
-          softcap: float) -> LossSums:
-    logits = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
-    logits = constrain(logits, "batch", "seq", "act_vocab")
-    if softcap:
-        logits = softcap * jnp.tanh(logits / softcap)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    # A masked sum, not a gather: with the vocabulary sharded a gather would collect the logits first.
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-    target = jnp.sum(jnp.where(ids == targets_BT[..., None], logits, 0.0), axis=-1)
     mask = mask_BT.astype(jnp.float32)
-    return LossSums(jnp.sum((log_z - target) * mask), jnp.sum(jnp.square(log_z) * mask), jnp.sum(mask))
+    total, nats = _summed(hidden_BTD, table_VD, targets_BT, mask, softcap, z_loss, chunk)
+    return Loss(total, nats, jnp.sum(mask))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _summed(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, softcap: float,
+            z_loss: float, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """(total, nats), without gradients."""
+
+    def one(sums: Sums, part: Part) -> tuple[Sums, None]:
+        total, nats, _ = _one_chunk(*part, table_VD, softcap, z_loss, with_gradient=False)
+        return (sums[0] + total, sums[1] + nats), None
+
+    zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+    return _over_chunks(one, zero, (hidden_BTD, targets_BT, mask_BT), chunk)[0]
+
+
+def _forward(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, softcap: float,
+             z_loss: float, chunk: int) -> tuple[Sums, tuple[jax.Array, jax.Array]]:
+    def one(carry: tuple[Sums, jax.Array], part: Part) -> tuple[tuple[Sums, jax.Array], jax.Array]:
+        sums, d_table = carry
+        total, nats, d_logits = _one_chunk(*part, table_VD, softcap, z_loss, with_gradient=True)
+        rows = ((0, 1), (0, 1))
+        d_table += lax.dot_general(d_logits, part[0], (rows, ((), ())), preferred_element_type=jnp.float32)
+        return ((sums[0] + total, sums[1] + nats), d_table), dot(d_logits, table_VD, (((2,), (0,)), ((), ())))
+
+    zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+    start = (zero, jnp.zeros(table_VD.shape, jnp.float32))
+    (sums, d_table), d_hidden = _over_chunks(one, start, (hidden_BTD, targets_BT, mask_BT), chunk)
+    return sums, (d_hidden, d_table.astype(table_VD.dtype))
+
+
+def _backward(softcap: float, z_loss: float, chunk: int, saved: tuple[jax.Array, jax.Array],
+              g: Sums) -> tuple[jax.Array, jax.Array, None, None]:
+    d_hidden, d_table = saved
+    return d_hidden * g[0].astype(d_hidden.dtype), d_table * g[0].astype(d_table.dtype), None, None
+
+
+_summed.defvjp(_forward, _backward)
+
+
+def _one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array, table_VD: jax.Array, softcap: float,
+               z_loss: float, with_gradient: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(total, nats, d total / d logits [B, C, V] in the dtype of hidden)."""
+    raw = lax.dot_general(hidden_BCD, table_VD, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    raw = barrier(constrain(raw, "batch", "seq", "act_vocab"))
+    logits = softcap * jnp.tanh(raw / softcap) if softcap else raw
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exp = barrier(jnp.exp(logits - top))
+    sum_exp = jnp.sum(exp, axis=-1, keepdims=True)
+    log_z = (top + jnp.log(sum_exp))[..., 0]
+    # A masked sum, not a gather: with the vocabulary sharded a gather would collect the logits first.
+    hit = lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets_BC[..., None]
+    nats = jnp.sum((log_z - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)) * mask_BC)
+    total = nats + z_loss * jnp.sum(jnp.square(log_z) * mask_BC) if z_loss else nats
+    if not with_gradient:
+        return total, nats, None
+    of_p = (mask_BC * (1 + 2 * z_loss * log_z))[..., None]  # d log_z / d logits is the probability
+    d_logits = exp * (of_p / sum_exp) - jnp.where(hit, mask_BC[..., None], 0.0)
+    if softcap:
+        d_logits *= 1 - jnp.square(logits / softcap)
+    return total, nats, barrier(d_logits.astype(hidden_BCD.dtype))
+
+
+def _over_chunks(body: Callable[..., Any], start: Any, parts: Part, chunk: int) -> tuple[Any, jax.Array | None]:
+    """Scans `body` over pieces of the sequence; its outputs are joined along it again."""
+    B, T = parts[1].shape
+    if chunk == T:
+        return body(start, parts)
+    split = [jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0) for x in parts]
+    carry, out = lax.scan(body, start, tuple(split))
+    return carry, None if out is None else jnp.moveaxis(out, 0, 1).reshape(B, T, *out.shape[3:])

@@ -249,11 +249,13 @@ def state_shardings(tx: optax.GradientTransformation, params_shape: Any, param_s
             return leaf
         if leaf.shape == tuple(param.shape):
             return sharding
-        spec = [*sharding.spec, *[None] * (len(param.shape) - len(sharding.spec))]
-        if leaf.field in ("v_row", "v_col") and len(leaf.shape) == len(param.shape) - 1:
+        spec, shape = [*sharding.spec, *[None] * (len(param.shape) - len(sharding.spec))], list(param.shape)
+        if leaf.field in ("v_row", "v_col") and len(param.shape) > 1:
             # optax averages rows over the largest axis, columns over the second largest.
-            del spec[int(np.argsort(param.shape)[-1 if leaf.field == "v_row" else -2])]
-            return NamedSharding(mesh, PartitionSpec(*spec))
+            averaged = int(np.argsort(param.shape)[-1 if leaf.field == "v_row" else -2])
+            del spec[averaged], shape[averaged]
+            if leaf.shape == tuple(shape):
+                return NamedSharding(mesh, PartitionSpec(*spec))
         assert math.prod(leaf.shape) == 1, (leaf, param.shape)  # Adafactor's stand-in for what it lacks
         return replicated
 

@@ -110,6 +110,10 @@ class Recipe:
         if self.model.positions == "learned" and self.data.seq_len > self.model.max_positions:
             raise ValueError(f"data.seq_len: expected at most model.max_positions={self.model.max_positions}, got "
                              f"{self.data.seq_len}; raise max_positions or shorten the rows")
+        chunk = self.train.loss_chunk
+        if 0 < chunk < self.data.seq_len and self.data.seq_len % chunk:
+            raise ValueError(f"train.loss_chunk: expected a divisor of data.seq_len={self.data.seq_len}, got {chunk}; "
+                             "change it or set 0")
 
 
 # What may differ when a run is resumed: where it runs and what is kept of it, not what it computes.

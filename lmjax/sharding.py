@@ -85,7 +85,8 @@ class Layout:
             axis on two dimensions.
         """
         if shape is not None and len(shape) != len(axes):
-            raise ValueError(f"expected {len(axes)} dimensions {tuple(axes)}, got shape {tuple(shape)}; name every one")
+            raise ValueError(f"axes: expected a name for each dimension of shape {tuple(shape)}, got {tuple(axes)}; "
+                             "name every one")
         entries, used = [], []
         for i, name in enumerate(axes):
             if name is not None and name not in self.rules:
@@ -93,11 +94,11 @@ class Layout:
             on = tuple(a for a in (self.rules[name] if name else ()) if self.mesh.shape[a] > 1)
             ways = math.prod(self.mesh.shape[a] for a in on)
             if shape is not None and shape[i] % ways:
-                raise ValueError(f"mesh: expected {'*'.join(on)}={ways} to divide {name}={shape[i]}, got a remainder of "
-                                 f"{shape[i] % ways}; change the mesh or map {name!r} elsewhere in mesh.rules")
+                raise ValueError(f"mesh: expected {'*'.join(on)}={ways} to divide {name}={shape[i]}, got a remainder "
+                                 f"of {shape[i] % ways}; change the mesh or map {name!r} elsewhere in mesh.rules")
             if len({*used, *on}) < len(used) + len(on):
-                raise ValueError(f"mesh.rules: expected each mesh axis on at most one of the dimensions {tuple(axes)}, got "
-                                 f"{'*'.join(on)} for {name!r} after {used}; map one of the names elsewhere")
+                raise ValueError(f"mesh.rules: expected each mesh axis on at most one of the dimensions {tuple(axes)}, "
+                                 f"got {'*'.join(on)} for {name!r} after {used}; map one of the names elsewhere")
             used += on
             entries.append(on if len(on) > 1 else (on[0] if on else None))
         return PartitionSpec(*entries)
@@ -148,6 +149,18 @@ def use_layout(layout: Layout | None) -> Iterator[None]:
         yield
     finally:
         _LAYOUT.reset(token)
+
+
+def platform() -> str:
+    """The platform that is being traced for: that of the layout, else JAX's default ("cpu", "gpu", "tpu")."""
+    layout = _LAYOUT.get()
+    return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
+
+
+def num_devices() -> int:
+    """Devices of the layout that is being traced for; 1 outside one."""
+    layout = _LAYOUT.get()
+    return 1 if layout is None else layout.mesh.size
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -56,4 +56,5 @@ def state_spec(model: Model, tx: optax.GradientTransformation, layout: Layout, *
 def _init(model: Model, tx: optax.GradientTransformation, seed: int, ema: bool) -> TrainState:
     params = model.init(jax.random.key(seed))
     # A copy: the step donates its input, and one buffer cannot be given away twice.
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.tree.map(jnp.copy, params) if ema else None)
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)

@@ -1,13 +1,13 @@
 """The one train step. Objectives differ in the batch and in `loss_fn`, nothing else."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lmjax.losses import cross_entropy
+from lmjax.losses import Loss, cross_entropy
 from lmjax.models import Batch, Model
 from lmjax.nn.module import Params
 from lmjax.optim import ema_update
@@ -15,19 +15,11 @@ from lmjax.sharding import Layout, constrain, use_layout
 from lmjax.train_state import StateSpec, TrainState
 
 
-class Loss(NamedTuple):
-    """Sums over a batch; the step differentiates `total` / `weight`, over all microbatches together.
-
-    total: what is minimised. nats: cross-entropy alone. weight: tokens that count. float32 scalars.
-    """
-
-    total: jax.Array
-    nats: jax.Array
-    weight: jax.Array
-
-
 class LossFn(Protocol):
-    """(params, batch, key) -> sums. key: for dropout and other noise, None when evaluating."""
+    """(params, batch, key) -> sums; the step differentiates total / weight, over all microbatches together.
+
+    key: for dropout and other noise, None when evaluating.
+    """
 
     def __call__(self, params: Params, batch: Batch, key: jax.Array | None) -> Loss: ...
 
@@ -36,19 +28,21 @@ Metrics = Mapping[str, jax.Array]
 
 
 def next_token_loss(model: Model, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
-    """Cross-entropy of `targets` where `loss_mask` counts, plus z_loss * log(Z)^2 (PaLM, arXiv:2204.02311)."""
+    """`cross_entropy` of the batch's `targets` where its `loss_mask` counts."""
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
         hidden, table = model.hidden(params, batch, key)
-        sums = cross_entropy(hidden, table, batch["targets"], batch["loss_mask"],
-                             softcap=model.config.logit_softcap, chunk=chunk)
-        return Loss(sums.nats + z_loss * sums.z, sums.nats, sums.weight)
+        return cross_entropy(hidden, table, batch["targets"], batch["loss_mask"],
+                             softcap=model.config.logit_softcap, chunk=chunk, z_loss=z_loss)
 
     return loss_fn
 
 
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
 def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: optax.Schedule, *, seed: int,
-                    microbatches: int = 1, ema_decay: float = 0.0) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+                    microbatches: int = 1, ema_decay: float = 0.0) -> StepFn:
     """The jitted step: (state, donated; batch of [B, T] arrays) -> (next state, scalar metrics).
 
     The gradient is that of the mean over the batch's tokens, whatever their split into microbatches.
@@ -67,8 +61,8 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
         metrics = {
             "loss": sums.nats / weight,
             "learning_rate": schedule(state.step),
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
             "weight": sums.weight,
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lmjax.config import ConfigError, Text, build, load, plain, to_json
+from lmjax.config import Text, build, load, plain, to_json
 from lmjax.recipe import Recipe, blocking_changes, build_recipe
 from lmjax.sharding import MeshConfig
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"nn"},
     {"models", "data", "losses", "optim"},
     {"recipe", "train_state", "train_step", "checkpoint", "metrics", "adapt", "interop", "tasks"},
-    {"cli", "train", "evaluate", "generate", "lm", "plan", "report", "report_*", "prepare",
+    {"cli", "train", "run", "evaluate", "generate", "lm", "plan", "report", "report_*", "prepare",
      "bench", "bench_*"},
 ]
 MAX_FILE_LINES = 400

@@ -178,7 +178,8 @@ def empty_rows(rows: int, seq_len: int) -> Rows:
     return out | {"loss_mask": np.zeros((rows, seq_len), np.float32)}
 
 
-def fill_rows(flat: np.ndarray, at_P, length_P, place_P, offset_P, rows: int, seq_len: int) -> Rows:
+def fill_rows(flat: np.ndarray, at_P: np.ndarray, length_P: np.ndarray, place_P: np.ndarray,
+              offset_P: np.ndarray, rows: int, seq_len: int) -> Rows:
     """Rows from pieces: piece p reads flat[at : at + length + 1] into row place at offset.
 
     Args:

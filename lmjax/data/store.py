@@ -31,6 +31,9 @@ def kvstore(path: str) -> dict[str, str]:
         if path.startswith(scheme):
             bucket, _, rest = path.removeprefix(scheme).partition("/")
             return {"driver": driver, "bucket": bucket, "path": rest.rstrip("/") + "/"}
+    if is_remote(path):
+        raise ValueError(f"data.directory: expected a local path, gs:// or s3://, got {path}; "
+                         "use one of those")
     return {"driver": "file", "path": str(epath.Path(path).expanduser().absolute()) + "/"}
 
 

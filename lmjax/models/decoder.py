@@ -80,7 +80,8 @@ class DecoderConfig:
     @property
     def dims(self) -> "Dims":
         """The head dimensions with their zeros resolved."""
-        return Dims(self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim or self.embed_dim // self.num_heads)
+        return Dims(self.num_heads, self.num_kv_heads or self.num_heads,
+                    self.head_dim or self.embed_dim // self.num_heads)
 
 
 class Dims(NamedTuple):

@@ -5,19 +5,22 @@ R = H / G query heads a key/value head, K head_dim, D embed_dim.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from lmjax.nn.layers import Dense, RMSNorm
 from lmjax.nn.module import Initializer
+from lmjax.nn.ops import barrier, dot
 from lmjax.nn.positions import Rotation, apply_rope
 from lmjax.sharding import constrain
 
-NEG_INF = -1e30  # finite: a row with no visible key gives zeros below, not NaN
+NEG_INF = -1e30  # finite: a row with no visible key gets even weights, not NaN
 
 
 class Visibility(NamedTuple):
@@ -69,17 +72,54 @@ def xla_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_
     """softmax(q k^T * scale) v with float32 scores [B, H, T, S] in memory; queries that see nothing get 0."""
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
-    q = q_BTHK.reshape(B, T, G, H // G, K) * jnp.asarray(scale, q_BTHK.dtype)
-    scores = jnp.einsum("BTGRK,BSGK->BGRTS", q, k_BSGK, preferred_element_type=jnp.float32)
+    # The R query heads of a key/value head become rows of one matmul, which reads its keys once.
+    q = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
+    y = _attend(q, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), mask_BTS, scale, softcap)
+    y = y.reshape(B, G, H // G, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+    return y * jnp.any(mask_BTS, axis=-1)[:, :, None, None].astype(y.dtype)
+
+
+HEADS = ((0, 1), (0, 1))  # batch dimensions of the matmuls below: B and G
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q_BGNK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, mask_BTS: jax.Array, scale: float,
+            softcap: float) -> jax.Array:
+    """Attention of N = R * T query rows a key/value head, with the backward pass that flash attention uses
+    (Dao et al. 2022, arXiv:2205.14135, appendix B): from the probabilities, not through the softmax's parts."""
+    return _attend_forward(q_BGNK, k_BGSK, v_BGSK, mask_BTS, scale, softcap)[0]
+
+
+def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, scale: float,
+                    softcap: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    scores = lax.dot_general(q, k, (((3,), (3,)), HEADS), preferred_element_type=jnp.float32) * scale
+    slope = None
     if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    mask = mask_BTS[:, None, None, :, :]
-    scores = jnp.where(mask, scores, NEG_INF)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    weights = jnp.where(mask, weights, 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = (weights / jnp.maximum(total, 1e-30)).astype(v_BSGK.dtype)
-    return jnp.einsum("BGRTS,BSGK->BTGRK", weights, v_BSGK).reshape(B, T, H, K)
+        scores = jnp.tanh(scores / softcap)
+        slope = 1 - jnp.square(scores)
+        scores = softcap * scores
+    B, T, S = mask_BTS.shape
+    shape = scores.shape
+    scores = jnp.where(mask_BTS[:, None, None], scores.reshape(B, shape[1], -1, T, S), NEG_INF).reshape(shape)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    weights = barrier((weights * (1 / jnp.sum(weights, axis=-1, keepdims=True))).astype(q.dtype))
+    y = dot(weights, v, (((3,), (2,)), HEADS))
+    return y, (q, k, v, mask_BTS, weights, y, slope)
+
+
+def _attend_backward(scale: float, softcap: float, saved: tuple[jax.Array, ...],
+                     g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    (q, k, v, _, weights, y, slope), g = saved, barrier(g)
+    along = jnp.sum((g * y).astype(jnp.float32), axis=-1, keepdims=True)
+    d_weights = lax.dot_general(g, v, (((3,), (3,)), HEADS), preferred_element_type=jnp.float32)
+    d_scores = weights * (d_weights - along) * scale
+    d_scores = barrier((d_scores if slope is None else d_scores * slope).astype(q.dtype))
+    rows = ((2,), (2,))
+    return (dot(d_scores, k, (((3,), (2,)), HEADS)), dot(d_scores, q, (rows, HEADS)), dot(weights, g, (rows, HEADS)),
+            None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 KERNELS = {
@@ -98,7 +138,8 @@ def choose_kernel(name: str, platform: str, *, softcap: float) -> tuple[str, str
     if name not in KERNELS:
         raise ValueError(f"attention: expected one of auto, {', '.join(KERNELS)}, got {name!r}; choose one of them")
     kernel = KERNELS[name]
-    for ok, what in ((platform in kernel.platforms, f"platform {platform}"), (kernel.softcap or not softcap, "softcap")):
+    needs = ((platform in kernel.platforms, f"platform {platform}"), (kernel.softcap or not softcap, "softcap"))
+    for ok, what in needs:
         if not ok:
             raise ValueError(f"attention: expected a kernel for {what}, got {name!r}, which cannot; use 'auto'")
     return name, f"asked for; {kernel.note}"

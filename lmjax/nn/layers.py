@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.nn.module import Initializer, normal, ones, param, zeros
+from lmjax.nn.ops import matmul, rms_norm
 from lmjax.sharding import constrain
 
 ACTIVATIONS = {
@@ -42,12 +43,10 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
-        # Two-dimensional matmuls are what every backend's library is best at, forward and backward.
         lead, out = x.shape[: x.ndim - self.num_in], kernel.shape[self.num_in:]
         rows = math.prod(kernel.shape[: self.num_in])
-        y = x.reshape(*lead, rows) @ kernel.reshape(rows, -1)
-        y = y.reshape(*lead, *out)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = matmul(x.reshape(*lead, rows), kernel.reshape(rows, -1)).reshape(*lead, *out)
+        return y if self.bias is None else y + _along_last(self.bias[...].astype(x.dtype), y.ndim)
 
 
 class Embedding(nnx.Module):
@@ -69,9 +68,7 @@ class RMSNorm(nnx.Module):
         self.scale = param(rngs, ones, (dim,), ("norm",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * inverse * _along_last(self.scale[...], x.ndim)).astype(x.dtype)
+        return rms_norm(x, _along_last(self.scale[...], x.ndim), self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -125,4 +122,4 @@ def residual_init(std: float, num_layers: int) -> Initializer:
 
 
 def _along_last(v: jax.Array, ndim: int) -> jax.Array:
-    return v.reshape((1,) * (ndim - 1) + v.shape)
+    return v.reshape((1,) * (ndim - v.ndim) + v.shape)

@@ -14,7 +14,8 @@ BOS, EOS, V = 1, 2, 12
 
 def documents(seed, count):
     rng = np.random.default_rng(seed)
-    return [[BOS, *(3 + rng.integers(0, V - 3, rng.integers(1, 15)) // rng.integers(1, 4)), EOS] for _ in range(count)]
+    words = [3 + rng.integers(0, V - 3, rng.integers(1, 15)) // rng.integers(1, 4) for _ in range(count)]
+    return [[BOS, *w, EOS] for w in words]
 
 
 def flat(docs):
@@ -44,7 +45,7 @@ class Twin:
         if not n[1] or not n[2]:
             return {1: 0.5, 2: 0.5, 3: 0.5}
         y = n[1] / (n[1] + 2 * n[2])
-        raw = {c: c - (c + 1) * y * n_or(n, c + 1) / n_or(n, c) if n_or(n, c) else c / 2 for c in (1, 2, 3)}
+        raw = {c: c - (c + 1) * y * n[c + 1] / n[c] if n[c] else c / 2 for c in (1, 2, 3)}
         return {c: min(max(d, 0.01), c - 0.01) for c, d in raw.items()}
 
     def probability(self, history, word, k):
@@ -58,10 +59,6 @@ class Twin:
         c = follow.get(word, 0)
         own = c - discount[min(c, 3)] if c else 0
         return own / total + sum(discount[min(f, 3)] for f in follow.values()) / total * lower
-
-
-def n_or(n, c):
-    return n[c]
 
 
 def history_of(document, at, order):
@@ -115,6 +112,7 @@ def test_documents_do_not_see_each_other():
 def test_baselines_know_more_with_longer_histories():
     rng = np.random.default_rng(0)
     following = rng.integers(3, V, (V, V))  # the next token is fixed by the last two, nine times out of ten
+
     def document():
         d = [BOS, 3]
         for _ in range(60):

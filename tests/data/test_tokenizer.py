@@ -5,15 +5,19 @@ import random
 import numpy as np
 import pytest
 
-from lmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer, TokenizerConfig, make_tokenizer, train_model
+from lmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer, TokenizerConfig
+from lmjax.data.tokenizer import make_tokenizer as make
+from lmjax.data.tokenizer import train_model as train
 
 NASTY = [
-    "", " ", "  ", "a  b   c    d", "  lead", "trail  ", "\n", "\n\n\n", "\r", "\r\n\r", "\t\tx\t", "a\x0b\x0cb",
-    "\u2581", "\u2581x \u2581\u2581 ", " \u2581 ", "\x00", "a\x00\x00b", "<s>", "</s><unk><pad><s>", "<0x41><0xE2>",
-    "\u00e9 e\u0301", "\ufffd", "\ufeffbom", "\U0001d11e\U0001f600", "a\u2028b\u2029c\u0085d", "\u2585 \u2047 ",
-    "\u65e5\u672c\u8a9e \u30c6\u30ad\u30b9\u30c8", "\x7f\x01\x1b[0m", "\xa0\u3000\u200b\u200d", "\ue000\uffff\U0010ffff",
-    "        return x12345", "x" * 5000, "\u0627\u0644\u0639 \u05d0", "a\u2581<0xE2>\u2581",
-]  # fmt: skip
+    "", " ", "  ", "a  b   c    d", "  lead", "trail  ", "\n", "\n\n\n", "\r", "\r\n\r", "\t\tx\t",
+    "a\x0b\x0cb",
+    "\u2581", "\u2581x \u2581\u2581 ", " \u2581 ", "\x00", "a\x00\x00b", "<s>", "</s><unk><pad><s>",
+    "<0x41><0xE2>", "a\u2581<0xE2>\u2581", "\u00e9 e\u0301", "\ufffd", "\ufeffbom", "\U0001d11e\U0001f600",
+    "a\u2028b\u2029c\u0085d", "\u2585 \u2047 ", "\u65e5\u672c\u8a9e \u30c6", "\x7f\x01\x1b[0m",
+    "\xa0\u3000\u200b\u200d", "\ue000\uffff\U0010ffff", "        return x12345", "x" * 5000,
+    "\u0627\u0644\u0639 \u05d0",
+]
 
 
 def corpus():
@@ -24,20 +28,20 @@ def corpus():
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def tokenizer(request):
-    size = {"bpe": 330, "unigram": 300}[request.param]
-    return make_tokenizer(TokenizerConfig(vocab_size=size, model=request.param), corpus())
+    size = {"bpe": 330, "unigram": 290}[request.param]
+    return make(TokenizerConfig(vocab_size=size, model=request.param), corpus())
 
 
 def test_every_text_comes_back(tokenizer):
     rng = random.Random(1)
-    pool = [chr(c) for c in [*range(0x300), *range(0x2570, 0x2590), 0x2581, 0x2581, 0x1F600, 0xD7FF, 0xE000]]
+    pool = [chr(c) for c in [*range(0x300), *range(0x2570, 0x2590), *[0x2581] * 5, 0x1F600, 0xD7FF, 0xE000]]
     texts = NASTY + ["".join(rng.choices(pool, k=rng.randint(1, 60))) for _ in range(500)] + corpus()
     ids = tokenizer.encode_batch(texts)
     assert [tokenizer.decode(i) for i in ids] == texts
     assert [tokenizer.encode(t) for t in texts] == [i.tolist() for i in ids]
     assert tokenizer.lossy(texts, ids) is None
     assert max(int(i.max()) for i in ids if len(i)) < tokenizer.vocab_size
-    assert not {PAD_ID, BOS_ID, EOS_ID, 3} & {int(n) for i in ids for n in i}  # spelt out in text, never meant
+    assert not {PAD_ID, BOS_ID, EOS_ID, 3} & {int(n) for i in ids for n in i}  # spelt out, never meant
 
 
 def test_our_decoding_is_sentencepieces_own(tokenizer):
@@ -67,37 +71,38 @@ def test_the_model_is_a_pure_function_and_describes_itself(tokenizer):
     again = Tokenizer.from_bytes(tokenizer.to_bytes())
     assert again.hash == tokenizer.hash and again.encode("a b") == tokenizer.encode("a b")
     config = TokenizerConfig(vocab_size=300, train_bytes=5000)
-    assert train_model(config, corpus()) == train_model(config, corpus())
-    assert train_model(config, corpus()) != train_model(TokenizerConfig(300, "bpe", 5000, seed=1), corpus())
+    assert train(config, corpus()) == train(config, corpus())
+    other = train(TokenizerConfig(300, "bpe", 5000, seed=1), corpus())
+    assert train(config, corpus()) != other
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (PAD_ID, BOS_ID, EOS_ID)
 
 
 def test_long_lines_are_not_left_out_of_training():
-    tokenizer = make_tokenizer(TokenizerConfig(vocab_size=290), ["needle " * 20_000])
-    assert len(tokenizer.encode("needle needle")) <= 3
+    tokenizer = make(TokenizerConfig(vocab_size=278), ["needle " * 20_000])
+    assert len(tokenizer.encode("needle needle")) <= 4
 
 
-def test_runs_of_spaces_are_one_token(tokenizer):
-    code = make_tokenizer(TokenizerConfig(vocab_size=330), ["        x = 1\n    y\n" * 50])
+def test_runs_of_spaces_are_one_token():
+    code = make(TokenizerConfig(vocab_size=272), ["        x = 1\n    y\n" * 50])
     assert len(code.encode("        ")) <= 2
 
 
 @pytest.mark.parametrize("config, message", [
     (TokenizerConfig(vocab_size=100), "vocab_size: expected .* got 100 .*smaller than required_chars"),
     (TokenizerConfig(vocab_size=9000), "vocab_size: expected .* got 9000 .*too high"),
-    (TokenizerConfig(path="/none/such.model"), "path: expected a SentencePiece model, got '/none/such.model'"),
+    (TokenizerConfig(path="/no/such.model"), "path: expected a SentencePiece model, got '/no/such.model'"),
 ])
 def test_a_tokenizer_that_cannot_be_made(config, message):
     with pytest.raises(ValueError, match=message):
-        make_tokenizer(config, corpus())
+        make(config, corpus())
 
 
 def test_an_existing_model(tmp_path, tokenizer):
     path = tmp_path / "t.model"
     path.write_bytes(tokenizer.to_bytes())
-    assert make_tokenizer(TokenizerConfig(tokenizer.vocab_size, path=str(path)), []).hash == tokenizer.hash
+    assert make(TokenizerConfig(tokenizer.vocab_size, path=str(path)), []).hash == tokenizer.hash
     with pytest.raises(ValueError, match=f"expected {tokenizer.vocab_size}.*, got 4096"):
-        make_tokenizer(TokenizerConfig(path=str(path)), [])
+        make(TokenizerConfig(path=str(path)), [])
     path.write_bytes(b"junk")
     with pytest.raises(ValueError, match="expected a SentencePiece model, got 4 bytes"):
-        make_tokenizer(TokenizerConfig(path=str(path)), [])
+        make(TokenizerConfig(path=str(path)), [])

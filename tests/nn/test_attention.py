@@ -173,20 +173,14 @@ VARIANTS = {
 }
 
 
-def model_of(**keys):
-    config = dict(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24, vocab_size=20, max_positions=T, init_std=0.3)
-    return build_model(DecoderConfig(**(config | keys)), vocab_size=20, platform="cpu", dtype=jnp.float32)
-
-
-def influence(model):
+def influence(**keys):
     """|d hidden_t / d (input embedding of s)| [B, T, T], through the model's own code.
 
     Every input position is given a token of its own (t of row b: token b * T + t), so that the gradient
     of a hidden state by the embedding table tells positions apart.
     """
-    config = dict(vocab_size=B * T)
-    model = build_model(DecoderConfig(**({f: getattr(model.config, f) for f in model.config.__dataclass_fields__}
-                                         | config)), vocab_size=B * T, platform="cpu", dtype=jnp.float32)
+    config = dict(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24, max_positions=T, init_std=0.3)
+    model = build_model(DecoderConfig(**(config | keys)), vocab_size=B * T, platform="cpu", dtype=jnp.float32)
     params = model.init(jax.random.key(0))
     batch = {"tokens": jnp.arange(B * T, dtype=jnp.int32).reshape(B, T), "positions": jnp.asarray(POSITIONS),
              "segment_ids": jnp.asarray(SEGMENTS)}
@@ -205,7 +199,7 @@ def influence(model):
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_influence_from_the_future_other_documents_or_beyond_the_window(name, window):
-    found = influence(model_of(**VARIANTS[name], sliding_window=window))
+    found = influence(**VARIANTS[name], sliding_window=window)
     for b, t, s in itertools.product(range(B), range(T), range(T)):
         if s == t:
             assert found[b, t, s] > 0
@@ -216,6 +210,6 @@ def test_no_influence_from_the_future_other_documents_or_beyond_the_window(name,
 
 
 def test_the_window_widens_by_a_window_a_layer():
-    found = influence(model_of(num_layers=2, sliding_window=3))
+    found = influence(num_layers=2, sliding_window=3)
     for t, s in itertools.product(range(9), range(9)):  # the nine tokens of row 1's first document
         assert (found[1, t, s] > 0) == (0 <= t - s <= 4)

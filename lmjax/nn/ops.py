@@ -1,0 +1,79 @@
+"""Matmul and RMS norm with backward passes that XLA compiles well on every backend.
+
+On a CPU the compiler, left alone, fuses what makes a gradient into a strided, transposed copy for the
+weight's matmul, which costs more than the matmul. `barrier` gives such a value an array of its own; on
+TPU and GPU, where that fusion is what one wants, it does nothing. docs/speed.md has the figures.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lmjax.sharding import num_devices, platform
+
+# Contractions for dot_general: x @ w, x @ w.T, and x.T @ y over all leading dimensions.
+Dims = Any
+
+
+def barrier(x: jax.Array) -> jax.Array:
+    """x, kept out of its consumers' fusions on a CPU."""
+    return lax.optimization_barrier(x) if platform() == "cpu" else x
+
+
+def dot(a: jax.Array, b: jax.Array, dims: Dims) -> jax.Array:
+    """`lax.dot_general` in the dtype of a, accumulated in float32."""
+    # XLA's fast bfloat16 matmul on a CPU is the one with float32 results. Elsewhere the hardware
+    # accumulates in float32 anyway, and a bfloat16 result halves what a sharded matmul sends.
+    result = jnp.float32 if platform() == "cpu" else None
+    return lax.dot_general(a, b, dims, preferred_element_type=result).astype(a.dtype)
+
+
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., D] @ w [D, F] -> [..., F]."""
+    if num_devices() > 1:  # merged dimensions could not keep their separate shardings
+        return _matmul(x, w)
+    return _matmul(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+@jax.custom_vjp
+def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    return dot(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _matmul_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _matmul(x, w), (x, w)
+
+
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (x, w), g = saved, barrier(g)
+    rows = tuple(range(x.ndim - 1))
+    return dot(g, w, (((g.ndim - 1,), (1,)), ((), ()))), dot(x, g, ((rows, rows), ((), ())))
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last dimension, in float32; scale has the rank of x."""
+    return _rms_forward(x, scale, eps)[0]
+
+
+def _rms_forward(x: jax.Array, scale: jax.Array, eps: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x32 = x.astype(jnp.float32)
+    inverse = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse * scale).astype(x.dtype), (x, scale, inverse)
+
+
+def _rms_backward(saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, scale, inverse = saved
+    x32, g32 = x.astype(jnp.float32), g.astype(jnp.float32)
+    gs = g32 * scale
+    along = jnp.sum(gs * x32, axis=-1, keepdims=True) * (inverse**3 / x.shape[-1])
+    d_scale = jnp.sum(g32 * x32 * inverse, axis=tuple(range(x.ndim - 1)), keepdims=True)
+    return (gs * inverse - x32 * along).astype(x.dtype), d_scale, None
+
+
+rms_norm.defvjp(_rms_forward, _rms_backward)

@@ -1,0 +1,74 @@
+"""The same run on one device, on eight, and on two real processes of four; and moved from one to another."""
+
+import signal
+
+import numpy as np
+import pytest
+from processes import finish, finish_together, lines, losses, start, wait_for
+
+from lmjax.checkpoint import checkpoint_steps
+
+RUN = ("train.steps=8", "optimizer.warmup_steps=2", "train.batch_size=16", "checkpoint.every=2", "checkpoint.keep_last=5", "eval.every=4",
+       "eval.batches=0", "data.sources.0.uri=synthetic:500", "model.dropout=0.1")
+MESHES = {
+    "data": ("mesh.data=8",),
+    "fsdp": ("mesh.fsdp=8",),
+    "mixed": ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
+}
+TWO_PROCESSES = ("mesh.data=2", "mesh.fsdp=4")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    finish(workdir, *RUN, devices=1)
+    return workdir
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_compute_what_one_does(one, tmp_path, mesh):
+    finish(tmp_path / "run", *RUN, *MESHES[mesh], devices=8)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(one), rtol=1e-5)
+
+
+def test_two_processes_compute_what_one_does(one, tmp_path):
+    finish_together(tmp_path / "run", *RUN, *TWO_PROCESSES, processes=2, devices=4)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(one), rtol=1e-5)
+    assert [r["step"] for r in lines(tmp_path / "run")] == [r["step"] for r in lines(one)]
+
+
+def test_a_run_moves_between_machines(one, tmp_path):
+    """Two steps each on one device, on fsdp=8, on two processes, on data=2,fsdp=2,tensor=2: the same losses."""
+    workdir = tmp_path / "run"
+
+    def leave_at(step: int, *overrides: str, devices: int) -> None:
+        process = start(workdir, *RUN, *overrides, devices=devices)
+        wait_for(process, lambda: step in checkpoint_steps(workdir / "checkpoints"))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    leave_at(2, devices=1)
+    leave_at(4, *MESHES["fsdp"], devices=8)
+    leave_at(6, *MESHES["mixed"], devices=8)
+    finish_together(workdir, *RUN, *TWO_PROCESSES, processes=2, devices=4)
+    np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
+    resumed = [r["step"] for r in lines(workdir, "timing.jsonl") if r.get("event") == "resume"]
+    assert len(resumed) >= 1 and resumed[0] >= 2
+
+
+def test_sigterm_to_one_of_two_processes_stops_both(one, tmp_path):
+    """Pre-emption hits one host; the processes agree on a step, save it and exit 0."""
+    import socket
+
+    workdir, many = tmp_path / "run", [item.replace("train.steps=8", "train.steps=4000") for item in RUN]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = [start(workdir, *many, *TWO_PROCESSES, devices=4, env={
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)})
+        for i in range(2)]
+    wait_for(running[0], lambda: len(lines(workdir)) >= 3)
+    running[1].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    saved = checkpoint_steps(workdir / "checkpoints")[-1]
+    assert saved == [r["step"] for r in lines(workdir) if "loss" in r][-1]

@@ -1,0 +1,244 @@
+"""What goes wrong ends in one line that says expected, got and fix, with exit code 2, and loses nothing saved."""
+
+import errno
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Callable
+
+import jax
+import pytest
+from processes import assert_same_run, finish, start
+
+from lmjax import checkpoint, cli, train
+from lmjax.checkpoint import checkpoint_steps
+
+CONFIG = "configs/synthetic.py:tiny"
+SHORT = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=2", "checkpoint.keep_last=9", "eval.every=0")
+
+
+def run(workdir: pathlib.Path, *overrides: str, config: str = CONFIG) -> int:
+    return cli.main(["train", "--config", config, "--workdir", str(workdir), *(f"--config.{o}" for o in overrides)])
+
+
+@pytest.fixture
+def never_compiles(monkeypatch):
+    def compiles(*args):
+        raise AssertionError("the step was compiled before the mistake was found")
+    monkeypatch.setattr(train, "_compile", compiles)
+
+
+def one_line(capsys: pytest.CaptureFixture) -> str:
+    """The one line of the error, whatever progress was printed before it."""
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lmjax: error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+REFUSED = {
+    "unknown key": (["optimizer.peak_rl=1e-3"], ["optimizer.peak_rl", "did you mean 'peak_lr'"]),
+    "nan": (["optimizer.peak_lr=nan"], ["optimizer.peak_lr", "finite"]),
+    "string for a number": (["train.steps=many"], ["train.steps", "integer", "many"]),
+    "1e4 for an integer": (["train.steps=1e4"], ["train.steps", "integer", "write 10000"]),
+    "mesh and devices": (["mesh.data=3"], ["mesh", "8 devices", "data=3"]),
+    "mesh and heads": (["mesh.tensor=8"], ["tensor=8", "heads=4"]),
+    "mesh and batch": (["train.batch_size=6"], ["batch_size", "batch=6"]),
+    "microbatches": (["train.microbatches=3"], ["microbatches", "divisor"]),
+    "warm-up": (["optimizer.warmup_steps=60"], ["config.optimizer.warmup_steps", "shorten"]),
+    "attention": (["model.attention=splash"], ["attention", "splash", "xla"]),
+    "loss chunk": (["train.loss_chunk=7"], ["loss_chunk", "divisor", "7"]),
+    "missing corpus": (["data.sources.0.uri=text:/nowhere/*.txt"], ["/nowhere/*.txt", "got"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_line_before_compiling(name, tmp_path, capsys, never_compiles):
+    overrides, words = REFUSED[name]
+    assert run(tmp_path / "run", *overrides) == 2
+    message = one_line(capsys)
+    assert all(word in message for word in [*words, "expected", "got"]), message
+    assert not (tmp_path / "run" / "checkpoints" / "0").exists()
+
+
+def test_an_unknown_option_is_refused(capsys):
+    assert cli.main(["train", "--config", CONFIG, "--workdir", "x", "--steps=3"]) == 2
+    assert "--steps=3" in one_line(capsys)
+
+
+def corpus(tmp_path: pathlib.Path, broken: int) -> list[str]:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(100):
+        (folder / f"{i:03}.txt").write_bytes(f"Document {i} tells of the number {i * i}.\n".encode() * 20)
+    for i in range(broken):
+        (folder / f"{i:03}.txt").write_bytes(b"caf\xe9 \xff\xfe" * 40)
+    return [f"data.sources.0.uri=text:{folder}/*.txt", "data.heldout_fraction=0.2", "data.tokenizer.vocab_size=300"]
+
+
+def test_invalid_utf8_is_counted_and_skipped_within_the_budget(tmp_path, capsys):
+    config = "configs/quickstart.py:tiny"
+    short = ["train.steps=2", "optimizer.warmup_steps=1", "eval.batches=1", "sample.every=0"]
+    assert run(tmp_path / "few", *corpus(tmp_path, broken=1), *short, config=config) == 0
+    assert any("1" in line.split() and "UTF-8" in line for line in capsys.readouterr().err.splitlines())
+    shutil.rmtree(tmp_path / "text")
+    assert run(tmp_path / "many", *corpus(tmp_path, broken=9), *short, config=config) == 2
+    assert "UTF-8" in one_line(capsys)
+
+
+def test_an_empty_corpus_is_refused(tmp_path, capsys, never_compiles):
+    (tmp_path / "empty.txt").touch()
+    assert run(tmp_path / "run", f"data.sources.0.uri=text:{tmp_path}/*.txt", config="configs/quickstart.py:tiny") == 2
+    assert "expected" in one_line(capsys)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert run(workdir, *SHORT) == 0
+    return workdir
+
+
+def snapshot(workdir: pathlib.Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.mark.parametrize("change", ["optimizer.peak_lr=0.5", "model.embed_dim=64", "data.tokenizer.vocab_size=96",
+                                    "data.seed=7", "train.steps=9"])
+def test_the_directory_of_another_run_is_refused_and_left_alone(change, finished, capsys, never_compiles):
+    before = snapshot(finished)
+    assert run(finished, *SHORT, change) == 2
+    message = one_line(capsys)
+    assert change.split("=")[0] in message and change.split("=")[1] in message and "--workdir" in message
+    assert snapshot(finished) == before
+
+
+def test_other_data_than_the_checkpoint_was_trained_on_is_refused(finished, tmp_path, capsys, never_compiles):
+    """The config is the same and the files behind it are not."""
+    from lmjax.data.pipeline import Split
+
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Split, "fingerprint", property(lambda self: "e" * 64, lambda self, value: None), raising=False)
+        assert run(tmp_path / "run", *SHORT) == 2
+    message = one_line(capsys)
+    assert "eeeeeeeeeeee" in message and "data" in message
+
+
+def test_a_finished_run_started_again_changes_nothing(finished, capsys):
+    told = ("timing.jsonl", "events.out", "run.json", "report.html")  # of each start, or of the machine
+    before = {k: v for k, v in snapshot(finished).items() if not any(name in k for name in told)}
+    assert run(finished, *SHORT) == 0
+    assert {k: v for k, v in snapshot(finished).items() if k in before} == before
+
+
+def flip_arrays(item: pathlib.Path) -> None:
+    """One bit in the middle of every data file: some hold what was since merged into another."""
+    for file in (item / "ocdbt.process_0" / "d").iterdir():
+        flip(file)
+
+
+def flip(file: pathlib.Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def biggest(folder: pathlib.Path) -> pathlib.Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+DAMAGE: dict[str, Callable[[pathlib.Path], None]] = {
+    "a flipped bit in the weights": lambda step: flip_arrays(step / "params"),
+    "a flipped bit in the moments": lambda step: flip_arrays(step / "opt_state"),
+    "a truncated array": lambda step: biggest(step / "params").write_bytes(biggest(step / "params").read_bytes()[:99]),
+    "a flipped bit in about": lambda step: flip(step / "about" / "metadata"),
+    "missing weights": lambda step: shutil.rmtree(step / "params"),
+    "an empty about": lambda step: (step / "about" / "metadata").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_falls_back_to_the_last_good_one(name, finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    steps = workdir / "checkpoints"
+    DAMAGE[name](steps / "6")
+    damaged = snapshot(steps / "6")
+    assert run(workdir, *SHORT) == 0
+    printed = capsys.readouterr().err
+    assert "6 is damaged and not used" in printed and "resuming at step 4" in printed
+    assert {pathlib.Path(k).name: v for k, v in snapshot(steps / "damaged-6").items()} == {
+        pathlib.Path(k).name: v for k, v in damaged.items()}  # set aside, not deleted
+    assert_same_run(finished, workdir, ["metrics.jsonl"])
+
+
+def test_nothing_is_touched_when_every_checkpoint_is_damaged(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for step in checkpoint_steps(workdir / "checkpoints"):
+        flip_arrays(workdir / "checkpoints" / str(step) / "params")
+    before = snapshot(workdir / "checkpoints")
+    assert run(workdir, *SHORT) == 2
+    assert "expected a readable checkpoint" in one_line(capsys)
+    assert snapshot(workdir / "checkpoints") == before
+
+
+def test_a_disk_without_room_is_found_before_writing(tmp_path, capsys, monkeypatch):
+    workdir = tmp_path / "run"
+    usage = shutil.disk_usage(tmp_path)
+
+    def full_at_six(path):
+        return usage._replace(free=10 if checkpoint_steps(workdir / "checkpoints") == [2, 4] else usage.free)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", full_at_six)
+    assert run(workdir, *SHORT) == 2
+    assert "MB free" in one_line(capsys)
+    assert checkpoint_steps(workdir / "checkpoints") == [2, 4]
+    monkeypatch.undo()
+    assert run(workdir, *SHORT) == 0  # room again: it goes on
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MiB, where the machine allows one to be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here (needs root)")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_fills_up_while_saving(small_disk, capsys, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=1 << 40)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)  # as if it filled up only later
+    workdir = small_disk / "run"
+    assert run(workdir, *SHORT) == 2
+    message = one_line(capsys)
+    assert "full" in message and "room" in message
+    kept = checkpoint_steps(workdir / "checkpoints")
+    (small_disk / "freed").unlink(missing_ok=True)
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    assert run(workdir, *SHORT) == 0
+    assert set(kept) <= set(checkpoint_steps(workdir / "checkpoints"))
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path):
+    workdir = tmp_path / "run"
+    long = [*SHORT[1:], "train.steps=100000"]
+    first = start(workdir, *long)
+    try:
+        while not (workdir / "metrics.jsonl").exists():
+            assert first.poll() is None
+        assert "another process" in finish(workdir, *long, expect=2)
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_errno_of_a_full_disk_is_kept(tmp_path):
+    with pytest.raises(OSError) as caught, checkpoint._readable_disk_errors(tmp_path):
+        raise RuntimeError("write failed: No space left on device")
+    assert caught.value.errno == errno.ENOSPC
+    assert jax.process_count() == 1

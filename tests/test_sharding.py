@@ -1,0 +1,244 @@
+"""A mesh changes where arrays lie, by the byte as the rules say, and nothing that is computed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from lmjax.models import build_model
+from lmjax.models.decoder import DecoderConfig
+from lmjax.optim import OptimizerConfig, make_optimizer
+from lmjax.sharding import MESH_AXES, RULES, MeshConfig, constrain, make_layout, use_layout
+from lmjax.train_state import state_spec
+from lmjax.train_step import next_token_loss
+from lmjax.tree import named_leaves
+
+MESHES = {
+    "data=8": dict(data=8),
+    "fsdp=8": dict(data=1, fsdp=8),
+    "data=2,fsdp=2,tensor=2": dict(data=2, fsdp=2, tensor=2),
+    "fsdp=2,context=2,tensor=2": dict(data=1, fsdp=2, context=2, tensor=2),
+    "data=4,context=2": dict(data=4, context=2),
+    "data=4,tensor=2": dict(data=-1, tensor=2),
+}
+
+
+def layout_of(**keys):
+    return make_layout(MeshConfig(**keys))
+
+
+# --- meshes
+
+
+def test_make_layout_orders_the_axes_and_fills_in_the_rest():
+    mesh = layout_of(fsdp=2, tensor=2).mesh
+    assert mesh.axis_names == MESH_AXES and dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert dict(layout_of(data=1, fsdp=-1).mesh.shape)["fsdp"] == 8
+    one = make_layout(MeshConfig(), jax.devices()[:1])
+    assert one.mesh.size == 1 and dict(one.rules) == RULES
+
+
+@pytest.mark.parametrize("keys", [dict(data=3), dict(fsdp=3), dict(data=1), dict(data=4, fsdp=4)])
+def test_axes_that_are_not_the_devices_are_refused(keys):
+    with pytest.raises(ValueError, match=r"config\.mesh: expected .* the 8 devices present, got data=.*; set"):
+        layout_of(**keys)
+
+
+def test_specs():
+    layout = layout_of(data=2, fsdp=2, tensor=2)
+    assert layout.spec(("vocab", "embed"), (6, 4)) == PartitionSpec("tensor", "fsdp")
+    assert layout.spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(None, "fsdp", "tensor", None)
+    assert layout.spec(("batch", "seq", None), (4, 5, 7)) == PartitionSpec(("data", "fsdp"), None, None)
+    assert layout_of(data=8).spec(("batch", "seq", "act_embed")) == PartitionSpec("data", None, None)
+    moved = layout_of(data=2, fsdp=2, tensor=2, rules={"kv_heads": (), "mlp": ("fsdp", "tensor"), "embed": ()})
+    assert moved.spec(("embed", "kv_heads", "head_dim"), (4, 1, 2)) == PartitionSpec(None, None, None)
+    assert moved.spec(("embed", "mlp"), (3, 4)) == PartitionSpec(None, ("fsdp", "tensor"))
+
+
+@pytest.mark.parametrize("axes, shape, parts", [
+    (("vocb", "embed"), None, ["'vocb'", "vocab"]),
+    (("vocab", "embed"), (4,), ["(4,)", "('vocab', 'embed')"]),
+    (("embed", "heads", "head_dim"), (4, 3, 2), ["tensor=2", "heads=3", "remainder of 1", "mesh.rules"]),
+    (("embed", "kv_heads", "head_dim"), (4, 1, 2), ["tensor=2", "kv_heads=1"]),
+    (("batch", "seq"), (6, 8), ["data*fsdp=4", "batch=6", "remainder of 2"])])
+def test_specs_that_cannot_be(axes, shape, parts):
+    with pytest.raises(ValueError, match="expected .*; ") as caught:
+        layout_of(data=2, fsdp=2, tensor=2).spec(axes, shape)
+    assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rules", [{"vocab": ("fsdp",)}, {"vocab": ("tensor", "tensor")}])
+def test_a_mesh_axis_on_two_dimensions_is_refused(rules):
+    layout = layout_of(data=2, fsdp=2, tensor=2, rules=rules)
+    with pytest.raises(ValueError, match="mesh.rules: expected each mesh axis on at most one .*; "):
+        layout.sharding(("vocab", "embed"), (8, 8))
+
+
+def test_constrain_places_inside_a_layout_and_is_nothing_outside():
+    x = jnp.zeros((8, 4, 6))
+    assert constrain(x, "batch", "seq", "act_mlp") is x
+    layout = layout_of(data=2, fsdp=2, tensor=2)
+
+    def placed(x):
+        with use_layout(layout):
+            return constrain(x, "batch", "seq", "act_mlp")
+
+    out = jax.jit(placed)(x)
+    assert out.sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
+    with use_layout(layout), pytest.raises(ValueError, match="batch=7"):
+        constrain(x[:7], "batch", "seq", "act_mlp")
+    with use_layout(layout), pytest.raises(ValueError, match=r"\(8, 4, 6\).*'seq'"):
+        constrain(x, "batch", "seq")
+    assert constrain(x, "batch", "seq", "act_mlp") is x  # nothing is left behind
+    with use_layout(make_layout(MeshConfig(), jax.devices()[:1])):
+        assert constrain(x, "batch", "seq", "act_mlp") is x
+
+
+def test_heads_that_the_mesh_does_not_divide_are_refused_before_anything_is_made():
+    model = build_model(DecoderConfig(embed_dim=16, num_heads=4, num_kv_heads=1, mlp_dim=16, num_layers=1), vocab_size=32,
+                        platform="cpu", dtype=jnp.float32)
+    tx = make_optimizer(OptimizerConfig(), 1000, model.axes)
+    with pytest.raises(ValueError, match="mesh: expected tensor=2 to divide kv_heads=1, .*mesh.rules"):
+        state_spec(model, tx, layout_of(tensor=2), ema=False)
+    state_spec(model, tx, layout_of(tensor=2, rules={"kv_heads": (), "act_kv_heads": ()}), ema=False)
+
+
+# --- what is computed
+
+
+@functools.cache
+def small():
+    config = DecoderConfig(num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=64, vocab_size=64,
+                           qk_norm=True, init_std=0.1)
+    model = build_model(config, vocab_size=64, platform="cpu", dtype=jnp.float32)
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+def packed_batch(rows=8, length=16):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 64, (rows, length + 1), dtype=np.int32)
+    cut = rng.integers(3, length - 3, (rows, 1))
+    at = np.arange(length)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:],
+            "segment_ids": np.where(at >= length - 2, 0, 1 + (at >= cut)).astype(np.int32),
+            "positions": np.where(at >= cut, at - cut, at).astype(np.int32),
+            "loss_mask": np.broadcast_to(at < length - 2, (rows, length)).astype(np.float32)}
+
+
+@functools.cache
+def gradients(mesh):
+    """(loss, gradients, where they lie) on all devices in `mesh`, or on one with "one"."""
+    model, params = small()
+    layout = make_layout(MeshConfig(), jax.devices()[:1]) if mesh == "one" else layout_of(**MESHES[mesh])
+    shardings = layout.tree(model.axes, model.shapes)
+    params = jax.device_put(params, shardings)
+    batch = jax.device_put(packed_batch(), layout.sharding(("batch", "seq")))
+    loss_fn = next_token_loss(model, z_loss=1e-2, chunk=0 if "context" in mesh else 8)
+
+    def mean(params, batch):
+        with use_layout(layout):
+            sums = loss_fn(params, batch, None)
+        return sums.total / sums.weight
+
+    step = jax.jit(jax.value_and_grad(mean), out_shardings=(layout.replicated, shardings))
+    loss, grads = step(params, batch)
+    return float(loss), jax.device_get(grads)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_computes_what_one_device_does(mesh):
+    loss, grads = gradients(mesh)
+    one_loss, one_grads = gradients("one")
+    assert loss == pytest.approx(one_loss, rel=1e-5)
+    for (name, a), b in zip(named_leaves(grads), jax.tree.leaves(one_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0, err_msg=name)
+
+
+def test_a_device_holds_only_its_share_of_the_logits():
+    """With the batch on 4 and the vocabulary on 2 ways no array of a device is as large as the logits of its rows."""
+    model, params = small()
+    layout = layout_of(data=4, tensor=2)
+    batch = jax.device_put(packed_batch(), layout.sharding(("batch", "seq")))
+    loss_fn = next_token_loss(model)
+
+    def total(params, batch):
+        with use_layout(layout):
+            return loss_fn(params, batch, None).total
+
+    shardings = layout.tree(model.axes, model.shapes)
+    text = jax.jit(jax.grad(total), out_shardings=shardings).lower(jax.device_put(params, shardings), batch).compile().as_text()
+    assert "f32[2,16,32]" in text and "f32[2,16,64]" not in text and "f32[8,16" not in text
+
+
+# --- what each device holds
+
+LAYERS, EMBED, HEADS, KV, DIM, MLP, VOCAB, POSITIONS = 2, 128, 4, 2, 32, 256, 512, 16
+
+
+def hand_made(e, t):
+    """The shape of every parameter on a device with the embed axis cut `e` ways and the tensor axis `t` ways."""
+    block = {
+        "attention/query/kernel": (LAYERS, EMBED // e, HEADS // t, DIM), "attention/query/bias": (LAYERS, HEADS, DIM),
+        "attention/key/kernel": (LAYERS, EMBED // e, KV // t, DIM), "attention/key/bias": (LAYERS, KV, DIM),
+        "attention/value/kernel": (LAYERS, EMBED // e, KV // t, DIM), "attention/value/bias": (LAYERS, KV, DIM),
+        "attention/out/kernel": (LAYERS, HEADS // t, DIM, EMBED // e), "attention/out/bias": (LAYERS, EMBED),
+        "attention_norm/scale": (LAYERS, EMBED), "attention_norm/bias": (LAYERS, EMBED),
+        "mlp_norm/scale": (LAYERS, EMBED), "mlp_norm/bias": (LAYERS, EMBED),
+        "mlp/up/kernel": (LAYERS, EMBED // e, MLP // t), "mlp/up/bias": (LAYERS, MLP),
+        "mlp/down/kernel": (LAYERS, MLP // t, EMBED // e), "mlp/down/bias": (LAYERS, EMBED),
+    }
+    return {f"layers/block/{name}": shape for name, shape in block.items()} | {
+        "embedding/table": (VOCAB // t, EMBED // e), "head/table": (VOCAB // t, EMBED // e),
+        "positions/table": (POSITIONS, EMBED // e), "norm/scale": (EMBED,), "norm/bias": (EMBED,)}
+
+
+def hand_made_optimizer(name, e, t):
+    """The shapes on a device of the optimizer's arrays with more than one element."""
+    params = hand_made(e, t)
+    matrices = {key for key in params if key.startswith("layers/") and key.endswith("kernel")}
+    if name == "adamw":
+        return [*params.values()] * 2
+    if name == "muon":  # one momentum for a matrix, Adam's two moments for the rest, three Newton-Schulz numbers
+        return [*params.values(), (3,)] + [shape for key, shape in params.items() if key not in matrices]
+    # Adafactor: rows and columns of what has two sides of 128 or more, a whole second moment of the rest.
+    factored = {"layers/block/mlp/up/kernel", "layers/block/mlp/down/kernel", "embedding/table", "head/table"}
+    return [shape for key, shape in params.items() if key not in factored] + (
+        2 * [(LAYERS, EMBED // e), (LAYERS, MLP // t)] + 2 * [(EMBED // e,), (VOCAB // t,)])
+
+
+def held(tree, device):
+    """[(name, shape, bytes)] of the shards of `tree` on `device`, from the arrays themselves."""
+    out = []
+    for name, leaf in named_leaves(tree):
+        (shard,) = (s for s in leaf.addressable_shards if s.device == device)
+        out.append((name, shard.data.shape, shard.data.nbytes))
+    return out
+
+
+@pytest.mark.parametrize("mesh, cuts", [("fsdp=8", (8, 1)), ("data=2,fsdp=2,tensor=2", (2, 2))])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_a_device_holds_what_the_rules_say_to_the_byte(optimizer, mesh, cuts):
+    config = DecoderConfig(num_layers=LAYERS, embed_dim=EMBED, num_heads=HEADS, num_kv_heads=KV, head_dim=DIM, mlp_dim=MLP,
+                           vocab_size=VOCAB, max_positions=POSITIONS, positions="learned", norm="layernorm",
+                           mlp="gelu", use_bias=True)
+    model = build_model(config, vocab_size=VOCAB, platform="cpu", dtype=jnp.float32)
+    tx = make_optimizer(OptimizerConfig(name=optimizer), 1000, model.axes)
+    spec = state_spec(model, tx, layout_of(**MESHES[mesh]), ema=True)
+    state = spec.init(0)
+    expected, moments = hand_made(*cuts), sorted(hand_made_optimizer(optimizer, *cuts))
+    for device in jax.devices():
+        for tree in (state.params, state.ema):
+            found = held(tree, device)
+            assert {name: shape for name, shape, _ in found} == expected
+            assert sum(n for *_, n in found) == sum(4 * int(np.prod(shape)) for shape in expected.values())
+        found = held(state.opt_state, device)
+        assert sorted(shape for _, shape, _ in found if np.prod(shape) > 1) == moments
+        rest = [n for _, shape, n in found if np.prod(shape) == 1]
+        assert max(rest) == 4  # counts, and Adafactor's stand-ins
+        assert sum(n for *_, n in found) == sum(4 * int(np.prod(shape)) for shape in moments) + sum(rest)
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(spec.shardings), strict=True):
+        assert leaf.sharding == sharding
