@@ -60,7 +60,7 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     elif command == "bench":
         from lmjax.bench import bench
 
-        if not os.environ.get("NOMALLOPT"): runtime.keep_freed_memory()
+        runtime.keep_freed_memory()
         bench(recipe, seconds=arguments.seconds, out=arguments.out)
     else:
         _use(arguments)

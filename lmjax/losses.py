@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lmjax.nn.ops import barrier, dot
-from lmjax.sharding import constrain
+from lmjax.nn.ops import barrier, dot, dot_rows
+from lmjax.sharding import constrain, num_devices
 
 Sums = tuple[jax.Array, jax.Array]  # total and nats
 Part = tuple[jax.Array, jax.Array, jax.Array]  # hidden, targets, mask
@@ -69,8 +69,7 @@ def _forward(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, 
     def one(carry: tuple[Sums, jax.Array], part: Part) -> tuple[tuple[Sums, jax.Array], jax.Array]:
         sums, d_table = carry
         total, nats, d_logits = _one_chunk(*part, table_VD, softcap, z_loss, with_gradient=True)
-        rows = ((0, 1), (0, 1))
-        d_table += lax.dot_general(d_logits, part[0], (rows, ((), ())), preferred_element_type=jnp.float32)
+        d_table += dot_rows(d_logits, part[0], dtype=jnp.float32)
         return ((sums[0] + total, sums[1] + nats), d_table), dot(d_logits, table_VD, (((2,), (0,)), ((), ())))
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
@@ -98,9 +97,12 @@ def _one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array,
     exp = barrier(jnp.exp(logits - top))
     sum_exp = jnp.sum(exp, axis=-1, keepdims=True)
     log_z = (top + jnp.log(sum_exp))[..., 0]
-    # A masked sum, not a gather: with the vocabulary sharded a gather would collect the logits first.
     hit = lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets_BC[..., None]
-    nats = jnp.sum((log_z - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)) * mask_BC)
+    if num_devices() == 1:
+        target = jnp.take_along_axis(logits, targets_BC[..., None], axis=-1, mode="clip")[..., 0]
+    else:  # with the vocabulary sharded, a gather would collect the logits first
+        target = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    nats = jnp.sum((log_z - target) * mask_BC)
     total = nats + z_loss * jnp.sum(jnp.square(log_z) * mask_BC) if z_loss else nats
     if not with_gradient:
         return total, nats, None

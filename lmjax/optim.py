@@ -111,8 +111,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], 
     if config.schedule == "wsd":
         start = total_steps - round(config.decay_fraction * total_steps)
     if warmup > min(start, total_steps - 1):
-        raise ValueError(f"warmup_steps: expected at most {min(start, total_steps - 1)} for {total_steps} "
-                         f"steps of the {config.schedule} schedule, got {warmup}; shorten it or train longer")
+        raise ValueError(f"config.optimizer.warmup_steps: expected at most {min(start, total_steps - 1)} for "
+                         f"{total_steps} steps of the {config.schedule} schedule, got {warmup}; shorten it or train longer")
     shape = SCHEDULES[config.schedule]
 
     def schedule(step: Any) -> jax.Array:

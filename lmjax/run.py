@@ -172,7 +172,8 @@ def _tell(run: Run, directory: str, log: Log) -> None:
     log(f"model: {human_count(parameters)} parameters, of which {human_count(model.embedding_parameters())} in "
         f"embeddings; vocabulary {model.config.vocab_size:,}")
     log(f"data: {human_count(run.train_split.predictions)} tokens to train on, "
-        f"{human_count(run.heldout.predictions)} held out, {run.train_split.bytes / run.train_split.predictions:.2f} bytes a token ({directory})")
+        f"{human_count(run.heldout.predictions)} held out, {run.train_split.bytes / run.train_split.predictions:.2f} "
+        f"bytes a token ({directory})")
     log(f"run: {r.train.steps:,} steps of {human_count(tokens)} tokens, {epochs:.2f} epochs")
     if jax.process_index():
         return

@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-
 M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1  # of <malloc.h>
 
 

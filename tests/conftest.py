@@ -25,6 +25,9 @@ def _cpu_features() -> str:
 # Processes that a test starts inherit these; one that wants another number of devices sets XLA_FLAGS itself.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# XLA's thread pool. A collective holds its thread until all eight devices have joined, and independent collectives
+# run at once: with the two threads a device that two cores get, all can be held by different ones, for ever.
+os.environ["NPROC"] = "128"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow's greetings and its notes on CPU instructions
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -61,8 +61,9 @@ def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
 
 def lines(workdir: pathlib.Path, name: str = "metrics.jsonl") -> list[dict]:
     """The records of a JSON-lines file of the run, without a torn last one."""
-    file = workdir / name
-    return [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")] if file.exists() else []
+    if not (workdir / name).exists():
+        return []
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines(True) if line.endswith("\n")]
 
 
 def losses(workdir: pathlib.Path) -> np.ndarray:
@@ -83,7 +84,8 @@ def final_checksums(workdir: pathlib.Path) -> dict:
     return {"step": step, "data": about["data"], **about["checksums"]}
 
 
-def assert_same_run(a: pathlib.Path, b: pathlib.Path, names: Sequence[str] = ("metrics.jsonl", "samples.jsonl")) -> None:
+def assert_same_run(a: pathlib.Path, b: pathlib.Path,
+                    names: Sequence[str] = ("metrics.jsonl", "samples.jsonl")) -> None:
     """Bit for bit: parameters, optimizer state, data position, metrics and samples."""
     assert final_checksums(a) == final_checksums(b)
     for name in names:

@@ -228,8 +228,10 @@ def test_mesh_values():
     refusal(lambda: MeshConfig(data=-1, fsdp=-1), "data", "-1 on at most one")
     refusal(lambda: MeshConfig(tensor=0), "tensor", "at least 1")
     refusal(lambda: MeshConfig(fsdp=-2), "fsdp", "at least 1")
-    refusal(lambda: build_recipe(load(SYNTHETIC, ["mesh.rules.kv_head=tensor"])), "config.mesh.rules.kv_head", "kv_heads")
-    refusal(lambda: build_recipe(load(SYNTHETIC, ["mesh.rules.mlp=tenser"])), "config.mesh.rules.mlp", "tensor", "tenser")
+    for rule, part in (("kv_head=tensor", "kv_heads"), ("mlp=tenser", "tensor")):
+        name, _, axis = rule.partition("=")
+        refusal(lambda rule=rule: build_recipe(load(SYNTHETIC, [f"mesh.rules.{rule}"])), f"config.mesh.rules.{name}",
+                part, axis)
 
 
 # --- resuming

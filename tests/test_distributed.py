@@ -8,7 +8,8 @@ from processes import finish, finish_together, lines, losses, start, wait_for
 
 from lmjax.checkpoint import checkpoint_steps
 
-RUN = ("train.steps=8", "optimizer.warmup_steps=2", "train.batch_size=16", "checkpoint.every=2", "checkpoint.keep_last=5", "eval.every=4",
+RUN = ("train.steps=8", "optimizer.warmup_steps=2", "train.batch_size=16",
+       "checkpoint.every=2", "checkpoint.keep_last=5", "eval.every=4",
        "eval.batches=0", "data.sources.0.uri=synthetic:500", "model.dropout=0.1")
 MESHES = {
     "data": ("mesh.data=8",),

@@ -47,8 +47,9 @@ def greedy(model, params, prompt, count):
     return tokens[len(prompt):]
 
 
-@pytest.mark.parametrize("keys", [{}, dict(positions="learned", max_positions=32, use_bias=True), dict(sliding_window=3)],
-                         ids=["rope", "learned", "window"])
+@pytest.mark.parametrize("keys", [
+    {}, dict(positions="learned", max_positions=32, use_bias=True), dict(sliding_window=3)],
+    ids=["rope", "learned", "window"])
 def test_greedy_takes_the_argmax_of_full_forwards(keys):
     model, params = made(**keys)
     answers = Generator(model)(params, PROMPTS, max_tokens=9, sampling=GREEDY)
@@ -120,8 +121,8 @@ def test_compiles_once_for_every_bucket(monkeypatch):
     monkeypatch.setattr(Model, "step", counted)
     generator = Generator(model)
     for prompts, count, sampling, seed in (
-            ([[1], [2, 3]], 5, GREEDY, 0), ([[1] * 16, [2]], 16, Sampling(0.5), 1), ([[4], [5]], 1, Sampling(1.0, 3), 2),
-            ([[4], [5]], 7, Sampling(1.0, 3, 0.5), 9)):
+            ([[1], [2, 3]], 5, GREEDY, 0), ([[1] * 16, [2]], 16, Sampling(0.5), 1),
+            ([[4], [5]], 1, Sampling(1.0, 3), 2), ([[4], [5]], 7, Sampling(1.0, 3, 0.5), 9)):
         generator(params, prompts, max_tokens=count, sampling=sampling, seed=seed)
     assert traces == [(2, 16)]
     generator(params, [[1]] * 3, max_tokens=4, sampling=GREEDY)  # four rows

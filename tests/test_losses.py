@@ -1,5 +1,6 @@
 """The loss against a float64 log-softmax in numpy, whole and in chunks, and its mean over microbatches."""
 
+import functools
 import re
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.losses import LossSums, cross_entropy
+from lmjax.losses import Loss, cross_entropy
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
 from lmjax.optim import OptimizerConfig, make_optimizer, make_schedule
@@ -16,6 +17,7 @@ from lmjax.train_state import state_spec
 from lmjax.train_step import make_eval_step, make_train_step, next_token_loss
 
 B, T, D, V = 3, 12, 8, 37
+Z = 0.1  # the coefficient of log(Z)^2
 
 
 def inputs(size=1.0, dtype=np.float32):
@@ -26,7 +28,7 @@ def inputs(size=1.0, dtype=np.float32):
 
 
 def exact(hidden, table, targets, mask, softcap=0.0):
-    """(nats, z, weight), and the gradient of nats + 0.1 z by the hidden states and by the table, in float64."""
+    """(total, nats, weight), and the gradient of the total by the hidden states and by the table, in float64."""
     hidden, table = hidden.astype(np.float64), table.astype(np.float64)
     raw = hidden @ table.T
     logits = softcap * np.tanh(raw / softcap) if softcap else raw
@@ -34,16 +36,16 @@ def exact(hidden, table, targets, mask, softcap=0.0):
     log_z = (top + np.log(np.exp(logits - top).sum(-1, keepdims=True)))[..., 0]
     nats = log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     p, one_hot = np.exp(logits - log_z[..., None]), np.eye(V)[targets]
-    d = (p - one_hot + 0.2 * log_z[..., None] * p) * mask[..., None]
+    d = (p - one_hot + 2 * Z * log_z[..., None] * p) * mask[..., None]
     d = d * (1 - np.tanh(raw / softcap) ** 2) if softcap else d
-    sums = ((nats * mask).sum(), (log_z**2 * mask).sum(), mask.sum())
+    sums = (((nats + Z * log_z**2) * mask).sum(), (nats * mask).sum(), mask.sum())
     return sums, d @ table, np.einsum("btv,btd->vd", d, hidden)
 
 
 def ours(hidden, table, targets, mask, **keys):
     def total(hidden, table):
-        sums = cross_entropy(hidden, table, targets, mask, **keys)
-        return sums.nats + 0.1 * sums.z, sums
+        sums = cross_entropy(hidden, table, targets, mask, z_loss=Z, **keys)
+        return sums.total, sums
 
     (_, sums), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(hidden, table)
     return sums, *grads
@@ -55,7 +57,7 @@ def test_values_and_gradients_against_float64(chunk, softcap):
     args = inputs(size=2.0)
     sums, d_hidden, d_table = ours(*args, softcap=softcap, chunk=chunk)
     expected, expected_hidden, expected_table = exact(*args, softcap=softcap)
-    assert isinstance(sums, LossSums) and {s.dtype for s in sums} == {jnp.dtype("float32")}
+    assert isinstance(sums, Loss) and {s.dtype for s in sums} == {jnp.dtype("float32")}
     np.testing.assert_allclose(sums, expected, rtol=1e-5)
     np.testing.assert_allclose(d_hidden, expected_hidden, atol=2e-5)
     np.testing.assert_allclose(d_table, expected_table, atol=1e-4)
@@ -94,8 +96,27 @@ def test_masked_positions_reach_nothing(chunk):
 def test_mask_weights_count():
     hidden, table, targets, mask = inputs()
     weights = np.where(mask > 0, 0.25, 0.0).astype(np.float32)
-    np.testing.assert_allclose(ours(hidden, table, targets, weights)[0], np.array(exact(hidden, table, targets, mask)[0]) / 4,
-                               rtol=1e-5)
+    expected = np.array(exact(hidden, table, targets, mask)[0]) / 4
+    np.testing.assert_allclose(ours(hidden, table, targets, weights)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_gradients_scale_with_what_the_total_is_used_for(chunk):
+    """The gradient is made beside the loss: dividing, squaring or not using the total must still come out right."""
+    hidden, table, targets, mask = inputs()
+
+    def grad(use):
+        return jax.jit(jax.grad(lambda h: use(cross_entropy(h, table, targets, mask, chunk=chunk))))(hidden)
+
+    plain = np.asarray(grad(lambda s: s.total))
+    np.testing.assert_allclose(grad(lambda s: s.total / s.weight), plain / mask.sum(), rtol=1e-5, atol=1e-7)
+    total = float(cross_entropy(hidden, table, targets, mask).total)
+    np.testing.assert_allclose(grad(lambda s: s.total**2), 2 * total * plain, rtol=1e-4, atol=1e-3)
+
+
+def test_without_z_loss_the_total_is_the_cross_entropy():
+    sums = cross_entropy(*inputs())
+    assert float(sums.total) == float(sums.nats) == pytest.approx(exact(*inputs())[0][1], rel=1e-5)
 
 
 def test_a_chunk_that_does_not_divide_is_refused():
@@ -111,7 +132,7 @@ def test_chunks_never_hold_all_logits():
 
     def compiled(chunk):
         def loss(hidden, table, targets, mask):
-            return cross_entropy(hidden, table, targets, mask, softcap=5.0, chunk=chunk).nats
+            return cross_entropy(hidden, table, targets, mask, softcap=5.0, z_loss=Z, chunk=chunk).total
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
 
@@ -134,6 +155,15 @@ def tiny(**keys):
     return build_model(DecoderConfig(**(config | keys)), vocab_size=V, platform="cpu", dtype=jnp.float32)
 
 
+def initial():
+    return jax.tree.map(jnp.copy, _initial())  # the step takes its input apart
+
+
+@functools.cache
+def _initial():
+    return jax.jit(tiny().init)(jax.random.key(0))
+
+
 def uneven_batch(rows=8, length=12):
     """Rows that count 12, 1, 7, ... tokens: a mean of row means would be another number."""
     tokens = np.random.default_rng(1).integers(0, V, (rows, length + 1), dtype=np.int32)
@@ -151,7 +181,7 @@ def trained(microbatches, *, steps=2, chunk=0, batch=None):
     spec = state_spec(model, make_optimizer(config, 10, model.axes), layout, ema=False)
     step = make_train_step(next_token_loss(model, z_loss=1e-2, chunk=chunk), spec, layout, make_schedule(config, 10),
                            seed=0, microbatches=microbatches)
-    state = spec.init(0)
+    state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), spec.shapes)._replace(params=initial())
     for _ in range(steps):
         state, metrics = step(state, batch or uneven_batch())
     return state.params, metrics
@@ -170,7 +200,7 @@ def test_microbatches_weigh_every_token_alike():
 
 def test_the_step_reports_the_mean_over_tokens():
     model, batch = tiny(), uneven_batch()
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial()
     log_p = jax.nn.log_softmax(jax.jit(model.logits)(params, batch))
     nats = -np.take_along_axis(np.asarray(log_p, np.float64), batch["targets"][..., None], -1)[..., 0]
     expected = (nats * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
@@ -184,5 +214,5 @@ def test_a_batch_without_tokens_changes_nothing():
     batch["loss_mask"] = np.zeros_like(batch["loss_mask"])
     params, metrics = trained(2, batch=batch)
     assert float(metrics["loss"]) == 0 and float(metrics["grad_norm"]) == 0
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(jax.jit(tiny().init)(jax.random.key(0))), strict=True):
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(initial()), strict=True):
         np.testing.assert_array_equal(a, b)

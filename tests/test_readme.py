@@ -85,7 +85,8 @@ def test_every_named_setting_exists(page):
     from lmjax.config import build
     from lmjax.recipe import Recipe
 
-    for section, key in re.findall(r"`(model|data|optimizer|mesh|train|eval|checkpoint|sample)\.(\w+)`", page.read_text()):
+    sections = "model|data|optimizer|mesh|train|eval|checkpoint|sample"
+    for section, key in re.findall(rf"`({sections})\.(\w+)`", page.read_text()):
         group = getattr(Recipe(), section)
         assert hasattr(group, key), f"{section}.{key}"
     for command in re.findall(r"--config\.([\w.]+)=", page.read_text()):

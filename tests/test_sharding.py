@@ -99,8 +99,8 @@ def test_constrain_places_inside_a_layout_and_is_nothing_outside():
 
 
 def test_heads_that_the_mesh_does_not_divide_are_refused_before_anything_is_made():
-    model = build_model(DecoderConfig(embed_dim=16, num_heads=4, num_kv_heads=1, mlp_dim=16, num_layers=1), vocab_size=32,
-                        platform="cpu", dtype=jnp.float32)
+    config = DecoderConfig(embed_dim=16, num_heads=4, num_kv_heads=1, mlp_dim=16, num_layers=1)
+    model = build_model(config, vocab_size=32, platform="cpu", dtype=jnp.float32)
     tx = make_optimizer(OptimizerConfig(), 1000, model.axes)
     with pytest.raises(ValueError, match="mesh: expected tensor=2 to divide kv_heads=1, .*mesh.rules"):
         state_spec(model, tx, layout_of(tensor=2), ema=False)
@@ -170,7 +170,8 @@ def test_a_device_holds_only_its_share_of_the_logits():
             return loss_fn(params, batch, None).total
 
     shardings = layout.tree(model.axes, model.shapes)
-    text = jax.jit(jax.grad(total), out_shardings=shardings).lower(jax.device_put(params, shardings), batch).compile().as_text()
+    step = jax.jit(jax.grad(total), out_shardings=shardings)
+    text = step.lower(jax.device_put(params, shardings), batch).compile().as_text()
     assert "f32[2,16,32]" in text and "f32[2,16,64]" not in text and "f32[8,16" not in text
 
 
@@ -222,9 +223,9 @@ def held(tree, device):
 @pytest.mark.parametrize("mesh, cuts", [("fsdp=8", (8, 1)), ("data=2,fsdp=2,tensor=2", (2, 2))])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 def test_a_device_holds_what_the_rules_say_to_the_byte(optimizer, mesh, cuts):
-    config = DecoderConfig(num_layers=LAYERS, embed_dim=EMBED, num_heads=HEADS, num_kv_heads=KV, head_dim=DIM, mlp_dim=MLP,
-                           vocab_size=VOCAB, max_positions=POSITIONS, positions="learned", norm="layernorm",
-                           mlp="gelu", use_bias=True)
+    config = DecoderConfig(num_layers=LAYERS, embed_dim=EMBED, num_heads=HEADS, num_kv_heads=KV, head_dim=DIM,
+                           mlp_dim=MLP, vocab_size=VOCAB, max_positions=POSITIONS, positions="learned",
+                           norm="layernorm", mlp="gelu", use_bias=True)
     model = build_model(config, vocab_size=VOCAB, platform="cpu", dtype=jnp.float32)
     tx = make_optimizer(OptimizerConfig(name=optimizer), 1000, model.axes)
     spec = state_spec(model, tx, layout_of(**MESHES[mesh]), ema=True)

@@ -16,7 +16,7 @@ from jax import lax
 
 from lmjax.nn.layers import Dense, RMSNorm
 from lmjax.nn.module import Initializer
-from lmjax.nn.ops import barrier, dot
+from lmjax.nn.ops import barrier, dot, dot_rows
 from lmjax.nn.positions import Rotation, apply_rope
 from lmjax.sharding import constrain
 
@@ -114,9 +114,7 @@ def _attend_backward(scale: float, softcap: float, saved: tuple[jax.Array, ...],
     d_weights = lax.dot_general(g, v, (((3,), (3,)), HEADS), preferred_element_type=jnp.float32)
     d_scores = weights * (d_weights - along) * scale
     d_scores = barrier((d_scores if slope is None else d_scores * slope).astype(q.dtype))
-    rows = ((2,), (2,))
-    return (dot(d_scores, k, (((3,), (2,)), HEADS)), dot(d_scores, q, (rows, HEADS)), dot(weights, g, (rows, HEADS)),
-            None)
+    return dot(d_scores, k, (((3,), (2,)), HEADS)), dot_rows(d_scores, q, 2), dot_rows(weights, g, 2), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

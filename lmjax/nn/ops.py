@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.sharding import num_devices, platform
 
-# Contractions for dot_general: x @ w, x @ w.T, and x.T @ y over all leading dimensions.
-Dims = Any
+Dims = Any  # the dimension numbers of lax.dot_general
+MATMUL = "matmul"  # what remat policies know the results by: they do not see into a custom_vjp
 
 
 def barrier(x: jax.Array) -> jax.Array:
@@ -30,11 +31,31 @@ def dot(a: jax.Array, b: jax.Array, dims: Dims) -> jax.Array:
     return lax.dot_general(a, b, dims, preferred_element_type=result).astype(a.dtype)
 
 
+def dot_rows(a: jax.Array, b: jax.Array, batch_dims: int = 0, *, dtype: Any = None) -> jax.Array:
+    """a^T b: [..., F], [..., G] -> [F, G], contracting all dimensions in between, in `dtype` (default: that of a).
+
+    A CPU's matmul kernels contract only the last dimension of their left operand, so there the smaller
+    operand goes left and is transposed first: left alone, XLA transposes whichever comes first.
+    """
+    dtype = dtype or a.dtype
+    if platform() != "cpu" or num_devices() > 1:
+        rows, batch = tuple(range(batch_dims, a.ndim - 1)), tuple(range(batch_dims))
+        return lax.dot_general(a, b, ((rows, rows), (batch, batch)), preferred_element_type=dtype)
+    if a.shape[-1] > b.shape[-1]:
+        return jnp.swapaxes(dot_rows(b, a, batch_dims, dtype=dtype), -1, -2)
+    a, b = (x.reshape(*x.shape[:batch_dims], -1, x.shape[-1]) for x in (a, b))
+    left = barrier(jnp.swapaxes(a, -1, -2))
+    dims = (((batch_dims + 1,), (batch_dims,)), (tuple(range(batch_dims)),) * 2)
+    return lax.dot_general(left, b, dims, preferred_element_type=jnp.float32).astype(dtype)
+
+
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [..., D] @ w [D, F] -> [..., F]."""
     if num_devices() > 1:  # merged dimensions could not keep their separate shardings
-        return _matmul(x, w)
-    return _matmul(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
+        y = _matmul(x, w)
+    else:
+        y = _matmul(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
+    return checkpoint_name(y, MATMUL)
 
 
 @jax.custom_vjp
@@ -48,8 +69,7 @@ def _matmul_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Ar
 
 def _matmul_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     (x, w), g = saved, barrier(g)
-    rows = tuple(range(x.ndim - 1))
-    return dot(g, w, (((g.ndim - 1,), (1,)), ((), ()))), dot(x, g, ((rows, rows), ((), ())))
+    return dot(g, w, (((g.ndim - 1,), (1,)), ((), ()))), dot_rows(x, g)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -7,12 +7,13 @@ import jax
 from flax import nnx
 
 from lmjax.nn.module import merge_module, split_module, stack_modules
+from lmjax.nn.ops import MATMUL
 
 # What the backward pass finds saved of a layer's forward pass; the rest it computes again.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(MATMUL),
 }
 
 

@@ -1,4 +1,4 @@
-"""The decoder against transformers with the same weights, its counts against hand formulas, its cache against itself."""
+"""The decoder against transformers with the same weights, its counts against formulas, its cache against itself."""
 
 import functools
 import math

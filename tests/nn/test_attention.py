@@ -53,7 +53,8 @@ def mask_of(causal=True, window=0):
 @pytest.mark.parametrize("causal, window", [(True, 0), (True, 1), (True, 3), (False, 0), (False, 2)])
 def test_visibility_is_the_rule(causal, window):
     mask = np.asarray(mask_of(causal, window))
-    expected = [[[visible(t, s, b, causal=causal, window=window) for s in range(T)] for t in range(T)] for b in range(B)]
+    rule = dict(causal=causal, window=window)
+    expected = [[[visible(t, s, b, **rule) for s in range(T)] for t in range(T)] for b in range(B)]
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, expected)
 

@@ -1,5 +1,7 @@
 """A stack computes the same however it is laid out and whatever it recomputes; packing changes nothing."""
 
+import dataclasses
+import functools
 import itertools
 
 import jax
@@ -47,6 +49,17 @@ def rows(parts, length=ROW):
     return out
 
 
+def initial(config):
+    """The parameters, which do not depend on how the layers are laid out."""
+    return _initial(dataclasses.replace(config, scan_layers=True, remat="none"))
+
+
+@functools.cache
+def _initial(config):
+    model = build_model(config, vocab_size=32, platform="cpu", dtype=jnp.float32)
+    return jax.jit(model.init)(jax.random.key(0))
+
+
 def run(model, batch):
     """Logits, and the loss's sum and gradients, in one compiled program."""
     loss_fn = next_token_loss(model, z_loss=1e-2)
@@ -56,7 +69,7 @@ def run(model, batch):
         value, grads = jax.value_and_grad(lambda p: loss_fn(p, batch, None).total)(params)
         return model.logits(params, batch), value, grads
 
-    return both(jax.jit(model.init)(jax.random.key(0)))
+    return both(initial(model.config))
 
 
 def assert_close(a, b, tolerance=2e-5):
@@ -91,7 +104,7 @@ def test_dropout_is_the_same_when_recomputed(remat):
     def gradients(**keys):
         model = model_of(dropout=0.4, **keys)
         loss_fn = next_token_loss(model)
-        params = jax.jit(model.init)(jax.random.key(0))
+        params = initial(model.config)
         return jax.jit(jax.grad(lambda p: loss_fn(p, batch, jax.random.key(5)).total))(params)
 
     assert_close(gradients(), gradients(scan_layers=False, remat=remat))
@@ -103,14 +116,16 @@ def test_remat_saves_less():
     saved = {}
     for remat in REMAT:
         model = model_of(remat=remat, num_layers=6)
-        params = jax.jit(model.init)(jax.random.key(0))
+        params = initial(model.config)
         _, pull = jax.vjp(lambda p, m=model: next_token_loss(m)(p, batch, None).total, params)
         saved[remat] = sum(x.size for x in jax.tree.leaves(pull))
     assert saved["full"] < saved["dots"] < saved["none"], saved
 
 
 def test_every_layer_has_weights_of_its_own():
-    params = jax.jit(model_of().init)(jax.random.key(0))["layers"]
+    params = initial(model_of().config)["layers"]
+    other = jax.jit(model_of(scan_layers=False).init)(jax.random.key(0))["layers"]
+    assert_close(params, other, 1e-7)  # and they are the same however the layers are laid out
     for leaf in jax.tree.leaves(params):
         assert leaf.shape[0] == 2
         if np.ptp(leaf) > 0:  # not a norm's scale
