@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "gpt2"):
+        raise ValueError(f"configs/bench.py: expected no variant or gpt2, got {variant!r}; leave it out")
     config = ConfigDict()
     config.model = dict(num_layers=4, embed_dim=256, num_heads=4, mlp_dim=1024, vocab_size=8192)
     if variant == "gpt2":  # 1536 ungated are as many weights as 1024 gated

@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "tiny"):
+        raise ValueError(f"configs/quickstart.py: expected no variant or tiny, got {variant!r}; leave it out")
     config = ConfigDict()
     config.model = dict(
         num_layers=4,

@@ -74,7 +74,7 @@ class Generator:
             tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
         loop = _compiled(self.model, self.layout, self.eos_id, _bucket(P + max_tokens, 32))
         padding = np.arange(B) >= len(prompts)
-        answers, ends = loop(params, tokens, lengths, padding, np.int32(max_tokens), np.int32(seed),
+        answers, ends = loop(params, tokens, lengths, padding, np.int32(max_tokens), np.int32(seed % 2**31),
                              Sampling(*(np.asarray(v) for v in sampling)))
         answers, ends = np.asarray(answers), np.asarray(ends)
         return [answers[row, : ends[row]].tolist() for row in range(len(prompts))]

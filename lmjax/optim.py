@@ -112,7 +112,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], 
         start = total_steps - round(config.decay_fraction * total_steps)
     if warmup > min(start, total_steps - 1):
         raise ValueError(f"config.optimizer.warmup_steps: expected at most {min(start, total_steps - 1)} for "
-                         f"{total_steps} steps of the {config.schedule} schedule, got {warmup}; shorten it or train longer")
+                         f"{total_steps} steps of the {config.schedule} schedule, got {warmup}; "
+                         "shorten it or train longer")
     shape = SCHEDULES[config.schedule]
 
     def schedule(step: Any) -> jax.Array:

@@ -1,7 +1,6 @@
 """The process: its place among others, its compilation cache, and how it is asked to stop."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -11,8 +10,6 @@ from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
-
-M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1  # of <malloc.h>
 
 
 def start_distributed() -> None:
@@ -40,18 +37,6 @@ def use_compilation_cache() -> None:
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lmjax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def keep_freed_memory() -> None:
-    """On a CPU, lets the C library keep what XLA frees after each step, for the next one.
-
-    XLA allocates a step's temporaries anew each time; given back to the system, every page of them is faulted
-    in and zeroed again, a tenth of a step's time and more. A no-op where there is no glibc.
-    """
-    libc = ctypes.CDLL(None)
-    if jax.default_backend() == "cpu" and hasattr(libc, "mallopt"):
-        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
-            libc.mallopt(option, value)
 
 
 class StopSignal:

@@ -55,10 +55,10 @@ class Loop:
 
     def __init__(self, run: Run, writer: MetricsWriter):
         self.run_, self.writer = run, writer
-        self.pending: tuple[int, Metrics, float, float] | None = None
+        self.pending: tuple[int, Metrics, float] | None = None  # step, its metrics, seconds waited for its data
         self.progress: Progress | None = None
         self.tokens = run.about["data"].get("tokens", 0)  # trained before this start
-        self.began = time.monotonic()
+        self.began = self.last = time.monotonic()  # last: when the newest reported step was done
 
     def run(self, start: int, end: int, stop: StopSignal) -> str:
         """Runs steps [start, end) and leaves the state in the run. "done", or "stopped" and saved."""
@@ -73,19 +73,18 @@ class Loop:
         with contextlib.closing(batches), contextlib.closing(_progress(steps)) as self.progress:
             if run.compiled is None:
                 _compile(run, self.writer, start)  # while the first batches are made in the background
-            last = time.monotonic()
+            self.last = time.monotonic()
             for step in range(start + 1, end + 1):
                 asked = time.monotonic()
                 batch = next(batches)
                 waited = time.monotonic() - asked
                 state, metrics = run.compiled(state, batch)
                 self._report()
-                now = time.monotonic()
-                self.pending, last = (step, metrics, now - last, waited), now
+                self.pending = (step, metrics, waited)
                 stopping = stop.due(step)
                 if self._due(step) or stopping or step == steps:
                     self._milestone(step, state, stopping)
-                    last = time.monotonic()
+                    self.last = time.monotonic()
                 if stopping and step < steps:
                     self.progress.log(f"stopped and saved at step {step}; the same command goes on from there")
                     return "stopped"
@@ -115,14 +114,14 @@ class Loop:
         """Reads the metrics of the step before, which waits for that step, not for the one just dispatched."""
         if self.pending is None:
             return
-        (step, metrics, seconds, waited), self.pending = self.pending, None
+        (step, metrics, waited), self.pending = self.pending, None
         r = self.run_.recipe.train
-        if step % r.log_every and step != r.steps:
-            self.tokens += int(metrics["weight"])
-            return
-        values = {name: float(value) for name, value in metrics.items()}
-        weight = int(values.pop("weight"))
+        weight = int(metrics["weight"])  # returns when the step is done
+        seconds, self.last = time.monotonic() - self.last, time.monotonic()
         self.tokens += weight
+        if step % r.log_every and step != r.steps:
+            return
+        values = {name: float(value) for name, value in metrics.items() if name != "weight"}
         bits = bits_per_byte(values["loss"], self.run_.train_split)
         rate, share = weight / seconds, min(waited / seconds, 1.0)
         epoch = max(self.run_.train_split.epochs(step * r.batch_size).values())
