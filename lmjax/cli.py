@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if bad or (overrides and not hasattr(arguments, "config")):
         return _refuse(f"{(bad or overrides)[0]}: expected an option of `lmjax {arguments.command}`, got an unknown "
                        f"one; see lmjax {arguments.command} --help")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow feeds data only: keep its greetings out
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # Each collective holds a thread until all devices have joined it: with few cores' worth of them, several
         # collectives at once can wait for each other for ever.
@@ -65,7 +66,8 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     elif command == "bench":
         from lmjax.bench import bench
 
-        bench(recipe, seconds=arguments.seconds, out=arguments.out)
+        bench(recipe, [arguments.config, *(f"--config.{item}" for item in overrides)], seconds=arguments.seconds,
+              out=arguments.out)
     else:
         _use(arguments)
     return 0
