@@ -109,6 +109,8 @@ class Checkpointer:
             verify(trees, about)
             found = (_state(spec.shapes, step, trees), about)
         except Exception as exception:  # noqa: BLE001 - whatever a damaged file makes a reader raise
+            if isinstance(exception, MemoryError) or "Out of memory" in str(exception):
+                raise  # says nothing about the checkpoint
             error = _first_line(exception)
         if jax.process_count() > 1:  # all take the same one, or none does
             good = multihost_utils.process_allgather(jnp.asarray(error is None))
@@ -254,8 +256,8 @@ def _flat(opt_state: Any) -> list[tuple[str, Any]]:
 
 
 def _fresh(tree: Any) -> Any:
-    """Copies made by XLA: arrays that alias a reader's memory cannot be donated to the step."""
-    return jax.tree.map(jnp.copy, tree)
+    """On a CPU, copies made by XLA: arrays that alias a reader's memory cannot be donated to the step."""
+    return jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree
 
 
 def _digest(about: About) -> str:

@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("LMJAX_TRACEBACK"):
             raise
-        return _refuse(" ".join(str(error).split()))
+        message = " ".join(str(error).split())
+        if isinstance(error, OSError) and "expected" not in message:
+            message = f"expected to read and write files, got {message}; make room or check the path, then try again"
+        return _leave(_refuse(message))
+    except KeyboardInterrupt:
+        return _leave(130)
 
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -128,6 +133,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
     return parser
+
+
+def _leave(code: int) -> int:
+    """Ends a process of several at once: a normal exit waits for the others, which may wait for this one."""
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _refuse(message: str) -> int:

@@ -41,7 +41,10 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise ConfigError(f"--config: expected a Python file, got {path!r}, which does not exist; "
                           "pass a path such as configs/quickstart.py")
-    get_config = runpy.run_path(path).get("get_config")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+    except (SyntaxError, ImportError, NameError) as error:
+        raise ConfigError(f"--config: expected {path} to be a Python file that runs, got {error}; correct it") from None
     if get_config is None:
         raise ConfigError(f"--config: expected {path} to define get_config(), got none; add one that "
                           "returns a ConfigDict")

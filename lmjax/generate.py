@@ -14,6 +14,7 @@ import numpy as np
 
 from lmjax.models import Model
 from lmjax.nn.module import Params
+from lmjax.recipe import check_sampling
 from lmjax.sharding import Layout, use_layout
 
 
@@ -47,8 +48,9 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
 class Generator:
     """Continues prompts. Compiles once for every (batch, prompt, total) bucket: powers of two."""
 
-    def __init__(self, model: Model, layout: Layout | None = None, *, eos_id: int = -1):
-        self.model, self.eos_id = model, eos_id
+    def __init__(self, model: Model, layout: Layout | None = None, *, eos_id: int = -1, vocab_size: int = 0):
+        # A model's table may be padded beyond the tokenizer's vocab_size; such ids are never drawn.
+        self.model, self.eos_id, self.vocab_size = model, eos_id, vocab_size or model.config.vocab_size
         # A handful of rows, one token at a time, need not divide the mesh: only the weights are split.
         self.layout = layout and dataclasses.replace(layout, rules={**layout.rules, "batch": (), "seq": ()})
 
@@ -59,29 +61,40 @@ class Generator:
         A row's randomness is keyed by (seed, row, position in the answer): it does not depend on the other rows.
 
         Raises:
-          ValueError: an empty prompt, or more positions than a learned table has.
+          ValueError: see `check`.
         """
-        if not all(len(p) for p in prompts):
-            raise ValueError("prompts: expected at least one token in each, got an empty one; begin it with bos_id")
-        longest = max(map(len, prompts))
-        limit = self.model.config.max_positions if self.model.config.positions == "learned" else None
-        if limit and longest + max_tokens > limit:
-            raise ValueError(f"max_tokens: expected prompt and answer within max_positions={limit}, got {longest} "
-                             f"+ {max_tokens}; shorten one of them")
+        longest = self.check(prompts, max_tokens, sampling)
         B, P = _bucket(len(prompts), 1), _bucket(longest, 16)
         tokens, lengths = np.zeros((B, P), np.int32), np.ones(B, np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
-        loop = _compiled(self.model, self.layout, self.eos_id, _bucket(P + max_tokens, 32))
+        loop = _compiled(self.model, self.layout, self.eos_id, self.vocab_size, _bucket(P + max_tokens, 32))
         padding = np.arange(B) >= len(prompts)
         answers, ends = loop(params, tokens, lengths, padding, np.int32(max_tokens), np.int32(seed % 2**31),
                              Sampling(*(np.asarray(v) for v in sampling)))
         answers, ends = np.asarray(answers), np.asarray(ends)
         return [answers[row, : ends[row]].tolist() for row in range(len(prompts))]
 
+    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling = PLAIN) -> int:
+        """The length of the longest prompt.
+
+        Raises:
+          ValueError: no or an empty prompt, more positions than a learned table has, or sampling settings out of range.
+        """
+        check_sampling(*sampling)
+        if not prompts or not all(len(p) for p in prompts):
+            raise ValueError("prompts: expected one or more, each of at least one token, got an empty one; begin it "
+                             "with bos_id")
+        longest = max(map(len, prompts))
+        limit = self.model.config.max_positions if self.model.config.positions == "learned" else None
+        if limit and longest + max_tokens > limit:
+            raise ValueError(f"max_tokens: expected prompt and answer within max_positions={limit}, got {longest} "
+                             f"+ {max_tokens}; shorten one of them")
+        return longest
+
 
 @functools.lru_cache(maxsize=32)
-def _compiled(model: Model, layout: Layout | None, eos_id: int,
+def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int,
               slots: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """(params, tokens [B, P], lengths [B], unused rows bool [B], max_tokens, seed, sampling) -> (answers [B, slots],
     their lengths [B])."""
@@ -92,7 +105,9 @@ def _compiled(model: Model, layout: Layout | None, eos_id: int,
         row_keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(B))
 
         def draw(logits: jax.Array, i: jax.Array) -> jax.Array:
-            return sample(logits, jax.vmap(lambda key: jax.random.fold_in(key, i))(row_keys), sampling)
+            known = jnp.arange(logits.shape[-1]).reshape(1, -1) < vocab_size
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(row_keys)
+            return sample(jnp.where(known, logits, -jnp.inf), keys, sampling)
 
         def more(carry: tuple[jax.Array, ...]) -> jax.Array:
             i, _, _, _, ended, _ = carry

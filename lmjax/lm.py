@@ -52,7 +52,8 @@ class LM:
                  about: About):
         self.model, self.params, self.layout = model, params, layout
         self.tokenizer, self.recipe, self.about = tokenizer, recipe, about
-        self._generator = Generator(model, layout, eos_id=-1 if tokenizer is None else tokenizer.eos_id)
+        self._generator = (None if tokenizer is None else
+                           Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size))
         self._score = jax.jit(self._token_log_likelihoods, out_shardings=layout.replicated)
 
     def score(self, texts: Sequence[str]) -> list[Score]:

@@ -75,6 +75,13 @@ class CheckpointConfig:
         at_least(0, keep_every=self.keep_every)
 
 
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raises a ValueError that names the first of them that is out of its range."""
+    at_least(0, temperature=temperature, top_k=top_k)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a probability in (0, 1], got {top_p}; 1 switches it off")
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
     """Text generated every `every` steps (0: never) and after the last, from each of `prompts`."""
@@ -87,10 +94,11 @@ class SampleConfig:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        at_least(0, every=self.every, temperature=self.temperature, top_k=self.top_k)
+        at_least(0, every=self.every)
         at_least(1, max_tokens=self.max_tokens)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a probability in (0, 1], got {self.top_p}; 1 switches it off")
+        check_sampling(self.temperature, self.top_k, self.top_p)
+        if self.every and not self.prompts:
+            raise ValueError('prompts: expected one or more, got none; write [""] for text from nothing, or every=0')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from lmjax.recipe import Recipe, blocking_changes
 from lmjax.sharding import Layout, make_layout
 from lmjax.train_state import StateSpec, TrainState, state_spec
 from lmjax.train_step import StepFn, make_eval_step, make_train_step, next_token_loss
+from lmjax.tree import num_elements
 
 Log = Callable[[str], None]
 
@@ -48,11 +48,16 @@ class Run:
     tokenizer: Tokenizer | None
     step_fn: StepFn
     eval_fn: Callable[[Params, Batch], Loss]
-    generator: Generator
+    generator: Generator | None  # None without a tokenizer
     checkpointer: Checkpointer
     about: dict[str, Any]
     state: TrainState | None = None
     compiled: StepFn | None = None  # step_fn, once the loop has started
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Token ids of the prompts that text is generated from as training goes on."""
+        return [[self.tokenizer.bos_id, *self.tokenizer.encode(p)] for p in self.recipe.sample.prompts]
 
 
 @contextlib.contextmanager
@@ -62,6 +67,9 @@ def claimed(workdir: Path) -> Iterator[None]:
     Raises:
       ValueError: another process holds it.
     """
+    if ":/" in str(workdir):
+        raise ValueError(f"--workdir: expected a local directory, got {workdir}; keep the run local or on a mounted "
+                         "file system (data.directory may be in a bucket)")
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index():
         yield
@@ -100,11 +108,17 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
               make_train_step(loss_fn, spec, layout, schedule, seed=recipe.train.seed,
                               microbatches=recipe.train.microbatches, ema_decay=recipe.optimizer.ema_decay),
               make_eval_step(loss_fn, layout),
-              Generator(model, layout, eos_id=-1 if tokenizer is None else tokenizer.eos_id),
+              None if tokenizer is None else
+              Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size),
               Checkpointer(workdir.absolute() / "checkpoints", keep_last=recipe.checkpoint.keep_last,
                            keep_every=recipe.checkpoint.keep_every, log=log), about)
-    _tell(run, directory, log)
+    if recipe.sample.every and run.generator:
+        run.generator.check(run.prompts, recipe.sample.max_tokens)
+    facts = _tell(run, directory, log)
     _restore(run, log)
+    if jax.process_index() == 0:  # only now: a start that is refused leaves the directory as it was
+        _write_json(workdir / "run.json", facts)
+        _write_json(workdir / "config.json", plain(recipe))
     return run
 
 
@@ -114,6 +128,7 @@ def _restore(run: Run, log: Log) -> None:
         run.state = run.spec.init(run.recipe.train.seed)
         return
     run.state, about = found
+    _same_run(run.workdir, about["recipe"], run.about["recipe"])
     saved, now = about["data"]["fingerprint"], run.about["data"]["fingerprint"]
     if saved != now:
         raise ValueError(f"{run.workdir}: expected the data that its checkpoint was trained on ({saved[:12]}), got "
@@ -127,12 +142,22 @@ def _check_workdir(recipe: Recipe, workdir: Path, log: Log) -> None:
     file = workdir / "config.json"
     if not file.exists():
         return
-    bad, fine = blocking_changes(json.loads(file.read_text()), plain(recipe))
-    if bad:
-        raise ValueError(f"{workdir}: expected the config that this run was started with, got {'; '.join(bad)}; "
-                         "use another --workdir or undo the change")
-    for change in fine:
+    try:
+        before = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, got {error}; the file is damaged, move it away to go by the "
+                         "checkpoints alone") from None
+    for change in _same_run(workdir, before, plain(recipe)):
         log(f"changed since the last start: {change}")
+
+
+def _same_run(where: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The harmless changes between two configs; a ValueError that names the others."""
+    bad, fine = blocking_changes(before, now)
+    if bad:
+        raise ValueError(f"{where}: expected the config that this run was started with, got {'; '.join(bad)}; "
+                         "use another --workdir or undo the change")
+    return fine
 
 
 def _check_batch(recipe: Recipe, layout: Layout) -> None:
@@ -158,11 +183,11 @@ def _data(recipe: Recipe, workdir: Path, log: Log) -> str:
     return directory
 
 
-def _tell(run: Run, directory: str, log: Log) -> None:
-    """Says what is about to run and why, and writes it to run.json and config.json."""
+def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
+    """Says what is about to run and why. Returns it, for run.json."""
     r, model, mesh = run.recipe, run.model, run.layout.mesh
     devices = mesh.devices.flatten()
-    parameters = sum(math.prod(s.shape) for s in jax.tree.leaves(model.shapes))
+    parameters = num_elements(model.shapes)
     tokens = r.train.batch_size * r.data.seq_len
     epochs = max(run.train_split.epochs(r.train.steps * r.train.batch_size).values())
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1} or {"data": 1}
@@ -175,16 +200,17 @@ def _tell(run: Run, directory: str, log: Log) -> None:
         f"{human_count(run.heldout.predictions)} held out, {run.train_split.bytes / run.train_split.predictions:.2f} "
         f"bytes a token ({directory})")
     log(f"run: {r.train.steps:,} steps of {human_count(tokens)} tokens, {epochs:.2f} epochs")
-    if jax.process_index():
-        return
-    facts = {"lmjax": lmjax.__version__, "versions": lmjax.versions(),
+    return {"lmjax": lmjax.__version__, "versions": lmjax.versions(),
              "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": int(devices.size)},
              "mesh": dict(mesh.shape), "attention": {"kernel": model.kernel, "reason": model.kernel_reason},
              "parameters": parameters, "embedding_parameters": model.embedding_parameters(), "tokens_per_step": tokens,
              "flops_per_token": model.flops_per_token(r.data.seq_len), "compute_dtype": str(model.dtype),
              "epochs": epochs, "steps": r.train.steps,
              "data": {"fingerprint": run.train_split.fingerprint, "directory": directory}}
-    for name, value in (("run.json", facts), ("config.json", plain(r))):
-        temporary = run.workdir / f"{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(run.workdir / name)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    """All of it, or what was there before."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(file)

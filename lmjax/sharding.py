@@ -135,7 +135,10 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     # Explicit axis types became JAX's default; lmjax constrains by name and lets the compiler propagate.
     mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES),
                          devices=devices)
-    return Layout(mesh, {**RULES, **config.rules})
+    # An activation follows the parameter axis that it comes from, unless it has a row of its own.
+    names = ("mlp", "heads", "kv_heads", "vocab")
+    follow = {f"act_{name}": axes for name, axes in config.rules.items() if name in names}
+    return Layout(mesh, {**RULES, **follow, **config.rules})
 
 
 _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)

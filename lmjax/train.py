@@ -1,6 +1,7 @@
 """`lmjax train`: config and working directory in, a trained model with its story out."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -57,6 +58,7 @@ class Loop:
         self.run_, self.writer = run, writer
         self.pending: tuple[int, Metrics, float] | None = None  # step, its metrics, seconds waited for its data
         self.progress: Progress | None = None
+        self.newest = (0.0, 0.0)  # loss and parameter norm of the newest reported step
         self.tokens = run.about["data"].get("tokens", 0)  # trained before this start
         self.began = self.last = time.monotonic()  # last: when the newest reported step was done
 
@@ -105,10 +107,18 @@ class Loop:
         if (r.sample.every and (final or step % r.sample.every == 0)):
             self._timed(step, "sample", lambda: self._sample(step, state))
         if final or stopping or step % r.checkpoint.every == 0:
+            self._check_finite(step)
             self.writer.flush()
             about = {**self.run_.about, "data": {**self.run_.about["data"], "next_row": step * r.train.batch_size,
                                                     "tokens": self.tokens}}
             self._timed(step, "checkpoint", lambda: self.run_.checkpointer.save(state, about))
+
+    def _check_finite(self, step: int) -> None:
+        """A diverged state must not push the last good checkpoints out."""
+        if not all(map(math.isfinite, self.newest)):
+            raise ValueError(f"step {step}: expected finite loss and weights, got loss {self.newest[0]} and weight "
+                             f"norm {self.newest[1]}; lower optimizer.peak_lr or optimizer.clip_norm in another --workdir "
+                             "(the checkpoints so far are kept)")
 
     def _report(self) -> None:
         """Reads the metrics of the step before, which waits for that step, not for the one just dispatched."""
@@ -117,6 +127,7 @@ class Loop:
         (step, metrics, waited), self.pending = self.pending, None
         r = self.run_.recipe.train
         weight = int(metrics["weight"])  # returns when the step is done
+        self.newest = (float(metrics["loss"]), float(metrics["param_norm"]))
         seconds, self.last = time.monotonic() - self.last, time.monotonic()
         self.tokens += weight
         if step % r.log_every and step != r.steps:
@@ -143,21 +154,19 @@ class Loop:
         for name, params in (("eval", state.params), ("eval_ema", state.ema)):
             if params is None:
                 continue
-            batches = eval_batches(run.heldout, batch_size, run.layout.sharding(("batch", "seq")))
+            batches = eval_batches(run.heldout, batch_size, run.layout.sharding(("batch", "seq")),
+                                   most=0 if whole else r.eval.batches)
             with contextlib.closing(batches):
-                limited = (b for _, b in zip(range(r.eval.batches), batches, strict=False))
-                some = batches if whole or not r.eval.batches else limited
-                result = evaluate(run.eval_fn, params, some, run.heldout)
+                result = evaluate(run.eval_fn, params, batches, run.heldout)
             self.writer.eval(step, {f"{name}/{key}": value for key, value in result.items()})
             self.progress.log(f"step {step}: {name} loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits/byte,"
                               f" perplexity {result['perplexity']:.1f} over {human_count(result['tokens'])} tokens")
 
     def _sample(self, step: int, state: TrainState) -> None:
         run, c = self.run_, self.run_.recipe.sample
-        if run.tokenizer is None:
+        if run.generator is None:
             return
-        prompts = [[run.tokenizer.bos_id, *run.tokenizer.encode(p)] for p in c.prompts]
-        answers = run.generator(state.params if state.ema is None else state.ema, prompts, max_tokens=c.max_tokens,
+        answers = run.generator(state.params if state.ema is None else state.ema, run.prompts, max_tokens=c.max_tokens,
                                 sampling=Sampling(c.temperature, c.top_k, c.top_p), seed=step)
         for prompt, answer in zip(c.prompts, answers, strict=True):
             self.writer.sample(step, prompt, run.tokenizer.decode(answer))

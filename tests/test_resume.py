@@ -31,7 +31,7 @@ def run_with_kills(workdir: pathlib.Path, moments, *overrides: str, config: str)
         process = start(workdir, *overrides, config=config)
         wait_for(process, moment)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     finish(workdir, *overrides, config=config)
 
 

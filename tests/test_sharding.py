@@ -104,7 +104,7 @@ def test_heads_that_the_mesh_does_not_divide_are_refused_before_anything_is_made
     tx = make_optimizer(OptimizerConfig(), 1000, model.axes)
     with pytest.raises(ValueError, match="mesh: expected tensor=2 to divide kv_heads=1, .*mesh.rules"):
         state_spec(model, tx, layout_of(tensor=2), ema=False)
-    state_spec(model, tx, layout_of(tensor=2, rules={"kv_heads": (), "act_kv_heads": ()}), ema=False)
+    state_spec(model, tx, layout_of(tensor=2, rules={"kv_heads": ()}), ema=False)
 
 
 # --- what is computed

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from lmjax.data import packing
+from lmjax.data.order import key_of, permute
 from lmjax.data.packing import Rows
 from lmjax.data.pipeline import Split
 
@@ -49,8 +50,10 @@ def make_batches(split: Split, *, batch_size: int, start_step: int, stop_step: i
     return _device_batches(split, host_batch, range(start_step, stop_step), shape, sharding, local)
 
 
-def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding) -> Iterator[Batch]:
+def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding, *, most: int = 0) -> Iterator[Batch]:
     """Every row of the split once, in order; rows that fill up the last batch are all padding, masked.
+
+    most: only so many batches, of rows drawn from all over the split, the same ones every time; 0: all.
 
     Arguments, result and errors are those of `make_batches`.
     """
@@ -61,11 +64,13 @@ def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding)
         g = step * batch_size + local
         rows = packing.empty_rows(len(g), split.seq_len)
         inside = g < total
-        for name, values in split.rows(g[inside]).items() if inside.any() else ():
+        chosen = permute(g[inside], total, key_of("eval")) if most else g[inside]
+        for name, values in split.rows(chosen).items() if inside.any() else ():
             rows[name][inside] = values
         return rows
 
-    return _device_batches(split, host_batch, range(-(-total // batch_size)), shape, sharding, local)
+    steps = -(-total // batch_size)
+    return _device_batches(split, host_batch, range(min(most or steps, steps)), shape, sharding, local)
 
 
 def local_rows(shape: tuple[int, int], sharding: jax.sharding.Sharding) -> np.ndarray:
