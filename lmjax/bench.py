@@ -29,6 +29,7 @@ from lmjax.runtime import StopSignal
 from lmjax.train import Loop
 
 Report = dict[str, Any]
+SHORT = 5  # steps in a row of whatever is only a step
 
 
 def bench(recipe: Recipe, config: Sequence[str], *, seconds: float = 60.0, out: str = "") -> Report:
@@ -42,7 +43,7 @@ def bench(recipe: Recipe, config: Sequence[str], *, seconds: float = 60.0, out: 
     with tempfile.TemporaryDirectory() as workdir:
         run = set_up(recipe, Path(workdir), lambda line: print(line, file=sys.stderr))
         contestants = _contestants(run)
-        times = _in_turn(contestants, seconds)
+        times = _in_turn(contestants, seconds, recipe.checkpoint.every)
         run.checkpointer.close()
     report = _figures(run, times)
     report["start_up_seconds"] = _start_up(config)
@@ -56,7 +57,7 @@ def _contestants(run: Run) -> dict[str, Callable[[int], None]]:
     """name -> a function that runs n steps and returns when they are done; all warmed up."""
     batch_size, seq_len = run.recipe.train.batch_size, run.recipe.data.seq_len
     found: dict[str, Callable[[int], None]] = {"loop": _loop(run)}
-    found["loop"](1)  # compiles
+    found["loop"](2)  # compiles
     state = run.spec.init(0)
     batch = jax.device_put(run.train_split.rows(np.arange(batch_size)), run.layout.sharding(("batch", "seq")))
 
@@ -77,8 +78,9 @@ def _contestants(run: Run) -> dict[str, Callable[[int], None]]:
             step = torch_step(run.model.config, batch_size, seq_len, dtype=str(run.model.dtype), platform=platform,
                               compiled=compiled)
             found[name] = lambda n, step=step: step(n)
-    for do in found.values():
-        do(2)
+    for name, do in found.items():
+        if name != "loop":
+            do(2)
     return found
 
 
@@ -98,15 +100,14 @@ def _loop(run: Run) -> Callable[[int], None]:
     return steps
 
 
-def _in_turn(contestants: dict[str, Callable[[int], None]], seconds: float) -> dict[str, list[float]]:
+def _in_turn(contestants: dict[str, Callable[[int], None]], seconds: float,
+             checkpoint_every: int) -> dict[str, list[float]]:
     """name -> seconds a step, one figure a round; the rounds go on until the time is over (at least three)."""
     began = time.monotonic()
-    contestants["bare step"](1)
-    once = time.monotonic() - began
-    n = max(5, min(50, round(seconds / 5 / len(contestants) / max(once, 1e-3))))
     times: dict[str, list[float]] = {name: [] for name in contestants}
     while time.monotonic() - began < seconds or len(times["loop"]) < 3:
         for name, do in contestants.items():
+            n = checkpoint_every if name == "loop" else SHORT  # a round of the loop saves once, as in a real run
             at = time.monotonic()
             do(n)
             times[name].append((time.monotonic() - at) / n)

@@ -117,7 +117,7 @@ class Loop:
         """A diverged state must not push the last good checkpoints out."""
         if not all(map(math.isfinite, self.newest)):
             raise ValueError(f"step {step}: expected finite loss and weights, got loss {self.newest[0]} and weight "
-                             f"norm {self.newest[1]}; lower optimizer.peak_lr or optimizer.clip_norm in another --workdir "
+                             f"norm {self.newest[1]}; lower optimizer.peak_lr or clip_norm in another --workdir "
                              "(the checkpoints so far are kept)")
 
     def _report(self) -> None:

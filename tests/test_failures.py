@@ -79,7 +79,7 @@ def test_invalid_utf8_is_counted_and_skipped_within_the_budget(tmp_path, capsys)
     config = "configs/quickstart.py:tiny"
     short = ["train.steps=2", "optimizer.warmup_steps=1", "eval.batches=1", "sample.every=0"]
     assert run(tmp_path / "few", *corpus(tmp_path, broken=1), *short, config=config) == 0
-    assert any("1" in line.split() and "UTF-8" in line for line in capsys.readouterr().err.splitlines())
+    assert any("1 invalid_utf8" in line for line in capsys.readouterr().err.splitlines())
     shutil.rmtree(tmp_path / "text")
     assert run(tmp_path / "many", *corpus(tmp_path, broken=9), *short, config=config) == 2
     assert "UTF-8" in one_line(capsys)
@@ -186,11 +186,8 @@ def test_nothing_is_touched_when_every_checkpoint_is_damaged(finished, tmp_path,
 def test_a_disk_without_room_is_found_before_writing(tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     usage = shutil.disk_usage(tmp_path)
-
-    def full_at_six(path):
-        return usage._replace(free=10 if checkpoint_steps(workdir / "checkpoints") == [2, 4] else usage.free)
-
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", full_at_six)
+    free = iter([usage.free, usage.free, 10])  # at steps 2, 4 and 6
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
     assert run(workdir, *SHORT) == 2
     assert "MB free" in one_line(capsys)
     assert checkpoint_steps(workdir / "checkpoints") == [2, 4]
