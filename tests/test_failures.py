@@ -206,6 +206,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+# Orbax drops the futures of a save that failed without looking at them.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_disk_that_fills_up_while_saving(small_disk, capsys, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1 << 40)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)  # as if it filled up only later
