@@ -27,6 +27,7 @@ from lmjax.recipe import Recipe
 from lmjax.run import Run, set_up
 from lmjax.runtime import StopSignal
 from lmjax.train import Loop
+from lmjax.tree import num_elements
 
 Report = dict[str, Any]
 SHORT = 5  # steps in a row of whatever is only a step
@@ -141,7 +142,7 @@ def _figures(run: Run, times: dict[str, list[float]]) -> Report:
         rows[name] = {"tokens_per_second": rate, "model_flops_per_second": rate * flops, "share_of_matmul_rate":
                       rate * flops / peak, "speed_beside_bare_step": ratio}
     return {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "dtype": str(run.model.dtype),
-            "cores": os.cpu_count(), "parameters": sum(x.size for x in jax.tree.leaves(run.model.shapes)),
+            "cores": os.cpu_count(), "parameters": num_elements(run.model.shapes),
             "tokens_per_step": tokens, "matmul_flops_per_second": peak, "rounds": len(bare), "rows": rows}
 
 

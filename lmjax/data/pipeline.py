@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ class PackedRows:
         return packing.fill_rows(flat, at, length, place, plan.offset_P[pieces], len(rows), self.seq_len)
 
 
-class Split:
+class Split(abc.ABC):
     """Rows of several sources. `rows` is pure; `fingerprint` names everything that decides them."""
 
     def __init__(self, sources: Sequence[RowSource], order: str):
@@ -143,9 +144,9 @@ class Split:
                 out[name][mine] = values
         return out
 
+    @abc.abstractmethod
     def locate(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers int64 [n] -> (source, packed row of that source), int64 [n] each."""
-        raise NotImplementedError
 
 
 class Mixture(Split):
