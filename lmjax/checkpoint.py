@@ -5,6 +5,7 @@ position, tokenizer, versions and a checksum of every array. Nothing else is nee
 number of devices; nothing in it is ever executed or unpickled.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
 from lmjax.nn.module import Params
+from lmjax.runtime import agreed
 from lmjax.train_state import StateSpec, TrainState
 from lmjax.tree import named_leaves, num_bytes
 
 FORMAT = 1
 About = dict[str, Any]
+T = TypeVar("T")
 
 
 class Checkpointer:
@@ -59,24 +62,27 @@ class Checkpointer:
         if step in self.manager.all_steps():
             return
         trees = _trees(state)
-        self._check_room(num_bytes(trees), step)
+        self.wait()  # Orbax would, too: one save at a time. What is free is known only then
+        agreed(lambda: self._check_room(num_bytes(trees), step))
         about = {**about, "format": FORMAT, "step": step, "checksums": {k: checksums(v) for k, v in trees.items()}}
         about["sha256"] = _digest(about)
         with _readable_disk_errors(self.directory):
             self.manager.save(step, args=ocp.args.Composite(
                 about=ocp.args.JsonSave(about), **{k: ocp.args.StandardSave(v) for k, v in trees.items()}), force=True)
 
-    def restore(self, spec: StateSpec) -> tuple[TrainState, About] | None:
+    def restore(self, spec: StateSpec, check: Callable[[About], None]) -> tuple[TrainState, About] | None:
         """The newest checkpoint that is whole, placed as `spec` says; None if there is none at all.
 
         One that is damaged is reported, set aside as damaged-<step>, and the one before it is taken.
 
+        check: raises if a checkpoint that is about this is not to be restored; called before its arrays are read.
+
         Raises:
-          ValueError: there are checkpoints and not one of them can be read.
+          ValueError: there are checkpoints and not one of them can be read, or they hold other arrays than `spec`.
         """
         damaged: list[tuple[int, str]] = []
-        for step in sorted(self.manager.all_steps(), reverse=True):
-            found, error = self._try(step, spec)
+        for step in agreed(lambda: sorted(map(int, self.manager.all_steps()), reverse=True)):
+            found, error = self._try(step, spec, check)
             if error is None:
                 for bad, _ in damaged:
                     self._set_aside(bad)
@@ -98,40 +104,34 @@ class Checkpointer:
         self.wait()
         self.manager.close()
 
-    def _try(self, step: int, spec: StateSpec) -> tuple[tuple[TrainState, About] | None, str | None]:
-        found, error = None, None
-        try:
-            about = read_about(self.directory / str(step))
-            target = _trees(spec.shapes)
-            restored = self.manager.restore(step, args=ocp.args.Composite(
-                **{k: ocp.args.StandardRestore(v) for k, v in target.items()}))
-            trees = {k: _fresh(restored[k]) for k in target}
-            verify(trees, about)
-            found = (_state(spec.shapes, step, trees), about)
-        except Exception as exception:  # noqa: BLE001 - whatever a damaged file makes a reader raise
-            if isinstance(exception, MemoryError) or "Out of memory" in str(exception):
-                raise  # says nothing about the checkpoint
-            error = _first_line(exception)
-        if jax.process_count() > 1:  # all take the same one, or none does
-            good = multihost_utils.process_allgather(jnp.asarray(error is None))
-            error = error or (None if bool(np.all(good)) else "another process could not read it")
-        return found, error
+    def _try(self, step: int, spec: StateSpec,
+             check: Callable[[About], None]) -> tuple[tuple[TrainState, About] | None, str | None]:
+        path, target = self.directory / str(step), _trees(spec.shapes)
+        about, error = _attempt(lambda: read_about(path))
+        if error:
+            return None, error
+        check(about)
+        _check_names(path, target, about)
+        # By a handler: Orbax's checkpointers then wait for all processes, also for one that could not read.
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            trees, error = _attempt(lambda: {k: _fresh(handler.restore(path / k, args=ocp.args.StandardRestore(v)))
+                                             for k, v in target.items()})
+        if error is None:
+            _, error = _attempt(lambda: verify(trees, about))
+        return (None, error) if error else ((_state(spec.shapes, step, trees), about), None)
 
     def _set_aside(self, step: int) -> None:
-        if jax.process_index() == 0:
-            aside = self.directory / f"damaged-{step}"
-            for i in range(1, 1000):
-                if not aside.exists():
-                    break
-                aside = self.directory / f"damaged-{step}.{i}"
-            (self.directory / str(step)).rename(aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set-aside-{step}")
+        def rename() -> None:
+            names = [f"damaged-{step}", *(f"damaged-{step}.{i}" for i in range(1, 1000))]
+            free = next(name for name in names if not (self.directory / name).exists())
+            (self.directory / str(step)).rename(self.directory / free)
+
+        agreed(rename)
         self.manager.reload()
 
     def _check_room(self, size: int, step: int) -> None:
         """Refuses before the first byte what would fill a local disk (compression may need less)."""
-        if not os.path.isdir(self.directory) or jax.process_index():
+        if not os.path.isdir(self.directory):  # a bucket
             return
         free = shutil.disk_usage(self.directory).free
         if free < size:
@@ -236,6 +236,30 @@ def _checksums(leaves: list[jax.Array]) -> jax.Array:
         return jnp.stack([jnp.sum(mix(bits, c), dtype=jnp.uint32) for c in (0xC2B2AE35, 0x27D4EB2F)])
 
     return jnp.stack([one(leaf) for leaf in leaves])
+
+
+def _attempt(read: Callable[[], T]) -> tuple[T | None, str | None]:
+    """(what `read` returns, None), or (None, the error) on all processes if it raises on any of them."""
+    value, error = None, None
+    try:
+        value = read()
+    except Exception as exception:  # noqa: BLE001 - whatever a damaged file makes a reader raise
+        if isinstance(exception, MemoryError) or "Out of memory" in str(exception):
+            raise  # says nothing about the checkpoint
+        error = _first_line(exception)
+    if jax.process_count() > 1 and not np.all(multihost_utils.process_allgather(np.asarray(error is None))):
+        error = error or "another process could not read it"
+    return (value, None) if error is None else (None, error)
+
+
+def _check_names(path: epath.Path, target: Mapping[str, Any], about: About) -> None:
+    """Refuses a checkpoint of other arrays, which is no damage: another version of the code wrote it."""
+    for item, tree in target.items():
+        names, saved = {name for name, _ in named_leaves(tree)}, set(about["checksums"].get(item, ()))
+        if names != saved:
+            raise ValueError(f"{path}: expected the arrays of this run in {item}, got {sorted(saved - names)[:3]} too "
+                             f"many and {sorted(names - saved)[:3]} too few; use the lmjax that wrote it, "
+                             f"{about['versions']}, or another --workdir")
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

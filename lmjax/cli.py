@@ -34,12 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("LMJAX_TRACEBACK"):
             raise
-        message = " ".join(str(error).split())
-        if isinstance(error, OSError) and "expected" not in message:
-            message = f"expected to read and write files, got {message}; make room or check the path, then try again"
-        return _leave(_refuse(message))
+        return _refuse(_explain(error)[1])
     except KeyboardInterrupt:
-        return _leave(130)
+        return 130
 
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -51,27 +48,24 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     _keep_freed_memory()
     from lmjax import runtime  # JAX is imported from here on
+    from lmjax.config import load
+    from lmjax.recipe import build_recipe
 
-    recipe = None
-    if hasattr(arguments, "config"):
-        from lmjax.config import load
-        from lmjax.recipe import build_recipe
-
-        recipe = build_recipe(load(arguments.config, overrides))
     runtime.use_compilation_cache()
     if command == "train":
-        from lmjax.train import train
+        with runtime.together(_explain):
+            from lmjax.train import train
 
-        runtime.start_distributed()
-        train(recipe, arguments.workdir)
+            train(build_recipe(load(arguments.config, overrides)), arguments.workdir)
     elif command == "prepare":
         from lmjax.prepare import prepare
 
-        prepare(recipe.data, arguments.out)
+        prepare(build_recipe(load(arguments.config, overrides)).data, arguments.out)
     elif command == "bench":
         from lmjax.bench import bench
 
-        bench(recipe, [arguments.config, *(f"--config.{item}" for item in overrides)], seconds=arguments.seconds,
+        bench(build_recipe(load(arguments.config, overrides)),
+              [arguments.config, *(f"--config.{item}" for item in overrides)], seconds=arguments.seconds,
               out=arguments.out)
     else:
         _use(arguments)
@@ -135,12 +129,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _leave(code: int) -> int:
-    """Ends a process of several at once: a normal exit waits for the others, which may wait for this one."""
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit code of an error that ended a command, and its one line."""
+    message = " ".join(str(error).split())
+    if isinstance(error, OSError) and "expected" not in message:
+        message = f"expected to read and write files, got {message}; make room or check the path, then try again"
+    if isinstance(error, ValueError | OSError):
+        return 2, message
+    return 130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {message}"[:500]
 
 
 def _refuse(message: str) -> int:

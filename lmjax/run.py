@@ -5,16 +5,16 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 import lmjax
-from lmjax.checkpoint import Checkpointer
+from lmjax.checkpoint import About, Checkpointer
 from lmjax.config import plain
 from lmjax.data import Tokenizer, open_splits
 from lmjax.data.pipeline import Mixture, Split
@@ -26,6 +26,7 @@ from lmjax.nn.module import Params
 from lmjax.optim import make_optimizer, make_schedule
 from lmjax.prepare import prepare
 from lmjax.recipe import Recipe, blocking_changes
+from lmjax.runtime import agreed
 from lmjax.sharding import Layout, make_layout
 from lmjax.train_state import StateSpec, TrainState, state_spec
 from lmjax.train_step import StepFn, make_eval_step, make_train_step, next_token_loss
@@ -46,13 +47,13 @@ class Run:
     train_split: Mixture
     heldout: Split
     tokenizer: Tokenizer | None
-    step_fn: StepFn
+    traced: jax.stages.Traced  # the train step
     eval_fn: Callable[[Params, Batch], Loss]
     generator: Generator | None  # None without a tokenizer
     checkpointer: Checkpointer
     about: dict[str, Any]
     state: TrainState | None = None
-    compiled: StepFn | None = None  # step_fn, once the loop has started
+    compiled: StepFn | None = None  # the train step, once the loop has started
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -71,16 +72,18 @@ def claimed(workdir: Path) -> Iterator[None]:
         raise ValueError(f"--workdir: expected a local directory, got {workdir}; keep the run local or on a mounted "
                          "file system (data.directory may be in a bucket)")
     workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index():
+    with contextlib.ExitStack() as held:
+        agreed(lambda: _lock(workdir, held))
         yield
-        return
-    with open(workdir / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{workdir}: expected a directory that no run is using, got one that another process "
-                             "trains in; wait for it or use another --workdir") from None
-        yield
+
+
+def _lock(workdir: Path, held: contextlib.ExitStack) -> None:
+    file = held.enter_context(open(workdir / ".lock", "w"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{workdir}: expected a directory that no run is using, got one that another process "
+                         "trains in; wait for it or use another --workdir") from None
 
 
 def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
@@ -100,14 +103,14 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
     spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0)
     _check_batch(recipe, layout)
     loss_fn = next_token_loss(model, z_loss=recipe.train.z_loss, chunk=recipe.train.loss_chunk)
+    step_fn = make_train_step(loss_fn, spec, layout, schedule, seed=recipe.train.seed,
+                              microbatches=recipe.train.microbatches, ema_decay=recipe.optimizer.ema_decay)
     about = {"recipe": plain(recipe) | {"model": plain(model.config)},
              "data": {"fingerprint": train_split.fingerprint},
              "tokenizer": None if tokenizer is None else base64.b64encode(tokenizer.to_bytes()).decode(),
              "versions": lmjax.versions()}
     run = Run(recipe, workdir, layout, model, spec, train_split, heldout, tokenizer,
-              make_train_step(loss_fn, spec, layout, schedule, seed=recipe.train.seed,
-                              microbatches=recipe.train.microbatches, ema_decay=recipe.optimizer.ema_decay),
-              make_eval_step(loss_fn, layout),
+              _trace(step_fn, spec, recipe, layout), make_eval_step(loss_fn, layout),
               None if tokenizer is None else
               Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size),
               Checkpointer(workdir.absolute() / "checkpoints", keep_last=recipe.checkpoint.keep_last,
@@ -123,16 +126,18 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
 
 
 def _restore(run: Run, log: Log) -> None:
-    found = run.checkpointer.restore(run.spec)
+    def check(about: About) -> None:
+        _same_run(run.workdir, about["recipe"], run.about["recipe"])
+        saved, now = about["data"]["fingerprint"], run.about["data"]["fingerprint"]
+        if saved != now:
+            raise ValueError(f"{run.workdir}: expected the data that its checkpoint was trained on ({saved[:12]}), got "
+                             f"data {now[:12]}; use another --workdir or the data directory of that run")
+
+    found = run.checkpointer.restore(run.spec, check)
     if found is None:
         run.state = run.spec.init(run.recipe.train.seed)
         return
     run.state, about = found
-    _same_run(run.workdir, about["recipe"], run.about["recipe"])
-    saved, now = about["data"]["fingerprint"], run.about["data"]["fingerprint"]
-    if saved != now:
-        raise ValueError(f"{run.workdir}: expected the data that its checkpoint was trained on ({saved[:12]}), got "
-                         f"data {now[:12]}; use another --workdir or the data directory of that run")
     run.about["data"]["tokens"] = about["data"]["tokens"]
     log(f"resuming at step {int(run.state.step)}, from row {about['data']['next_row']:,} of the data")
 
@@ -170,16 +175,20 @@ def _check_batch(recipe: Recipe, layout: Layout) -> None:
             raise ValueError(f"config.{name}: {error}") from None
 
 
+def _trace(step_fn: Any, spec: StateSpec, recipe: Recipe, layout: Layout) -> jax.stages.Traced:
+    """The step, traced but not compiled: an activation that the mesh does not divide is refused here."""
+    shape, sharding = (recipe.train.batch_size, recipe.data.seq_len), layout.sharding(("batch", "seq"))
+    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32,
+             "loss_mask": jnp.float32}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in kinds.items()}
+    return step_fn.trace(spec.shapes, batch)
+
+
 def _data(recipe: Recipe, workdir: Path, log: Log) -> str:
     """The directory of the prepared data, prepared now if it is not; process 0 does it for all."""
     directory = recipe.data.directory or str(workdir.absolute() / "data")
-    if recipe.data.synthetic:
-        return directory
-    if jax.process_index() == 0:
-        prepare(recipe.data, directory, log=log)
-    else:
-        while not (epath.Path(directory) / "manifest.json").exists():  # appears whole, by a rename
-            time.sleep(0.2)
+    if not recipe.data.synthetic:
+        agreed(lambda: prepare(recipe.data, directory, log=log))
     return directory
 
 

@@ -20,10 +20,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def start(workdir: pathlib.Path, *overrides: str, config: str = "configs/synthetic.py:tiny", devices: int = 1,
-          env: dict[str, str] | None = None) -> subprocess.Popen:
-    """`lmjax train` on `devices` forced CPU devices; its output goes to <workdir>.log."""
-    command = [sys.executable, "-m", "lmjax.cli", "train", "--config", config, "--workdir", str(workdir),
-               *(f"--config.{item}" for item in overrides)]
+          env: dict[str, str] | None = None, first: str = "", more: Sequence[str] = ()) -> subprocess.Popen:
+    """`lmjax train` on `devices` forced CPU devices; its output goes to <workdir>.log.
+
+    first: lines of Python to run before it in its process. more: further overrides.
+    """
+    command = [sys.executable, "-c", f"{first}\nimport sys, lmjax.cli\nsys.exit(lmjax.cli.main())",
+               "train", "--config", config, "--workdir", str(workdir),
+               *(f"--config.{item}" for item in (*overrides, *more))]
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                    "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"), **(env or {})}
     with open(f"{workdir}.log", "a") as log:
@@ -39,16 +43,32 @@ def finish(workdir: pathlib.Path, *overrides: str, expect: int = 0, **options: o
     return printed
 
 
-def finish_together(workdir: pathlib.Path, *overrides: str, processes: int, devices: int, **options: object) -> None:
-    """The same run in several real processes that find each other over the loopback interface."""
+def start_together(workdir: pathlib.Path, *overrides: str, processes: int, devices: int,
+                   only: dict[int, dict[str, object]] | None = None, **options: object) -> list[subprocess.Popen]:
+    """The same run in several real processes that find each other over the loopback interface.
+
+    only: options of `start` for one process, by its number.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    running = [start(workdir, *overrides, devices=devices, env={
-        "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(i)}, **options)
-        for i in range(processes)]
-    codes = [process.wait(timeout=300) for process in running]
-    assert codes == [0] * processes, pathlib.Path(f"{workdir}.log").read_text()
+    return [start(workdir, *overrides, devices=devices, env={
+        "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(i)},
+        **options, **(only or {}).get(i, {})) for i in range(processes)]
+
+
+def finish_together(workdir: pathlib.Path, *overrides: str, processes: int, expect: int = 0, timeout: float = 300,
+                    **options: object) -> str:
+    """`start_together`, to the end; returns what the processes printed."""
+    running = start_together(workdir, *overrides, processes=processes, **options)
+    try:
+        codes = [process.wait(timeout=timeout) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    printed = pathlib.Path(f"{workdir}.log").read_text()
+    assert codes == [expect] * processes, printed
+    return printed
 
 
 def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:

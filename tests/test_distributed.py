@@ -1,10 +1,11 @@
 """The same run on one device, on eight, and on two real processes of four; and moved from one to another."""
 
 import signal
+import sysconfig
 
 import numpy as np
 import pytest
-from processes import finish, finish_together, lines, losses, start, wait_for
+from processes import finish, finish_together, lines, losses, start, start_together, wait_for
 
 from lmjax.checkpoint import checkpoint_steps
 
@@ -38,6 +39,16 @@ def test_two_processes_compute_what_one_does(one, tmp_path):
     assert [r["step"] for r in lines(tmp_path / "run")] == [r["step"] for r in lines(one)]
 
 
+def test_two_processes_read_text_as_one_does(tmp_path):
+    text = (f"data.sources.0.uri=text:{sysconfig.get_paths()['stdlib']}/email/*.py", "train.steps=6", "eval.every=3",
+            "checkpoint.every=6", "sample.every=0", "optimizer.warmup_steps=2", "data.heldout_fraction=0.2")
+    config = "configs/quickstart.py:tiny"
+    finish(tmp_path / "one", *text, config=config)
+    finish_together(tmp_path / "two", *text, "mesh.fsdp=2", processes=2, devices=1, config=config)
+    assert len(losses(tmp_path / "one")) == 8
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+
+
 def test_a_run_moves_between_machines(one, tmp_path):
     """Some steps on one device, on fsdp=8, on data=2,fsdp=2,tensor=2 and on two processes: the same losses."""
     workdir = tmp_path / "run"
@@ -59,15 +70,8 @@ def test_a_run_moves_between_machines(one, tmp_path):
 
 def test_sigterm_to_one_of_two_processes_stops_both(one, tmp_path):
     """Pre-emption hits one host; the processes agree on a step, save it and exit 0."""
-    import socket
-
     workdir, many = tmp_path / "run", [item.replace("train.steps=32", "train.steps=4000") for item in RUN]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = [start(workdir, *many, *TWO_PROCESSES, devices=4, env={
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)})
-        for i in range(2)]
+    running = start_together(workdir, *many, *TWO_PROCESSES, processes=2, devices=4)
     wait_for(running[0], lambda: len(lines(workdir)) >= 3)
     running[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=120) for process in running] == [0, 0]
