@@ -11,6 +11,7 @@ import pytest
 from processes import assert_same_run, finish, start
 
 from lmjax import checkpoint, cli, train
+from lmjax import run as run_module
 from lmjax.checkpoint import checkpoint_steps
 
 CONFIG = "configs/synthetic.py:tiny"
@@ -42,6 +43,16 @@ REFUSED = {
     "1e4 for an integer": (["train.steps=1e4"], ["train.steps", "integer", "write 10000"]),
     "mesh and devices": (["mesh.data=3"], ["mesh", "8 devices", "data=3"]),
     "mesh and heads": (["mesh.tensor=8"], ["tensor=8", "heads=4"]),
+    "mesh and kv_heads": (["mesh.tensor=4", "model.num_kv_heads=2"], ["tensor=4", "kv_heads=2"]),
+    "mesh and mlp": (["mesh.tensor=4", "model.mlp_dim=66"], ["tensor=4", "mlp=66"]),
+    "mesh and vocabulary": (["mesh.tensor=4", "data.tokenizer.vocab_size=66"], ["tensor=4", "vocab=66"]),
+    "mesh and sequence": (["mesh.context=8", "data.seq_len=36"], ["context=8", "seq=36"]),
+    "mesh and activations": (["mesh.tensor=4", "model.num_kv_heads=2",
+                              'mesh.rules={"kv_heads": [], "act_kv_heads": ["tensor"]}'], ["act_kv_heads=2"]),
+    "mesh and logits": (["mesh.tensor=4", "data.tokenizer.vocab_size=66",
+                         'mesh.rules={"vocab": [], "act_vocab": ["tensor"]}'], ["act_vocab=66"]),
+    "mesh and chunks": (["mesh.context=4", "train.loss_chunk=2"], ["context=4", "seq=2"]),
+    "mesh used twice": (["mesh.data=8", 'mesh.rules={"act_embed": ["data"]}'], ["act_embed", "at most one"]),
     "mesh and batch": (["train.batch_size=6"], ["batch_size", "batch=6"]),
     "microbatches": (["train.microbatches=3"], ["microbatches", "divisor"]),
     "warm-up": (["optimizer.warmup_steps=60"], ["config.optimizer.warmup_steps", "shorten"]),
@@ -57,7 +68,7 @@ def test_refused_in_one_line_before_compiling(name, tmp_path, capsys, never_comp
     assert run(tmp_path / "run", *overrides) == 2
     message = one_line(capsys)
     assert all(word in message for word in [*words, "expected", "got"]), message
-    assert not (tmp_path / "run" / "checkpoints" / "0").exists()
+    assert not list((tmp_path / "run").glob("*.json*"))
 
 
 def test_an_unknown_option_is_refused(capsys):
@@ -110,6 +121,47 @@ def test_the_directory_of_another_run_is_refused_and_left_alone(change, finished
     message = one_line(capsys)
     assert change.split("=")[0] in message and change.split("=")[1] in message and "--workdir" in message
     assert snapshot(finished) == before
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_its_record_alone(finished, tmp_path, capsys, never_compiles):
+    """No array is read: there is none."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "config.json").unlink()
+    for step in checkpoint_steps(workdir / "checkpoints"):
+        shutil.rmtree(workdir / "checkpoints" / str(step) / "params")
+    before = snapshot(workdir)
+    assert run(workdir, *SHORT, "optimizer.peak_lr=0.5") == 2
+    assert "optimizer.peak_lr: 0.01 -> 0.5" in one_line(capsys)
+    assert snapshot(workdir) == before
+
+
+def test_a_checkpoint_of_other_arrays_is_not_taken_for_damage(finished, tmp_path, capsys, monkeypatch, never_compiles):
+    """As if another version of the code, with the same config, had written it."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    monkeypatch.setattr(run_module, "blocking_changes", lambda before, now: ([], []))
+    assert run(workdir, *SHORT, "optimizer.ema_decay=0.9") == 2
+    assert "expected the arrays of this run in ema" in one_line(capsys)
+    assert checkpoint_steps(workdir / "checkpoints") == [2, 4, 6]
+
+
+def test_a_diverged_run_keeps_its_good_checkpoints(tmp_path, capsys):
+    """Each step multiplies the weights by about -1e5, until their norm is no float32 any more."""
+    workdir = tmp_path / "run"
+    every = ("checkpoint.every=1", "checkpoint.keep_last=2", "optimizer.warmup_steps=0", "train.steps=12")
+    assert run(workdir, *SHORT, *every, "optimizer.peak_lr=1.0", "optimizer.weight_decay=1e5") == 2
+    message = one_line(capsys)
+    assert "expected finite loss and weights, got" in message and "peak_lr" in message
+    step = int(message.split("step ")[1].split(":")[0])
+    assert step > 3 and checkpoint_steps(workdir / "checkpoints") == [step - 2, step - 1]
+
+
+def test_every_so_many_steps_a_checkpoint_is_kept(tmp_path):
+    workdir = tmp_path / "run"
+    assert run(workdir, *SHORT, "train.steps=7", "checkpoint.every=1", "checkpoint.keep_last=2",
+               "checkpoint.keep_every=3") == 0
+    assert checkpoint_steps(workdir / "checkpoints") == [3, 6, 7]
 
 
 def test_other_data_than_the_checkpoint_was_trained_on_is_refused(finished, tmp_path, capsys, never_compiles):
