@@ -83,7 +83,8 @@ def _keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and not any(map(os.path.exists, accelerators)):
         m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1  # of <malloc.h>
-        for option, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, 2**31 - 1)):
+        never = -1  # a number is not enough: any that an int can hold is reached with two steps in flight
+        for option, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, never)):
             libc.mallopt(option, value)
 
 
