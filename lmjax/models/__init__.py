@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.models.decoder import Decoder, DecoderConfig, init_cache
-from lmjax.nn.attention import KVCache, Visibility, choose_kernel
+from lmjax.nn.attention import KVCache
+from lmjax.nn.kernels import choose_kernel
 from lmjax.nn.module import Functional, Params, functional
+from lmjax.nn.visibility import Visibility
 
 Batch = Mapping[str, jax.Array]
 
@@ -45,7 +47,8 @@ class Model:
         batch: int32 [B, T] `tokens`, `positions`, `segment_ids`. key: switches dropout on.
         """
         model = self.functional.bind(self._cast(params))
-        see = Visibility(batch["positions"], batch["positions"], batch["segment_ids"], batch["segment_ids"])
+        see = Visibility(batch["positions"], batch["positions"], batch["segment_ids"], batch["segment_ids"],
+                         in_order=True)
         x_BTD, _ = model(batch["tokens"], batch["positions"], see, dtype=self.dtype, key=key)
         return x_BTD, model.unembedding
 
