@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lmjax.nn.ops import dot_rows
+from lmjax.nn.shards import per_shard
 from lmjax.nn.visibility import Visibility
 
 QUERIES, SCORES = 256, 256 * 512  # queries a block, and scores a block and head: with few queries, more keys
@@ -44,10 +45,12 @@ class Tokens(NamedTuple):
 def chunked_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: Visibility, *,
                       scale: float, softcap: float, bias: None = None) -> jax.Array:
     """softmax(cap(q k^T * scale)) v, block by block."""
-    see = visibility
-    rule = Rule(see.causal, see.window, scale, softcap)
-    q, k, v, queries, keys = split(q_BTHK, k_BSGK, v_BSGK, see)
-    return join(_attend(q, k, v, queries, keys, rule), q_BTHK.shape)
+    rule = Rule(visibility.causal, visibility.window, scale, softcap)
+
+    def body(q: jax.Array, k: jax.Array, v: jax.Array, see: Visibility, _: None) -> jax.Array:
+        return join(_attend(*split(q, k, v, see), rule), q.shape)
+
+    return per_shard(body, q_BTHK, k_BSGK, v_BSGK, visibility.by_index())
 
 
 def split(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,
