@@ -12,7 +12,7 @@ from flax import nnx
 
 from lmjax.config import at_least, choice
 from lmjax.nn.attention import Attention, KVCache
-from lmjax.nn.kernels import prepare
+from lmjax.nn.kernels import prepare, with_cache
 from lmjax.nn.layers import MLP, MLP_KINDS, NORMS, Embedding, dropout, residual_init
 from lmjax.nn.module import normal
 from lmjax.nn.positions import Rotation, rope_rotation
@@ -149,7 +149,8 @@ class Decoder(nnx.Module):
             x_BTD, keys = dropout(x_BTD, c.dropout, first), jax.numpy.stack(rest)
         x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
         rotation = rope_rotation(positions_BT, c.dims.head_dim, c.rope_theta) if c.positions == "rope" else None
-        visibility = prepare(visibility._replace(window=c.sliding_window), self.kernel)
+        kernel = self.kernel if cache is None else with_cache(self.kernel, cache.key.shape[2])
+        visibility = prepare(visibility._replace(window=c.sliding_window), kernel)
         x_BTD, cache = self.layers(x_BTD, (keys, cache), visibility, rotation)
         return self.norm(x_BTD), cache
 

@@ -55,7 +55,7 @@ def chunked_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, v
 
 def split(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,
           see: Visibility) -> tuple[jax.Array, jax.Array, jax.Array, Tokens, Tokens]:
-    """q [I, B, G, N, K], k and v [J, B, G, s, K] and where their tokens stand; the last blocks padded with segment 0."""
+    """q [I, B, G, N, K], k and v [J, B, G, s, K] and where their tokens stand; segment 0 pads the last blocks."""
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     t = min(QUERIES, T)
     s = min(SCORES // t, S)
@@ -67,10 +67,10 @@ def split(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,
 
 def join(y_IBGNK: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The inverse of what `split` did to q."""
-    (B, T, H, K), (I, _, G, N, _) = shape, y_IBGNK.shape
+    (B, T, H, K), (blocks, _, G, N, _) = shape, y_IBGNK.shape
     t = N // (H // G)
-    y = y_IBGNK.reshape(I, B, G, H // G, t, K).transpose(1, 0, 4, 2, 3, 5)
-    return y.reshape(B, I * t, H, K)[:, :T]
+    y = y_IBGNK.reshape(blocks, B, G, H // G, t, K).transpose(1, 0, 4, 2, 3, 5)
+    return y.reshape(B, blocks * t, H, K)[:, :T]
 
 
 def _blocks(x: jax.Array, size: int) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmjax.nn.shards import axes_of, per_shard, ways
+from lmjax.nn.shards import axes_of, padded, per_shard, ways
 from lmjax.nn.visibility import Visibility
 from lmjax.sharding import current_layout, device_kind, platform
 
@@ -48,7 +48,8 @@ def splash_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, vi
 
     On a CPU the kernel is interpreted, for tests.
     """
-    see = visibility
+    length = q_BTHK.shape[1]
+    q_BTHK, k_BSGK, v_BSGK, see = padded(LANES * ways("seq"), q_BTHK, k_BSGK, v_BSGK, visibility)
     (T, H), S = q_BTHK.shape[1:3], k_BSGK.shape[1]
     kernel = make_kernel(T, S, H // ways("act_heads"), see.causal, see.window, softcap,
                          fit(TILES.get(device_kind(), DEFAULT), T // ways("seq"), S), ways("seq"), platform() == "cpu")
@@ -59,13 +60,10 @@ def splash_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, vi
     def body(q: jax.Array, k: jax.Array, v: jax.Array, see: Visibility, kernel: Any) -> jax.Array:
         q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
         y = jax.vmap(kernel)(q, k, v, splash.SegmentIds(see.q_segments, see.kv_segments)).swapaxes(1, 2)
-        # Padding sees padding here, and a query that sees nothing gets what the kernel makes of no keys.
-        sees = see.q_segments > 0
-        if not see.in_order:
-            sees &= jnp.any(see.q_segments[:, :, None] == see.kv_segments[:, None, :], axis=-1)
-        return jnp.where(sees[:, :, None, None], y, 0)
+        # To the kernel padding is a document too, and what it makes of no keys at all is not 0.
+        return jnp.where(see.any_seen()[:, :, None, None], y, 0)
 
-    return per_shard(body, q_BTHK, k_BSGK, v_BSGK, see, extra=kernel, extra_spec=spec)
+    return per_shard(body, q_BTHK, k_BSGK, v_BSGK, see, extra=kernel, extra_spec=spec)[:, :length]
 
 
 def fit(tiles: Tiles, T: int, S: int) -> Tiles:

@@ -55,3 +55,14 @@ def per_shard(body: Body, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Arra
     run = jax.shard_map(local, mesh=layout.mesh, out_specs=at_q, check_vma=False,
                         in_specs=(at_q, at_k, at_k, (rows_q, rows_k, rows_q, rows_k), extra_spec))
     return run(q_BTHK, k, v, arrays, extra)
+
+
+def padded(multiple: int, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,
+           see: Visibility) -> tuple[jax.Array, jax.Array, jax.Array, Visibility]:
+    """T and S padded at their end to multiples of `multiple`, with segment 0, which sees and is seen by nothing."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), *((0, 0),) * (x.ndim - 2)))
+
+    arrays = {name: pad(getattr(see, name)) for name in ("q_positions", "kv_positions", "q_segments", "kv_segments")}
+    return pad(q_BTHK), pad(k_BSGK), pad(v_BSGK), see._replace(**arrays, made=None)

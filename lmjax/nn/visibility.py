@@ -34,6 +34,13 @@ class Visibility(NamedTuple):
         index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
         return self._replace(q_positions=index, kv_positions=index)
 
+    def any_seen(self) -> jax.Array:
+        """bool [B, T]: whether the query sees any key, from the segments alone."""
+        if self.in_order:  # itself, at least
+            return self.q_segments > 0
+        same = self.q_segments[:, :, None] == self.kv_segments[:, None, :]
+        return jnp.any(same & (self.kv_segments[:, None, :] > 0), axis=-1)
+
     def mask(self) -> jax.Array:
         """bool [B, T, S], True where the query may attend to the key."""
         if self.made is not None:
