@@ -216,3 +216,25 @@ def test_a_batch_without_tokens_changes_nothing():
     assert float(metrics["loss"]) == 0 and float(metrics["grad_norm"]) == 0
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(initial()), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_sharded_vocabulary_is_never_gathered():
+    """Loss and gradients with the vocabulary split in two: all that is sent is a sum, smaller than a share of logits."""
+    layout = make_layout(MeshConfig(data=4, tensor=2))
+    hidden = jax.ShapeDtypeStruct((8, 16, 8), jnp.float32, sharding=layout.sharding(("batch", "seq", "act_embed")))
+    table = jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=layout.sharding(("vocab", "embed")))
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=layout.sharding(("batch", "seq")))
+
+    def total(hidden, table, targets, mask):
+        with use_layout(layout):
+            return cross_entropy(hidden, table, targets, mask, softcap=5.0, z_loss=1e-4).total
+
+    gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1)),
+                       out_shardings=(layout.replicated, (hidden.sharding, table.sharding)))
+    text = gradient.lower(hidden, table, tokens, tokens).compile().as_text()
+    sent = re.findall(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", text)
+    shapes = [[int(n) for n in dims.split(",") if n] for types, _ in sent for dims in re.findall(r"\[([\d,]*)\]", types)]
+    assert {kind for _, kind in sent} == {"all-reduce"}
+    assert max(math.prod(shape) for shape in shapes) == 2 * 16 * 8  # d hidden, or d table; a share of logits has 1024
+    # Over the vocabulary: the maximum, the sum, the target's logit, d hidden. Over the batch: d table, two totals.
+    assert len(shapes) <= 7

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from lmjax.nn.kernels import attend, with_cache
+from lmjax.nn.kernels import KERNELS, attend, with_cache
 from lmjax.nn.layers import Dense, RMSNorm
 from lmjax.nn.module import Initializer
 from lmjax.nn.positions import Rotation, apply_rope
@@ -50,11 +50,10 @@ class Attention(nnx.Module):
         if rotation is not None:
             q, k = apply_rope(q, rotation), apply_rope(k, rotation)
         q = constrain(q, "batch", "seq", "act_heads", None)
-        k = constrain(k, "batch", "kv_seq", "act_kv_heads", None)
-        v = constrain(v, "batch", "kv_seq", "act_kv_heads", None)
-        kernel = self.kernel
+        kernel = self.kernel if cache is None else with_cache(self.kernel, cache.key.shape[1])
+        k = constrain(k, "batch", KERNELS[kernel].keys, "act_kv_heads", None)
+        v = constrain(v, "batch", KERNELS[kernel].keys, "act_kv_heads", None)
         if cache is not None:
-            kernel = with_cache(kernel, cache.key.shape[1])
             cache = KVCache(_write(cache.key, k, cache.slot), _write(cache.value, v, cache.slot), cache.slot)
             k, v = cache.key, cache.value
         y = attend(q, k, v, visibility, scale=self.scale, softcap=self.softcap, kernel=kernel)
