@@ -1,6 +1,7 @@
 """The loss against a float64 log-softmax in numpy, whole and in chunks, and its mean over microbatches."""
 
 import functools
+import math
 import re
 
 import jax
@@ -12,7 +13,7 @@ from lmjax.losses import Loss, cross_entropy
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
 from lmjax.optim import OptimizerConfig, make_optimizer, make_schedule
-from lmjax.sharding import MeshConfig, make_layout
+from lmjax.sharding import MeshConfig, make_layout, use_layout
 from lmjax.train_state import state_spec
 from lmjax.train_step import make_eval_step, make_train_step, next_token_loss
 
@@ -219,7 +220,7 @@ def test_a_batch_without_tokens_changes_nothing():
 
 
 def test_a_sharded_vocabulary_is_never_gathered():
-    """Loss and gradients with the vocabulary split in two: all that is sent is a sum, smaller than a share of logits."""
+    """Loss and gradients with the vocabulary split in two: only sums are sent, each smaller than a share of logits."""
     layout = make_layout(MeshConfig(data=4, tensor=2))
     hidden = jax.ShapeDtypeStruct((8, 16, 8), jnp.float32, sharding=layout.sharding(("batch", "seq", "act_embed")))
     table = jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=layout.sharding(("vocab", "embed")))
@@ -233,8 +234,9 @@ def test_a_sharded_vocabulary_is_never_gathered():
                        out_shardings=(layout.replicated, (hidden.sharding, table.sharding)))
     text = gradient.lower(hidden, table, tokens, tokens).compile().as_text()
     sent = re.findall(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", text)
-    shapes = [[int(n) for n in dims.split(",") if n] for types, _ in sent for dims in re.findall(r"\[([\d,]*)\]", types)]
+    sizes = [math.prod(int(n) for n in dims.split(",") if n)
+             for types, _ in sent for dims in re.findall(r"\[([\d,]*)\]", types)]
     assert {kind for _, kind in sent} == {"all-reduce"}
-    assert max(math.prod(shape) for shape in shapes) == 2 * 16 * 8  # d hidden, or d table; a share of logits has 1024
+    assert max(sizes) == 2 * 16 * 8  # d hidden, or d table; a share of logits has 1024
     # Over the vocabulary: the maximum, the sum, the target's logit, d hidden. Over the batch: d table, two totals.
-    assert len(shapes) <= 7
+    assert len(sizes) <= 7
