@@ -58,7 +58,7 @@ KERNELS = {
     "ring": Kernel(ring_attention, ("cpu", "gpu", "tpu"), ALL - {"bias", "cache"},
                    "chunked, with keys and values passed round the context axis", keys="seq"),
     "splash": Kernel(splash_attention, ("tpu",), ALL - {"bias", "cache"},
-                     "Pallas kernel that visits only the tiles that can be seen", head_dim=64),
+                     "Pallas kernel that visits only the tiles that can be seen", head_dim=8),
     # Without causality cuDNN has no window; by index it cannot tell where a shard of a sequence begins.
     "cudnn": Kernel(cudnn_attention, ("gpu",), ALL - {"bias", "cache", "softcap", "two_sided_window", "context"},
                     "cuDNN flash attention, documents as a dense mask", head_dim=8, max_head_dim=128,
