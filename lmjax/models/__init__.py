@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.models.decoder import Decoder, DecoderConfig, init_cache
-from lmjax.nn.attention import KVCache, Visibility, choose_kernel
+from lmjax.nn.attention import KVCache
+from lmjax.nn.kernels import choose_kernel
 from lmjax.nn.module import Functional, Params, functional
+from lmjax.nn.visibility import Visibility
 
 Batch = Mapping[str, jax.Array]
 
@@ -45,7 +47,8 @@ class Model:
         batch: int32 [B, T] `tokens`, `positions`, `segment_ids`. key: switches dropout on.
         """
         model = self.functional.bind(self._cast(params))
-        see = Visibility(batch["positions"], batch["positions"], batch["segment_ids"], batch["segment_ids"])
+        see = Visibility(batch["positions"], batch["positions"], batch["segment_ids"], batch["segment_ids"],
+                         in_order=True)
         x_BTD, _ = model(batch["tokens"], batch["positions"], see, dtype=self.dtype, key=key)
         return x_BTD, model.unembedding
 
@@ -105,8 +108,10 @@ class Model:
         return jax.tree.leaves(self.shapes), jax.tree.leaves(self.axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def build_model(config: DecoderConfig, *, vocab_size: int, platform: str, dtype: Any) -> Model:
+def build_model(config: DecoderConfig, *, vocab_size: int, platform: str, dtype: Any, seq_len: int = 0) -> Model:
     """The model of `config` for data with `vocab_size` tokens, run on `platform` ("cpu", "gpu", "tpu").
+
+    seq_len: of the rows that it is trained on, where known; attention=auto chooses by it.
 
     Raises:
       ValueError: the config's vocabulary is smaller than the data's, or no kernel can serve the model.
@@ -115,5 +120,7 @@ def build_model(config: DecoderConfig, *, vocab_size: int, platform: str, dtype:
         raise ValueError(f"config.model.vocab_size: expected at least the tokenizer's {vocab_size}, got "
                          f"{config.vocab_size}; raise it or set 0 to take the tokenizer's")
     config = dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
-    kernel, reason = choose_kernel(config.attention, platform, softcap=config.attention_softcap)
+    kernel, reason = choose_kernel(config.attention, platform, softcap=config.attention_softcap,
+                                   window=config.sliding_window, head_dim=config.dims.head_dim, seq_len=seq_len,
+                                   dtype=dtype)
     return Model(config, functional(lambda rngs: Decoder(config, kernel, rngs)), kernel, reason, jnp.dtype(dtype))

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.config import at_least, choice
-from lmjax.nn.attention import Attention, KVCache, Visibility
+from lmjax.nn.attention import Attention, KVCache
+from lmjax.nn.kernels import prepare, with_cache
 from lmjax.nn.layers import MLP, MLP_KINDS, NORMS, Embedding, dropout, residual_init
 from lmjax.nn.module import normal
 from lmjax.nn.positions import Rotation, rope_rotation
 from lmjax.nn.stack import REMAT, Stack
+from lmjax.nn.visibility import Visibility
 from lmjax.sharding import constrain
 
 
@@ -107,11 +109,11 @@ class Block(nnx.Module):
         self.mlp_norm = norm(c.embed_dim, eps=c.norm_eps, rngs=rngs)
         self.mlp = MLP(c.embed_dim, c.mlp_dim, kind=c.mlp, use_bias=c.use_bias, init=init, out_init=out_init, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, layer: tuple[jax.Array | None, KVCache | None], mask_BTS: jax.Array,
+    def __call__(self, x_BTD: jax.Array, layer: tuple[jax.Array | None, KVCache | None], visibility: Visibility,
                  rotation: Rotation | None) -> tuple[jax.Array, KVCache | None]:
         key, cache = layer
         keys = (None, None) if key is None else jax.random.split(key)
-        y, cache = self.attention(self.attention_norm(x_BTD), mask_BTS, rotation, cache)
+        y, cache = self.attention(self.attention_norm(x_BTD), visibility, rotation, cache)
         x_BTD = x_BTD + dropout(y, self.dropout, keys[0])
         x_BTD = x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, keys[1])
         return constrain(x_BTD, "batch", "seq", "act_embed"), cache
@@ -122,7 +124,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, kernel: str, rngs: nnx.Rngs):
         c, init = config, normal(config.init_std)
-        self.config = config
+        self.config, self.kernel = config, kernel
         self.embedding = Embedding(c.vocab_size, c.embed_dim, ("vocab", "embed"), init=init, rngs=rngs)
         self.positions = (Embedding(c.max_positions, c.embed_dim, ("positions", "embed"), init=init, rngs=rngs)
                           if c.positions == "learned" else None)
@@ -147,8 +149,9 @@ class Decoder(nnx.Module):
             x_BTD, keys = dropout(x_BTD, c.dropout, first), jax.numpy.stack(rest)
         x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
         rotation = rope_rotation(positions_BT, c.dims.head_dim, c.rope_theta) if c.positions == "rope" else None
-        mask_BTS = visibility._replace(window=c.sliding_window).mask()
-        x_BTD, cache = self.layers(x_BTD, (keys, cache), mask_BTS, rotation)
+        kernel = self.kernel if cache is None else with_cache(self.kernel, cache.key.shape[2])
+        visibility = prepare(visibility._replace(window=c.sliding_window), kernel)
+        x_BTD, cache = self.layers(x_BTD, (keys, cache), visibility, rotation)
         return self.norm(x_BTD), cache
 
     @property
