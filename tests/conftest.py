@@ -24,7 +24,9 @@ def _cpu_features() -> str:
 
 # Processes that a test starts inherit these; one that wants another number of devices sets XLA_FLAGS itself.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Compiling is most of what tests do, each program once for some milliseconds of work: without LLVM's optimisations
+# that takes half the time. The commands in the docs run as users run them (tests/test_readme.py).
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 # XLA's thread pool. A collective holds its thread until all eight devices have joined, and independent collectives
 # run at once: with the two threads a device that two cores get, all can be held by different ones, for ever.
 os.environ["NPROC"] = "128"
@@ -40,3 +42,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Set here and not in the environment: a process that a test kills could leave half an entry behind.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / f"jax-tests-{_cpu_features()}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+# With several processes (launch/test) a file is one piece of work: the longest begin first.
+LONGEST = ("test_readme.py", "test_distributed.py", "test_refusals_distributed.py", "test_resume.py", "test_kernels.py",
+           "test_families.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

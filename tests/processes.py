@@ -28,7 +28,8 @@ def start(workdir: pathlib.Path, *overrides: str, config: str = "configs/synthet
     command = [sys.executable, "-c", f"{first}\nimport sys, lmjax.cli\nsys.exit(lmjax.cli.main())",
                "train", "--config", config, "--workdir", str(workdir),
                *(f"--config.{item}" for item in (*overrides, *more))]
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    environment = {**os.environ, "XLA_FLAGS": flags,
                    "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"), **(env or {})}
     with open(f"{workdir}.log", "a") as log:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
