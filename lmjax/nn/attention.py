@@ -35,13 +35,14 @@ class Visibility(NamedTuple):
     kv_segments: jax.Array
     causal: bool = True
     window: int = 0  # tokens back that are visible, itself included; 0: all
+    kv_prefix: jax.Array | None = None  # int32 [B, S]: 1 on keys that all of their segment sees, also what is before
 
     def mask(self) -> jax.Array:
         """bool [B, T, S], True where the query may attend to the key."""
         q, k = self.q_positions[:, :, None], self.kv_positions[:, None, :]
         sees = (self.q_segments[:, :, None] == self.kv_segments[:, None, :]) & (self.kv_segments[:, None, :] > 0)
         if self.causal:
-            sees &= k <= q
+            sees &= k <= q if self.kv_prefix is None else (k <= q) | (self.kv_prefix[:, None, :] > 0)
         if self.window:
             sees &= q - k < self.window
             if not self.causal:
