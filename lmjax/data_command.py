@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmjax.checkpoint import checkpoint_steps, read_about
-from lmjax.data import Tokenizer, open_splits
+from lmjax.data import DataConfig, Tokenizer, open_splits
 from lmjax.data.objectives import Objective
 from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture
@@ -47,7 +47,7 @@ def open_run(workdir: str | Path) -> Trained:
             raise ValueError(f"{directory}: expected the data that {workdir} was trained on "
                              f"({data['fingerprint'][:12]}), got other data; restore it")
         steps = Steps.restored(data, saved[-1]).resumed(saved[-1], recipe.train.batch_size)
-    return Trained(recipe, split, steps, _reader(recipe, split, directory))
+    return Trained(recipe, split, steps, make_reader(recipe.data, directory))
 
 
 def show(workdir: str | Path, step: int) -> None:
@@ -95,17 +95,17 @@ def order(workdir: str | Path, first: int, last: int) -> None:
             print(f"{row}\t{part.name}\t{epoch}\t{place}\t{documents}")
 
 
-def _reader(recipe: Recipe, split: Mixture, directory: str) -> Callable[[np.ndarray], str]:
-    """A function from token ids to text; made-up tokens are shown as their numbers, added ids by their names."""
-    if recipe.data.synthetic:
+def make_reader(config: DataConfig, directory: str) -> Callable[[np.ndarray], str]:
+    """A function from token ids [n] to text; made-up tokens are shown as their numbers, added ids by their names."""
+    if config.synthetic:
         return lambda ids: " ".join(map(str, ids))
     tokenizer = Tokenizer.read(directory)
-    extra = Objective(recipe.data.objective, seq_len=split.seq_len, vocab_size=tokenizer.vocab_size).extra
+    size = tokenizer.vocab_size
+    extra = Objective(config.objective, seq_len=config.seq_len, vocab_size=size).extra
 
     def text(ids: np.ndarray) -> str:
-        borders = np.flatnonzero(np.diff(ids >= tokenizer.vocab_size, prepend=False)).tolist()
-        runs = np.split(ids, borders)
-        return "".join(tokenizer.decode(run) if not len(run) or run[0] < tokenizer.vocab_size else
-                       "".join(extra[i - tokenizer.vocab_size] for i in run) for run in runs)
+        runs = np.split(ids, np.flatnonzero(np.diff(ids >= size)) + 1)  # of the tokenizer's ids and of others, in turn
+        return "".join("".join(extra[i - size] for i in run) if (run >= size).any() else tokenizer.decode(run)
+                       for run in runs)
 
     return text

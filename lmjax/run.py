@@ -162,7 +162,7 @@ def _plan(run: Run, log: Log) -> dict[str, Any]:
         f"{max(epochs.values()):.2f} epochs")
     for line in split.plan(rows) if len(split.sources) > 1 else ():
         log(f"plan: {line}")
-    return {"epochs": max(epochs.values()), "epochs_by_source": epochs}
+    return {"epochs": max(epochs.values())}
 
 
 def _check_workdir(recipe: Recipe, workdir: Path, log: Log) -> None:

@@ -12,8 +12,10 @@ from processes import finish, lines, start, wait_for
 
 from lmjax.checkpoint import checkpoint_steps, read_about
 from lmjax.cli import main
-from lmjax.data import make_batches
-from lmjax.data_command import open_run
+from lmjax.data import DataConfig, Tokenizer, TokenizerConfig, make_batches
+from lmjax.data.objectives import AugmentConfig, ObjectiveConfig
+from lmjax.data.tokenizer import train_model
+from lmjax.data_command import make_reader, open_run
 
 SOURCES = json.dumps([{"name": "a", "uri": "synthetic:70"}, {"name": "b", "uri": "synthetic:90", "weight": 2.0}])
 STEPS = 60
@@ -35,7 +37,7 @@ def moved(tmp_path_factory):
     running[1].send_signal(signal.SIGKILL)
     assert running[1].wait() == -signal.SIGKILL
     try:
-        running[0].wait(timeout=20)  # it cannot go on alone
+        running[0].wait(timeout=5)  # it cannot go on alone
     except subprocess.TimeoutExpired:
         running[0].kill()
         running[0].wait()
@@ -112,3 +114,14 @@ def test_a_run_over_its_cap_is_refused_before_it_starts(tmp_path):
     printed = finish(tmp_path / "run", *RUN, "train.batch_size=16", "data.max_epochs.a=1", expect=2)
     assert "data.max_epochs.a: expected at most 1 epochs of it, got a run of 960 rows that takes 4.5" in printed
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_added_ids_are_shown_by_their_names(tmp_path):
+    model = train_model(TokenizerConfig(vocab_size=280), ["def read(self): return self.text"] * 5)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    tokenizer = Tokenizer.from_bytes(model)
+    mask = tokenizer.vocab_size
+    ids = [1, *tokenizer.encode("def r"), mask, mask, *tokenizer.encode("(self)\u00e9"), 2]
+    data = DataConfig(seq_len=32, objective=ObjectiveConfig(augment=AugmentConfig(share=1.0)))
+    assert make_reader(data, str(tmp_path))(np.array(ids)) == "def r[MASK][MASK](self)\u00e9"
+    assert make_reader(data, str(tmp_path))(np.array(ids[:0], int)) == ""

@@ -39,7 +39,7 @@ def test_who_sees_whom(batch, window):
 
 def test_packed_is_as_alone(batch):
     """Loss and gradients, document by document, to 1e-5."""
-    model = build_model(DecoderConfig(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32), vocab_size=40,
+    model = build_model(DecoderConfig(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32), vocab_size=40,
                         platform="cpu", dtype=jnp.float32)
     params, loss_fn = model.init(jax.random.key(0)), next_token_loss(model)
     gradient = jax.jit(jax.value_and_grad(lambda params, batch: loss_fn(params, batch, None).total))
@@ -60,7 +60,7 @@ def test_packed_is_as_alone(batch):
 
 
 def test_the_suffix_is_not_seen_by_what_predicts_it(batch):
-    model = build_model(DecoderConfig(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32), vocab_size=40,
+    model = build_model(DecoderConfig(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32), vocab_size=40,
                         platform="cpu", dtype=jnp.float32)
     params, logits = model.init(jax.random.key(0)), jax.jit(model.logits)
     base = np.asarray(logits(params, batch))

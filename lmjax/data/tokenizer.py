@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -220,4 +221,4 @@ def word_tables(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 
 def _in_word(character: str) -> bool:
     alone = "\u2e80" <= character <= "\u9fff"  # CJK, kana
-    return character == "\ufffd" or (character.isalnum() and not alone)
+    return character == "\ufffd" or unicodedata.combining(character) > 0 or (character.isalnum() and not alone)
