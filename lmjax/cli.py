@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("NPROC", "128")
     try:
         return _run(arguments, [item.removeprefix("--config.") for item in overrides])
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _leave(0)
     except (ValueError, OSError) as error:
         if os.environ.get("LMJAX_TRACEBACK"):
             raise

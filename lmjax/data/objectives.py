@@ -248,10 +248,11 @@ class Objective:
         hidden_W = _uniform(fold(key_W, unit_W, HIDE)) < c.mask_rate
         hidden_W &= (token_W != specials[0]) & (token_W != specials[1])
         at = np.flatnonzero(hidden_W)
-        how, new = _uniform(fold(key_W[at], within_W[at], HOW)), fold(key_W[at], within_W[at], NEW)
+        how = _uniform(fold(key_W[at], within_W[at], HOW))
+        new = (fold(key_W[at], within_W[at], NEW) % np.uint64(self.base)).astype(np.int32)
         seen_W = token_W.copy()
         seen_W[at] = np.where(how < c.mask_share, self.id_of("[MASK]"),
-                              np.where(how < c.mask_share + c.random_share, new % np.uint64(self.base), token_W[at]))
+                              np.where(how < c.mask_share + c.random_share, new, token_W[at]))
         for name, values in (("tokens", seen_W), ("targets", token_W), ("positions", within_W), ("loss_mask", hidden_W),
                              ("segment_ids", np.repeat(segments(p.place_P), p.length_P))):
             out[name].reshape(-1)[slot_W] = values

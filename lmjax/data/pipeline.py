@@ -5,14 +5,14 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from lmjax.config import at_least, choice, plain
 from lmjax.data import clean, packing
-from lmjax.data.objectives import Objective, ObjectiveConfig, Pieces
+from lmjax.data.objectives import AugmentConfig, Objective, ObjectiveConfig, Pieces
 from lmjax.data.order import StagedMixture, fold, key_of
 from lmjax.data.packing import Rows
 from lmjax.data.sources import SourceConfig, is_synthetic
@@ -196,7 +196,7 @@ class Split(abc.ABC):
     def __init__(self, sources: Sequence[RowSource], order: str, key: np.ndarray):
         self.sources, self.seq_len, self.fields = tuple(sources), sources[0].seq_len, sources[0].fields
         self.vocab_size, self.key = sources[0].vocab_size, key
-        self.predictions = sum(s.predictions for s in sources)  # targets in an epoch
+        self.predictions = sum(s.predictions for s in sources)  # of a decoder, in an epoch
         self.bytes = sum(s.bytes for s in sources)  # UTF-8 bytes of text that they stand for
         parts = [order, *([s.name, s.fingerprint] for s in sources)]
         self.fingerprint = hashlib.sha256(canonical(parts).encode()).hexdigest()
@@ -292,8 +292,9 @@ def open_splits(config: DataConfig, directory: str = "", *, verify: bool = False
       ValueError: no prepared data, prepared by another config, or damaged.
     """
     make = _synthetic if config.synthetic else _stored(config, directory, verify)
+    clean_text = replace(config, objective=replace(config.objective, augment=AugmentConfig()))
     train = [make(config, source, "train") for source in config.sources]
-    heldout = [make(config, source, "heldout") for source in config.sources]
+    heldout = [make(clean_text, source, "heldout") for source in config.sources]
     return Mixture(train, stages=config.mixture, seed=config.seed), InOrder(heldout)
 
 
@@ -311,12 +312,12 @@ def _synthetic(config: DataConfig, source: SourceConfig, split: str) -> RowSourc
 def _stored(config: DataConfig, directory: str, verify: bool) -> Callable[..., RowSource]:
     manifest = read_manifest(directory)
     check_prepared_by(config, manifest, directory)
-    objective = Objective(config.objective, seq_len=config.seq_len, vocab_size=manifest["tokenizer"]["vocab_size"])
     words = word_tables(Tokenizer.read(directory)) if config.objective.whole_word else None
 
     def make(config: DataConfig, source: SourceConfig, split: str) -> PackedRows:
         store = SplitStore(directory, source.name, split, manifest["sources"][source.name][split],
                            memory_limit=config.memory_limit_mib << 20, verify=verify)
+        objective = Objective(config.objective, seq_len=config.seq_len, vocab_size=manifest["tokenizer"]["vocab_size"])
         return PackedRows(store, objective, name=source.name, method=config.packing, words=words)
 
     return make

@@ -272,15 +272,16 @@ ALL = {name: ObjectiveConfig(name) for name in ("causal_lm", "prefix_lm", "maske
 ALL["augmented"] = ObjectiveConfig(augment=AugmentConfig(share=1.0, mask=0.1))
 
 
+def split_of(objective, seed):
+    sources = tuple(SourceConfig(n, "synthetic:60", weight) for n, weight in (("a", 1.0), ("b", 2.0)))
+    return open_splits(DataConfig(sources=sources, tokenizer=TokenizerConfig(V), seq_len=48, objective=objective,
+                                  seed=seed))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_row_is_a_pure_function_of_seed_and_number(name):
-    def split(seed=0):
-        sources = tuple(SourceConfig(n, "synthetic:60", weight) for n, weight in (("a", 1.0), ("b", 2.0)))
-        return open_splits(DataConfig(sources=sources, tokenizer=TokenizerConfig(V), seq_len=48, objective=ALL[name],
-                                      seed=seed))
-
-    (train, heldout), (again, _) = split(), split()
-    assert train.fingerprint == again.fingerprint != split(1)[0].fingerprint
+    (train, heldout), (again, _), (other, _) = (split_of(ALL[name], seed) for seed in (0, 0, 1))
+    assert train.fingerprint == again.fingerprint != other.fingerprint
     g = np.random.default_rng(0).integers(0, 10**6, 24)
     whole = train.rows(g)
     assert {field: values.shape[1] for field, values in whole.items()} == train.fields
@@ -292,6 +293,9 @@ def test_a_row_is_a_pure_function_of_seed_and_number(name):
         first, later = (np.flatnonzero((source == 1) & (row == 3) & (epoch == e))[0] for e in (0, 1))
         a, b = (train.rows(np.array([number])) for number in (first, later))
         assert any(not np.array_equal(a[field], b[field]) for field in a)
+    if name == "augmented":  # only what is trained on
+        plain = split_of(ALL["causal_lm"], 0)[1]
+        assert all(np.array_equal(heldout.rows(np.arange(2))[f], plain.rows(np.arange(2))[f]) for f in plain.fields)
     batches = list(eval_batches(heldout, 8, one_device()))
     assert sum(float(b["loss_mask"].sum()) for b in batches) > 0
     assert all(b["tokens"].dtype == np.int32 and b["loss_mask"].dtype == np.float32 for b in batches)
