@@ -9,6 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train the model of a config, or go on from its last checkpoint",
     "prepare": "clean, tokenise and store a config's corpus without training on it",
+    "data": "show the rows that a step trained on, or list the order of a run's rows",
     "generate": "continue prompts with a trained model",
     "score": "bits per byte of text files under a trained model",
     "report": "write report.html from what a run has recorded so far",
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("NPROC", "128")
     try:
         return _run(arguments, [item.removeprefix("--config.") for item in overrides])
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         if os.environ.get("LMJAX_TRACEBACK"):
             raise
@@ -61,6 +65,11 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         from lmjax.prepare import prepare
 
         prepare(build_recipe(load(arguments.config, overrides)).data, arguments.out)
+    elif command == "data":
+        from lmjax.data_command import order, show
+
+        act, needs = {"show": (show, ("step",)), "order": (order, ("first", "last"))}[arguments.action]
+        act(arguments.workdir, *(getattr(arguments, name) for name in needs))
     elif command == "bench":
         from lmjax.bench import bench
 
@@ -112,9 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("train", "prepare", "bench"):
         sub[name].add_argument("--config", required=True, metavar="FILE[:VARIANT]",
                                help="a Python file with get_config(); --config.KEY.PATH=VALUE changes a value of it")
-    for name in ("train", "report"):
+    for name in ("train", "report", "data"):
         sub[name].add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
     sub["prepare"].add_argument("--out", required=True, metavar="DIR", help="where the prepared data goes")
+    sub["data"].add_argument("action", choices=("show", "order"), help="show: one step's rows and their text; order: "
+                             "a line for each row of the run")
+    sub["data"].add_argument("--step", type=int, default=1, help="for show: as metrics.jsonl counts, from 1")
+    sub["data"].add_argument("--from", type=int, default=0, dest="first", metavar="ROW", help="for order, from 0")
+    sub["data"].add_argument("--to", type=int, default=31, dest="last", metavar="ROW", help="for order: the last one")
     sub["bench"].add_argument("--seconds", type=float, default=60.0, help="time to measure for, per comparison")
     sub["bench"].add_argument("--out", default="", metavar="FILE", help="write the figures as JSON, too")
     for name in ("generate", "score"):

@@ -118,14 +118,19 @@ class Recipe:
         if self.model.positions == "learned" and self.data.seq_len > self.model.max_positions:
             raise ValueError(f"data.seq_len: expected at most model.max_positions={self.model.max_positions}, got "
                              f"{self.data.seq_len}; raise max_positions or shorten the rows")
+        objective = self.data.objective
+        if objective.architecture != "decoder":
+            raise ValueError("data.objective.name: expected causal_lm or prefix_lm for a decoder, got "
+                             f"{objective.name}, which needs an {objective.architecture.replace('_', '-')}; change it")
         chunk = self.train.loss_chunk
         if 0 < chunk < self.data.seq_len and self.data.seq_len % chunk:
             raise ValueError(f"train.loss_chunk: expected a divisor of data.seq_len={self.data.seq_len}, got {chunk}; "
                              "change it or set 0")
 
 
-# What may differ when a run is resumed: where it runs and what is kept of it, not what it computes.
+# What may differ when a run is resumed: where it runs, what is kept of it, and what the rows to come are.
 MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "data.directory", "data.memory_limit_mib",
+              "data.stages", "data.max_epochs.", "train.batch_size",  # rows trained on stay: see `run._restore`
               "train.microbatches", "train.log_every", "model.attention", "model.remat", "model.scan_layers",
               "train.loss_chunk")
 

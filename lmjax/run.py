@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
 import lmjax
 from lmjax.checkpoint import About, Checkpointer
 from lmjax.config import plain
 from lmjax.data import Tokenizer, open_splits
+from lmjax.data.order import Steps
+from lmjax.data.packing import dtype_of
 from lmjax.data.pipeline import Mixture, Split
 from lmjax.generate import Generator
 from lmjax.losses import Loss
@@ -52,8 +53,15 @@ class Run:
     generator: Generator | None  # None without a tokenizer
     checkpointer: Checkpointer
     about: dict[str, Any]
+    steps: Steps
+    tokens: int = 0  # trained on before this start
     state: TrainState | None = None
     compiled: StepFn | None = None  # the train step, once the loop has started
+
+    def data_state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after `step` steps has to hold of the data: where it goes on, and what came before."""
+        state = self.steps.state(step)
+        return {"fingerprint": self.train_split.fingerprint_of(state["next_row"]), **state}
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -94,8 +102,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
     _check_workdir(recipe, workdir, log)
     directory = _data(recipe, workdir, log)
     train_split, heldout = open_splits(recipe.data, directory)
-    tokenizer = (None if recipe.data.synthetic else
-                 Tokenizer.from_bytes((epath.Path(directory) / "tokenizer.model").read_bytes()))
+    tokenizer = None if recipe.data.synthetic else Tokenizer.read(directory)
     model = build_model(recipe.model, vocab_size=train_split.vocab_size, platform=platform,
                         dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len)
     schedule = make_schedule(recipe.optimizer, recipe.train.steps)
@@ -106,40 +113,63 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
     step_fn = make_train_step(loss_fn, spec, layout, schedule, seed=recipe.train.seed,
                               microbatches=recipe.train.microbatches, ema_decay=recipe.optimizer.ema_decay)
     about = {"recipe": plain(recipe) | {"model": plain(model.config)},
-             "data": {"fingerprint": train_split.fingerprint},
              "tokenizer": None if tokenizer is None else base64.b64encode(tokenizer.to_bytes()).decode(),
              "versions": lmjax.versions()}
     run = Run(recipe, workdir, layout, model, spec, train_split, heldout, tokenizer,
-              _trace(step_fn, spec, recipe, layout), make_eval_step(loss_fn, layout),
+              _trace(step_fn, spec, recipe, layout, train_split), make_eval_step(loss_fn, layout),
               None if tokenizer is None else
               Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size),
               Checkpointer(workdir.absolute() / "checkpoints", keep_last=recipe.checkpoint.keep_last,
-                           keep_every=recipe.checkpoint.keep_every, log=log), about)
+                           keep_every=recipe.checkpoint.keep_every, log=log), about,
+              Steps([(0, 0, recipe.train.batch_size)]))
     if recipe.sample.every and run.generator:
         run.generator.check(run.prompts, recipe.sample.max_tokens)
-    facts = _tell(run, directory, log)
-    _restore(run, log)
+    facts = _tell(run, directory, log) | _restore(run, log)
     if jax.process_index() == 0:  # only now: a start that is refused leaves the directory as it was
         _write_json(workdir / "run.json", facts)
         _write_json(workdir / "config.json", plain(recipe))
     return run
 
 
-def _restore(run: Run, log: Log) -> None:
+def _restore(run: Run, log: Log) -> dict[str, Any]:
+    """Makes the state, or takes it and the place in the data from the newest checkpoint; facts for run.json."""
+
     def check(about: About) -> None:
         _same_run(run.workdir, about["recipe"], run.about["recipe"])
-        saved, now = about["data"]["fingerprint"], run.about["data"]["fingerprint"]
+        data = about["data"]
+        saved, now = data["fingerprint"], run.train_split.fingerprint_of(data["next_row"])
         if saved != now:
             raise ValueError(f"{run.workdir}: expected the data that its checkpoint was trained on ({saved[:12]}), got "
-                             f"data {now[:12]}; use another --workdir or the data directory of that run")
+                             f"data {now[:12]}; use another --workdir, the data directory of that run, or data.stages "
+                             f"that are the same before row {data['next_row']:,}")
 
     found = run.checkpointer.restore(run.spec, check)
     if found is None:
+        facts = _plan(run, log)  # may refuse, so before anything is computed
         run.state = run.spec.init(run.recipe.train.seed)
-        return
+        return facts
     run.state, about = found
-    run.about["data"]["tokens"] = about["data"]["tokens"]
-    log(f"resuming at step {int(run.state.step)}, from row {about['data']['next_row']:,} of the data")
+    data, step, size = about["data"], int(run.state.step), run.recipe.train.batch_size
+    before = Steps.restored(data, step)
+    run.steps, run.tokens = before.resumed(step, size), data["tokens"]
+    log(f"resuming at step {step}, from row {data['next_row']:,} of the data")
+    if before.changes[-1].size != size:
+        log(f"batch size: {before.changes[-1].size} rows up to step {step}, {size} from there on; learning rate and "
+            "other schedules go on by step")
+    return _plan(run, log)
+
+
+def _plan(run: Run, log: Log) -> dict[str, Any]:
+    """Says what the run will train on, row by row; refuses one that goes through a source too often."""
+    r, split = run.recipe, run.train_split
+    rows = run.steps.rows(r.train.steps)
+    split.check_epochs(rows, r.data.max_epochs)
+    epochs = split.epochs(rows)
+    log(f"run: {r.train.steps:,} steps of {human_count(r.train.batch_size * r.data.seq_len)} tokens, "
+        f"{max(epochs.values()):.2f} epochs")
+    for line in split.plan(rows) if len(split.sources) > 1 else ():
+        log(f"plan: {line}")
+    return {"epochs": max(epochs.values())}
 
 
 def _check_workdir(recipe: Recipe, workdir: Path, log: Log) -> None:
@@ -175,12 +205,12 @@ def _check_batch(recipe: Recipe, layout: Layout) -> None:
             raise ValueError(f"config.{name}: {error}") from None
 
 
-def _trace(step_fn: Any, spec: StateSpec, recipe: Recipe, layout: Layout) -> jax.stages.Traced:
+def _trace(step_fn: Any, spec: StateSpec, recipe: Recipe, layout: Layout,
+           split: Mixture) -> jax.stages.Traced:
     """The step, traced but not compiled: an activation that the mesh does not divide is refused here."""
-    shape, sharding = (recipe.train.batch_size, recipe.data.seq_len), layout.sharding(("batch", "seq"))
-    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32,
-             "loss_mask": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in kinds.items()}
+    rows, sharding = recipe.train.batch_size, layout.sharding(("batch", "seq"))
+    batch = {name: jax.ShapeDtypeStruct((rows, length), dtype_of(name), sharding=sharding)
+             for name, length in split.fields.items()}
     return step_fn.trace(spec.shapes, batch)
 
 
@@ -198,7 +228,6 @@ def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
     devices = mesh.devices.flatten()
     parameters = num_elements(model.shapes)
     tokens = r.train.batch_size * r.data.seq_len
-    epochs = max(run.train_split.epochs(r.train.steps * r.train.batch_size).values())
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1} or {"data": 1}
     log(f"device: {devices.size} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} process(es)")
     log(f"mesh: {', '.join(f'{a}={n}' for a, n in shape.items())}; computing in {model.dtype}")
@@ -208,13 +237,12 @@ def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
     log(f"data: {human_count(run.train_split.predictions)} tokens to train on, "
         f"{human_count(run.heldout.predictions)} held out, {run.train_split.bytes / run.train_split.predictions:.2f} "
         f"bytes a token ({directory})")
-    log(f"run: {r.train.steps:,} steps of {human_count(tokens)} tokens, {epochs:.2f} epochs")
     return {"lmjax": lmjax.__version__, "versions": lmjax.versions(),
              "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": int(devices.size)},
              "mesh": dict(mesh.shape), "attention": {"kernel": model.kernel, "reason": model.kernel_reason},
              "parameters": parameters, "embedding_parameters": model.embedding_parameters(), "tokens_per_step": tokens,
              "flops_per_token": model.flops_per_token(r.data.seq_len), "compute_dtype": str(model.dtype),
-             "epochs": epochs, "steps": r.train.steps,
+             "steps": r.train.steps,
              "data": {"fingerprint": run.train_split.fingerprint, "directory": directory}}
 
 

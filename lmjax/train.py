@@ -58,7 +58,7 @@ class Loop:
         self.pending: tuple[int, Metrics, float] | None = None  # step, its metrics, seconds waited for its data
         self.progress: Progress | None = None
         self.newest = (0.0, 0.0)  # loss and parameter norm of the newest reported step
-        self.tokens = run.about["data"].get("tokens", 0)  # trained before this start
+        self.tokens = run.tokens
         self.began = self.last = time.monotonic()  # last: when the newest reported step was done
 
     def run(self, start: int, end: int, stop: StopSignal) -> str:
@@ -69,8 +69,8 @@ class Loop:
         stop.deferred = True
         steps, state = recipe.train.steps, run.state
         run.state = None  # the step donates it
-        batches = make_batches(run.train_split, batch_size=recipe.train.batch_size, start_step=start, stop_step=end,
-                               sharding=run.layout.sharding(("batch", "seq")))
+        batches = make_batches(run.train_split, batch_size=recipe.train.batch_size, start_row=run.steps.rows(start),
+                               steps=end - start, sharding=run.layout.sharding(("batch", "seq")))
         with contextlib.closing(batches), contextlib.closing(_progress(steps)) as self.progress:
             if run.compiled is None:
                 _compile(run, self.writer, start)  # while the first batches are made in the background
@@ -108,8 +108,7 @@ class Loop:
         if final or stopping or step % r.checkpoint.every == 0:
             self._check_finite(step)
             self.writer.flush()
-            about = {**self.run_.about, "data": {**self.run_.about["data"], "next_row": step * r.train.batch_size,
-                                                    "tokens": self.tokens}}
+            about = {**self.run_.about, "data": self.run_.data_state(step) | {"tokens": self.tokens}}
             self._timed(step, "checkpoint", lambda: self.run_.checkpointer.save(state, about))
 
     def _check_finite(self, step: int) -> None:
@@ -134,7 +133,7 @@ class Loop:
         values = {name: float(value) for name, value in metrics.items() if name != "weight"}
         bits = bits_per_byte(values["loss"], self.run_.train_split)
         rate, share = weight / seconds, min(waited / seconds, 1.0)
-        epoch = max(self.run_.train_split.epochs(step * r.batch_size).values())
+        epoch = max(self.run_.train_split.epochs(self.run_.steps.rows(step)).values())
         self.writer.train(step, {**values, "bits_per_byte": bits, "tokens": self.tokens, "epoch": epoch})
         flops = self.run_.model.flops_per_token(self.run_.recipe.data.seq_len)
         self.writer.timing(step, {"seconds": self.writer.seconds_before + time.monotonic() - self.began,

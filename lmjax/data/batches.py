@@ -1,7 +1,7 @@
 """Batches of global arrays, made ahead in the background, from a split's rows.
 
-Row i of step s is global row g = s * batch_size + i. Nothing here has state to save: starting at another
-step is passing another `start_step`, and each process reads only the rows that its own devices hold.
+A batch is the next `batch_size` rows of the run. Nothing here has state to save: going on from another row is
+passing another `start_row`, and each process reads only the rows that its own devices hold.
 """
 
 from __future__ import annotations
@@ -22,32 +22,30 @@ from lmjax.data.order import key_of, permute
 from lmjax.data.packing import Rows
 from lmjax.data.pipeline import Split
 
-NAMES = ("tokens", "targets", "segment_ids", "positions", "loss_mask")  # of a row dict
 PREFETCH = 4  # batches made ahead: enough to ride over one slow read, little memory
 Batch = dict[str, jax.Array]
 
 
-def make_batches(split: Split, *, batch_size: int, start_step: int, stop_step: int,
+def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
                  sharding: jax.sharding.Sharding) -> Iterator[Batch]:
-    """Batches of the steps [start_step, stop_step): step s holds rows s * batch_size .. + batch_size - 1.
+    """`steps` batches: rows start_row .. start_row + batch_size - 1, and so on without a gap.
 
     Args:
       split: what to read.
       batch_size: rows in a global batch.
       sharding: of the dimensions (batch, seq) over the devices of all processes.
     Returns:
-      an iterator of row dicts of global arrays [batch_size, seq_len]; the work is done ahead, in the
-      background, from this call on.
+      an iterator of dicts of global arrays [batch_size, length], one for each of the split's fields; the work is
+      done ahead, in the background, from this call on.
     Raises:
       ValueError: the batch or the sequence does not divide over the mesh (at once, not at the first batch).
     """
-    shape = (batch_size, split.seq_len)
-    local = local_rows(shape, sharding)
+    local = _check_shapes(split, batch_size, sharding)
 
     def host_batch(step: int) -> Rows:
-        return split.rows(step * batch_size + local)
+        return split.rows(start_row + step * batch_size + local)
 
-    return _device_batches(split, host_batch, range(start_step, stop_step), shape, sharding, local)
+    return _device_batches(split, host_batch, range(steps), batch_size, sharding, local)
 
 
 def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding, *, most: int = 0) -> Iterator[Batch]:
@@ -57,12 +55,11 @@ def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding,
 
     Arguments, result and errors are those of `make_batches`.
     """
-    shape, total = (batch_size, split.seq_len), split.num_rows()
-    local = local_rows(shape, sharding)
+    local, total = _check_shapes(split, batch_size, sharding), split.num_rows()
 
     def host_batch(step: int) -> Rows:
         g = step * batch_size + local
-        rows = packing.empty_rows(len(g), split.seq_len)
+        rows = packing.empty(split.fields, len(g))
         inside = g < total
         chosen = permute(g[inside], total, key_of("eval")) if most else g[inside]
         for name, values in split.rows(chosen).items() if inside.any() else ():
@@ -70,7 +67,12 @@ def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding,
         return rows
 
     steps = -(-total // batch_size)
-    return _device_batches(split, host_batch, range(min(most or steps, steps)), shape, sharding, local)
+    return _device_batches(split, host_batch, range(min(most or steps, steps)), batch_size, sharding, local)
+
+
+def _check_shapes(split: Split, batch_size: int, sharding: jax.sharding.Sharding) -> np.ndarray:
+    """The rows of a batch that are this process's, the same for every field."""
+    return [local_rows((batch_size, length), sharding) for length in set(split.fields.values())][0]
 
 
 def local_rows(shape: tuple[int, int], sharding: jax.sharding.Sharding) -> np.ndarray:
@@ -92,28 +94,28 @@ def rows_of(indices: Any, batch_size: int) -> np.ndarray:
     return np.flatnonzero(wanted)
 
 
-def to_global(rows: Rows, shape: tuple[int, int], sharding: jax.sharding.Sharding,
-              local: np.ndarray) -> Batch:
-    """Global arrays [batch, seq] from the rows `local` of this process."""
-    place = np.zeros(shape[0], np.int64)
+def to_global(rows: Rows, batch_size: int, sharding: jax.sharding.Sharding, local: np.ndarray) -> Batch:
+    """Global arrays [batch, length] from the rows `local` of this process."""
+    place = np.zeros(batch_size, np.int64)
     place[local] = np.arange(len(local))
 
     def shard(values: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-        begin, stop, _ = index[0].indices(shape[0])
+        begin, stop, _ = index[0].indices(batch_size)
         return values[place[begin] : place[begin] + stop - begin, index[1]]
 
-    return {name: jax.make_array_from_callback(shape, sharding, lambda index, v=values: shard(v, index))
+    return {name: jax.make_array_from_callback((batch_size, values.shape[1]), sharding,
+                                               lambda index, v=values: shard(v, index))
             for name, values in rows.items()}
 
 
-def _device_batches(split, host_batch, steps, shape, sharding, local) -> Iterator[Batch]:
+def _device_batches(split, host_batch, steps, batch_size, sharding, local) -> Iterator[Batch]:
     feed = _TfData if split.through_tensorflow else _Thread
-    host = feed(host_batch, steps, split.seq_len)
+    host = feed(host_batch, steps, tuple(split.fields))
 
     def batches() -> Iterator[Batch]:
         with contextlib.closing(host):
             for rows in host:
-                yield to_global(rows, shape, sharding, local)
+                yield to_global(rows, batch_size, sharding, local)
 
     return batches()
 
@@ -121,7 +123,7 @@ def _device_batches(split, host_batch, steps, shape, sharding, local) -> Iterato
 class _Thread:
     """host_batch(step) for every step, a few ahead, in a thread: for data that needs no TensorFlow."""
 
-    def __init__(self, host_batch: Callable[[int], Rows], steps: range, seq_len: int):
+    def __init__(self, host_batch: Callable[[int], Rows], steps: range, names: tuple[str, ...]):
         self._queue: queue.Queue[Rows | Exception | None] = queue.Queue(PREFETCH)
         self._stop = threading.Event()
         args = (host_batch, steps, self._queue, self._stop)
@@ -158,17 +160,18 @@ class _Thread:
 class _TfData:
     """The same by tf.data: Dataset.range(start, stop) mapped over host_batch, deterministic, prefetched."""
 
-    def __init__(self, host_batch: Callable[[int], Rows], steps: range, seq_len: int):
+    def __init__(self, host_batch: Callable[[int], Rows], steps: range, names: tuple[str, ...]):
         self._error: list[Exception] = []
         self._made: Future[Any] = Future()
-        args = (self._made, self._error, host_batch, steps)
+        self._names = names
+        args = (self._made, self._error, host_batch, steps, names)
         # In a thread because importing TensorFlow takes seconds, in which the model can be compiled.
         threading.Thread(target=self._work, args=args, name="lmjax-data", daemon=True).start()
 
     @staticmethod
-    def _work(made, errors, host_batch, steps) -> None:
+    def _work(made, errors, host_batch, steps, names) -> None:
         try:
-            made.set_result(_dataset(errors, host_batch, steps).as_numpy_iterator())
+            made.set_result(_dataset(errors, host_batch, steps, names).as_numpy_iterator())
         except Exception as error:
             made.set_exception(error)
 
@@ -183,13 +186,13 @@ class _TfData:
                 if self._error:  # what host_batch raised, rather than TensorFlow's account of it
                     raise self._error[0] from None
                 raise
-            yield dict(zip(NAMES, values, strict=True))
+            yield dict(zip(self._names, values, strict=True))
 
     def close(self) -> None:
         """tf.data stops when its iterator is dropped."""
 
 
-def _dataset(errors: list[Exception], host_batch: Callable[[int], Rows], steps: range) -> Any:
+def _dataset(errors: list[Exception], host_batch: Callable[[int], Rows], steps: range, names: tuple[str, ...]) -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is first imported
     import tensorflow as tf
 
@@ -201,9 +204,9 @@ def _dataset(errors: list[Exception], host_batch: Callable[[int], Rows], steps: 
         except Exception as error:
             errors.append(error)
             raise
-        return [rows[name] for name in NAMES]
+        return [rows[name] for name in names]
 
-    types = [tf.float32 if name == "loss_mask" else tf.int32 for name in NAMES]
+    types = [tf.as_dtype(packing.dtype_of(name)) for name in names]
     data = tf.data.Dataset.range(steps.start, steps.stop)
     data = data.map(lambda step: tf.numpy_function(call, [step], types, stateful=False))
     options = tf.data.Options()

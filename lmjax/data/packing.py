@@ -1,9 +1,9 @@
 """Packing: which pieces of which documents make up each row, as a plan from document lengths alone.
 
-Lengths are in predictions: a stored document of n tokens (BOS + text + EOS) makes n - 1 of them, and
-prediction i reads token i and targets token i + 1. A piece (document, start, length) therefore covers
-the stored tokens [start, start + length], and two pieces of one document share one token. Every plan
-puts every prediction of every document in exactly one row.
+Lengths are in what the objective counts. For a decoder that is predictions: a stored document of n tokens
+(BOS + text + EOS) makes n - 1 of them, and prediction i reads token i and targets token i + 1. A piece
+(document, start, length) therefore covers the stored tokens [start, start + length], and two pieces of one
+document share one token. Every plan puts everything that is counted of every document in exactly one row.
 
 Shape legend: P pieces, N rows, L row length (seq_len).
 """
@@ -16,20 +16,19 @@ from dataclasses import dataclass
 import numpy as np
 
 Rows = dict[str, np.ndarray]
+DECODER = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
 
 
 @dataclass(frozen=True)
 class Plan:
     """Rows as runs of pieces: row r holds pieces first_N[r] .. first_N[r + 1] - 1, side by side.
 
-    document_P, start_P, length_P, offset_P are int64; offset is where in its row a piece begins;
-    first_N has one entry more than there are rows.
+    document_P, start_P, length_P are int64; first_N has one entry more than there are rows.
     """
 
     document_P: np.ndarray
     start_P: np.ndarray
     length_P: np.ndarray
-    offset_P: np.ndarray
     first_N: np.ndarray
 
     @property
@@ -54,36 +53,40 @@ def ramps(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
 
 
-def make_plan(method: str, lengths: np.ndarray, seq_len: int) -> Plan:
-    """Packs documents of `lengths` (predictions, int64 [documents]) into rows of `seq_len` by `method`.
+def make_plan(method: str, lengths: np.ndarray, seq_len: int, cost: np.ndarray | None = None) -> Plan:
+    """Packs documents of `lengths` (int64 [documents]) into rows of `seq_len` by `method`.
+
+    cost: what a piece of n takes of a row, int64 [longest piece + 1], rising to at most seq_len; by default n.
 
     Raises:
       ValueError: unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"data.packing: expected one of {sorted(METHODS)}, got {method!r}; use one of those")
-    return METHODS[method](np.asarray(lengths, np.int64), seq_len)
+    cost = np.arange(seq_len + 1) if cost is None else cost
+    return METHODS[method](np.asarray(lengths, np.int64), seq_len, cost)
 
 
-def cut(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts only what is longer than a row: (document, start, length) of each piece, in document order."""
-    counts = -(-lengths // seq_len)
+def cut(lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts only what is longer than `longest`: (document, start, length) of each piece, in document order."""
+    counts = -(-lengths // longest)
     document = np.repeat(np.arange(len(lengths)), counts)
-    start = ramps(np.zeros_like(counts), counts) * seq_len
-    return document, start, np.minimum(lengths[document] - start, seq_len)
+    start = ramps(np.zeros_like(counts), counts) * longest
+    return document, start, np.minimum(lengths[document] - start, longest)
 
 
-def best_fit(lengths: np.ndarray, seq_len: int) -> Plan:
+def best_fit(lengths: np.ndarray, seq_len: int, cost: np.ndarray) -> Plan:
     """Best-fit decreasing: each piece, longest first, goes to the fullest row that still has room for it.
 
     Close to the fewest rows possible, and cuts no document unless it is longer than a row ("Fewer
     Truncations Improve Language Modeling", https://arxiv.org/abs/2404.10830). Pieces of one length, and
     rows with the same room, are moved together, so the cost grows with the number of distinct lengths.
     """
-    document, start, length = cut(lengths, seq_len)
-    order = np.argsort(-length, kind="stable")
+    document, start, length = cut(lengths, len(cost) - 1)
+    taken = cost[length]
+    order = np.argsort(-taken, kind="stable")
     row_sorted = np.empty(len(order), np.int64)
-    counts = np.bincount(length, minlength=seq_len + 1) if len(length) else np.zeros(seq_len + 1, np.int64)
+    counts = np.bincount(taken, minlength=seq_len + 1)
     room = _Room(seq_len)
     at = 0
     for size in np.flatnonzero(counts)[::-1]:
@@ -140,8 +143,9 @@ class _Room:
             self.has[room] = True
 
 
-def concat(lengths: np.ndarray, seq_len: int) -> Plan:
+def concat(lengths: np.ndarray, seq_len: int, cost: np.ndarray) -> Plan:
     """All documents one after the other, cut at every row's end; only the last row has padding."""
+    assert len(cost) == seq_len + 1, "a stream is cut by length: checked by DataConfig"
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     bounds = np.unique(np.concatenate([[0], ends, np.arange(0, total, seq_len), [total]]))
@@ -151,53 +155,68 @@ def concat(lengths: np.ndarray, seq_len: int) -> Plan:
     return _plan(document, start, length, begin // seq_len, np.arange(len(begin)), -(-total // seq_len))
 
 
-def none(lengths: np.ndarray, seq_len: int) -> Plan:
-    """One piece a row: a document alone, or one seq_len of a longer one."""
-    document, start, length = cut(lengths, seq_len)
+def none(lengths: np.ndarray, seq_len: int, cost: np.ndarray) -> Plan:
+    """One piece a row: a document alone, or one longest piece of a longer one."""
+    document, start, length = cut(lengths, len(cost) - 1)
     pieces = np.arange(len(length))
     return _plan(document, start, length, pieces, pieces, len(pieces))
 
 
-METHODS: dict[str, Callable[[np.ndarray, int], Plan]] = {"best_fit": best_fit, "concat": concat, "none": none}
+Method = Callable[[np.ndarray, int, np.ndarray], Plan]
+METHODS: dict[str, Method] = {"best_fit": best_fit, "concat": concat, "none": none}
 
 
 def _plan(document, start, length, row, order, num_rows: int) -> Plan:
     """Groups pieces by row, keeping `order` within one."""
     order = order[np.argsort(row[order], kind="stable")]
     first = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=num_rows))]).astype(np.int64)
-    length = length[order]
-    begin = np.cumsum(length) - length
-    offset = begin - begin[first[row[order]]] if len(order) else begin
-    return Plan(document[order], start[order], length, offset, first)
+    return Plan(document[order], start[order], length[order], first)
+
+
+def segments(place_P: np.ndarray) -> np.ndarray:
+    """Numbers the pieces of each row from 1; pieces of one row (of one place) are neighbours."""
+    return np.arange(1, len(place_P) + 1) - np.searchsorted(place_P, place_P)
+
+
+def starts(size_P: np.ndarray, place_P: np.ndarray, width: int) -> np.ndarray:
+    """Where in [rows * width] each piece begins, when those of a row lie side by side."""
+    before = np.cumsum(size_P) - size_P
+    return place_P * width + before - before[np.searchsorted(place_P, place_P)]
+
+
+def empty(fields: dict[str, int], rows: int) -> Rows:
+    """`rows` rows of nothing but padding: [rows, length] of every field."""
+    return {name: np.zeros((rows, length), dtype_of(name)) for name, length in fields.items()}
 
 
 def empty_rows(rows: int, seq_len: int) -> Rows:
-    """`rows` rows of nothing but padding: int32 [rows, L] each, loss_mask float32."""
-    names = ("tokens", "targets", "segment_ids", "positions")
-    out = {name: np.zeros((rows, seq_len), np.int32) for name in names}
-    return out | {"loss_mask": np.zeros((rows, seq_len), np.float32)}
+    """The same of a decoder's rows."""
+    return empty(dict.fromkeys(DECODER, seq_len), rows)
 
 
-def fill_rows(flat: np.ndarray, at_P: np.ndarray, length_P: np.ndarray, place_P: np.ndarray,
-              offset_P: np.ndarray, rows: int, seq_len: int) -> Rows:
-    """Rows from pieces: piece p reads flat[at : at + length + 1] into row place at offset.
+def dtype_of(name: str) -> type[np.generic]:
+    """Of an array of a batch: int32, but loss_mask float32."""
+    return np.float32 if name == "loss_mask" else np.int32
+
+
+def fill_rows(flat: np.ndarray, at_P: np.ndarray, length_P: np.ndarray, place_P: np.ndarray, rows: int,
+              seq_len: int) -> Rows:
+    """Rows from pieces: piece p reads flat[at : at + length + 1] into row place, behind the row's earlier ones.
 
     Args:
       flat: tokens, any unsigned integer dtype.
-      at_P, length_P, place_P, offset_P: int64; pieces of one row must be neighbours, in order.
+      at_P, length_P, place_P: int64; pieces of one row must be neighbours, in order.
     Returns:
       the row dict: tokens, targets, segment_ids (1.. per piece, 0 on padding), positions (from 0 in each
       piece), all int32 [rows, L], and loss_mask float32 [rows, L].
     """
     out = empty_rows(rows, seq_len)
-    first = np.searchsorted(place_P, place_P)  # a row's first piece, to number its pieces from 1
-    segment_P = np.arange(1, len(place_P) + 1) - first
     within = ramps(np.zeros_like(length_P), length_P)
     source = within + np.repeat(at_P, length_P)
-    target = within + np.repeat(place_P * seq_len + offset_P, length_P)
+    target = within + np.repeat(starts(length_P, place_P, seq_len), length_P)
     out["tokens"].reshape(-1)[target] = flat[source]
     out["targets"].reshape(-1)[target] = flat[source + 1]
-    out["segment_ids"].reshape(-1)[target] = np.repeat(segment_P, length_P)
+    out["segment_ids"].reshape(-1)[target] = np.repeat(segments(place_P), length_P)
     out["positions"].reshape(-1)[target] = within
     out["loss_mask"].reshape(-1)[target] = 1.0
     return out

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tensorstore as ts
@@ -122,6 +122,20 @@ def read_manifest(directory: str) -> dict[str, Any]:
     return manifest
 
 
+class Documents(Protocol):
+    """Documents of tokens: document d is the tokens [offsets[d], offsets[d + 1]), BOS + text + EOS."""
+
+    predictions: int
+    bytes: int
+    fingerprint: str
+    offsets: np.ndarray
+    lengths: np.ndarray  # predictions of each
+    ids: list[str]
+    specials: tuple[int, int]  # the ids of BOS and EOS
+
+    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 class SplitStore:
     """The documents of one split of one source, for reading.
 
@@ -156,6 +170,12 @@ class SplitStore:
     @functools.cached_property
     def ids(self) -> list[str]:
         return (self.path / "ids.txt").read_bytes().decode().split("\n")[:-1]
+
+    @functools.cached_property
+    def specials(self) -> tuple[int, int]:
+        """The ids of BOS and EOS, as the first document has them."""
+        flat, at = self.gather(np.array([0, self.offsets[1] - 1]), np.array([1, 1]))
+        return int(flat[at[0]]), int(flat[at[1]])
 
     def tokens(self) -> np.ndarray:
         """All tokens of the split, uint16 or uint32 [tokens]; not a copy where they are in memory."""

@@ -8,10 +8,12 @@ reaches `entropy` nats per prediction; one that knows nothing starts at log(voca
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from lmjax.data.order import fold, key_of, permute
-from lmjax.data.packing import Rows, empty_rows
+from lmjax.data.packing import DECODER, Rows, empty_rows, ramps
 
 BOS_ID, EOS_ID, SPECIALS = 1, 2, 4  # the ids that the tokenizer reserves too: pad 0, bos 1, eos 2, unk 3
 SUCCESSORS = np.array([0.55, 0.25, 0.15, 0.05])
@@ -36,6 +38,7 @@ class SyntheticRows:
                              f"got {vocab_size}; raise it")
         self.name, self.vocab_size, self.seq_len, self.num_rows = name, vocab_size, seq_len, num_rows
         self.fingerprint = f"synthetic-1-{vocab_size}-{seq_len}-{num_rows}-{seed}-{split}"
+        self.fields = dict.fromkeys(DECODER, seq_len)
         self._key = key_of("synthetic", name, seed, split)
         self._next_VK = _successors(vocab_size, key_of("chain", name, seed))
         self.predictions = int(self._used(np.arange(num_rows)).sum())
@@ -48,8 +51,17 @@ class SyntheticRows:
         inside = -END * np.log(END) - (1 - END) * np.log(1 - END) + (1 - END) * step
         return float((step + inside / END) / (1 + 1 / END))  # a document: one BOS, then 1 / END tokens
 
-    def rows_at(self, rows: np.ndarray) -> Rows:
-        """Row numbers int64 [n] -> the row dict (see `packing.fill_rows`)."""
+    def documents(self) -> MadeDocuments:
+        """All of them in memory, for objectives that pack documents themselves."""
+        return MadeDocuments(self)
+
+    def documents_at(self, row: int) -> list[tuple[str, int, int]]:
+        """(id, first token, number of predictions) of what a row holds."""
+        lengths = np.bincount(self.rows_at(np.array([row]))["segment_ids"][0])[1:]
+        return [(f"{row}/{i}", 0, int(length)) for i, length in enumerate(lengths, 1)]
+
+    def rows_at(self, rows: np.ndarray, keys: np.ndarray | None = None) -> Rows:
+        """Row numbers int64 [n] -> the row dict (see `packing.fill_rows`); causal rows have no use for keys."""
         rows = np.asarray(rows, np.int64)
         out = empty_rows(len(rows), self.seq_len)
         token, begin = np.full(len(rows), BOS_ID, np.int32), np.zeros(len(rows), np.int32)
@@ -78,6 +90,32 @@ class SyntheticRows:
         """Predictions of a row: up to an eighth of it is padding, as packed text may have."""
         spare = np.uint64(self.seq_len // 8 + 1)
         return self.seq_len - (fold(self._key, rows, 0) % spare).astype(np.int64)
+
+
+class MadeDocuments:
+    """The documents of all rows, as a token store holds them; those that a row's end cut off have no EOS."""
+
+    specials = (BOS_ID, EOS_ID)
+
+    def __init__(self, rows: SyntheticRows):
+        made = rows.rows_at(np.arange(rows.num_rows))
+        used, segments = made["loss_mask"] > 0, made["segment_ids"]
+        first = np.flatnonzero((made["positions"] == 0)[used])
+        self.lengths = np.diff(np.append(first, used.sum()))  # predictions
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths + 1)])
+        self.tokens = np.empty(self.offsets[-1], np.uint32)
+        self.tokens[ramps(self.offsets[:-1], self.lengths)] = made["tokens"][used]
+        self.tokens[self.offsets[1:] - 1] = made["targets"][used][first + self.lengths - 1]
+        self._rows, self._segments = np.nonzero(used)[0][first], segments[used][first]
+        self.predictions, self.bytes, self.fingerprint = rows.predictions, rows.bytes, rows.fingerprint
+
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        return [f"{row}/{segment}" for row, segment in zip(self._rows, self._segments, strict=True)]
+
+    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ranges of tokens at once: (flat, at) such that range p is flat[at[p] : at[p] + lengths[p]]."""
+        return self.tokens, starts
 
 
 def _successors(vocab_size: int, key: np.ndarray) -> np.ndarray:

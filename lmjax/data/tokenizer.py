@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,13 @@ class Tokenizer:
     @classmethod
     def from_bytes(cls, model: bytes) -> Tokenizer:
         return cls(model)
+
+    @classmethod
+    def read(cls, directory: str) -> Tokenizer:
+        """That of a directory of prepared data."""
+        from etils import epath
+
+        return cls((epath.Path(directory) / "tokenizer.model").read_bytes())
 
     def to_bytes(self) -> bytes:
         return self._model
@@ -195,3 +203,22 @@ def sample_lines(texts: Sequence[str], budget: int, seed: int) -> Iterator[str]:
             budget -= len(line.encode()) + 1
             if line and SPACE not in line and "\0" not in line:  # SentencePiece reads these two otherwise
                 yield line
+
+
+def word_tables(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """For every token, bool [V]: whether it begins outside a word, and whether it ends outside one.
+
+    A word goes on from one token to the next where both sides of their border are letters or digits; a character of
+    Chinese or Japanese is a word by itself. Tokens that are a byte of a character go on.
+    """
+    begins, ends = np.ones(tokenizer.vocab_size, bool), np.ones(tokenizer.vocab_size, bool)
+    for i in range(tokenizer.vocab_size):
+        text = tokenizer.surface(np.array([i]))[0].decode(errors="replace")
+        if text:
+            begins[i], ends[i] = not _in_word(text[0]), not _in_word(text[-1])
+    return begins, ends
+
+
+def _in_word(character: str) -> bool:
+    alone = "\u2e80" <= character <= "\u9fff"  # CJK, kana
+    return character == "\ufffd" or unicodedata.combining(character) > 0 or (character.isalnum() and not alone)

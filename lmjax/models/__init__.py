@@ -44,11 +44,12 @@ class Model:
     def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Last hidden states [B, T, D] and the unembedding matrix [V, D], both in the compute dtype.
 
-        batch: int32 [B, T] `tokens`, `positions`, `segment_ids`. key: switches dropout on.
+        batch: int32 [B, T] `tokens`, `positions`, `segment_ids`, and where all of a document sees a token that comes
+        later, `bidirectional`. key: switches dropout on.
         """
         model = self.functional.bind(self._cast(params))
         see = Visibility(batch["positions"], batch["positions"], batch["segment_ids"], batch["segment_ids"],
-                         in_order=True)
+                         kv_prefix=batch.get("bidirectional"), in_order=True)
         x_BTD, _ = model(batch["tokens"], batch["positions"], see, dtype=self.dtype, key=key)
         return x_BTD, model.unembedding
 

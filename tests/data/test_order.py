@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lmjax.data.order import BLOCK, PERIOD, BlockMixture, block_counts, fold, key_of, permute
+from lmjax.data.order import BLOCK, PERIOD, BlockMixture, StagedMixture, block_counts, fold, key_of, permute
 
 FROZEN_PERMUTATION = [4, 8, 0, 7, 5, 2, 9, 6, 3, 1]
 FROZEN_ROWS = [[0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 0, 4, 2, 3, 1]]  # source, epoch, row
@@ -46,12 +46,12 @@ def test_permute_looks_random(n):
 def test_the_order_does_not_change_from_release_to_release():
     """Runs that were started by an earlier version have to go on in the same order."""
     np.testing.assert_array_equal(permute(np.arange(10), 10, key_of("frozen")), FROZEN_PERMUTATION)
-    mixture = BlockMixture(names=["a", "b"], sizes=[5, 7], weights=[1, 2], seed=3)
+    mixture = StagedMixture(names=["a", "b"], sizes=[5, 7], stages=[(0, [1, 2])], seed=3)
     np.testing.assert_array_equal(np.stack(mixture.locate(np.arange(6))), FROZEN_ROWS)
 
 
 def test_every_row_of_every_epoch_once():
-    mixture = BlockMixture(names=["a", "b", "c"], sizes=[13, 200, 1], weights=[1, 5, 0.5], seed=0)
+    mixture = StagedMixture(names=["a", "b", "c"], sizes=[13, 200, 1], stages=[(0, [1, 5, 0.5])], seed=0)
     source, epoch, row = mixture.locate(np.arange(20_000))
     for s, size in enumerate(mixture.sizes):
         mine = source == s
@@ -63,7 +63,7 @@ def test_every_row_of_every_epoch_once():
 
 
 def test_any_cut_of_the_run_gives_the_same_rows():
-    mixture = BlockMixture(names=["a", "b"], sizes=[100, 37], weights=[3, 1], seed=5)
+    mixture = StagedMixture(names=["a", "b"], sizes=[100, 37], stages=[(0, [3, 1]), (700, [1, 9])], seed=5)
     g = np.arange(3 * BLOCK + 17)
     whole = np.stack(mixture.locate(g))
     shuffled = np.random.default_rng(0).permutation(g)
@@ -87,7 +87,7 @@ def test_shares_are_exact_block_by_block(weights):
 
 
 def test_seen_counts_what_running_says():
-    mixture = BlockMixture(names=["a", "b", "c"], sizes=[9, 9, 9], weights=[1, 2, 4], seed=1)
+    mixture = BlockMixture(weights=[1, 2, 4], seed=1)
     source, index = mixture.running(np.arange(1000))
     for rows in (0, 1, BLOCK - 1, BLOCK, 700, 1000):
         np.testing.assert_array_equal(mixture.seen(rows), np.bincount(source[:rows], minlength=3))
@@ -97,6 +97,6 @@ def test_seen_counts_what_running_says():
 
 def test_seeds_and_names_give_other_orders():
     def rows(seed, name):
-        return BlockMixture(names=[name], sizes=[500], weights=[1], seed=seed).locate(np.arange(100))[2]
+        return StagedMixture(names=[name], sizes=[500], stages=[(0, [1])], seed=seed).locate(np.arange(100))[2]
 
     assert len({rows(seed, name).tobytes() for seed in (0, 1) for name in "ab"}) == 4

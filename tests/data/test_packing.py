@@ -31,9 +31,8 @@ def test_every_prediction_is_in_exactly_one_row(method, corpus):
     assert plan.predictions == lengths.sum()
     for row in range(plan.num_rows):
         pieces = slice(plan.first_N[row], plan.first_N[row + 1])
-        length, offset = plan.length_P[pieces], plan.offset_P[pieces]
+        length = plan.length_P[pieces]
         assert length.sum() <= seq_len and len(length) > 0 and (length > 0).all()
-        np.testing.assert_array_equal(offset, np.cumsum(length) - length)
 
 
 @pytest.mark.parametrize("method", ["best_fit", "none"])
@@ -61,14 +60,14 @@ def test_best_fit_is_best_fit_decreasing():
     for _ in range(60):
         seq_len = int(rng.integers(2, 40))
         lengths = rng.integers(1, rng.integers(2, 60), rng.integers(1, 80))
-        plan = packing.best_fit(lengths, seq_len)
+        plan = packing.make_plan("best_fit", lengths, seq_len)
         used = np.add.reduceat(plan.length_P, plan.first_N[:-1])
         assert sorted(seq_len - used) == best_fit_twin(lengths, seq_len)
 
 
 def test_concat_leaves_room_in_the_last_row_only():
     for _, lengths, seq_len in corpora():
-        plan = packing.concat(lengths, seq_len)
+        plan = packing.make_plan("concat", lengths, seq_len)
         assert plan.num_rows == -(-lengths.sum() // seq_len)
         used = np.add.reduceat(plan.length_P, plan.first_N[:-1])
         assert (used[:-1] == seq_len).all()
@@ -84,16 +83,17 @@ def test_filled_rows_hold_what_their_pieces_say(method):
     rows = rng.permutation(plan.num_rows)[: plan.num_rows - 1]
     pieces, place = plan.select(rows)
     at = offsets[plan.document_P[pieces]] + plan.start_P[pieces]
-    length, offset = plan.length_P[pieces], plan.offset_P[pieces]
-    got = packing.fill_rows(tokens, at, length, place, offset, len(rows), seq_len)
+    got = packing.fill_rows(tokens, at, plan.length_P[pieces], place, len(rows), seq_len)
     want = packing.empty_rows(len(rows), seq_len)
     for i, row in enumerate(rows):
+        column = 0
         for segment, p in enumerate(range(plan.first_N[row], plan.first_N[row + 1]), 1):
             for j in range(plan.length_P[p]):
-                column, source = plan.offset_P[p] + j, offsets[plan.document_P[p]] + plan.start_P[p] + j
+                source = offsets[plan.document_P[p]] + plan.start_P[p] + j
                 values = (tokens[source], tokens[source + 1], segment, j, 1.0)
                 for name, value in zip(want, values, strict=True):
                     want[name][i, column] = value
+                column += 1
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
         assert got[name].dtype == (np.float32 if name == "loss_mask" else np.int32)
@@ -103,7 +103,7 @@ def test_the_plan_is_the_same_every_time():
     lengths = np.random.default_rng(3).integers(1, 300, 1000)
     for method in METHODS:
         a, b = (packing.make_plan(method, lengths, 64) for _ in range(2))
-        for field in ("document_P", "start_P", "length_P", "offset_P", "first_N"):
+        for field in ("document_P", "start_P", "length_P", "first_N"):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
 
 

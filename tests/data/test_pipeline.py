@@ -18,6 +18,7 @@ from lmjax.data import (
     make_batches,
     open_splits,
 )
+from lmjax.data.packing import DECODER
 from lmjax.data.store import write_manifest, write_split
 from lmjax.data.synthetic import BOS_ID, EOS_ID, SyntheticRows
 
@@ -61,7 +62,7 @@ def to_numpy(iterator):
 def assert_same(a, b):
     assert len(a) == len(b) > 0
     for x, y in zip(a, b, strict=True):
-        for name in batches.NAMES:
+        for name in DECODER:
             np.testing.assert_array_equal(x[name], y[name])
 
 
@@ -94,7 +95,7 @@ def test_an_epoch_is_every_prediction_once(directory, packing, memory_limit_mib)
 
 def test_training_goes_through_every_row_of_a_source_before_any_again(directory):
     train, _ = open_splits(make_config(), directory)
-    source, row = train.locate(np.arange(1000))
+    source, _, row = train.locate(np.arange(1000))
     for s, part in enumerate(train.sources):
         mine = row[source == s]
         size = part.num_rows
@@ -112,7 +113,7 @@ def test_rows_are_a_pure_function(directory):
     whole = train.rows(g)
     for i in range(64):
         one = again.rows(g[i : i + 1])
-        assert all(np.array_equal(one[n][0], whole[n][i]) for n in batches.NAMES)
+        assert all(np.array_equal(one[n][0], whole[n][i]) for n in DECODER)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"seq_len": 8}, {"packing": "none"},
@@ -140,10 +141,10 @@ def test_batches_are_the_same_on_any_mesh_and_from_any_start(directory, kind):
     config = make_config() if kind == "store" else make_config(sources=synthetic)
     train, _ = open_splits(config, directory)
     want = [train.rows(np.arange(8 * s, 8 * s + 8)) for s in range(6)]
-    assert_same(to_numpy(make_batches(train, batch_size=8, start_step=0, stop_step=6, sharding=ONE)), want)
+    assert_same(to_numpy(make_batches(train, batch_size=8, start_row=0, steps=6, sharding=ONE)), want)
     for spec, shape in SPECS:
         where = sharding(spec, shape)
-        got = list(make_batches(train, batch_size=8, start_step=2, stop_step=6, sharding=where))
+        got = list(make_batches(train, batch_size=8, start_row=16, steps=4, sharding=where))
         assert all(b["tokens"].sharding.is_equivalent_to(where, 2) for b in got)
         assert_same(to_numpy(got), want[2:])
 
@@ -174,19 +175,19 @@ def test_processes_read_only_their_rows_and_together_all(directory, processes):
 def test_evaluation_sees_every_row_once(directory, batch_size):
     _, heldout = open_splits(make_config(), directory)
     got = to_numpy(eval_batches(heldout, batch_size, ONE))
-    rows = {n: np.concatenate([b[n] for b in got]) for n in batches.NAMES}
+    rows = {n: np.concatenate([b[n] for b in got]) for n in DECODER}
     total = heldout.num_rows()
     assert len(rows["tokens"]) == -(-total // batch_size) * batch_size
     assert sum(b["loss_mask"].sum() for b in got) == heldout.predictions
-    assert not any(rows[n][total:].any() for n in batches.NAMES)
-    assert_same([{n: rows[n][:total] for n in batches.NAMES}], [heldout.rows(np.arange(total))])
+    assert not any(rows[n][total:].any() for n in DECODER)
+    assert_same([{n: rows[n][:total] for n in DECODER}], [heldout.rows(np.arange(total))])
 
 
 def test_a_mesh_that_does_not_divide_is_refused_at_once(directory):
     train, heldout = open_splits(make_config(), directory)
     where = sharding(("data",), (8, 1))
     with pytest.raises(ValueError, match=r"batch_size, seq_len: expected multiples .*got \(6, 16\); change"):
-        make_batches(train, batch_size=6, start_step=0, stop_step=1, sharding=where)
+        make_batches(train, batch_size=6, start_row=0, steps=1, sharding=where)
     with pytest.raises(ValueError, match="batch_size, seq_len"):
         eval_batches(heldout, 6, where)
 
@@ -203,7 +204,7 @@ def test_an_error_in_the_background_reaches_the_loop_as_it_is(directory, kind, m
         return good(g)
 
     monkeypatch.setattr(train, "rows", rows)
-    stream = make_batches(train, batch_size=4, start_step=0, stop_step=9, sharding=ONE)
+    stream = make_batches(train, batch_size=4, start_row=0, steps=9, sharding=ONE)
     next(stream), next(stream)
     with pytest.raises(ValueError, match="^expected a disk, got none; buy one$"):
         list(stream)
@@ -211,10 +212,10 @@ def test_an_error_in_the_background_reaches_the_loop_as_it_is(directory, kind, m
 
 def test_leaving_early_ends_the_thread():
     train, _ = open_splits(make_config(sources=(SourceConfig("s", "synthetic:40"),)))
-    stream = make_batches(train, batch_size=4, start_step=0, stop_step=10**6, sharding=ONE)
+    stream = make_batches(train, batch_size=4, start_row=0, steps=10**6, sharding=ONE)
     next(stream)
     stream.close()
-    never_used = make_batches(train, batch_size=4, start_step=0, stop_step=10**6, sharding=ONE)
+    never_used = make_batches(train, batch_size=4, start_row=0, steps=10**6, sharding=ONE)
     del never_used
     deadline = time.monotonic() + 5
     while any(t.name == "lmjax-data" and t.is_alive() for t in threading.enumerate()):

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from lmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer, TokenizerConfig
+from lmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer, TokenizerConfig, word_tables
 from lmjax.data.tokenizer import make_tokenizer as make
 from lmjax.data.tokenizer import train_model as train
 
@@ -106,3 +106,15 @@ def test_an_existing_model(tmp_path, tokenizer):
     path.write_bytes(b"junk")
     with pytest.raises(ValueError, match="expected a SentencePiece model, got 4 bytes"):
         make(TokenizerConfig(path=str(path)), [])
+
+
+def test_words_end_where_letters_do(tokenizer):
+    """Cut by the tables, tokens give the words of the text, whatever they were cut into themselves."""
+    begins, ends = word_tables(tokenizer)
+    text = "return self.alpha42 (beta)\n    e\u0301t\u00e9 \u65e5\u672c x"
+    ids = np.array(tokenizer.encode(text))
+    assert len(ids) > 20
+    cut = begins[ids] | np.concatenate([[True], ends[ids[:-1]]])
+    words = {tokenizer.decode(part).strip() for part in np.split(ids, np.flatnonzero(cut)[1:])}
+    assert {"return", "self", "alpha42", "beta", "e\u0301t\u00e9", "x"} <= words
+    assert begins[[PAD_ID, BOS_ID, EOS_ID]].all() and ends[[PAD_ID, BOS_ID, EOS_ID]].all()
