@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train the model of a config, or go on from its last checkpoint",
+    "plan": "say what a run would need and take on a TPU topology, by compiling its step without one",
     "prepare": "clean, tokenise and store a config's corpus without training on it",
     "generate": "continue prompts with a trained model",
     "score": "bits per byte of text files under a trained model",
@@ -64,6 +65,10 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         runtime.start_distributed()
         train(recipe, arguments.workdir)
+    elif command == "plan":
+        from lmjax.plan import plan
+
+        plan(recipe, arguments.topology, out=arguments.out, tokens=arguments.tokens)
     elif command == "prepare":
         from lmjax.prepare import prepare
 
@@ -114,11 +119,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sub = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False)
            for name, text in COMMANDS.items()}
-    for name in ("train", "prepare", "bench"):
+    for name in ("train", "plan", "prepare", "bench"):
         sub[name].add_argument("--config", required=True, metavar="FILE[:VARIANT]",
                                help="a Python file with get_config(); --config.KEY.PATH=VALUE changes a value of it")
     for name in ("train", "report"):
         sub[name].add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
+    sub["plan"].add_argument("--topology", required=True, metavar="NAME",
+                             help="v5e:16x16, v5p-128, 2xv6e:16x16 (two slices), ..., or cpu or gpu: what is here")
+    sub["plan"].add_argument("--tokens", type=float, default=0.0, help="a budget to reckon days and chip-hours for")
+    sub["plan"].add_argument("--out", default="", metavar="DIR", help="write plan.json, plan.svg and the HLO there")
     sub["prepare"].add_argument("--out", required=True, metavar="DIR", help="where the prepared data goes")
     sub["bench"].add_argument("--seconds", type=float, default=60.0, help="time to measure for, per comparison")
     sub["bench"].add_argument("--out", default="", metavar="FILE", help="write the figures as JSON, too")

@@ -28,7 +28,7 @@ REMAT = "rematted_computation"  # what jax.checkpoint puts into the names of wha
 
 
 class Instruction(NamedTuple):
-    """One line: `name = shape opcode(operands), attributes`. operands: names, or the text of a constant or parameter."""
+    """One line: `name = shape opcode(operands), attributes`. operands: names, or a constant's or parameter's text."""
 
     name: str
     shape: str
@@ -168,9 +168,8 @@ def trip_count(module: Module, loop: Instruction) -> int:
     *_, root = condition.values()
     bounds = [int(i.operands[0]) for i in condition.values()
               if i.opcode == "constant" and i.shape.startswith(("s32", "u32", "s64", "u64"))]
-    direct = [int(condition[o].operands[0]) for o in root.operands
-              if o in condition and condition[o].opcode == "constant" and condition[o].operands[0].lstrip("-").isdigit()]
-    found = direct or bounds
+    direct = [i.operands[0] for i in map(condition.get, root.operands) if i is not None and i.opcode == "constant"]
+    found = [int(n) for n in direct if n.lstrip("-").isdigit()] or bounds
     inclusive = "direction=LE" in root.attributes or "direction=GE" in root.attributes
     return max(found[-1] + inclusive, 1) if found else 1
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lmjax.data import eval_batches, make_batches
 from lmjax.evaluate import bits_per_byte, evaluate
@@ -157,7 +156,7 @@ class Loop:
             batches = eval_batches(run.heldout, batch_size, run.layout.sharding(("batch", "seq")),
                                    most=0 if whole else r.eval.batches)
             with contextlib.closing(batches):
-                result = evaluate(run.eval_fn, params, batches, run.heldout)
+                result = evaluate(run.program.eval_fn, params, batches, run.heldout)
             self.writer.eval(step, {f"{name}/{key}": value for key, value in result.items()})
             self.progress.log(f"step {step}: {name} loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits/byte,"
                               f" perplexity {result['perplexity']:.1f} over {human_count(result['tokens'])} tokens")
@@ -175,12 +174,7 @@ class Loop:
 def _compile(run: Run, writer: MetricsWriter, step: int) -> None:
     """Compiles the step before the loop, so that its time is known and its errors come first."""
     began = time.monotonic()
-    shape = (run.recipe.train.batch_size, run.recipe.data.seq_len)
-    sharding = run.layout.sharding(("batch", "seq"))
-    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32,
-             "loss_mask": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in kinds.items()}
-    run.compiled = run.step_fn.lower(run.spec.shapes, batch).compile()
+    run.compiled = run.program.lower().compile()
     writer.event(step, "compile", time.monotonic() - began)
 
 
