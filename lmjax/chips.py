@@ -58,6 +58,12 @@ class Topology:
         """The name of one slice, as libtpu knows it: v5p:4x4x4."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
+    @property
+    def options(self) -> dict[str, object]:
+        """What `jax.experimental.topologies.get_topology_desc` takes besides the name."""
+        cores = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}  # else a device a core
+        return cores | ({"num_slices": self.slices} if self.slices > 1 else {})
+
     def __str__(self) -> str:
         return self.name if self.slices == 1 else f"{self.slices}x{self.name}"
 
@@ -100,6 +106,6 @@ def _shape(chips: float, dims: int) -> tuple[int, ...] | None:
 def tpu_compiler(environ: MutableMapping[str, str] = os.environ) -> None:
     """Sets what libtpu needs to compile on a machine without a TPU; a no-op once JAX has loaded it."""
     environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost",
-                   TPU_ACCELERATOR_TYPE="v5e-16", TPU_LIBRARY_QUIET="1")
+                   TPU_ACCELERATOR_TYPE="v5e-16", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -133,9 +133,9 @@ def _devices(topology: Topology | str) -> Sequence[jax.Device]:
                              "topology or another platform") from None
     from jax.experimental import topologies
 
-    more = {"num_slices": topology.slices} if topology.slices > 1 else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **more).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name,
+                                             **topology.options).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise ValueError(f"--topology {topology}: expected one that libtpu knows, got {_first_line(error)}; "
                          "try another shape") from None

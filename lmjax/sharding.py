@@ -12,6 +12,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmjax.config import at_least
@@ -133,12 +135,24 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
         raise ValueError(f"config.mesh: expected axes whose product is the {len(devices)} devices present, got {shown} "
                          f"(a multiple of {fixed}); set one axis to -1 or change the others")
     # Explicit axis types became JAX's default; lmjax constrains by name and lets the compiler propagate.
-    mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES),
-                         devices=devices)
+    mesh = Mesh(_placed(tuple(sizes.values()), devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     # An activation follows the parameter axis that it comes from, unless it has a row of its own.
     names = ("mlp", "heads", "kv_heads", "vocab")
     follow = {f"act_{name}": axes for name, axes in config.rules.items() if name in names}
     return Layout(mesh, {**RULES, **follow, **config.rules})
+
+
+def _placed(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the mesh's shape: neighbours on the torus along each axis, slices only along `data`, the first."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise ValueError(f"config.mesh.data: expected a multiple of the {slices} slices, which only data goes across, "
+                         f"got {sizes[0]}; change it")
+    across = (slices, *[1] * (len(sizes) - 1))
+    return mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), across, devices,
+                                                allow_split_physical_axes=True)
 
 
 _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
