@@ -68,7 +68,7 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     elif command == "plan":
         from lmjax.plan import plan
 
-        plan(recipe, arguments.topology, out=arguments.out, tokens=arguments.tokens)
+        plan(recipe, arguments.topology, out=arguments.out, tokens=arguments.tokens, find=arguments.search)
     elif command == "prepare":
         from lmjax.prepare import prepare
 
@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         sub[name].add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
     sub["plan"].add_argument("--topology", required=True, metavar="NAME",
                              help="v5e:16x16, v5p-128, 2xv6e:16x16 (two slices), ..., or cpu or gpu: what is here")
+    sub["plan"].add_argument("--search", action="store_true", help="find the best mesh, remat policy and batch first")
     sub["plan"].add_argument("--tokens", type=float, default=0.0, help="a budget to reckon days and chip-hours for")
     sub["plan"].add_argument("--out", default="", metavar="DIR", help="write plan.json, plan.svg and the HLO there")
     sub["prepare"].add_argument("--out", required=True, metavar="DIR", help="where the prepared data goes")

@@ -324,23 +324,28 @@ def replica_group(attributes: str, num_devices: int) -> tuple[tuple[int, ...], i
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         group = tuple(int(n) for n in listed[1].split(","))
         return group, len(group)
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        dims = [int(n) for n in iota[3].split(",")]
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[4]:
-            ids = ids.transpose([int(n) for n in iota[4].split(",")])
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        ids = _device_ids(iota[3], int(iota[1]) * int(iota[2]))
         return tuple(ids.reshape(int(iota[1]), int(iota[2]))[0].tolist()), int(iota[2])
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? \{([^}]*)\}", attributes):
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?[^)]*)\))? \{([^}]*)\}",
+                          attributes):
         sizes = {axis: int(n) for axis, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        axes = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named[2])
-        if all(not pre for _, pre, _ in axes) and all(axis in sizes for axis, _, _ in axes):
-            ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-            index = tuple(slice(None) if axis in {a for a, _, _ in axes} else 0 for axis in sizes)
-            group = tuple(ids[index].reshape(-1).tolist())
-            return group, len(group)
-        size = math.prod(int(part or sizes.get(axis, 1)) for axis, _, part in axes)
-        return (), size
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[3])  # 'a':(2)4 is a part of 'a', of size 4
+        if any(part for _, part in parts):
+            return (), math.prod(int(part or sizes[axis]) for axis, part in parts)
+        ids = _device_ids(named[2] or "", math.prod(sizes.values())).reshape(list(sizes.values()))
+        chosen = {axis for axis, _ in parts}
+        group = ids[tuple(slice(None) if axis in chosen else 0 for axis in sizes)].reshape(-1)
+        return tuple(group.tolist()), len(group)
     return (), num_devices
+
+
+def _device_ids(text: str, size: int) -> np.ndarray:
+    """The order of devices in a named mesh: as they come, listed, or [2,4]T(1,0): counted and transposed."""
+    if iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        ids = np.arange(size).reshape([int(n) for n in iota[1].split(",")])
+        return ids.transpose([int(n) for n in iota[2].split(",")]) if iota[2] else ids
+    return np.array([int(n) for n in text.split(",")]) if text else np.arange(size)
 
 
 def _call(instruction: Instruction, computation: dict[str, Instruction], times: int) -> Call:

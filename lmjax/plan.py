@@ -12,25 +12,33 @@ from lmjax.metrics import human_count
 from lmjax.plan_compile import HERE, Log, Result, compiled
 from lmjax.plan_estimate import Estimate, estimate, span
 from lmjax.plan_plots import draw
+from lmjax.plan_search import search
 from lmjax.recipe import Recipe
 
 
-def plan(recipe: Recipe, topology: str, *, out: str = "", tokens: float = 0.0,
+def plan(recipe: Recipe, topology: str, *, out: str = "", tokens: float = 0.0, find: bool = False,
          log: Log = lambda line: print(line, file=sys.stderr, flush=True)) -> dict[str, Any]:
     """Compiles the step of `recipe` for `topology` (see `chips.parse_topology`, or cpu, gpu: the devices here).
 
     Prints a table and returns its figures. out: a directory for plan.json, plan.svg and step.hlo.gz. tokens: a
-    budget to reckon days for, besides the recipe's own.
+    budget to reckon days for, besides the recipe's own. find: search for the best mesh, remat and batch first.
 
     Raises:
       ValueError: an unknown topology, a mesh that does not fit it, a step that does not fit into a chip's memory, or
         no TPU compiler installed.
     """
-    result, text = compiled(recipe, named(topology), log)
+    where, found = named(topology), None
+    if find:
+        if not isinstance(where, Topology):
+            raise ValueError(f"--search: expected a TPU topology to search on, got {topology}; name one")
+        best, found = search(recipe, where, log=log)
+        recipe = best.recipe
+        print(f"the best of {len(found)} compiled:\n  {' '.join(best.overrides)}\n")
+    result, text = compiled(recipe, where, log)
     if not text:
         raise ValueError(does_not_fit(result))
     made = estimate(result, text)
-    report = as_json(recipe, result, made, tokens)
+    report = as_json(recipe, result, made, tokens) | ({"search": found} if find else {})
     print(table(recipe, result, made, tokens))
     if out:
         folder = Path(out)
@@ -91,27 +99,28 @@ def _memory(made: Estimate) -> list[str]:
                                                                                   "batch")),
             "activations, gradients, temporaries": m["temporaries"], "other outputs, code": m["outputs"] + m["code"]}
     share = f"  of {made.limit / GIB:.2f} ({m['peak'] / made.limit:.0%})" if made.limit else ""
-    lines = [f"{'memory per device':36}{'GiB':>10}"]
-    lines += [f"  {name:34}{n / GIB:10.3f}" for name, n in rows.items() if n]
-    return [*lines, f"  {'peak':34}{m['peak'] / GIB:10.3f}{share}"]
+    unit, scale = ("GiB", GIB) if m["peak"] >= GIB else ("MiB", 2**20)
+    lines = [f"{'memory per device':36}{unit:>10}"]
+    lines += [f"  {name:34}{n / scale:10.3f}" for name, n in rows.items() if n]
+    return [*lines, f"  {'peak':34}{m['peak'] / scale:10.3f}{share}"]
 
 
 def _compute(made: Estimate) -> list[str]:
-    tera = 1e12
+    unit, scale = ("TFLOP", 1e12) if made.flops >= 1e12 else ("GFLOP", 1e9)
     more = made.flops / made.model_flops - 1
-    return [f"{'matmuls per device and step':36}{'TFLOP':>10}",
-            f"  {'model (6 per weight, causal keys)':34}{made.model_flops / tera:10.3f}",
-            f"  {'compiled':34}{made.flops / tera:10.3f}  {more:+.0%}",
-            f"  {'of which computed again (remat)':34}{made.recomputed / tera:10.3f}"]
+    return [f"{'matmuls per device and step':36}{unit:>10}",
+            f"  {'model (6 per weight, causal keys)':34}{made.model_flops / scale:10.3f}",
+            f"  {'compiled':34}{made.flops / scale:10.3f}  {more:+.0%}",
+            f"  {'of which computed again (remat)':34}{made.recomputed / scale:10.3f}"]
 
 
 def _communication(made: Estimate) -> list[str]:
     lines = [f"{'collectives per device and step':36}{'count':>10}{'GiB sent':>12}{'s at bandwidth':>17}"]
     for row in made.collectives:
-        if row.bytes / GIB >= 0.0005:
+        if row.bytes >= 2**20:
             name = f"{row.kind}, {row.link}, {'asynchronous' if row.asynchronous else 'synchronous'}"
             lines.append(f"  {name:34}{row.count:10,}{row.bytes / GIB:12.3f}{row.seconds:17.4f}")
-    return lines if len(lines) > 1 else [*lines, "  none of note"]
+    return lines if len(lines) > 1 else [*lines, "  none of a MiB or more"]
 
 
 def _time(recipe: Recipe, made: Estimate, tokens: float) -> list[str]:
@@ -120,15 +129,16 @@ def _time(recipe: Recipe, made: Estimate, tokens: float) -> list[str]:
              "exposed": "synchronous collectives"}
     lines = [f"{'time of a step':36}{'s':>10}   from {made.basis}"]
     lines += [f"  {text:34}{made.seconds[kind]:10.4f}" for kind, text in names.items() if made.seconds[kind]]
-    second = span((made.hidden, made.exposed), lambda s: f"{s:.3f}")
+    second = span((made.hidden, made.exposed), lambda s: f"{s:.4g}")
+    share = "MFU" if made.limit else "share of the matmul rate"
     lines += [f"  {'whole step':34}{second:>10}   communication and other compute hidden .. exposed",
-              f"  tokens/s a device {span(made.tokens_per_second, lambda n: f'{n:,.0f}')}, MFU "
+              f"  tokens/s a device {span(made.tokens_per_second, lambda n: f'{n:,.0f}')}, {share} "
               f"{span(made.mfu, lambda share: f'{share:.1%}')}, tokens a day "
               f"{span(tuple(86400 * made.chips * n for n in made.tokens_per_second), lambda n: f'{n:.3g}')}"]
     for name, n in (("this recipe", recipe.train.steps * made.tokens), ("--tokens", tokens)):
         if n:
-            lines.append(f"  {name}: {n:.3g} tokens, {span(made.days(n), lambda d: f'{d:.3g}')} days, "
-                         f"{span(tuple(24 * made.chips * d for d in made.days(n)), lambda h: f'{h:,.0f}')} chip-hours")
+            lines.append(f"  {name}: {n:.3g} tokens, {span(made.days(n), lambda d: f'{d:,.3g}')} days, "
+                         f"{span(tuple(24 * made.chips * d for d in made.days(n)), lambda h: f'{h:,.3g}')} chip-hours")
     if made.limit:
         lines.append("  a compiler's estimate, not a measurement: it leaves out what docs/planning.md lists")
     else:
