@@ -29,7 +29,9 @@ def get_config(variant: str = "") -> ConfigDict:
         tokenizer=dict(vocab_size=32_000),
         seq_len=2048,
     )
-    config.mesh = dict(data=1, fsdp=-1)  # at 4 rows a chip a layer's weights arrive faster than it is computed
+    # Weights split over all chips: at 4 rows a chip a layer's arrive faster than it is computed. By both axes, each one
+    # side of the torus, because along one ring gradients are reduce-scattered and over more they are all-reduced.
+    config.mesh = dict(data=16, fsdp=-1, rules=dict(embed=("data", "fsdp")))
     config.optimizer = dict(name="adamw", peak_lr=3e-4, warmup_steps=2000, b2=0.95, weight_decay=0.1, clip_norm=1.0)
     config.train = dict(batch_size=1024)  # 2.1M tokens, half of the paper's: twice the steps on this slice
     config.eval = dict(every=1000, batches=16)
@@ -37,9 +39,11 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "v5p":
         config.data.update(seq_len=4096)
         config.train.update(batch_size=256)
+        config.mesh = dict(data=1, fsdp=-1)
     config.train.steps = int(TOKENS / config.train.batch_size / config.data.seq_len)
     if variant == "tiny":
         config.model.update(num_layers=2, embed_dim=64, num_heads=4, mlp_dim=128, vocab_size=256)
+        config.mesh = dict(data=1, fsdp=-1)
         config.data.update(sources=[dict(name="chain", uri="synthetic")], tokenizer=dict(vocab_size=256), seq_len=64)
         config.optimizer.update(warmup_steps=5)
         config.train.update(steps=20, batch_size=16)

@@ -22,6 +22,8 @@ CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computatio
 BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
+NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]"
+                          r"(?:, device_ids=\(([^)]*(?:\([^)]*\))?[^)]*)\))? \{([^}]*)\}")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 REMAT = "rematted_computation"  # what jax.checkpoint puts into the names of what it computes again
@@ -327,8 +329,7 @@ def replica_group(attributes: str, num_devices: int) -> tuple[tuple[int, ...], i
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
         ids = _device_ids(iota[3], int(iota[1]) * int(iota[2]))
         return tuple(ids.reshape(int(iota[1]), int(iota[2]))[0].tolist()), int(iota[2])
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?[^)]*)\))? \{([^}]*)\}",
-                          attributes):
+    if named := NAMED_GROUPS.search(attributes):
         sizes = {axis: int(n) for axis, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[3])  # 'a':(2)4 is a part of 'a', of size 4
         if any(part for _, part in parts):

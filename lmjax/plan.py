@@ -98,7 +98,7 @@ def _memory(made: Estimate) -> list[str]:
             "batch": m["batch"], "padding": m["arguments"] - sum(m[k] for k in ("parameters", "optimizer", "average",
                                                                                   "batch")),
             "activations, gradients, temporaries": m["temporaries"], "other outputs, code": m["outputs"] + m["code"]}
-    share = f"  of {made.limit / GIB:.2f} ({m['peak'] / made.limit:.0%})" if made.limit else ""
+    share = f"  of {made.limit / GIB:.2f} GiB ({m['peak'] / made.limit:.0%})" if made.limit else ""
     unit, scale = ("GiB", GIB) if m["peak"] >= GIB else ("MiB", 2**20)
     lines = [f"{'memory per device':36}{unit:>10}"]
     lines += [f"  {name:34}{n / scale:10.3f}" for name, n in rows.items() if n]

@@ -130,7 +130,8 @@ def guess(recipe: Recipe, topology: Topology) -> Guess:
     """
     c, chip, mesh, train = recipe.model, topology.chip, recipe.mesh, recipe.train
     layer, table = weights(c)
-    split, batch_ways = mesh.fsdp * mesh.tensor, mesh.data * mesh.fsdp
+    batch_ways = mesh.data * mesh.fsdp
+    split = mesh.tensor * (batch_ways if "data" in mesh.rules.get("embed", ()) else mesh.fsdp)
     total = c.num_layers * layer + table
     rows = train.batch_size // train.microbatches / batch_ways
     tokens = rows * recipe.data.seq_len / mesh.context  # of a microbatch on a chip

@@ -1,6 +1,5 @@
 """`lmjax plan`: a step compiled for what is here and for a TPU that is not, and the arithmetic made from it."""
 
-import dataclasses
 import importlib.util
 import json
 
@@ -18,8 +17,9 @@ from lmjax.plan_estimate import attention_flops, estimate, grouped_flops, visite
 from lmjax.plan_plots import draw
 from lmjax.program import make_program
 from lmjax.recipe import build_recipe
-from lmjax.tree import num_elements
 
+# By JAX's minor version, each with the libtpu that belongs to it: seconds of cycles and bytes of memory.
+PINNED = {"10": {"seconds": 0.0029762, "peak": 19_201_536}, "12": {"seconds": 0.0028078, "peak": 16_088_064}}
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
@@ -79,12 +79,9 @@ def here():
 def test_memory_is_what_the_arrays_take(here):
     recipe, result, text = here
     memory, made = result["memory"], estimate(result, text)
-    spec = make_program(recipe, jax.devices(), vocab_size=256).spec
-    for kind, tree in (("parameters", spec.shapes.params), ("optimizer", spec.shapes.opt_state)):
-        shards = jax.tree.map(lambda leaf: leaf.sharding.shard_shape(leaf.shape), tree)
-        sizes = [4 * int(num_elements(jax.ShapeDtypeStruct(shape, "float32"))) for shape in
-                 jax.tree.leaves(shards, is_leaf=lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x))]
-        assert memory[kind] == sum(sizes)
+    state = make_program(recipe, jax.devices(), vocab_size=256).spec.init(0)
+    for kind, tree in (("parameters", state.params), ("optimizer", state.opt_state)):
+        assert memory[kind] == sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
     assert memory["arguments"] >= sum(memory[k] for k in ("parameters", "optimizer", "batch"))
     assert memory["peak"] >= memory["arguments"] + memory["temporaries"] and made.fits
 
@@ -147,9 +144,9 @@ def test_candidates_divide_and_leave_the_rest_alone():
 def test_the_guess_knows_what_costs():
     recipe, topology = recipe_of("mesh.fsdp=64", config="configs/llama2_7b.py"), parse_topology("v5p-128")
     guess = plan_search.guess(recipe, topology)
-    dots = plan_search.guess(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, remat="dots")), topology)
+    dots, micro = (plan_search.guess(recipe_of("mesh.fsdp=64", change, config="configs/llama2_7b.py"), topology)
+                   for change in ("model.remat=dots", "train.microbatches=4"))
     assert dots.memory > guess.memory and dots.seconds_per_token < guess.seconds_per_token
-    micro = plan_search.guess(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, microbatches=4)), topology)
     assert micro.memory < guess.memory and micro.seconds_per_token >= guess.seconds_per_token
     state = 16 * 6.7e9 / 64
     assert state < guess.memory < CHIPS["v5p"].hbm and guess.memory < state + 40 * GIB
@@ -157,14 +154,13 @@ def test_the_guess_knows_what_costs():
 
 def test_search_compiles_the_best_and_takes_the_fastest_that_fits(monkeypatch):
     recipe, topology = recipe_of(config="configs/llama2_7b.py"), parse_topology("v5e-256")
-    _, result, _ = "", {"devices": 256}, ""
     asked = []
 
     def compiled(changed, topology, log):
         asked.append(changed)
         peak = 20 * GIB if len(asked) == 1 else 8 * GIB  # the first turns out too large
         seconds = 5.0 if len(asked) != 3 else 1.0
-        return {**result, "peak": peak, "seconds": seconds, "tokens": 1024}, "text"
+        return {"peak": peak, "seconds": seconds}, "text"
 
     class Made:
         def __init__(self, result):
@@ -191,11 +187,12 @@ def test_search_says_what_would_fit():
 def test_a_step_for_tpu_costs_what_it_did(tmp_path, monkeypatch, capsys):
     """A performance test without noise: the compiler's cycles and memory of a small step are the same every time."""
     monkeypatch.setenv("LMJAX_PLAN_CACHE", str(tmp_path))
+    out = tmp_path / "out"
     overrides = ["model.embed_dim=256", "model.mlp_dim=512", "model.num_heads=4", "data.seq_len=512",
                  "train.batch_size=32", "mesh.fsdp=16"]
-    assert main(["plan", "--config", "configs/llama2_7b.py:tiny", "--topology", "v5e:4x4", "--out", str(tmp_path / "out"),
+    assert main(["plan", "--config", "configs/llama2_7b.py:tiny", "--topology", "v5e:4x4", "--out", str(out),
                  *(f"--config.{item}" for item in overrides)]) == 0
-    report = json.loads((tmp_path / "out" / "plan.json").read_text())
+    report = json.loads((out / "plan.json").read_text())
     assert report["basis"] == "the compiler's cycles" and report["fits"] and report["limit"] == CHIPS["v5e"].hbm
     expected = PINNED[jax.__version__.split(".")[1]]
     assert report["seconds"]["matmul"] + report["seconds"]["other"] == pytest.approx(expected["seconds"], rel=0.02)
