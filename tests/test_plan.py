@@ -10,7 +10,7 @@ from lmjax import plan_search
 from lmjax.chips import CHIPS, GIB, parse_topology
 from lmjax.cli import main
 from lmjax.config import load
-from lmjax.hlo import Call
+from lmjax.hlo import Call, costs, parse
 from lmjax.plan import as_json, table
 from lmjax.plan_compile import measure
 from lmjax.plan_estimate import attention_flops, estimate, grouped_flops, visited_tiles
@@ -103,6 +103,14 @@ def test_collectives_are_those_of_the_mesh(here):
     sent = {row.kind: row.bytes for row in made.collectives}
     assert sent["all-gather"] > 0 and {row.link for row in made.collectives} == {"ici"}
     assert sum(sent.values()) < 40 * made.memory["parameters"] * 4  # weights and gradients, not logits or scores
+
+
+def test_gradients_of_layers_are_reduce_scattered(here):
+    """Over fsdp, which splits the weights; what is then summed over data is a quarter of them."""
+    found = [c for c in costs(parse(here[2]), 8).collectives if "shard_map" in c.op_name]
+    sent = {kind: sum(c.times * c.bytes for c in found if c.kind == kind) for kind in ("reduce-scatter", "all-reduce")}
+    weights = 2 * 4 * (4 * 64 * 64 + 3 * 64 * 128)  # bytes of both layers
+    assert sent == {"reduce-scatter": weights, "all-reduce": weights // 4}
 
 
 def test_the_report_holds_together(here, tmp_path):
