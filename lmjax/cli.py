@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train the model of a config, or go on from its last checkpoint",
+    "plan": "say what a run would need and take on a TPU topology, by compiling its step without one",
     "prepare": "clean, tokenise and store a config's corpus without training on it",
     "data": "show the rows that a step trained on, or list the order of a run's rows",
     "generate": "continue prompts with a trained model",
@@ -61,6 +62,11 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             from lmjax.train import train
 
             train(build_recipe(load(arguments.config, overrides)), arguments.workdir)
+    elif command == "plan":
+        from lmjax.plan import plan
+
+        plan(build_recipe(load(arguments.config, overrides)), arguments.topology, out=arguments.out,
+             tokens=arguments.tokens, find=arguments.search)
     elif command == "prepare":
         from lmjax.prepare import prepare
 
@@ -118,11 +124,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sub = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False)
            for name, text in COMMANDS.items()}
-    for name in ("train", "prepare", "bench"):
+    for name in ("train", "plan", "prepare", "bench"):
         sub[name].add_argument("--config", required=True, metavar="FILE[:VARIANT]",
                                help="a Python file with get_config(); --config.KEY.PATH=VALUE changes a value of it")
     for name in ("train", "report", "data"):
         sub[name].add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
+    sub["plan"].add_argument("--topology", required=True, metavar="NAME",
+                             help="v5e:16x16, v5p-128, 2xv6e:16x16 (two slices), ..., or cpu or gpu: what is here")
+    sub["plan"].add_argument("--search", action="store_true", help="find the best mesh, remat policy and batch first")
+    sub["plan"].add_argument("--tokens", type=float, default=0.0, help="a budget to reckon days and chip-hours for")
+    sub["plan"].add_argument("--out", default="", metavar="DIR", help="write plan.json, plan.svg and the HLO there")
     sub["prepare"].add_argument("--out", required=True, metavar="DIR", help="where the prepared data goes")
     sub["data"].add_argument("action", choices=("show", "order"), help="show: one step's rows and their text; order: "
                              "a line for each row of the run")

@@ -10,27 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import lmjax
 from lmjax.checkpoint import About, Checkpointer
 from lmjax.config import plain
 from lmjax.data import Tokenizer, open_splits
 from lmjax.data.order import Steps
-from lmjax.data.packing import dtype_of
 from lmjax.data.pipeline import Mixture, Split
 from lmjax.generate import Generator
-from lmjax.losses import Loss
 from lmjax.metrics import human_count
-from lmjax.models import Batch, Model, build_model
-from lmjax.nn.module import Params
-from lmjax.optim import make_optimizer, make_schedule
+from lmjax.models import Model
 from lmjax.prepare import prepare
+from lmjax.program import Program, make_program
 from lmjax.recipe import Recipe, blocking_changes
 from lmjax.runtime import agreed
 from lmjax.sharding import Layout, make_layout
-from lmjax.train_state import StateSpec, TrainState, state_spec
-from lmjax.train_step import StepFn, make_eval_step, make_train_step, next_token_loss
+from lmjax.train_state import StateSpec, TrainState
+from lmjax.train_step import StepFn
 from lmjax.tree import num_elements
 
 Log = Callable[[str], None]
@@ -42,14 +38,10 @@ class Run:
 
     recipe: Recipe
     workdir: Path
-    layout: Layout
-    model: Model
-    spec: StateSpec
+    program: Program
     train_split: Mixture
     heldout: Split
     tokenizer: Tokenizer | None
-    traced: jax.stages.Traced  # the train step
-    eval_fn: Callable[[Params, Batch], Loss]
     generator: Generator | None  # None without a tokenizer
     checkpointer: Checkpointer
     about: dict[str, Any]
@@ -62,6 +54,21 @@ class Run:
         """What a checkpoint after `step` steps has to hold of the data: where it goes on, and what came before."""
         state = self.steps.state(step)
         return {"fingerprint": self.train_split.fingerprint_of(state["next_row"]), **state}
+
+    @property
+    def layout(self) -> Layout:
+        """Where arrays live."""
+        return self.program.layout
+
+    @property
+    def model(self) -> Model:
+        """The model without its values."""
+        return self.program.model
+
+    @property
+    def spec(self) -> StateSpec:
+        """Shapes and shardings of the state."""
+        return self.program.spec
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -96,27 +103,17 @@ def _lock(workdir: Path, held: contextlib.ExitStack) -> None:
 
 def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
     """Checks everything that can be checked, prepares data, and makes or restores the state."""
-    devices = jax.devices()
-    platform = devices[0].platform
-    layout = make_layout(recipe.mesh, devices)
+    make_layout(recipe.mesh)  # a mesh that does not fit is refused before data is prepared
     _check_workdir(recipe, workdir, log)
     directory = _data(recipe, workdir, log)
     train_split, heldout = open_splits(recipe.data, directory)
     tokenizer = None if recipe.data.synthetic else Tokenizer.read(directory)
-    model = build_model(recipe.model, vocab_size=train_split.vocab_size, platform=platform,
-                        dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len)
-    schedule = make_schedule(recipe.optimizer, recipe.train.steps)
-    tx = make_optimizer(recipe.optimizer, recipe.train.steps, model.axes)
-    spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0)
-    _check_batch(recipe, layout)
-    loss_fn = next_token_loss(model, z_loss=recipe.train.z_loss, chunk=recipe.train.loss_chunk)
-    step_fn = make_train_step(loss_fn, spec, layout, schedule, seed=recipe.train.seed,
-                              microbatches=recipe.train.microbatches, ema_decay=recipe.optimizer.ema_decay)
+    program = make_program(recipe, jax.devices(), vocab_size=train_split.vocab_size, fields=train_split.fields)
+    layout, model = program.layout, program.model
     about = {"recipe": plain(recipe) | {"model": plain(model.config)},
              "tokenizer": None if tokenizer is None else base64.b64encode(tokenizer.to_bytes()).decode(),
              "versions": lmjax.versions()}
-    run = Run(recipe, workdir, layout, model, spec, train_split, heldout, tokenizer,
-              _trace(step_fn, spec, recipe, layout, train_split), make_eval_step(loss_fn, layout),
+    run = Run(recipe, workdir, program, train_split, heldout, tokenizer,
               None if tokenizer is None else
               Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size),
               Checkpointer(workdir.absolute() / "checkpoints", keep_last=recipe.checkpoint.keep_last,
@@ -193,25 +190,6 @@ def _same_run(where: Path, before: dict[str, Any], now: dict[str, Any]) -> list[
         raise ValueError(f"{where}: expected the config that this run was started with, got {'; '.join(bad)}; "
                          "use another --workdir or undo the change")
     return fine
-
-
-def _check_batch(recipe: Recipe, layout: Layout) -> None:
-    rows = recipe.train.batch_size // recipe.train.microbatches
-    for name, size in (("train.batch_size / microbatches", rows),
-                       ("eval.batch_size", recipe.eval.batch_size or recipe.train.batch_size)):
-        try:
-            layout.spec(("batch", "seq"), (size, recipe.data.seq_len))
-        except ValueError as error:
-            raise ValueError(f"config.{name}: {error}") from None
-
-
-def _trace(step_fn: Any, spec: StateSpec, recipe: Recipe, layout: Layout,
-           split: Mixture) -> jax.stages.Traced:
-    """The step, traced but not compiled: an activation that the mesh does not divide is refused here."""
-    rows, sharding = recipe.train.batch_size, layout.sharding(("batch", "seq"))
-    batch = {name: jax.ShapeDtypeStruct((rows, length), dtype_of(name), sharding=sharding)
-             for name, length in split.fields.items()}
-    return step_fn.trace(spec.shapes, batch)
 
 
 def _data(recipe: Recipe, workdir: Path, log: Log) -> str:

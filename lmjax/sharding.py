@@ -7,11 +7,13 @@ another mesh shape or another row in `rules`, never another model.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmjax.config import at_least
@@ -77,6 +79,10 @@ class Layout:
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]]
 
+    def on(self, name: str) -> tuple[str, ...]:
+        """The mesh axes of more than one device that `name` is split over, outermost first."""
+        return tuple(axis for axis in self.rules[name] if self.mesh.shape[axis] > 1)
+
     def spec(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
         """The `PartitionSpec` of an array whose dimensions are named `axes` (None: not sharded).
 
@@ -91,7 +97,7 @@ class Layout:
         for i, name in enumerate(axes):
             if name is not None and name not in self.rules:
                 raise ValueError(f"axis {name!r}: expected one of {', '.join(self.rules)}; add a row to RULES")
-            on = tuple(a for a in (self.rules[name] if name else ()) if self.mesh.shape[a] > 1)
+            on = self.on(name) if name else ()
             ways = math.prod(self.mesh.shape[a] for a in on)
             if shape is not None and shape[i] % ways:
                 raise ValueError(f"mesh: expected {'*'.join(on)}={ways} to divide {name}={shape[i]}, got a remainder "
@@ -133,12 +139,24 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
         raise ValueError(f"config.mesh: expected axes whose product is the {len(devices)} devices present, got {shown} "
                          f"(a multiple of {fixed}); set one axis to -1 or change the others")
     # Explicit axis types became JAX's default; lmjax constrains by name and lets the compiler propagate.
-    mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES),
-                         devices=devices)
+    mesh = Mesh(_placed(tuple(sizes.values()), devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     # An activation follows the parameter axis that it comes from, unless it has a row of its own.
     names = ("mlp", "heads", "kv_heads", "vocab")
     follow = {f"act_{name}": axes for name, axes in config.rules.items() if name in names}
     return Layout(mesh, {**RULES, **follow, **config.rules})
+
+
+def _placed(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the mesh's shape: neighbours on the torus along each axis, slices only along `data`, the first."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise ValueError(f"config.mesh.data: expected a multiple of the {slices} slices, which only data goes across, "
+                         f"got {sizes[0]}; change it")
+    across = (slices, *[1] * (len(sizes) - 1))
+    return mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), across, devices,
+                                                allow_split_physical_axes=True)
 
 
 _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -183,3 +201,37 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if layout is None or layout.mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))
+
+
+def sum_where_it_lies(contract: Callable[[jax.Array, jax.Array], jax.Array], a: jax.Array, b: jax.Array,
+                      rows: tuple[str, str], sides: tuple[str, str]) -> jax.Array:
+    """`contract` of a [B, T, D] and b [B, T, F] over B and T (named by `rows`) to [D, F], laid out by its `sides`.
+
+    Each device contracts its own rows, and the sum over devices is a reduce-scatter along every mesh axis that a side
+    is split over, one after the other. Left alone, TPU's compiler sums all of it everywhere before it takes each
+    device's share, at twice the traffic, whenever the devices are more than one ring of the torus.
+    """
+    layout = _LAYOUT.get()
+    if layout is None:
+        return contract(a, b)
+    lead, own = [layout.on(name) for name in rows], [layout.on(name) for name in sides]
+    over = [axis for on in lead for axis in on]
+    inner = [tuple(axis for axis in side if axis not in over) for side in own]  # split before the sum as well
+    mixed = any(split and split != side for split, side in zip(inner, own, strict=True))
+    ways = [math.prod(layout.mesh.shape[axis] for axis in on) for on in lead]
+    ragged = any(size % n for size, n in zip(a.shape[:2], ways, strict=True))
+    if mixed or ragged or not over:  # the pieces would come in another order, or be of different sizes
+        return contract(a, b)
+
+    def local(a: jax.Array, b: jax.Array) -> jax.Array:
+        total = contract(a, b)
+        for dim, side in enumerate(own):
+            for axis in side:
+                if axis in over:
+                    total = jax.lax.psum_scatter(total, axis, scatter_dimension=dim, tiled=True)
+        rest = tuple(axis for axis in over if axis not in (*own[0], *own[1]))
+        return jax.lax.psum(total, rest) if rest else total
+
+    specs = tuple(PartitionSpec(*(on or None for on in (*lead, side))) for side in inner)
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=PartitionSpec(*(on or None for on in own)),
+                         check_vma=False)(a, b)

@@ -155,7 +155,7 @@ class Loop:
             batches = eval_batches(run.heldout, batch_size, run.layout.sharding(("batch", "seq")),
                                    most=0 if whole else r.eval.batches)
             with contextlib.closing(batches):
-                result = evaluate(run.eval_fn, params, batches, run.heldout)
+                result = evaluate(run.program.eval_fn, params, batches, run.heldout)
             self.writer.eval(step, {f"{name}/{key}": value for key, value in result.items()})
             self.progress.log(f"step {step}: {name} loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits/byte,"
                               f" perplexity {result['perplexity']:.1f} over {human_count(result['tokens'])} tokens")
@@ -173,7 +173,7 @@ class Loop:
 def _compile(run: Run, writer: MetricsWriter, step: int) -> None:
     """Compiles the step before the loop, so that its time is known and its errors come first."""
     began = time.monotonic()
-    run.compiled = run.traced.lower().compile()
+    run.compiled = run.program.traced.lower().compile()
     writer.event(step, "compile", time.monotonic() - began)
 
 

@@ -13,11 +13,11 @@ PACKAGE = ROOT / "lmjax"
 
 # A module may import from its own layer and from those below. A new module needs a row here.
 LAYERS = [
-    {"sharding", "config", "tree", "runtime"},
+    {"sharding", "config", "tree", "runtime", "hlo", "chips"},
     {"nn"},
     {"models", "data", "losses", "optim"},
-    {"recipe", "train_state", "train_step", "checkpoint", "metrics", "adapt", "interop", "tasks"},
-    {"cli", "train", "run", "evaluate", "generate", "lm", "plan", "report", "report_*", "prepare",
+    {"recipe", "program", "train_state", "train_step", "checkpoint", "metrics", "adapt", "interop", "tasks"},
+    {"cli", "train", "run", "evaluate", "generate", "lm", "plan", "plan_*", "report", "report_*", "prepare",
      "data_command", "bench", "bench_*"},
 ]
 MAX_FILE_LINES = 400

@@ -38,6 +38,7 @@ class Dense(nnx.Module):
     def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], axes: tuple[str, ...], *,
                  use_bias: bool, init: Initializer, rngs: nnx.Rngs):
         self.num_in = len(in_shape)
+        self.sides = (axes[0], axes[len(in_shape)])  # of merged dimensions, the first decides where they lie
         self.kernel = param(rngs, init, (*in_shape, *out_shape), axes)
         self.bias = param(rngs, zeros, out_shape, ("norm",) * len(out_shape)) if use_bias else None
 
@@ -45,7 +46,7 @@ class Dense(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         lead, out = x.shape[: x.ndim - self.num_in], kernel.shape[self.num_in:]
         rows = math.prod(kernel.shape[: self.num_in])
-        y = matmul(x.reshape(*lead, rows), kernel.reshape(rows, -1)).reshape(*lead, *out)
+        y = matmul(x.reshape(*lead, rows), kernel.reshape(rows, -1), self.sides).reshape(*lead, *out)
         return y if self.bias is None else y + _along_last(self.bias[...].astype(x.dtype), y.ndim)
 
 

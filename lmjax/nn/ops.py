@@ -5,6 +5,7 @@ weight's matmul, which costs more than the matmul. `barrier` gives such a value 
 TPU and GPU, where that fusion is what one wants, it does nothing. docs/speed.md has the figures.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lmjax.sharding import num_devices, platform
+from lmjax.sharding import num_devices, platform, sum_where_it_lies
 
 Dims = Any  # the dimension numbers of lax.dot_general
 MATMUL = "matmul"  # what remat policies know the results by: they do not see into a custom_vjp
@@ -49,27 +50,36 @@ def dot_rows(a: jax.Array, b: jax.Array, batch_dims: int = 0, *, dtype: Any = No
     return lax.dot_general(left, b, dims, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., D] @ w [D, F] -> [..., F]."""
+def matmul(x: jax.Array, w: jax.Array, axes: tuple[str, str] | None = None) -> jax.Array:
+    """x [..., D] @ w [D, F] -> [..., F].
+
+    axes: the names that the two dimensions of w are placed by, from which the sharding of its gradient is known.
+    """
     if num_devices() > 1:  # merged dimensions could not keep their separate shardings
-        y = _matmul(x, w)
+        y = _matmul(x, w, axes)
     else:
-        y = _matmul(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
+        y = _matmul(x.reshape(-1, x.shape[-1]), w, None).reshape(*x.shape[:-1], w.shape[-1])
     return checkpoint_name(y, MATMUL)
 
 
-@jax.custom_vjp
-def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: jax.Array, w: jax.Array, axes: tuple[str, str] | None) -> jax.Array:
     return dot(x, w, (((x.ndim - 1,), (0,)), ((), ())))
 
 
-def _matmul_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _matmul(x, w), (x, w)
+def _matmul_forward(x: jax.Array, w: jax.Array,
+                    axes: tuple[str, str] | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _matmul(x, w, axes), (x, w)
 
 
-def _matmul_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _matmul_backward(axes: tuple[str, str] | None, saved: tuple[jax.Array, jax.Array],
+                     g: jax.Array) -> tuple[jax.Array, jax.Array]:
     (x, w), g = saved, barrier(g)
-    return dot(g, w, (((g.ndim - 1,), (1,)), ((), ()))), dot_rows(x, g)
+    if axes is None or x.ndim != 3:
+        d_w = dot_rows(x, g)
+    else:
+        d_w = sum_where_it_lies(dot_rows, x, g, ("batch", "seq"), axes)
+    return dot(g, w, (((g.ndim - 1,), (1,)), ((), ()))), d_w
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

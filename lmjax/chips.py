@@ -1,0 +1,111 @@
+"""What a TPU chip can do, and topologies by name. Nothing here imports JAX: `tpu_compiler` has to come before it."""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import MutableMapping
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip generation, from its public data sheet; rates per chip.
+
+    hbm: bytes that a program may use (a little less than is built in). flops: peak bf16 FLOP/s. clock: Hz of the
+    cycles that the compiler estimates. ici: bytes/s of a collective's ring within a slice, 0.9 of all links. dcn:
+    bytes/s between slices. dims: of the torus. cores: what a name such as v5p-128 counts a chip as. host: chips a host.
+    """
+
+    name: str
+    hbm: float
+    flops: float
+    clock: float
+    ici: float
+    dcn: float
+    dims: int
+    cores: int
+    host: int
+
+
+CHIPS = {chip.name: chip for chip in (
+    Chip("v4", 31.75 * GIB, 275e12, 1.05e9, 270e9, 6.25e9, dims=3, cores=2, host=4),
+    Chip("v5e", 15.75 * GIB, 197e12, 1.50e9, 180e9, 3.125e9, dims=2, cores=1, host=8),
+    Chip("v5p", 95.74 * GIB, 459e12, 1.75e9, 540e9, 6.25e9, dims=3, cores=2, host=4),
+    Chip("v6e", 31.25 * GIB, 918e12, 1.75e9, 360e9, 12.5e9, dims=2, cores=1, host=8),
+)}
+ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
+LARGEST = {2: 16, 3: 24}  # the longest side of a slice, by the torus's dimensions
+EXAMPLES = "v5e:16x16, v5p-128 (64 chips), 2xv6e:16x16 (two slices) or cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """`slices` equal slices of `chip`s, each a torus of `shape`."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        """Chips in all slices."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def name(self) -> str:
+        """The name of one slice, as libtpu knows it: v5p:4x4x4."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What `jax.experimental.topologies.get_topology_desc` takes besides the name."""
+        cores = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}  # else a device a core
+        return cores | ({"num_slices": self.slices} if self.slices > 1 else {})
+
+    def __str__(self) -> str:
+        return self.name if self.slices == 1 else f"{self.slices}x{self.name}"
+
+
+def parse_topology(text: str) -> Topology:
+    """The topology of a name: `v5e:16x16` by shape, `v5p-128` by the number in a product's name, `2xv5e:16x16`.
+
+    Raises:
+      ValueError: not a name of a topology that exists.
+    """
+    def wrong(got: str) -> ValueError:
+        return ValueError(f"--topology: expected one such as {EXAMPLES}, of {', '.join(CHIPS)}, got {got}; correct it")
+
+    found = re.fullmatch(r"(?:(\d+)x)?(v\d\w*?)(?::(\d+(?:x\d+)*)|-(\d+))", text.strip())
+    if not found or (name := ALIASES.get(found[2], found[2])) not in CHIPS:
+        raise wrong(repr(text))
+    chip, slices = CHIPS[name], int(found[1] or 1)
+    if found[4]:
+        shape = _shape(int(found[4]) / chip.cores, chip.dims)
+        if shape is None:
+            raise wrong(f"{text!r}, whose {found[4]} is no power of two or too large for one slice")
+    else:
+        shape = tuple(int(n) for n in found[3].split("x"))
+        if len(shape) != chip.dims or not 1 <= min(shape) <= max(shape) <= LARGEST[chip.dims] or slices < 1:
+            raise wrong(f"{text!r}, but {name} has {chip.dims} dimensions of 1 to {LARGEST[chip.dims]} chips")
+    return Topology(chip, shape, slices)
+
+
+def _shape(chips: float, dims: int) -> tuple[int, ...] | None:
+    """The most cubic torus of a power of two of chips, as slices are sold; None where there is none."""
+    bits = int(chips).bit_length() - 1
+    if chips != 2**bits or bits > 4 * dims:
+        return None
+    shape = [2 ** (bits // dims + (i >= dims - bits % dims)) for i in range(dims)]
+    if shape == [1, 2, 2]:
+        shape = [2, 2, 1]  # one host of v4 or v5p
+    return tuple(shape)
+
+
+def tpu_compiler(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Sets what libtpu needs to compile on a machine without a TPU; a no-op once JAX has loaded it."""
+    environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost",
+                   TPU_ACCELERATOR_TYPE="v5e-16", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

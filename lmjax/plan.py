@@ -1,0 +1,148 @@
+"""`lmjax plan`: what a run would need and take on a topology, from compiling its real step, without hardware."""
+
+import dataclasses
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lmjax.chips import GIB, Topology, parse_topology
+from lmjax.metrics import human_count
+from lmjax.plan_compile import HERE, Log, Result, compiled
+from lmjax.plan_estimate import Estimate, estimate, span
+from lmjax.plan_plots import draw
+from lmjax.plan_search import search
+from lmjax.recipe import Recipe
+
+
+def plan(recipe: Recipe, topology: str, *, out: str = "", tokens: float = 0.0, find: bool = False,
+         log: Log = lambda line: print(line, file=sys.stderr, flush=True)) -> dict[str, Any]:
+    """Compiles the step of `recipe` for `topology` (see `chips.parse_topology`, or cpu, gpu: the devices here).
+
+    Prints a table and returns its figures. out: a directory for plan.json, plan.svg and step.hlo.gz. tokens: a
+    budget to reckon days for, besides the recipe's own. find: search for the best mesh, remat and batch first.
+
+    Raises:
+      ValueError: an unknown topology, a mesh that does not fit it, a step that does not fit into a chip's memory, or
+        no TPU compiler installed.
+    """
+    where, found = named(topology), None
+    if find:
+        if not isinstance(where, Topology):
+            raise ValueError(f"--search: expected a TPU topology to search on, got {topology}; name one")
+        best, found = search(recipe, where, log=log)
+        recipe = best.recipe
+        print(f"the best of {len(found)} compiled:\n  {' '.join(best.overrides)}\n")
+    result, text = compiled(recipe, where, log)
+    if not text:
+        raise ValueError(does_not_fit(result))
+    made = estimate(result, text)
+    report = as_json(recipe, result, made, tokens) | ({"search": found} if find else {})
+    print(table(recipe, result, made, tokens))
+    if out:
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.json").write_text(json.dumps(report, indent=2) + "\n")
+        (folder / "plan.svg").write_text(draw(made))
+        (folder / "step.hlo.gz").write_bytes(gzip.compress(text.encode(), 5))
+        log(f"written: {folder}/plan.json, plan.svg, step.hlo.gz")
+    return report
+
+
+def named(topology: str) -> Topology | str:
+    """A platform's name for the devices at hand, or else the TPU topology."""
+    return topology if topology in HERE else parse_topology(topology)
+
+
+def does_not_fit(result: Result) -> str:
+    """What to say of a step that needs more memory than a chip has."""
+    limit = parse_topology(result["topology"]).chip.hbm
+    return (f"--topology {result['topology']}: expected a step within the {limit / GIB:.1f} GiB of a chip, got one "
+            f"that needs {result['needs'] / GIB:.1f} GiB; raise train.microbatches, use model.remat=full or more "
+            "fsdp, or let --search find what fits")
+
+
+def as_json(recipe: Recipe, result: Result, made: Estimate, tokens: float) -> dict[str, Any]:
+    """All figures of the table, in SI units; pairs are (communication exposed, hidden) as named."""
+    plain = dataclasses.asdict(made)
+    own = recipe.train.steps * made.tokens
+    budgets = {name: {"tokens": n, "days": made.days(n), "chip_hours": [24 * d * made.chips for d in made.days(n)]}
+               for name, n in (("recipe", own), ("budget", tokens)) if n}
+    return plain | {
+        "fits": made.fits, "parameters": result["parameters"], "attention_kernel": result["attention"],
+        "device_kind": result["device_kind"], "compute_dtype": result["compute_dtype"],
+        "step_seconds": {"hidden": made.hidden, "exposed": made.exposed},
+        "mfu": dict(zip(("exposed", "hidden"), made.mfu, strict=True)),
+        "tokens_per_second_per_chip": dict(zip(("exposed", "hidden"), made.tokens_per_second, strict=True)),
+        "compile_seconds": result["seconds"], "host_bytes": result["host_bytes"], "budgets": budgets}
+
+
+def table(recipe: Recipe, result: Result, made: Estimate, tokens: float) -> str:
+    """The figures as text."""
+    shape = ", ".join(f"{axis}={n}" for axis, n in made.mesh.items() if n > 1) or "one device"
+    lines = [
+        f"{made.topology}: {made.chips} x {result['device_kind']}; mesh {shape}; {result['compute_dtype']}",
+        f"model: {human_count(result['parameters'])} parameters; {human_count(made.tokens)} tokens a step, "
+        f"{made.tokens // made.chips:,} a chip; attention {result['attention']['kernel']} "
+        f"({result['attention']['reason']})",
+        "", *_memory(made), "", *_compute(made), "", *_communication(made), "", *_time(recipe, made, tokens), "",
+        f"compiled in {result['seconds']['trace'] + result['seconds']['compile']:.0f} s with "
+        f"{result['host_bytes'] / GIB:.1f} GiB of host memory"]
+    return "\n".join(lines)
+
+
+def _memory(made: Estimate) -> list[str]:
+    m = made.memory
+    rows = {"parameters": m["parameters"], "optimizer state": m["optimizer"], "average of weights": m["average"],
+            "batch": m["batch"], "padding": m["arguments"] - sum(m[k] for k in ("parameters", "optimizer", "average",
+                                                                                  "batch")),
+            "activations, gradients, temporaries": m["temporaries"], "other outputs, code": m["outputs"] + m["code"]}
+    share = f"  of {made.limit / GIB:.2f} GiB ({m['peak'] / made.limit:.0%})" if made.limit else ""
+    unit, scale = ("GiB", GIB) if m["peak"] >= GIB else ("MiB", 2**20)
+    lines = [f"{'memory per device':36}{unit:>10}"]
+    lines += [f"  {name:34}{n / scale:10.3f}" for name, n in rows.items() if n]
+    return [*lines, f"  {'peak':34}{m['peak'] / scale:10.3f}{share}"]
+
+
+def _compute(made: Estimate) -> list[str]:
+    unit, scale = ("TFLOP", 1e12) if made.flops >= 1e12 else ("GFLOP", 1e9)
+    more = made.flops / made.model_flops - 1
+    return [f"{'matmuls per device and step':36}{unit:>10}",
+            f"  {'model (6 per weight, causal keys)':34}{made.model_flops / scale:10.3f}",
+            f"  {'compiled':34}{made.flops / scale:10.3f}  {more:+.0%}",
+            f"  {'of which computed again (remat)':34}{made.recomputed / scale:10.3f}"]
+
+
+def _communication(made: Estimate) -> list[str]:
+    lines = [f"{'collectives per device and step':36}{'count':>10}{'GiB sent':>12}{'s at bandwidth':>17}"]
+    for row in made.collectives:
+        if row.bytes >= 2**20:
+            name = f"{row.kind}, {row.link}, {'asynchronous' if row.asynchronous else 'synchronous'}"
+            lines.append(f"  {name:34}{row.count:10,}{row.bytes / GIB:12.3f}{row.seconds:17.4f}")
+    return lines if len(lines) > 1 else [*lines, "  none of a MiB or more"]
+
+
+def _time(recipe: Recipe, made: Estimate, tokens: float) -> list[str]:
+    names = {"matmul": "matmuls", "attention": "attention kernels, at 50% of peak",
+             "grouped": "grouped matmuls, at 70% of peak", "other": "other compute",
+             "exposed": "synchronous collectives"}
+    lines = [f"{'time of a step':36}{'s':>10}   from {made.basis}"]
+    lines += [f"  {text:34}{made.seconds[kind]:10.4f}" for kind, text in names.items() if made.seconds[kind]]
+    second = span((made.hidden, made.exposed), lambda s: f"{s:.4g}")
+    share = "MFU" if made.limit else "share of the matmul rate"
+    lines += [f"  {'whole step':34}{second:>10}   communication and other compute hidden .. exposed",
+              f"  tokens/s a device {span(made.tokens_per_second, lambda n: f'{n:,.0f}')}, {share} "
+              f"{span(made.mfu, lambda share: f'{share:.1%}')}, tokens a day "
+              f"{span(tuple(86400 * made.chips * n for n in made.tokens_per_second), lambda n: f'{n:.3g}')}"]
+    for name, n in (("this recipe", recipe.train.steps * made.tokens), ("--tokens", tokens)):
+        if n:
+            lines.append(f"  {name}: {n:.3g} tokens, {span(made.days(n), lambda d: f'{d:,.3g}')} days, "
+                         f"{span(tuple(24 * made.chips * d for d in made.days(n)), lambda h: f'{h:,.3g}')} chip-hours")
+    if made.limit:
+        lines.append("  a compiler's estimate, not a measurement: it leaves out what docs/planning.md lists")
+    else:
+        lines.append("  a lower bound: only matmuls are counted")
+    if made.unknown:
+        lines.append(f"  not counted, no time is known for: {', '.join(made.unknown)}")
+    return lines

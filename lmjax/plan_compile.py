@@ -1,0 +1,218 @@
+"""Compiles a recipe's train step for a topology, in a process of its own, and keeps what came out.
+
+A compilation for TPU needs its environment set before JAX is imported, may take gigabytes, and may end the process;
+so it gets one, and its results are files: `result.json` and the optimized HLO, `step.hlo.gz`, in a directory of
+~/.cache/lmjax/plan that is named by all that they depend on.
+"""
+
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lmjax.bench import matmul_rate
+from lmjax.chips import Topology, parse_topology, tpu_compiler
+from lmjax.config import plain
+from lmjax.data.objectives import Objective
+from lmjax.program import Program, make_program
+from lmjax.recipe import Recipe, build_recipe
+from lmjax.tree import num_elements
+
+Result = dict[str, Any]
+Log = Callable[[str], None]
+HERE = ("cpu", "gpu", "cuda", "tpu")  # a topology that is a platform: the devices at hand
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+# What a compiled step depends on besides its config. A change of any of these files compiles anew.
+SOURCES = ("nn/*.py", "models/*.py", "losses.py", "optim.py", "sharding.py", "train_step.py", "train_state.py",
+           "program.py", "plan_compile.py")
+
+
+def cache_directory() -> Path:
+    """LMJAX_PLAN_CACHE, or ~/.cache/lmjax/plan."""
+    return Path(os.environ.get("LMJAX_PLAN_CACHE") or Path.home() / ".cache" / "lmjax" / "plan")
+
+
+def compiled(recipe: Recipe, topology: Topology | str, log: Log) -> tuple[Result, str]:
+    """(what the compiler says of the train step, its optimized HLO), from the cache or compiled now.
+
+    topology: of TPUs, or a platform's name for the devices at hand. A step that needs more memory than a chip has
+    gives a result with `needs` (bytes) and no HLO.
+
+    Raises:
+      ValueError: the recipe does not fit the topology, libtpu is not installed, or the compiler failed.
+    """
+    request = {"recipe": plain(recipe), "topology": str(topology)}
+    if isinstance(topology, Topology) and importlib.util.find_spec("libtpu") is None:
+        raise ValueError(f"--topology {topology}: expected the TPU compiler, got no libtpu; install it with "
+                         "pip install 'jax[tpu]' (it needs no TPU)")
+    home = cache_directory() / _key(request)
+    if not (home / "result.json").exists():
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home.parent) as work:
+            (Path(work) / "request.json").write_text(json.dumps(request))
+            _child(work, topology, log)
+            shutil.rmtree(home, ignore_errors=True)
+            shutil.copytree(work, f"{work}.done")
+            os.replace(f"{work}.done", home)
+    result = json.loads((home / "result.json").read_text())
+    text = home / "step.hlo.gz"
+    return result, gzip.decompress(text.read_bytes()).decode() if text.exists() else ""
+
+
+def measure(recipe: Recipe, topology: Topology | str) -> tuple[Result, str]:
+    """The same in this process, not kept. For TPU its environment must have been set by `chips.tpu_compiler`.
+
+    Raises:
+      ValueError: the recipe does not fit the devices.
+    """
+    devices = _devices(topology)
+    began = time.monotonic()
+    words = recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
+    objective = Objective(recipe.data.objective, seq_len=recipe.data.seq_len, vocab_size=words)
+    vocab_size = recipe.model.vocab_size or objective.vocab_size
+    program = make_program(recipe, devices, vocab_size=vocab_size, fields=objective.fields)
+    lowered = program.traced.lower()
+    traced = time.monotonic()
+    result = {"topology": str(topology), "devices": len(devices), "device_kind": devices[0].device_kind,
+              "platform": devices[0].platform, "mesh": dict(program.layout.mesh.shape),
+              "slices": [getattr(d, "slice_index", 0) for d in program.layout.mesh.devices.flat],
+              **_about(recipe, program)}
+    try:
+        step = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (needs := _needed(str(error))) is None:
+            raise
+        return result | {"needs": needs}, ""
+    seconds = {"trace": traced - began, "compile": time.monotonic() - traced}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rate = matmul_rate(result["compute_dtype"]) if not isinstance(topology, Topology) else None
+    return result | {"memory": _memory(program, step), "seconds": seconds, "host_bytes": peak,
+                     "matmul_flops_per_second": rate}, step.as_text()
+
+
+def _about(recipe: Recipe, program: Program) -> Result:
+    model = program.model
+    return {"parameters": num_elements(model.shapes), "tokens": recipe.train.batch_size * recipe.data.seq_len,
+            "seq_len": recipe.data.seq_len, "window": model.config.sliding_window,
+            "flops_per_token": model.flops_per_token(recipe.data.seq_len), "compute_dtype": str(model.dtype),
+            "attention": {"kernel": model.kernel, "reason": model.kernel_reason}}
+
+
+def _memory(program: Program, step: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes a device: what the program's arrays take by kind, and what the compiler allots."""
+    said, shapes = step.memory_analysis(), program.spec.shapes
+    arguments, temporary = said.argument_size_in_bytes, said.temp_size_in_bytes
+    fresh = max(said.output_size_in_bytes - said.alias_size_in_bytes, 0)  # the step's input is donated
+    code = said.generated_code_size_in_bytes
+    return {"parameters": _shard_bytes(shapes.params), "optimizer": _shard_bytes(shapes.opt_state),
+            "average": _shard_bytes(shapes.ema), "batch": _shard_bytes(program.batch), "arguments": arguments,
+            "temporaries": temporary, "outputs": fresh, "code": code, "peak": arguments + temporary + fresh + code}
+
+
+def _shard_bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _devices(topology: Topology | str) -> Sequence[jax.Device]:
+    if not isinstance(topology, Topology):
+        try:
+            return jax.devices(topology)
+        except RuntimeError as error:
+            raise ValueError(f"--topology {topology}: expected devices of that kind here, got {error}; name a TPU "
+                             "topology or another platform") from None
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name,
+                                             **topology.options).devices
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise ValueError(f"--topology {topology}: expected one that libtpu knows, got {_first_line(error)}; "
+                         "try another shape") from None
+
+
+def _needed(error: str) -> int | None:
+    """Bytes that a program which did not fit wanted, from the compiler's message; None for any other failure."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", error)
+    return int(float(found[1]) * 1024 ** (" KMGT".index(found[2]))) if found else None
+
+
+def _key(request: Result) -> str:
+    """Of everything that a compilation's result depends on."""
+    package = Path(__file__).parent
+    code = {str(file.relative_to(package)): file.read_text() for part in SOURCES for file in package.glob(part)}
+    versions = {}
+    for name in ("jax", "jaxlib", "libtpu", "flax", "optax"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = ""
+    flags = {name: os.environ.get(name, "") for name in FLAGS}
+    platforms = os.environ.get("JAX_PLATFORMS", "") if request["topology"] in HERE else ""
+    whole = json.dumps([request, code, versions, flags, platforms], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:24]
+
+
+def _child(work: str, topology: Topology | str, log: Log) -> None:
+    """Runs `main` in a process with the environment that it needs, and tells the time while it lasts."""
+    environ = dict(os.environ)
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), environ.get("PYTHONPATH")]))
+    if isinstance(topology, Topology):
+        tpu_compiler(environ)
+    began, told = time.monotonic(), 0.0
+    with open(Path(work) / "log", "w+") as said:
+        child = subprocess.Popen([sys.executable, "-m", "lmjax.plan_compile", work], env=environ, stdout=said,
+                                 stderr=said)
+        try:
+            while child.poll() is None:
+                time.sleep(0.1)
+                if (passed := time.monotonic() - began) > told + 10:
+                    told = passed
+                    log(f"compiling for {topology}: {passed:.0f} s")
+        finally:
+            child.kill()
+            child.wait()
+        said.seek(0)
+        lines = [line for line in said.read().splitlines() if line.strip()]
+    if child.returncode == 2:
+        raise ValueError(lines[-1])
+    if child.returncode:
+        raise ValueError(f"--topology {topology}: expected the step to compile, got exit code {child.returncode}: "
+                         f"{lines[-1] if lines else 'no message'}; if memory ran out, use a machine with more of it")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".;")
+
+
+def main(work: str) -> int:
+    """The child: request.json in, result.json and step.hlo.gz out. 2: it cannot be done, as the last line says."""
+    request = json.loads((Path(work) / "request.json").read_text())
+    name = request["topology"]
+    try:
+        result, text = measure(build_recipe(request["recipe"]), name if name in HERE else parse_topology(name))
+    except ValueError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    if text:
+        (Path(work) / "step.hlo.gz").write_bytes(gzip.compress(text.encode(), 5))
+    (Path(work) / "result.json").write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

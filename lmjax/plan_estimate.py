@@ -1,0 +1,202 @@
+"""From a compiled step to time, memory and money: the arithmetic of `lmjax plan`, without JAX.
+
+The time of a step lies between two figures. Hidden: the cycles of matmuls, plus the attention kernels, as if all else
+ran beside them. Exposed: all cycles, the kernels, and every synchronous collective at its ring's bandwidth. What
+neither sees: asynchronous collectives that take longer than what runs beside them, congestion, stragglers, and
+whatever the compiler's model of its own chip has wrong.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lmjax import hlo
+from lmjax.chips import Chip, parse_topology
+
+Result = dict[str, Any]
+
+# Pallas kernels carry no cycles. Attention: the matmuls of a visited tile, at half of peak. Grouped matmuls: 70%.
+ATTENTION_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}
+ATTENTION_SHARE, GROUPED_SHARE = 0.5, 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectiveRow:
+    """A kind of collective over a kind of link: executions a step, bytes that a chip sends, seconds at bandwidth."""
+
+    kind: str
+    link: str  # ici or dcn
+    asynchronous: bool
+    count: int
+    bytes: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A step on one chip of a topology, in seconds, bytes and FLOPs.
+
+    hidden, exposed: the two ends of the step's time. memory: bytes by kind; limit: what a program may use, 0 unknown.
+    seconds: cycles by kind (matmul, other), attention and grouped (Pallas), and exposed (synchronous collectives).
+    model_flops: of a step on one chip, by the model's formula; flops: those compiled; recomputed: of these, again.
+    basis: what the times rest on. unknown: Pallas calls that no time could be put to.
+    """
+
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    memory: dict[str, int]
+    limit: float
+    hidden: float
+    exposed: float
+    seconds: dict[str, float]
+    model_flops: float
+    flops: float
+    recomputed: float
+    collectives: list[CollectiveRow]
+    tokens: int
+    peak_flops: float
+    basis: str
+    unknown: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step's peak is within what a chip has."""
+        return not self.limit or self.memory["peak"] <= self.limit
+
+    @property
+    def mfu(self) -> tuple[float, float]:
+        """Model FLOPs by peak FLOPs, with communication exposed and hidden."""
+        return tuple(self.model_flops / self.peak_flops / t if t else math.nan for t in (self.exposed, self.hidden))
+
+    @property
+    def tokens_per_second(self) -> tuple[float, float]:
+        """Per chip, with communication exposed and hidden."""
+        return tuple(self.tokens / self.chips / t if t else math.nan for t in (self.exposed, self.hidden))
+
+    def days(self, tokens: float) -> tuple[float, float]:
+        """To train on so many tokens, with communication hidden and exposed."""
+        return tuple(tokens / self.tokens * t / 86400 for t in (self.hidden, self.exposed))
+
+
+def estimate(result: Result, text: str) -> Estimate:
+    """Of what `plan_compile.compiled` gives."""
+    chip = chip_of(result)
+    found = hlo.costs(hlo.parse(text), result["devices"])
+    rows = _collective_rows(found.collectives, result["slices"], chip)
+    seconds = {"matmul": 0.0, "other": 0.0, "attention": 0.0, "grouped": 0.0}
+    unknown: list[str] = []
+    if chip is not None:
+        seconds |= {kind: n / chip.clock for kind, n in found.cycles.items()}
+        unknown = _add_kernels(seconds, found.calls, result, chip)
+        rate, basis = chip.flops, "the compiler's cycles"
+    else:
+        rate = result["matmul_flops_per_second"]
+        seconds["matmul"], basis = found.flops / rate, f"matmuls alone, at the {rate / 1e9:,.0f} GFLOP/s measured here"
+    seconds["exposed"] = sum(row.seconds for row in rows if not row.asynchronous)
+    kernels = seconds["attention"] + seconds["grouped"]
+    hidden = seconds["matmul"] + kernels
+    return Estimate(
+        topology=result["topology"], chips=result["devices"], mesh=result["mesh"], memory=result["memory"],
+        limit=chip.hbm if chip else 0.0, hidden=hidden, exposed=hidden + seconds["other"] + seconds["exposed"],
+        seconds=seconds, model_flops=result["flops_per_token"] * result["tokens"] / result["devices"],
+        flops=found.flops + kernels_flops(found.calls, result), recomputed=found.recomputed_flops, collectives=rows,
+        tokens=result["tokens"], peak_flops=rate, basis=basis, unknown=unknown)
+
+
+def chip_of(result: Result) -> Chip | None:
+    """The chip of a compilation for a topology; None for the devices at hand."""
+    return parse_topology(result["topology"]).chip if ":" in result["topology"] else None
+
+
+def _collective_rows(collectives: Sequence[hlo.Collective], slices: Sequence[int],
+                     chip: Chip | None) -> list[CollectiveRow]:
+    def link(c: hlo.Collective) -> str:
+        members = c.group or range(len(slices))
+        return "dcn" if len({slices[i] for i in members}) > 1 else "ici"
+
+    sums: dict[tuple[str, str, bool], list[float]] = {}
+    for c in collectives:
+        row = sums.setdefault((c.kind, link(c), c.asynchronous), [0, 0.0])
+        row[0] += c.times
+        row[1] += c.times * c.traffic
+    bandwidth = {"ici": chip.ici, "dcn": chip.dcn} if chip else {"ici": math.inf, "dcn": math.inf}
+    rows = [CollectiveRow(*key, int(n), b, b / bandwidth[key[1]]) for key, (n, b) in sums.items()]
+    return sorted(rows, key=lambda row: -row.bytes)
+
+
+def attention_role(call: hlo.Call) -> str:
+    """Which pass of an attention kernel a Pallas call is (fwd, dq, dkv), by its name; "" for anything else."""
+    name = call.op_name.lower()
+    if "attention" not in name and "splash" not in name and "flash" not in name and "mha" not in name:
+        return ""
+    return "dkv" if "dkv" in name else "dq" if "dq" in name else "fwd"
+
+
+def attention_flops(call: hlo.Call, window: int) -> float:
+    """FLOPs of a Pallas attention call on one device, over the tiles that it visits.
+
+    Read off its operands: q is the first array of floats [..., H, T, K], k the next with the same K; a mask table
+    [1 or H, tiles of T, tiles of S] of small integers gives the tiles' sizes, without which 512 is taken.
+    """
+    floats = [dims for dtype, dims in call.operands if dtype in ("bf16", "f32", "f16") and len(dims) >= 3]
+    if len(floats) < 2:
+        return 0.0
+    q, k = floats[:2]
+    T, K, S = q[-2], q[-1], k[-2]
+    tables = [dims for dtype, dims in call.operands if dtype in ("s8", "s16", "s32") and len(dims) == 3]
+    tiles_T, tiles_S = (max(t[i] for t in tables) for i in (1, 2)) if tables else (-(-T // 512), -(-S // 512))
+    bq, bk = -(-T // tiles_T), -(-S // tiles_S)
+    visited = visited_tiles(T, S, bq, bk, window)
+    return ATTENTION_MATMULS[attention_role(call)] * 2.0 * math.prod(q[:-2]) * visited * bq * bk * K
+
+
+def visited_tiles(T: int, S: int, bq: int, bk: int, window: int = 0) -> int:
+    """Tiles of bq queries and bk keys in which a causal query sees a key, at most `window` back (0: all)."""
+    count = 0
+    for i in range(-(-T // bq)):
+        first, last = i * bq + S - T, min((i + 1) * bq, T) - 1 + S - T  # queries end where keys end
+        low = max(first - window + 1, 0) // bk if window else 0
+        count += max(min(last, S - 1) // bk - low + 1, 0)
+    return count
+
+
+def kernels_flops(calls: Sequence[hlo.Call], result: Result) -> float:
+    """FLOPs a step of all Pallas attention calls on one device."""
+    return sum(call.times * attention_flops(call, result["window"]) for call in calls
+               if call.target == "tpu_custom_call" and attention_role(call))
+
+
+def _add_kernels(seconds: dict[str, float], calls: Sequence[hlo.Call], result: Result, chip: Chip) -> list[str]:
+    """Charges Pallas calls to `seconds`; returns the names of those that it cannot."""
+    unknown = []
+    for call in calls:
+        if call.target != "tpu_custom_call":
+            continue  # buffers and the like: no work
+        kind, flops, share = "attention", 0.0, ATTENTION_SHARE
+        if attention_role(call):
+            flops = attention_flops(call, result["window"])
+        elif "gmm" in call.op_name.lower():
+            kind, flops, share = "grouped", grouped_flops(call), GROUPED_SHARE
+        if not flops:
+            unknown.append(call.op_name or call.target)
+        seconds[kind] += call.times * flops / (share * chip.flops)
+    return sorted(set(unknown))
+
+
+def grouped_flops(call: hlo.Call) -> float:
+    """FLOPs of a grouped matmul, rows [M, K] each by one of the matrices [E, K, N], or of its transpose, [K, M] by
+    [M, N]: both multiply M rows."""
+    floats = [dims for dtype, dims in call.operands if dtype in ("bf16", "f32", "f16", "s8") and len(dims) >= 2]
+    if len(floats) < 2:
+        return 0.0
+    a, b = floats[:2]
+    rows = max(set(a) & set(b), default=1) if len(b) == 2 else 1
+    return 2.0 * math.prod(a) * (b[2] if len(b) == 3 else math.prod(b) / rows)
+
+
+def span(values: tuple[float, float], form: Callable[[float], str]) -> str:
+    """"a .. b", or one figure where both read the same; the smaller first."""
+    low, high = form(min(values)), form(max(values))
+    return low if low == high else f"{low} .. {high}"

@@ -1,0 +1,193 @@
+"""`lmjax plan --search`: which mesh, remat policy, batch size and microbatches are best on a topology.
+
+An analytic model of memory and time ranks every combination in milliseconds; the best few are compiled and ranked
+anew by what the compiler says. The model need only be right enough not to lose the winner.
+"""
+
+import dataclasses
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from lmjax.chips import CHIPS, GIB, Topology
+from lmjax.models.decoder import DecoderConfig
+from lmjax.nn.stack import REMAT
+from lmjax.plan_compile import Log, compiled
+from lmjax.plan_estimate import Estimate, estimate, span
+from lmjax.recipe import Recipe
+
+COMPILED = 4  # how many of the best to compile; as many again may turn out not to fit
+ALIKE = 2  # of one mesh and remat policy, so that others get their turn
+BATCHES = (0.5, 1, 2)  # times the recipe's own
+MICROBATCHES = (1, 2, 4, 8)
+MATMUL_SHARE = 0.75  # of peak, for a large matmul
+OVERHEAD = 0.15  # of the matmuls' time: norms, activations, the optimizer
+# Of a layer's forward FLOPs, how much the backward pass computes again; and what is kept, in bytes a token: of width
+# embed_dim, and of all matmuls' results. An unknown policy is taken for the heaviest of each.
+AGAIN = {"none": 0.0, "dots": 0.1, "full": 1.0}
+KEPT_EMBED = {"none": 8.0, "dots": 2.0, "full": 2.0}
+KEPT_MATMULS = {"none": 4.0, "dots": 2.0, "full": 0.0}
+
+
+class Guess(NamedTuple):
+    """What the analytic model says of a recipe: bytes a chip, and seconds a token on each chip."""
+
+    memory: float
+    seconds_per_token: float
+
+
+class Candidate(NamedTuple):
+    """A changed recipe, the overrides that change it, and its guess."""
+
+    recipe: Recipe
+    overrides: tuple[str, ...]
+    guess: Guess
+
+
+def search(recipe: Recipe, topology: Topology, *, log: Log = lambda line: print(line, file=sys.stderr, flush=True)
+           ) -> tuple[Candidate, list[dict[str, Any]]]:
+    """The candidate with the most tokens a second (communication exposed), and a row for every one compiled.
+
+    Raises:
+      ValueError: nothing fits; the message says what would.
+    """
+    everything = list(candidates(recipe, topology))
+    fitting = [c for c in everything if c.guess.memory < topology.chip.hbm]
+    log(f"search: {len(everything)} combinations, {len(fitting)} fit by the analytic model; compiling the best")
+    rows: list[tuple[Candidate, Estimate]] = []
+    report: list[dict[str, Any]] = []
+    for candidate in shortlist(fitting)[:2 * COMPILED]:
+        result, text = compiled(candidate.recipe, topology, log)
+        row: dict[str, Any] = {"overrides": list(candidate.overrides), "guess": candidate.guess._asdict()}
+        made = estimate(result, text) if text else None
+        if made is None or not made.fits:
+            row["needs_bytes"] = result.get("needs") or made.memory["peak"]
+            log(f"  needs {row['needs_bytes'] / GIB:.1f} GiB: {' '.join(candidate.overrides)}")
+        else:
+            rows.append((candidate, made))
+            row |= {"peak_bytes": made.memory["peak"], "hidden": made.hidden, "exposed": made.exposed,
+                    "mfu": list(made.mfu), "tokens_per_second_per_chip": list(made.tokens_per_second)}
+            log(f"  {made.memory['peak'] / GIB:5.1f} GiB, {span(made.tokens_per_second, lambda n: f'{n:,.0f}')} "
+                f"tokens/s a chip, MFU {span(made.mfu, lambda m: f'{m:.1%}')}: {' '.join(candidate.overrides)}")
+        report.append(row)
+        if len(rows) == COMPILED:
+            break
+    if not rows:
+        raise ValueError(f"--search: expected a combination that fits into the {topology.chip.hbm / GIB:.1f} GiB of a "
+                         f"chip of {topology}, got none of {len(everything)}; {what_would(recipe, topology)}")
+    best = max(rows, key=lambda row: row[1].tokens_per_second[0])
+    return best[0], report
+
+
+def shortlist(fitting: list[Candidate]) -> list[Candidate]:
+    """The fastest first, fewest microbatches among equals, and no more than `ALIKE` of one mesh and remat policy."""
+    chosen: list[Candidate] = []
+    alike: Counter[tuple[tuple[str, ...], str]] = Counter()
+    for c in sorted(fitting, key=lambda c: (c.guess.seconds_per_token, c.recipe.train.microbatches)):
+        kind = (c.overrides[:4], c.recipe.model.remat)
+        alike[kind] += 1
+        if alike[kind] <= ALIKE:
+            chosen.append(c)
+    return chosen
+
+
+def candidates(recipe: Recipe, topology: Topology) -> Iterator[Candidate]:
+    """Every combination that divides evenly."""
+    c, chips = recipe.model, topology.chips
+    sizes = [2**i for i in range(chips.bit_length()) if chips % 2**i == 0]
+    kv_heads = c.num_kv_heads or c.num_heads
+    per_slice = chips // topology.slices
+    for tensor, context, replicas in itertools.product(sizes, sizes, sizes):
+        data = replicas * topology.slices
+        if per_slice % (tensor * context * replicas) or recipe.data.seq_len % context:
+            continue
+        if any(n % tensor for n in (c.num_heads, kv_heads, c.mlp_dim, c.vocab_size or tensor)):
+            continue
+        fsdp = per_slice // (tensor * context * replicas)
+        if c.embed_dim % fsdp:
+            continue
+        mesh = dataclasses.replace(recipe.mesh, data=data, fsdp=fsdp, context=context, tensor=tensor)
+        for remat, times, micro in itertools.product(REMAT, BATCHES, MICROBATCHES):
+            batch = int(recipe.train.batch_size * times)
+            if batch != recipe.train.batch_size * times or batch % (micro * data * fsdp):
+                continue
+            changed = dataclasses.replace(
+                recipe, mesh=mesh, model=dataclasses.replace(c, remat=remat),
+                train=dataclasses.replace(recipe.train, batch_size=batch, microbatches=micro),
+                eval=dataclasses.replace(recipe.eval, batch_size=data * fsdp))
+            yield Candidate(changed, _overrides(changed), guess(changed, topology))
+
+
+def guess(recipe: Recipe, topology: Topology) -> Guess:
+    """Memory and time of a recipe whose mesh is spelt out.
+
+    Memory: float32 parameters, gradients and two moments, split over fsdp and tensor; the parameters once more in
+    bfloat16; what remat keeps of each layer; the logits in float32 and their gradient in bfloat16; and two layers'
+    gathered weights. Time: matmuls at `MATMUL_SHARE` of peak, beside which the weights travel (gathered for each pass,
+    gradients scattered) and behind which the activations' collectives of `tensor` and `context` wait.
+    """
+    c, chip, mesh, train = recipe.model, topology.chip, recipe.mesh, recipe.train
+    layer, table = weights(c)
+    batch_ways = mesh.data * mesh.fsdp
+    split = mesh.tensor * (batch_ways if "data" in mesh.rules.get("embed", ()) else mesh.fsdp)
+    total = c.num_layers * layer + table
+    rows = train.batch_size // train.microbatches / batch_ways
+    tokens = rows * recipe.data.seq_len / mesh.context  # of a microbatch on a chip
+    kept = c.num_layers * (KEPT_EMBED.get(c.remat, 8.0) * c.embed_dim
+                           + KEPT_MATMULS.get(c.remat, 4.0) * layer / c.embed_dim / mesh.tensor)
+    logits = 6.0 * (c.vocab_size or recipe.data.tokenizer.vocab_size) / mesh.tensor
+    loss_tokens = min(1.0, (train.loss_chunk or recipe.data.seq_len) / recipe.data.seq_len) * tokens
+    memory = (16 + 2) * total / split + tokens * kept + loss_tokens * logits + 4 * 2 * layer / mesh.tensor
+
+    again = AGAIN.get(c.remat, 1.0)
+    attention = 2.0 * c.dims.num_heads * c.dims.head_dim * recipe.data.seq_len * c.num_layers  # causal, forward
+    flops = tokens * mesh.context * ((6 + 2 * again) * total + (3 + again) * attention) / mesh.context / mesh.tensor
+    compute = flops / (chip.flops * MATMUL_SHARE) * (1 + OVERHEAD)
+    passes = 2 + (again > 0.5)  # gathers of each layer's weights, bfloat16
+    weights_sent = (passes + 1) * 2.0 * total / mesh.tensor * (mesh.fsdp > 1)
+    within = weights_sent / chip.ici
+    waits = c.num_layers * (passes + 1) * 2 * tokens * c.embed_dim * 2.0 * 2 * (mesh.tensor > 1) / chip.ici
+    waits += c.num_layers * passes * 4.0 * tokens * mesh.context * c.embed_dim * (mesh.context > 1) / chip.ici
+    once = 2 * 4.0 * total / split * (mesh.data > 1) / (chip.dcn if topology.slices > 1 else chip.ici)
+    seconds = max(compute, within) + waits + once / train.microbatches
+    return Guess(memory, seconds / (tokens / mesh.tensor))
+
+
+def weights(c: DecoderConfig) -> tuple[float, float]:
+    """Parameters of a layer's matrices, and of the embedding tables."""
+    heads, kv_heads, head_dim = c.dims
+    gated = c.mlp in ("swiglu", "geglu")
+    layer = c.embed_dim * (head_dim * (2 * heads + 2 * kv_heads) + c.mlp_dim * (3 if gated else 2))
+    return float(layer), float(c.vocab_size * c.embed_dim * (1 if c.tie_embeddings else 2))
+
+
+def what_would(recipe: Recipe, topology: Topology) -> str:
+    """The smallest number of chips, by generation, on which the state and one row a chip would fit."""
+    found = []
+    for chip in CHIPS.values():
+        for bits in range(16):
+            chips = 2**bits
+            if recipe.model.embed_dim % chips and chips > recipe.model.embed_dim:
+                break
+            shrunk = dataclasses.replace(
+                recipe, model=dataclasses.replace(recipe.model, remat="full"),
+                mesh=dataclasses.replace(recipe.mesh, data=1, fsdp=chips, context=1, tensor=1),
+                train=dataclasses.replace(recipe.train, batch_size=chips, microbatches=1))
+            one = Topology(chip, (chips,) + (1,) * (chip.dims - 1))
+            if guess(shrunk, one).memory < chip.hbm:
+                found.append(f"{chips} {chip.name}")
+                break
+    if not found:
+        return "lower data.seq_len or model.embed_dim, or add mesh.context"
+    return f"by the analytic model {', '.join(found)} would do, with one row a chip and remat=full"
+
+
+def _overrides(recipe: Recipe) -> tuple[str, ...]:
+    """What makes the recipe it came from into this one."""
+    keys = {"mesh.data": recipe.mesh.data, "mesh.fsdp": recipe.mesh.fsdp, "mesh.context": recipe.mesh.context,
+            "mesh.tensor": recipe.mesh.tensor, "model.remat": recipe.model.remat,
+            "train.batch_size": recipe.train.batch_size, "train.microbatches": recipe.train.microbatches,
+            "eval.batch_size": recipe.eval.batch_size}
+    return tuple(f"--config.{key}={value}" for key, value in keys.items())

@@ -1,0 +1,69 @@
+"""From a recipe and devices to the program that trains it: what `lmjax train` runs and `lmjax plan` compiles."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+
+from lmjax.data.packing import dtype_of
+from lmjax.losses import Loss
+from lmjax.models import Batch, Model, build_model
+from lmjax.nn.module import Params
+from lmjax.optim import make_optimizer, make_schedule
+from lmjax.recipe import Recipe
+from lmjax.sharding import Layout, make_layout
+from lmjax.train_state import StateSpec, state_spec
+from lmjax.train_step import make_eval_step, make_train_step, next_token_loss
+
+
+class Program(NamedTuple):
+    """The pure part of a run: no data, no files, not one array.
+
+    traced: the train step for the devices of its mesh, which need not be there; `.lower().compile()` compiles it.
+    batch: name -> `ShapeDtypeStruct` [B, T] of a training batch, with its sharding.
+    """
+
+    layout: Layout
+    model: Model
+    spec: StateSpec
+    traced: jax.stages.Traced
+    eval_fn: Callable[[Params, Batch], Loss]
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: int,
+                 fields: Mapping[str, int]) -> Program:
+    """The program of `recipe` over `devices` for data of `vocab_size` tokens.
+
+    devices: real ones, or those of a topology that is only described (`jax.experimental.topologies`). fields: the
+    length of a row of each array of a batch, as of the objective.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, the model, its activations or the batch, or no kernel can serve
+        the model.
+    """
+    platform = devices[0].platform
+    layout = make_layout(recipe.mesh, devices)
+    model = build_model(recipe.model, vocab_size=vocab_size, platform=platform, dtype=recipe.train.dtype(platform),
+                        seq_len=recipe.data.seq_len)
+    schedule = make_schedule(recipe.optimizer, recipe.train.steps)
+    tx = make_optimizer(recipe.optimizer, recipe.train.steps, model.axes)
+    spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0)
+    _check_batch(recipe, layout)
+    loss_fn = next_token_loss(model, z_loss=recipe.train.z_loss, chunk=recipe.train.loss_chunk)
+    step_fn = make_train_step(loss_fn, spec, layout, schedule, seed=recipe.train.seed,
+                              microbatches=recipe.train.microbatches, ema_decay=recipe.optimizer.ema_decay)
+    rows, sharding = recipe.train.batch_size, layout.sharding(("batch", "seq"))
+    batch = {name: jax.ShapeDtypeStruct((rows, length), dtype_of(name), sharding=sharding)
+             for name, length in fields.items()}
+    return Program(layout, model, spec, step_fn.trace(spec.shapes, batch), make_eval_step(loss_fn, layout), batch)
+
+
+def _check_batch(recipe: Recipe, layout: Layout) -> None:
+    rows = recipe.train.batch_size // recipe.train.microbatches
+    for name, size in (("train.batch_size / microbatches", rows),
+                       ("eval.batch_size", recipe.eval.batch_size or recipe.train.batch_size)):
+        try:
+            layout.spec(("batch", "seq"), (size, recipe.data.seq_len))
+        except ValueError as error:
+            raise ValueError(f"config.{name}: {error}") from None

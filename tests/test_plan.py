@@ -1,0 +1,209 @@
+"""`lmjax plan`: a step compiled for what is here and for a TPU that is not, and the arithmetic made from it."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from lmjax import plan_search
+from lmjax.chips import CHIPS, GIB, parse_topology
+from lmjax.cli import main
+from lmjax.config import load
+from lmjax.data.packing import DECODER
+from lmjax.hlo import Call, costs, parse
+from lmjax.plan import as_json, table
+from lmjax.plan_compile import measure
+from lmjax.plan_estimate import attention_flops, estimate, grouped_flops, visited_tiles
+from lmjax.plan_plots import draw
+from lmjax.program import make_program
+from lmjax.recipe import build_recipe
+
+# By JAX's minor version, each with the libtpu that belongs to it: seconds of cycles and bytes of memory.
+PINNED = {"10": {"seconds": 0.0029762, "peak": 19_201_536}, "12": {"seconds": 0.0028078, "peak": 16_088_064}}
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+def recipe_of(*overrides, config="configs/llama2_7b.py:tiny"):
+    return build_recipe(load(config, overrides))
+
+
+# --- topologies
+
+
+@pytest.mark.parametrize("text, shape, chips", [
+    ("v5e:16x16", (16, 16), 256), ("v5e-256", (16, 16), 256), ("v5litepod-8", (2, 4), 8), ("v6e-32", (4, 8), 32),
+    ("v5p-128", (4, 4, 4), 64), ("v5p-8", (2, 2, 1), 4), ("v5p-2048", (8, 8, 16), 1024), ("v4:2x2x4", (2, 2, 4), 16),
+    ("2xv5e:4x4", (4, 4), 32), ("v5p:16x16x24", (16, 16, 24), 6144)])
+def test_topologies_by_name(text, shape, chips):
+    found = parse_topology(text)
+    assert (found.shape, found.chips) == (shape, chips)
+    assert parse_topology(str(found)) == found
+
+
+@pytest.mark.parametrize("text", ["v7x-8", "v5e", "v5e:16", "v5e:17x1", "v5p-12", "v5e-512", "0xv5e:2x2", "tpu v5e-8"])
+def test_topologies_that_do_not_exist(text):
+    with pytest.raises(ValueError, match="--topology: expected one such as .*, got .*; correct it"):
+        parse_topology(text)
+
+
+# --- attention kernels, which carry no cycles
+
+
+@pytest.mark.parametrize("T, S, bq, bk, window", [(64, 64, 16, 16, 0), (64, 64, 16, 32, 0), (64, 64, 16, 8, 20),
+                                                  (32, 64, 16, 16, 0), (64, 64, 64, 64, 0), (96, 96, 16, 32, 33)])
+def test_visited_tiles_are_those_with_a_visible_pair(T, S, bq, bk, window):
+    seen = {(t // bq, s // bk) for t in range(T) for s in range(S)
+            if s <= t + S - T and (not window or t + S - T - s < window)}
+    assert visited_tiles(T, S, bq, bk, window) == len(seen)
+
+
+def test_flops_of_kernels():
+    operands = (("s8", (1, 4, 2)), ("bf16", (3, 8, 64, 16)), ("bf16", (3, 8, 64, 16)))
+    tile = 2 * 3 * 8 * 16 * 32 * 16  # heads, a tile of 16 by 32, head_dim
+    for name, matmuls in (("splash_mha_fwd", 2), ("splash_mha_dq", 3), ("splash_mha_dkv", 4)):
+        assert attention_flops(Call("tpu_custom_call", name, operands, 1), 0) == matmuls * tile * 6
+    gmm = Call("tpu_custom_call", "gmm", (("s32", (4,)), ("bf16", (96, 8)), ("bf16", (4, 8, 16))), 1)
+    tgmm = Call("tpu_custom_call", "tgmm", (("bf16", (8, 96)), ("bf16", (96, 16))), 1)
+    assert grouped_flops(gmm) == grouped_flops(tgmm) == 2 * 96 * 8 * 16
+
+
+# --- the devices that are here
+
+
+@pytest.fixture(scope="module")
+def here():
+    recipe = recipe_of("mesh.data=2", "mesh.fsdp=4")
+    return recipe, *measure(recipe, "cpu")
+
+
+def test_memory_is_what_the_arrays_take(here):
+    recipe, result, text = here
+    memory, made = result["memory"], estimate(result, text)
+    state = make_program(recipe, jax.devices(), vocab_size=256, fields=dict.fromkeys(DECODER, 32)).spec.init(0)
+    for kind, tree in (("parameters", state.params), ("optimizer", state.opt_state)):
+        assert memory[kind] == sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+    assert memory["arguments"] >= sum(memory[k] for k in ("parameters", "optimizer", "batch"))
+    assert memory["peak"] >= memory["arguments"] + memory["temporaries"] and made.fits
+
+
+def test_flops_are_the_models_and_the_recomputed(here):
+    recipe, result, text = here
+    made = estimate(result, text)
+    layers = 2 * (4 * 64 * 64 + 3 * 64 * 128)  # weights of the layers' matmuls
+    tokens = made.tokens / made.chips
+    assert made.model_flops == pytest.approx(6 * tokens * (layers + 256 * 64) + 12 * 2 * 64 * tokens * 32)
+    # remat=full: the layers' forward matmuls again, or all but those whose results nothing of the backward pass needs.
+    assert 2 * tokens * layers * 0.6 < made.recomputed < 2 * tokens * (layers + 2 * 2 * 64 * 64) * 1.01
+    assert made.flops > made.model_flops
+    assert estimate(*measure(recipe_of("mesh.data=2", "mesh.fsdp=4", "model.remat=none"), "cpu")).recomputed == 0
+
+
+def test_collectives_are_those_of_the_mesh(here):
+    made = estimate(*here[1:])
+    sent = {row.kind: row.bytes for row in made.collectives}
+    assert sent["all-gather"] > 0 and {row.link for row in made.collectives} == {"ici"}
+    assert sum(sent.values()) < 40 * made.memory["parameters"] * 4  # weights and gradients, not logits or scores
+
+
+def test_gradients_of_layers_are_reduce_scattered(here):
+    """Over fsdp, which splits the weights; what is then summed over data is a quarter of them."""
+    found = [c for c in costs(parse(here[2]), 8).collectives if "shard_map" in c.op_name]
+    sent = {kind: sum(c.times * c.bytes for c in found if c.kind == kind) for kind in ("reduce-scatter", "all-reduce")}
+    weights = 2 * 4 * (4 * 64 * 64 + 3 * 64 * 128)  # bytes of both layers
+    assert sent == {"reduce-scatter": weights, "all-reduce": weights // 4}
+
+
+def test_the_report_holds_together(here, tmp_path):
+    recipe, result, text = here
+    made = estimate(result, text)
+    report = json.loads(json.dumps(as_json(recipe, result, made, 1e9)))
+    assert report["step_seconds"]["hidden"] <= report["step_seconds"]["exposed"]
+    rate = report["tokens_per_second_per_chip"]["exposed"] * made.chips
+    assert report["budgets"]["budget"]["days"][1] == pytest.approx(1e9 / rate / 86400)
+    assert report["mfu"]["hidden"] == pytest.approx(made.model_flops / made.peak_flops / made.hidden)
+    assert "lower bound" in table(recipe, result, made, 1e9) and draw(made).startswith("<?xml")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--topology", "v9:2x2"], "--topology: expected one such as"),
+    (["--topology", "cpu", "--search"], "--search: expected a TPU topology"),
+    (["--topology", "cpu", "--config.mesh.fsdp=3"], "config.mesh: expected axes whose product is the 8 devices")])
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("LMJAX_PLAN_CACHE", str(tmp_path))
+    assert main(["plan", "--config", "configs/llama2_7b.py:tiny", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("lmjax: error: ") and message in error and "\n" not in error
+
+
+# --- search
+
+
+def test_candidates_divide_and_leave_the_rest_alone():
+    recipe, topology = recipe_of(config="configs/llama2_7b.py"), parse_topology("v5e-256")
+    found = list(plan_search.candidates(recipe, topology))
+    assert len({c.overrides for c in found}) == len(found) > 100
+    for c in found[:: len(found) // 50]:
+        mesh = c.recipe.mesh
+        assert mesh.data * mesh.fsdp * mesh.context * mesh.tensor == 256
+        again = build_recipe(load("configs/llama2_7b.py", [o.removeprefix("--config.") for o in c.overrides]))
+        assert again == c.recipe
+
+
+def test_the_guess_knows_what_costs():
+    recipe, topology = recipe_of("mesh.fsdp=64", config="configs/llama2_7b.py"), parse_topology("v5p-128")
+    guess = plan_search.guess(recipe, topology)
+    dots, micro = (plan_search.guess(recipe_of("mesh.fsdp=64", change, config="configs/llama2_7b.py"), topology)
+                   for change in ("model.remat=dots", "train.microbatches=4"))
+    assert dots.memory > guess.memory and dots.seconds_per_token < guess.seconds_per_token
+    assert micro.memory < guess.memory and micro.seconds_per_token >= guess.seconds_per_token
+    state = 16 * 6.7e9 / 64
+    assert state < guess.memory < CHIPS["v5p"].hbm and guess.memory < state + 40 * GIB
+
+
+def test_search_compiles_the_best_and_takes_the_fastest_that_fits(monkeypatch):
+    recipe, topology = recipe_of(config="configs/llama2_7b.py"), parse_topology("v5e-256")
+    asked = []
+
+    def compiled(changed, topology, log):
+        asked.append(changed)
+        peak = 20 * GIB if len(asked) == 1 else 8 * GIB  # the first turns out too large
+        seconds = 5.0 if len(asked) != 3 else 1.0
+        return {"peak": peak, "seconds": seconds}, "text"
+
+    class Made:
+        def __init__(self, result):
+            self.memory, self.fits = {"peak": result["peak"]}, result["peak"] < topology.chip.hbm
+            self.hidden = self.exposed = result["seconds"]
+            self.tokens_per_second = self.mfu = (1 / result["seconds"],) * 2
+
+    monkeypatch.setattr(plan_search, "compiled", compiled)
+    monkeypatch.setattr(plan_search, "estimate", lambda result, text: Made(result))
+    best, rows = plan_search.search(recipe, topology, log=lambda line: None)
+    assert best.recipe == asked[2] and len(rows) == plan_search.COMPILED + 1 and "needs_bytes" in rows[0]
+
+
+def test_search_says_what_would_fit():
+    recipe, topology = recipe_of(config="configs/llama2_7b.py"), parse_topology("v5e-4")
+    with pytest.raises(ValueError, match=r"--search: expected a combination that fits .* got none of \d+; .* \d+ v5p"):
+        plan_search.search(recipe, topology, log=lambda line: None)
+
+
+# --- a TPU that is not here
+
+
+@needs_libtpu
+def test_a_step_for_tpu_costs_what_it_did(tmp_path, monkeypatch, capsys):
+    """A performance test without noise: the compiler's cycles and memory of a small step are the same every time."""
+    monkeypatch.setenv("LMJAX_PLAN_CACHE", str(tmp_path))
+    out = tmp_path / "out"
+    overrides = ["model.embed_dim=256", "model.mlp_dim=512", "model.num_heads=4", "data.seq_len=512",
+                 "train.batch_size=32", "mesh.fsdp=16"]
+    assert main(["plan", "--config", "configs/llama2_7b.py:tiny", "--topology", "v5e:4x4", "--out", str(out),
+                 *(f"--config.{item}" for item in overrides)]) == 0
+    report = json.loads((out / "plan.json").read_text())
+    assert report["basis"] == "the compiler's cycles" and report["fits"] and report["limit"] == CHIPS["v5e"].hbm
+    expected = PINNED[jax.__version__.split(".")[1]]
+    assert report["seconds"]["matmul"] + report["seconds"]["other"] == pytest.approx(expected["seconds"], rel=0.02)
+    assert report["memory"]["peak"] == pytest.approx(expected["peak"], rel=0.02)
+    assert "whole step" in capsys.readouterr().out
