@@ -110,7 +110,7 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Arra
 def _attend_backward(scale: float, softcap: float, saved: tuple[jax.Array, ...],
                      g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     (q, k, v, _, weights, y, slope), g = saved, barrier(g)
-    along = jnp.sum((g * y).astype(jnp.float32), axis=-1, keepdims=True)
+    along = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
     d_weights = lax.dot_general(g, v, (((3,), (3,)), HEADS), preferred_element_type=jnp.float32)
     d_scores = weights * (d_weights - along) * scale
     d_scores = barrier((d_scores if slope is None else d_scores * slope).astype(q.dtype))

@@ -116,6 +116,27 @@ def test_gradients_against_differences(kernel):
     np.testing.assert_allclose(along, (exact(1e-5) - exact(-1e-5)) / 2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bfloat16_gradients_against_float32(kernel):
+    """Where every key holds the same value no weight matters, so nothing may reach queries and keys: what the
+    backward pass subtracts there has to agree to more than bfloat16's eight bits."""
+    rng = np.random.default_rng(0)
+    keys, dim = 8, 64  # weights of 1/8, which bfloat16 holds
+    q, g = rng.normal(size=(2, 1, keys, H, dim))
+    k, v = np.broadcast_to(rng.normal(size=(2, 1, 1, G, dim)), (2, 1, keys, G, dim))
+    mask = jnp.ones((1, keys, keys), bool)
+
+    def gradients(dtype):
+        exact = [jnp.asarray(x, jnp.bfloat16).astype(dtype) for x in (q, k, v, g)]  # the same numbers in both
+        _, pull = jax.vjp(lambda *qkv: KERNELS[kernel].run(*qkv, mask, scale=0.125, softcap=0.0), *exact[:3])
+        return [np.asarray(x, np.float32) for x in pull(exact[3])]
+
+    (dq, dk, dv), (dq32, dk32, dv32) = gradients(jnp.bfloat16), gradients(jnp.float32)
+    np.testing.assert_allclose(dv, dv32, rtol=2**-8)
+    np.testing.assert_allclose(dq, dq32, atol=1e-5)
+    np.testing.assert_allclose(dk, dk32, atol=1e-5)
+
+
 def test_kernel_choice_says_why_or_refuses():
     name, reason = choose_kernel("auto", "cpu", softcap=0.0)
     assert name in KERNELS and reason
