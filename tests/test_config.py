@@ -90,6 +90,9 @@ def test_wrong_types(key, value, text, expected):
 
 
 def test_wrong_types_without_a_command_line_form():
+    for huge in (10**400, -10**5000):  # whole numbers that no float and no int64 holds
+        refusal(lambda huge=huge: build_recipe({"optimizer": {"peak_lr": huge}}), "config.optimizer.peak_lr", "finite",
+                "inf")
     refusal(lambda: build_recipe({"model": {"norm": 5}}), "config.model.norm", "a string")
     refusal(lambda: build_recipe({"model": None}), "config.model", "a group of keys")
     refusal(lambda: build_recipe({"sample": {"prompts": "def "}}), "config.sample.prompts", "a list")
