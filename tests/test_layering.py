@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lmjax"
 
 # A module may import from its own layer and from those below. A new module needs a row here.
 LAYERS = [
-    {"sharding", "config", "tree", "runtime"},
+    {"batch", "sharding", "config", "tree", "runtime"},
     {"nn"},
     {"models", "data", "losses", "optim"},
     {"recipe", "train_state", "train_step", "checkpoint", "metrics", "adapt", "interop", "tasks"},

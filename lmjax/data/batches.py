@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmjax.batch import FIELDS
 from lmjax.data import packing
 from lmjax.data.order import key_of, permute
 from lmjax.data.packing import Rows
 from lmjax.data.pipeline import Split
 
-NAMES = ("tokens", "targets", "segment_ids", "positions", "loss_mask")  # of a row dict
 PREFETCH = 4  # batches made ahead: enough to ride over one slow read, little memory
 Batch = dict[str, jax.Array]
 
@@ -183,7 +183,7 @@ class _TfData:
                 if self._error:  # what host_batch raised, rather than TensorFlow's account of it
                     raise self._error[0] from None
                 raise
-            yield dict(zip(NAMES, values, strict=True))
+            yield dict(zip(FIELDS, values, strict=True))
 
     def close(self) -> None:
         """tf.data stops when its iterator is dropped."""
@@ -201,9 +201,9 @@ def _dataset(errors: list[Exception], host_batch: Callable[[int], Rows], steps: 
         except Exception as error:
             errors.append(error)
             raise
-        return [rows[name] for name in NAMES]
+        return [rows[name] for name in FIELDS]
 
-    types = [tf.float32 if name == "loss_mask" else tf.int32 for name in NAMES]
+    types = [tf.as_dtype(dtype) for dtype in FIELDS.values()]
     data = tf.data.Dataset.range(steps.start, steps.stop)
     data = data.map(lambda step: tf.numpy_function(call, [step], types, stateful=False))
     options = tf.data.Options()

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lmjax.batch import FIELDS
+
 Rows = dict[str, np.ndarray]
 
 
@@ -172,10 +174,8 @@ def _plan(document, start, length, row, order, num_rows: int) -> Plan:
 
 
 def empty_rows(rows: int, seq_len: int) -> Rows:
-    """`rows` rows of nothing but padding: int32 [rows, L] each, loss_mask float32."""
-    names = ("tokens", "targets", "segment_ids", "positions")
-    out = {name: np.zeros((rows, seq_len), np.int32) for name in names}
-    return out | {"loss_mask": np.zeros((rows, seq_len), np.float32)}
+    """`rows` rows of nothing but padding: [rows, L] for each of `FIELDS`."""
+    return {name: np.zeros((rows, seq_len), dtype) for name, dtype in FIELDS.items()}
 
 
 def fill_rows(flat: np.ndarray, at_P: np.ndarray, length_P: np.ndarray, place_P: np.ndarray,
@@ -186,8 +186,7 @@ def fill_rows(flat: np.ndarray, at_P: np.ndarray, length_P: np.ndarray, place_P:
       flat: tokens, any unsigned integer dtype.
       at_P, length_P, place_P, offset_P: int64; pieces of one row must be neighbours, in order.
     Returns:
-      the row dict: tokens, targets, segment_ids (1.. per piece, 0 on padding), positions (from 0 in each
-      piece), all int32 [rows, L], and loss_mask float32 [rows, L].
+      the row dict: [rows, L] for each of `FIELDS`, with a segment for every piece and loss_mask 1 on it.
     """
     out = empty_rows(rows, seq_len)
     first = np.searchsorted(place_P, place_P)  # a row's first piece, to number its pieces from 1

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from lmjax.batch import FIELDS
 from lmjax.data import (
     DataConfig,
     SourceConfig,
@@ -61,7 +62,7 @@ def to_numpy(iterator):
 def assert_same(a, b):
     assert len(a) == len(b) > 0
     for x, y in zip(a, b, strict=True):
-        for name in batches.NAMES:
+        for name in FIELDS:
             np.testing.assert_array_equal(x[name], y[name])
 
 
@@ -112,7 +113,7 @@ def test_rows_are_a_pure_function(directory):
     whole = train.rows(g)
     for i in range(64):
         one = again.rows(g[i : i + 1])
-        assert all(np.array_equal(one[n][0], whole[n][i]) for n in batches.NAMES)
+        assert all(np.array_equal(one[n][0], whole[n][i]) for n in FIELDS)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"seq_len": 8}, {"packing": "none"},
@@ -174,12 +175,12 @@ def test_processes_read_only_their_rows_and_together_all(directory, processes):
 def test_evaluation_sees_every_row_once(directory, batch_size):
     _, heldout = open_splits(make_config(), directory)
     got = to_numpy(eval_batches(heldout, batch_size, ONE))
-    rows = {n: np.concatenate([b[n] for b in got]) for n in batches.NAMES}
+    rows = {n: np.concatenate([b[n] for b in got]) for n in FIELDS}
     total = heldout.num_rows()
     assert len(rows["tokens"]) == -(-total // batch_size) * batch_size
     assert sum(b["loss_mask"].sum() for b in got) == heldout.predictions
-    assert not any(rows[n][total:].any() for n in batches.NAMES)
-    assert_same([{n: rows[n][:total] for n in batches.NAMES}], [heldout.rows(np.arange(total))])
+    assert not any(rows[n][total:].any() for n in FIELDS)
+    assert_same([{n: rows[n][:total] for n in FIELDS}], [heldout.rows(np.arange(total))])
 
 
 def test_a_mesh_that_does_not_divide_is_refused_at_once(directory):
