@@ -127,7 +127,8 @@ class Recipe:
 # What may differ when a run is resumed: where it runs and what is kept of it, not what it computes.
 MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "data.directory", "data.memory_limit_mib",
               "train.microbatches", "train.log_every", "model.attention", "model.remat", "model.scan_layers",
-              "train.loss_chunk")
+              "train.loss_chunk",
+              "train.compute_dtype")  # of which a checkpoint records what became: "auto" may be spelt out, not changed
 
 
 def build_recipe(mapping: Mapping[str, Any]) -> Recipe:

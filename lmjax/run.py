@@ -108,7 +108,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
     about = {"recipe": plain(recipe) | {"model": plain(model.config)},
              "data": {"fingerprint": train_split.fingerprint},
              "tokenizer": None if tokenizer is None else base64.b64encode(tokenizer.to_bytes()).decode(),
-             "versions": lmjax.versions()}
+             "versions": lmjax.versions(), "compute_dtype": str(model.dtype)}
     run = Run(recipe, workdir, layout, model, spec, train_split, heldout, tokenizer,
               _trace(step_fn, spec, recipe, layout), make_eval_step(loss_fn, layout),
               None if tokenizer is None else
@@ -132,6 +132,10 @@ def _restore(run: Run, log: Log) -> None:
         if saved != now:
             raise ValueError(f"{run.workdir}: expected the data that its checkpoint was trained on ({saved[:12]}), got "
                              f"data {now[:12]}; use another --workdir or the data directory of that run")
+        began, now = about["compute_dtype"], run.about["compute_dtype"]
+        if began != now:  # as where "auto" meets another kind of device
+            raise ValueError(f"{run.workdir}: expected to compute in {began} as this run began, got {now} "
+                             f"({_dtype_reason(run)}); set config.train.compute_dtype={began} or use another --workdir")
 
     found = run.checkpointer.restore(run.spec, check)
     if found is None:
@@ -201,7 +205,8 @@ def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
     epochs = max(run.train_split.epochs(r.train.steps * r.train.batch_size).values())
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1} or {"data": 1}
     log(f"device: {devices.size} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} process(es)")
-    log(f"mesh: {', '.join(f'{a}={n}' for a, n in shape.items())}; computing in {model.dtype}")
+    log(f"mesh: {', '.join(f'{a}={n}' for a, n in shape.items())}; computing in {model.dtype} "
+        f"({_dtype_reason(run)})")
     log(f"attention: {model.kernel} ({model.kernel_reason})")
     log(f"model: {human_count(parameters)} parameters, of which {human_count(model.embedding_parameters())} in "
         f"embeddings; vocabulary {model.config.vocab_size:,}")
@@ -216,6 +221,11 @@ def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
              "flops_per_token": model.flops_per_token(r.data.seq_len), "compute_dtype": str(model.dtype),
              "epochs": epochs, "steps": r.train.steps,
              "data": {"fingerprint": run.train_split.fingerprint, "directory": directory}}
+
+
+def _dtype_reason(run: Run) -> str:
+    platform = run.layout.mesh.devices.flat[0].platform
+    return f"auto: on {platform}" if run.recipe.train.compute_dtype == "auto" else "asked for"
 
 
 def _write_json(file: Path, value: Any) -> None:

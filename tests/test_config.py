@@ -251,7 +251,7 @@ def changed(**keys):
 
 @pytest.mark.parametrize("key, value", [
     ("model__num_layers", 3), ("model__attention_softcap", 30.0), ("model__sliding_window", 8), ("train__steps", 5),
-    ("train__batch_size", 32), ("train__seed", 1), ("train__compute_dtype", "bfloat16"), ("train__z_loss", 1e-4),
+    ("train__batch_size", 32), ("train__seed", 1), ("train__z_loss", 1e-4),
     ("optimizer__peak_lr", 1.0), ("data__seed", 3), ("data__seq_len", 8), ("data__sources", [])])
 def test_changes_of_what_is_computed_block(key, value):
     bad, fine = changed(**{key: value})
@@ -263,7 +263,7 @@ def test_changes_of_what_is_computed_block(key, value):
     ("model__attention", "xla"), ("model__remat", "full"), ("model__scan_layers", False), ("mesh__fsdp", 4),
     ("mesh__rules", {"mlp": []}), ("eval__every", 7), ("checkpoint__keep_last", 3), ("sample__prompts", ["a"]),
     ("train__microbatches", 2), ("train__log_every", 5), ("train__loss_chunk", 8), ("data__directory", "/elsewhere"),
-    ("data__memory_limit_mib", 5)])
+    ("data__memory_limit_mib", 5), ("train__compute_dtype", "float32")])
 def test_changes_of_where_it_runs_do_not(key, value):
     bad, fine = changed(**{key: value})
     assert not bad and len(fine) == 1
