@@ -196,9 +196,13 @@ def _real(value: Any, path: str) -> float:
             raise _wrong(path, "a number", str(value), "write it as 0.001 or 1e-3") from None
     if isinstance(value, bool) or not (hasattr(value, "__float__") and not isinstance(value, str)):
         raise _wrong(path, "a number", value, "write it as 0.001 or 1e-3")
+    try:
+        value = float(value)
+    except OverflowError:  # an integer beyond the greatest float
+        value = math.inf
     if not math.isfinite(value):
         raise _wrong(path, "a finite number", value, "write a number; 0 switches most options off")
-    return float(value)
+    return value
 
 
 def _boolean(value: Any, path: str) -> bool:

@@ -12,14 +12,18 @@ import numpy as np
 from etils import epath
 
 from lmjax.checkpoint import About, checkpoint_steps, read_about, restore_params
+from lmjax.data.packing import Rows, fill_rows
 from lmjax.data.tokenizer import Tokenizer
 from lmjax.generate import Generator, Sampling
+from lmjax.losses import log_likelihoods
 from lmjax.models import Batch, Model, build_model
 from lmjax.nn.module import Params
 from lmjax.recipe import Recipe, build_recipe
 from lmjax.sharding import Layout, MeshConfig, make_layout, use_layout
 
-SCORE_ROWS = 16  # rows scored at a time
+SCORE_ROWS = 16  # scored at a time
+SCORE_LENGTH = 16  # positions of the shortest row that a program is compiled for
+SCORE_LOGITS = 1 << 24  # float32 logits held at a time, 64 MiB (of one position of each row at least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +96,11 @@ class LM:
 
     def _token_log_likelihoods(self, params: Params, batch: Batch) -> jax.Array:
         with use_layout(self.layout):
-            log_p = jax.nn.log_softmax(self.model.logits(params, batch), axis=-1)
-            return jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
+            hidden, table = self.model.hidden(params, batch)
+            B, T = batch["targets"].shape
+            chunk = min(T, 1 << max(SCORE_LOGITS // (B * len(table)), 1).bit_length() - 1)  # T is a power of two
+            return log_likelihoods(hidden, table, batch["targets"], softcap=self.model.config.logit_softcap,
+                                   chunk=chunk)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -155,13 +162,9 @@ def _layout(model: Model, count: int, devices: Sequence[jax.Device]) -> Layout:
     return layout
 
 
-def _padded(pieces: Sequence[Sequence[int]], rows: int) -> dict[str, np.ndarray]:
-    """Rows of up to a power of two tokens, as a batch; each piece's last token is only a target."""
-    length = 1 << max(max(len(p) for p in pieces) - 2, 15).bit_length()
-    tokens, targets = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
-    segments = np.zeros((rows, length), np.int32)
-    for row, piece in enumerate(pieces):
-        n = len(piece) - 1
-        tokens[row, :n], targets[row, :n], segments[row, :n] = piece[:-1], piece[1:], 1
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    return {"tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions}
+def _padded(pieces: Sequence[Sequence[int]], rows: int) -> Rows:
+    """Each piece a row, as long as a power of two; its last token is only a target."""
+    sizes = np.array([len(p) for p in pieces])
+    length = 1 << max(int(sizes.max()) - 2, SCORE_LENGTH - 1).bit_length()
+    return fill_rows(np.concatenate(pieces), np.cumsum(sizes) - sizes, sizes - 1, np.arange(len(pieces)),
+                     np.zeros_like(sizes), rows, length)

@@ -41,14 +41,25 @@ def cross_entropy(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Ar
     Raises:
       ValueError: `chunk` does not divide the sequence.
     """
-    T = targets_BT.shape[1]
-    chunk = min(chunk or T, T)
-    if T % chunk:
-        raise ValueError(f"config.train.loss_chunk: expected a divisor of the sequence length {T}, got {chunk}; "
-                         "change it or set 0")
+    chunk = _checked(chunk, targets_BT.shape[1])
     mask = mask_BT.astype(jnp.float32)
     total, nats = _summed(hidden_BTD, table_VD, targets_BT, mask, softcap, z_loss, chunk)
     return Loss(total, nats, jnp.sum(mask))
+
+
+def log_likelihoods(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, softcap: float = 0.0,
+                    chunk: int = 0) -> jax.Array:
+    """log softmax(hidden @ table.T)[target], float32 [B, T]; at most `chunk` positions' logits exist at a time.
+
+    Raises:
+      ValueError: `chunk` does not divide the sequence.
+    """
+
+    def one(nothing: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        log_p = _softmax(*part, table_VD, softcap)
+        return nothing, log_p.target - log_p.log_z
+
+    return _over_chunks(one, None, (hidden_BTD, targets_BT), _checked(chunk, targets_BT.shape[1]))[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -87,9 +98,19 @@ def _backward(softcap: float, z_loss: float, chunk: int, saved: tuple[jax.Array,
 _summed.defvjp(_forward, _backward)
 
 
-def _one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array, table_VD: jax.Array, softcap: float,
-               z_loss: float, with_gradient: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """(total, nats, d total / d logits [B, C, V] in the dtype of hidden)."""
+class _Softmax(NamedTuple):
+    """Of C positions: logits and exp(logits - their maximum) [B, C, V], sum_exp [B, C, 1], log_z and the target's
+    logit [B, C], and where the target is, bool [B, C, V]; float32."""
+
+    logits: jax.Array
+    exp: jax.Array
+    sum_exp: jax.Array
+    log_z: jax.Array
+    target: jax.Array
+    hit: jax.Array
+
+
+def _softmax(hidden_BCD: jax.Array, targets_BC: jax.Array, table_VD: jax.Array, softcap: float) -> _Softmax:
     raw = lax.dot_general(hidden_BCD, table_VD, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     raw = barrier(constrain(raw, "batch", "seq", "act_vocab"))
     logits = softcap * jnp.tanh(raw / softcap) if softcap else raw
@@ -102,6 +123,13 @@ def _one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array,
         target = jnp.take_along_axis(logits, targets_BC[..., None], axis=-1, mode="clip")[..., 0]
     else:  # with the vocabulary sharded, a gather would collect the logits first
         target = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    return _Softmax(logits, exp, sum_exp, log_z, target, hit)
+
+
+def _one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array, table_VD: jax.Array, softcap: float,
+               z_loss: float, with_gradient: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(total, nats, d total / d logits [B, C, V] in the dtype of hidden)."""
+    logits, exp, sum_exp, log_z, target, hit = _softmax(hidden_BCD, targets_BC, table_VD, softcap)
     nats = jnp.sum((log_z - target) * mask_BC)
     total = nats + z_loss * jnp.sum(jnp.square(log_z) * mask_BC) if z_loss else nats
     if not with_gradient:
@@ -113,8 +141,18 @@ def _one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array,
     return total, nats, barrier(d_logits.astype(hidden_BCD.dtype))
 
 
-def _over_chunks(body: Callable[..., Any], start: Any, parts: Part, chunk: int) -> tuple[Any, jax.Array | None]:
-    """Scans `body` over pieces of the sequence; its outputs are joined along it again."""
+def _checked(chunk: int, length: int) -> int:
+    """Positions a chunk: `chunk`, or all."""
+    chunk = min(chunk or length, length)
+    if length % chunk:
+        raise ValueError(f"config.train.loss_chunk: expected a divisor of the sequence length {length}, got {chunk}; "
+                         "change it or set 0")
+    return chunk
+
+
+def _over_chunks(body: Callable[..., Any], start: Any, parts: tuple[jax.Array, ...],
+                 chunk: int) -> tuple[Any, jax.Array | None]:
+    """Scans `body` over pieces of the sequence of `parts`, [B, T, ...] each; its outputs are joined along it again."""
     B, T = parts[1].shape
     if chunk == T:
         return body(start, parts)

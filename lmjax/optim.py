@@ -37,7 +37,8 @@ class OptimizerConfig:
     peak_lr: the learning rate after warm-up. It serves Muon and AdamW alike; Lion wants about a fifth.
     schedule: cosine, linear, exponential, wsd, inverse_sqrt or constant.
     warmup_steps: steps of linear increase from peak_lr/(warmup_steps+1); 0: none.
-    final_lr_fraction: of peak_lr, reached at the last step (not by inverse_sqrt and constant).
+    final_lr_fraction: of peak_lr, where the decay ends: one step after the last one, so that with 0 no step is
+      wasted (inverse_sqrt and constant end elsewhere).
     decay_fraction: the share of all steps in which `wsd` decays.
     b1, b2: decay of the first and second moment (AdamW, Lion).
     eps: added to the root of the second moment (AdamW).
@@ -102,7 +103,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], 
     """The learning rate of each step: `step` (an integer, traced or not, from 0) -> float32 scalar.
 
     Warm-up is linear: step t takes (t+1)/(warmup_steps+1) of the peak, so that no step is wasted at 0 and
-    step `warmup_steps` is the first at the peak. The end is reached at `total_steps`.
+    step `warmup_steps` is the first at the peak. For the same reason the decay would end at step `total_steps`, one
+    after the last.
 
     Raises:
       ValueError: warm-up (with wsd: and decay) does not fit into `total_steps`.

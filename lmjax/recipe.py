@@ -132,7 +132,8 @@ class Recipe:
 MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "data.directory", "data.memory_limit_mib",
               "data.stages", "data.max_epochs.", "train.batch_size",  # rows trained on stay: see `run._restore`
               "train.microbatches", "train.log_every", "model.attention", "model.remat", "model.scan_layers",
-              "train.loss_chunk")
+              "train.loss_chunk",
+              "train.compute_dtype")  # of which a checkpoint records what became: "auto" may be spelt out, not changed
 
 
 def build_recipe(mapping: Mapping[str, Any]) -> Recipe:

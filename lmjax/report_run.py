@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ import numpy as np
 
 from lmjax.metrics import read_jsonl
 
-PARSED_BYTES = 16 << 20  # of a file of metrics; longer ones are sampled so that a report takes seconds
+PARSED_BYTES = 4 << 20  # of a file of metrics; longer ones are thinned
+STRETCHES = 400  # of a file that is thinned: as many as points are drawn
+# file -> words that mark a line which is read whatever is left out, and names whose greatest values are not missed
+TELLING = {
+    "metrics.jsonl": ((b'"eval', b'nan"', b'inf"'), ("loss", "grad_norm")),
+    "timing.jsonl": ((b'"event',), ("step_seconds",)),
+}
 Columns = dict[str, np.ndarray]  # name -> [lines] float64, in the order of "step"
 
 
@@ -75,24 +82,36 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file; of a very long one every n-th, and each that is special or the last."""
-    stride = math.ceil(path.stat().st_size / PARSED_BYTES) if path.exists() else 1
-    if stride == 1:
+    """The lines of a file, in order; of a long one a share, evenly spaced, and those that are TELLING: the marked
+    ones, and in each of STRETCHES parts of the file those with the greatest values and the last with and without."""
+    size = path.stat().st_size if path.exists() else 0
+    if size <= PARSED_BYTES:
         yield from read_jsonl(path)
         return
-    special = (b'"eval', b'"event', b'nan"', b'inf"')
-    skipped = None
+    words, names = TELLING[path.name]
+    spikes = [re.compile(f'"{name}": ([^",}}]+)'.encode()) for name in names]
     with path.open("rb") as file:
-        for number, line in enumerate(file):
-            if not line.endswith(b"\n"):
-                break
-            if number % stride and not any(word in line for word in special):
-                skipped = line
-                continue
-            skipped = None
-            yield json.loads(line)
-    if skipped:
-        yield json.loads(skipped)
+        while block := file.read(size // STRETCHES + 1) + file.readline():
+            block = block[: block.rfind(b"\n") + 1]  # without a torn last line
+            for begin in sorted(_chosen(block, size / PARSED_BYTES, words, spikes)):
+                yield json.loads(block[begin : block.index(b"\n", begin)])
+
+
+def _chosen(block: bytes, thin: float, words: Sequence[bytes], spikes: Sequence[re.Pattern[bytes]]) -> set[int]:
+    """Where the lines begin that are read from whole ones: about one in `thin`, and those that are telling."""
+    if not block:
+        return set()
+    places = [*range(0, len(block), int(thin * (block.index(b"\n") + 1))), len(block) - 1]
+    for word in words:
+        at = block.find(word)
+        while at >= 0:
+            places.append(at)
+            at = block.find(word, block.index(b"\n", at))
+    for spike in spikes:
+        if values := spike.findall(block):
+            name, _, _ = spike.pattern.partition(b"(")
+            places += [block.index(name + max(values, key=float)), block.rfind(name)]
+    return {block.rfind(b"\n", 0, at) + 1 for at in places}
 
 
 def _columns(records: list[dict[str, Any]], prefix: str = "") -> Columns:

@@ -112,7 +112,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
     layout, model = program.layout, program.model
     about = {"recipe": plain(recipe) | {"model": plain(model.config)},
              "tokenizer": None if tokenizer is None else base64.b64encode(tokenizer.to_bytes()).decode(),
-             "versions": lmjax.versions()}
+             "versions": lmjax.versions(), "compute_dtype": str(model.dtype)}
     run = Run(recipe, workdir, program, train_split, heldout, tokenizer,
               None if tokenizer is None else
               Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size),
@@ -139,6 +139,10 @@ def _restore(run: Run, log: Log) -> dict[str, Any]:
             raise ValueError(f"{run.workdir}: expected the data that its checkpoint was trained on ({saved[:12]}), got "
                              f"data {now[:12]}; use another --workdir, the data directory of that run, or data.stages "
                              f"that are the same before row {data['next_row']:,}")
+        began, now = about["compute_dtype"], run.about["compute_dtype"]
+        if began != now:  # as where "auto" meets another kind of device
+            raise ValueError(f"{run.workdir}: expected to compute in {began} as this run began, got {now} "
+                             f"({_dtype_reason(run)}); set config.train.compute_dtype={began} or use another --workdir")
 
     found = run.checkpointer.restore(run.spec, check)
     if found is None:
@@ -208,7 +212,8 @@ def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
     tokens = r.train.batch_size * r.data.seq_len
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1} or {"data": 1}
     log(f"device: {devices.size} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} process(es)")
-    log(f"mesh: {', '.join(f'{a}={n}' for a, n in shape.items())}; computing in {model.dtype}")
+    log(f"mesh: {', '.join(f'{a}={n}' for a, n in shape.items())}; computing in {model.dtype} "
+        f"({_dtype_reason(run)})")
     log(f"attention: {model.kernel} ({model.kernel_reason})")
     log(f"model: {human_count(parameters)} parameters, of which {human_count(model.embedding_parameters())} in "
         f"embeddings; vocabulary {model.config.vocab_size:,}")
@@ -222,6 +227,11 @@ def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
              "flops_per_token": model.flops_per_token(r.data.seq_len), "compute_dtype": str(model.dtype),
              "steps": r.train.steps,
              "data": {"fingerprint": run.train_split.fingerprint, "directory": directory}}
+
+
+def _dtype_reason(run: Run) -> str:
+    platform = run.layout.mesh.devices.flat[0].platform
+    return f"auto: on {platform}" if run.recipe.train.compute_dtype == "auto" else "asked for"
 
 
 def _write_json(file: Path, value: Any) -> None:

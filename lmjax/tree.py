@@ -1,7 +1,6 @@
 """Named paths into nested dicts of arrays, and what is counted over them."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,11 +9,6 @@ import jax
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """`[("blocks/attention/query/kernel", leaf), ...]` in the tree's own order."""
     return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`jax.tree.map` whose function gets the leaf's name first."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(_name(path), *leaves), tree, *rest)
 
 
 def num_elements(tree: Any) -> int:

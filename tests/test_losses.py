@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.losses import Loss, cross_entropy
+from lmjax.losses import Loss, cross_entropy, log_likelihoods
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
 from lmjax.optim import OptimizerConfig, make_optimizer, make_schedule
@@ -146,6 +146,18 @@ def test_chunks_never_hold_all_logits():
     assert largest(parts) <= b * chunk * v
     logits = 4 * b * t * v
     assert parts.memory_analysis().temp_size_in_bytes < logits < whole.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_log_likelihoods_against_float64(chunk, softcap):
+    hidden, table, targets, _ = inputs(size=2.0)
+    got = jax.jit(functools.partial(log_likelihoods, softcap=softcap, chunk=chunk))(hidden, table, targets)
+    raw = hidden.astype(np.float64) @ table.astype(np.float64).T
+    logits = softcap * np.tanh(raw / softcap) if softcap else raw
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, np.take_along_axis(log_p, targets[..., None], -1)[..., 0], rtol=1e-5, atol=1e-5)
 
 
 # --- through the step

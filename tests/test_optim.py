@@ -95,6 +95,15 @@ def test_schedule_has_its_closed_form(name):
     assert np.argmax(traced) == 10 and np.all(np.diff(traced[10:]) <= 1e-9)
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_the_decay_ends_one_step_after_the_last(name):
+    """As documented for final_lr_fraction: so even with 0 the last step (of 0..109) still learns."""
+    for fraction in (0.0, 0.1):
+        config = OptimizerConfig(schedule=name, peak_lr=1.0, warmup_steps=10, final_lr_fraction=fraction)
+        last, after = (float(make_schedule(config, 110)(step)) for step in (109, 110))
+        assert after == pytest.approx(fraction, abs=1e-6) and fraction + 1e-4 < last < fraction + 0.03
+
+
 def test_no_warmup_starts_at_the_peak():
     for name in SCHEDULES:
         assert make_schedule(OptimizerConfig(schedule=name, warmup_steps=0, peak_lr=0.5), 20)(0) == 0.5

@@ -206,16 +206,27 @@ def test_ema_is_drawn_beside(tmp_path):
 
 
 def test_long_run_is_thinned(tmp_path, monkeypatch):
-    make_run(tmp_path, range(1, 5001))
+    spikes = {777: 31.5, 2348: 40.25, 2349: 12.0, 4444: 9.75}
+    make_run(tmp_path, range(1, 5001), loss=lambda step: spikes.get(step, 3.0 + 6.0 / (1 + step / 5)))
     size = len(report(tmp_path)[0])
     assert size < 500_000
+    whole = read_run(tmp_path)
     monkeypatch.setattr(lmjax.report_run, "PARSED_BYTES", 100_000)
+    monkeypatch.setattr(lmjax.report_run, "STRETCHES", 40)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 5001, "loss": "nan", "tokens": 20_004_000}) + "\n")
         file.write(json.dumps({"step": 5002, "loss": 3.0, "tokens": 20_008_000}) + "\n")
     run = read_run(tmp_path)
     assert 200 < len(run.train["step"]) < 1000 and len(run.heldout["step"]) == 500
     assert run.step == 5002 and run.diverged_at == 5001
+    for step in (777, 2348, 4444):  # the greatest of their stretches of some 125 steps
+        assert run.train["loss"][run.train["step"] == step] == spikes[step]
+    assert 200 < len(run.timing["step"]) < 1000 and run.events == whole.events and run.seconds == whole.seconds
+    kept = np.isin(whole.train["step"], run.train["step"])
+    np.testing.assert_array_equal(run.train["loss"][:-2], whole.train["loss"][kept])  # in order, unchanged
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5003, "lo')  # torn
+    assert read_run(tmp_path).step == 5002
 
 
 def test_thin_keeps_extremes_and_means():

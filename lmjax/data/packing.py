@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 Rows = dict[str, np.ndarray]
+# Arrays [B, T] of a decoder's batch. segment_ids: 1.. for the documents of a row, 0 on padding. positions: from 0 in
+# each document. loss_mask: how much each target counts.
 DECODER = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
 
 
@@ -207,8 +209,7 @@ def fill_rows(flat: np.ndarray, at_P: np.ndarray, length_P: np.ndarray, place_P:
       flat: tokens, any unsigned integer dtype.
       at_P, length_P, place_P: int64; pieces of one row must be neighbours, in order.
     Returns:
-      the row dict: tokens, targets, segment_ids (1.. per piece, 0 on padding), positions (from 0 in each
-      piece), all int32 [rows, L], and loss_mask float32 [rows, L].
+      the row dict: [rows, L] for each of `DECODER`, with a segment for every piece and loss_mask 1 on it.
     """
     out = empty_rows(rows, seq_len)
     within = ramps(np.zeros_like(length_P), length_P)

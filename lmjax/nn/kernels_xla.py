@@ -79,7 +79,7 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Arra
 def _attend_backward(scale: float, softcap: float, saved: tuple[jax.Array | None, ...],
                      g: jax.Array) -> tuple[jax.Array | None, ...]:
     (q, k, v, bias, weights, y, slope), g = saved, barrier(g)
-    along = jnp.sum((g * y).astype(jnp.float32), axis=-1, keepdims=True)
+    along = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
     d_weights = lax.dot_general(g, v, (((3,), (3,)), HEADS), preferred_element_type=jnp.float32)
     d_bias = None
     if bias is not None:

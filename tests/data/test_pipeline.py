@@ -183,6 +183,25 @@ def test_evaluation_sees_every_row_once(directory, batch_size):
     assert_same([{n: rows[n][:total] for n in DECODER}], [heldout.rows(np.arange(total))])
 
 
+def test_partial_evaluation_draws_from_every_source():
+    """Whatever their order and size: as many rows of each as its share, the same ones every time, none twice."""
+    sizes = {"first": 400, "second": 100, "third": 500}
+    sources = tuple(SourceConfig(name, f"synthetic:{10 * size}") for name, size in sizes.items())
+    _, heldout = open_splits(make_config(sources=sources, heldout_fraction=0.1))
+    assert [s.num_rows for s in heldout.sources] == list(sizes.values())
+    whole = heldout.rows(np.arange(heldout.num_rows()))["tokens"]
+    of = {row.tobytes(): i for i, row in enumerate(whole)}
+    assert len(of) == len(whole)
+    got = np.concatenate([b["tokens"] for b in to_numpy(eval_batches(heldout, 20, ONE, most=5))])
+    drawn = np.array([of[row.tobytes()] for row in got])
+    assert len(set(drawn)) == 100
+    counts = np.bincount(heldout.locate(drawn)[0], minlength=3)
+    np.testing.assert_allclose(counts, [40, 10, 50], atol=15)  # three standard deviations
+    assert counts.min() > 0
+    again = np.concatenate([b["tokens"] for b in to_numpy(eval_batches(heldout, 50, ONE, most=2))])
+    np.testing.assert_array_equal(again, got)
+
+
 def test_a_mesh_that_does_not_divide_is_refused_at_once(directory):
     train, heldout = open_splits(make_config(), directory)
     where = sharding(("data",), (8, 1))

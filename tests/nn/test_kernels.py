@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.nn import kernels_chunked
+from lmjax.nn import kernels_chunked, kernels_xla
 from lmjax.nn.kernels import ALL, KERNELS, attend, choose_kernel, prepare, with_cache
 from lmjax.nn.visibility import Visibility
 from lmjax.sharding import MeshConfig, make_layout, use_layout
@@ -46,6 +46,7 @@ def small_blocks(monkeypatch):
     """Several blocks, the last ones padded; and cuDNN's place taken by JAX's own code for the same arguments."""
     monkeypatch.setattr(kernels_chunked, "QUERIES", 5)
     monkeypatch.setattr(kernels_chunked, "SCORES", 5 * 4)
+    monkeypatch.setattr(kernels_xla, "LEAST", 5)
     monkeypatch.setattr(jax.nn, "dot_product_attention", functools.partial(_stand_in, jax.nn.dot_product_attention))
 
 
@@ -285,3 +286,25 @@ def test_a_cache_is_served_by_a_kernel_that_can_and_the_reason_says_so():
     assert with_cache("xla", 10**6) == "xla" and with_cache("chunked", 8) == "chunked"
     assert with_cache("splash", 64) == "xla" and with_cache("cudnn", 10**5) == "chunked"
     assert "with a key/value cache xla" in choose_kernel("splash", "tpu", head_dim=128)[1]
+
+
+@pytest.mark.parametrize("kernel", ["xla", "chunked"])
+def test_bfloat16_gradients_against_float32(kernel):
+    """Where every key holds the same value no weight matters, so nothing may reach queries and keys: what the
+    backward pass subtracts there has to agree to more than bfloat16's eight bits."""
+    rng = np.random.default_rng(0)
+    keys, heads, groups, dim = 8, 4, 2, 64  # weights of 1/8, which bfloat16 holds
+    q, g = rng.normal(size=(2, 1, keys, heads, dim))
+    k, v = np.broadcast_to(rng.normal(size=(2, 1, 1, groups, dim)), (2, 1, keys, groups, dim))
+    where, one = np.arange(keys, dtype=np.int32)[None], np.ones((1, keys), np.int32)
+    see = Visibility(where, where, one, one, causal=False)
+
+    def gradients(dtype):
+        exact = [jnp.asarray(x, jnp.bfloat16).astype(dtype) for x in (q, k, v, g)]  # the same numbers in both
+        _, pull = jax.vjp(lambda *qkv: attend(*qkv, see, scale=0.125, kernel=kernel), *exact[:3])
+        return [np.asarray(x, np.float32) for x in pull(exact[3])]
+
+    (dq, dk, dv), (dq32, dk32, dv32) = gradients(jnp.bfloat16), gradients(jnp.float32)
+    np.testing.assert_allclose(dv, dv32, rtol=2**-8)
+    np.testing.assert_allclose(dq, dq32, atol=1e-5)
+    np.testing.assert_allclose(dk, dk32, atol=1e-5)

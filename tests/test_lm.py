@@ -1,0 +1,194 @@
+"""`lmjax.load`: where it finds a model, and what that says, against a float64 softmax of its own logits.
+
+The model's vocabulary is larger than the tokenizer's, as it is where a table is padded to divide a mesh.
+"""
+
+import json
+import math
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import lmjax
+from lmjax import cli
+from lmjax import lm as lm_module
+from lmjax.data import open_splits
+from lmjax.generate import Generator, Sampling
+
+KNOWN, PADDED = 300, 384  # ids of the tokenizer, rows of the table
+LENGTH = 64  # of a training row
+TEXTS = ["", "Document 7 tells", "of the number \u00e9\u4e16\U0001f600\n" * 9]  # the last is longer than a row
+
+
+def train(config: str, workdir: pathlib.Path, *overrides: str) -> pathlib.Path:
+    options = ["train.steps=4", "optimizer.warmup_steps=1", "checkpoint.every=2", "eval.every=0", "sample.every=0",
+               *overrides]
+    assert cli.main(["train", "--config", config, "--workdir", str(workdir),
+                     *(f"--config.{item}" for item in options)]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Four steps of text, with checkpoints at 2 and 4 and averaged weights."""
+    folder = tmp_path_factory.mktemp("lm")
+    (folder / "text").mkdir()
+    for i in range(100):
+        (folder / "text" / f"{i:03}.txt").write_text(f"Document {i} tells of the number {i * i}.\n" * 20)
+    return train("configs/quickstart.py:tiny", folder / "run", f"data.sources.0.uri=text:{folder}/text/*.txt",
+                 "data.heldout_fraction=0.2", f"data.tokenizer.vocab_size={KNOWN}", f"model.vocab_size={PADDED}",
+                 "optimizer.ema_decay=0.5")
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    return train("configs/synthetic.py:tiny", tmp_path_factory.mktemp("synthetic") / "run")
+
+
+@pytest.fixture(scope="module")
+def lm(run):
+    return lmjax.load(run)
+
+
+def same(a, b):
+    return all(map(np.array_equal, jax.tree.leaves(a.params), jax.tree.leaves(b.params)))
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    top = logits.max(-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+def logits(lm, rows):
+    """float32 [rows, LENGTH, PADDED]: padding on the right changes nothing on its left."""
+    tokens = np.zeros((len(rows), LENGTH), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    return np.asarray(lm.logits(tokens))
+
+
+# --- where it is found
+
+
+def test_a_run_its_checkpoints_and_one_of_them(run, lm):
+    assert lm.about["step"] == 4 and lm.params["embedding"]["table"].shape[0] == PADDED > lm.tokenizer.vocab_size
+    for path in (str(run), run / "checkpoints", run / "checkpoints" / "4"):
+        assert same(lmjax.load(path), lm)
+    older = lmjax.load(run, step=2)
+    assert older.about["step"] == 2 and not same(older, lm)
+    assert same(lmjax.load(run / "checkpoints" / "2"), older)
+
+
+def test_averaged_weights_are_taken_where_there_are_any(run, synthetic, lm):
+    assert same(lmjax.load(run, ema=True), lm) and not same(lmjax.load(run, ema=False), lm)
+    assert same(lmjax.load(synthetic), lmjax.load(synthetic, ema=False))
+    with pytest.raises(ValueError, match="expected averaged weights, got a run with optimizer.ema_decay=0; leave ema"):
+        lmjax.load(synthetic, ema=True)
+
+
+def test_what_is_not_there_is_refused(run, tmp_path, capsys):
+    for path, step, words in ((tmp_path / "nowhere", None, "expected a checkpoint, got none; pass"),
+                              (tmp_path, None, "expected a checkpoint, got none; pass"),
+                              (run, 3, r"expected checkpoint 3, got \[2, 4\]; pass")):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {words}"):
+            lmjax.load(path, step=step)
+    assert cli.main(["score", str(tmp_path), str(tmp_path / "text")]) == 2
+    assert "expected a checkpoint, got none" in capsys.readouterr().err
+
+
+def test_a_model_of_synthetic_data_has_logits_alone(synthetic):
+    made_up = lmjax.load(synthetic)
+    assert made_up.logits(np.zeros((1, 8), np.int32)).shape == (1, 8, made_up.model.config.vocab_size)
+    for use in (made_up.score, made_up.generate):
+        with pytest.raises(ValueError, match=r"expected a model with a tokenizer, got .*; use lm.logits"):
+            use(["text"])
+
+
+# --- what it says
+
+
+def test_score_is_the_log_softmax_of_the_logits(lm):
+    scores = lm.score(TEXTS)
+    for text, score in zip(TEXTS, scores, strict=True):
+        ids = [lm.tokenizer.bos_id, *lm.tokenizer.encode(text)]
+        pieces = [ids[at : at + LENGTH + 1] for at in range(0, len(ids) - 1, LENGTH)]
+        log_p = log_softmax(logits(lm, [piece[:-1] for piece in pieces])) if pieces else []
+        nats = sum(p[t, target] for p, piece in zip(log_p, pieces, strict=True) for t, target in enumerate(piece[1:]))
+        assert (score.tokens, score.bytes) == (len(ids) - 1, len(text.encode()))
+        assert score.log_likelihood == pytest.approx(nats, rel=1e-5)
+        if text:
+            assert score.bits_per_byte == pytest.approx(-nats / math.log(2) / len(text.encode()), rel=1e-5)
+            assert score.perplexity == pytest.approx(math.exp(-nats / (len(ids) - 1)), rel=1e-4)
+    assert scores[2].tokens > 2 * LENGTH and scores[0].log_likelihood == 0
+    assert lm.score(TEXTS[1:2]) == scores[1:2]  # whatever it is scored beside
+
+
+def test_score_never_holds_all_logits(run, monkeypatch):
+    """The same values in smaller pieces, from a program in which no array is as large as all logits."""
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    rows, scores = lm_module.SCORE_ROWS, []
+    for positions in (LENGTH, 4):
+        monkeypatch.setattr(lm_module, "SCORE_LOGITS", rows * PADDED * positions)
+        lm = lmjax.load(run)
+        scores.append([score.log_likelihood for score in lm.score(TEXTS)])
+        program = lm._score.lower(lm.params, lm_module._padded([[1] * (LENGTH + 1)], rows)).compile().as_text()
+        shapes = [[int(n) for n in dims.split(",")] for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program)]
+        assert max(math.prod(shape) for shape in shapes if PADDED in shape) == rows * positions * PADDED
+    np.testing.assert_allclose(*scores, rtol=1e-6)
+
+
+def test_greedy_generation_takes_the_likeliest_known_token(lm):
+    prompts = ["Document 7 tells", "of"]
+    answers = lm.generate(prompts, temperature=0, max_tokens=6)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = [lm.tokenizer.bos_id, *lm.tokenizer.encode(prompt)]
+        begin = len(ids)
+        while len(ids) < begin + 6:
+            ids.append(int(logits(lm, [ids])[0, len(ids) - 1, :KNOWN].argmax()))
+        ends = [*ids[begin:], lm.tokenizer.eos_id].index(lm.tokenizer.eos_id)
+        assert answer == lm.tokenizer.decode(ids[begin : begin + ends])
+
+
+def test_padding_of_the_vocabulary_is_never_drawn(lm):
+    prompts = [[lm.tokenizer.bos_id, i] for i in range(16)]
+    hot = Sampling(temperature=20.0)  # all but uniform
+
+    def drawn(vocab_size):
+        generator = Generator(lm.model, lm.layout, vocab_size=vocab_size)
+        return np.concatenate(generator(lm.params, prompts, max_tokens=32, sampling=hot))
+
+    assert (drawn(PADDED) >= KNOWN).mean() > 0.1  # as it would be
+    ids = drawn(KNOWN)
+    assert ids.max() < KNOWN and len(np.unique(ids)) > KNOWN / 2
+    assert lm._generator.vocab_size == lm.tokenizer.vocab_size == KNOWN
+
+
+def test_the_loss_of_a_run_is_that_of_its_logits(run):
+    """What the run's last evaluation wrote, over held-out rows packed with several documents each."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for name, ema in (("eval/loss", False), ("eval_ema/loss", True)):
+        lm = lmjax.load(run, ema=ema)
+        _, heldout = open_splits(lm.recipe.data, str(run / "data"))
+        rows = heldout.rows(np.arange(heldout.num_rows()))
+        log_p = log_softmax(jax.jit(lm.model.logits)(lm.params, rows))
+        nats = -np.take_along_axis(log_p, rows["targets"][..., None], -1)[..., 0] * rows["loss_mask"]
+        assert rows["segment_ids"].max() > 1 and rows["targets"].max() < KNOWN
+        [found] = [record[name] for record in metrics if name in record]
+        assert found == pytest.approx(nats.sum() / rows["loss_mask"].sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_any_number_of_devices_says_the_same(run, lm, monkeypatch, count):
+    """On 8 the table is split in 8, on 3 it cannot be and every device has all of it."""
+    assert {len(p.sharding.device_set) for p in jax.tree.leaves(lm.params)} == {8}
+    assert not lm.params["embedding"]["table"].sharding.is_fully_replicated
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:count])
+    other = lmjax.load(run)
+    assert {len(p.sharding.device_set) for p in jax.tree.leaves(other.params)} == {count} and same(lm, other)
+    for a, b in zip(lm.score(TEXTS), other.score(TEXTS), strict=True):
+        assert a.log_likelihood == pytest.approx(b.log_likelihood, rel=1e-5)
+    assert other.generate(TEXTS, temperature=0, max_tokens=8) == lm.generate(TEXTS, temperature=0, max_tokens=8)
