@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 import lmjax
+from lmjax.batch import FIELDS
 from lmjax.checkpoint import About, Checkpointer
 from lmjax.config import plain
 from lmjax.data import Tokenizer, open_splits
@@ -182,9 +182,7 @@ def _check_batch(recipe: Recipe, layout: Layout) -> None:
 def _trace(step_fn: Any, spec: StateSpec, recipe: Recipe, layout: Layout) -> jax.stages.Traced:
     """The step, traced but not compiled: an activation that the mesh does not divide is refused here."""
     shape, sharding = (recipe.train.batch_size, recipe.data.seq_len), layout.sharding(("batch", "seq"))
-    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32,
-             "loss_mask": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in kinds.items()}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in FIELDS.items()}
     return step_fn.trace(spec.shapes, batch)
 
 
