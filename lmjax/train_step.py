@@ -31,9 +31,9 @@ def next_token_loss(model: Model, *, z_loss: float = 0.0, chunk: int = 0) -> Los
     """`cross_entropy` of the batch's `targets` where its `loss_mask` counts."""
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
-        hidden, table = model.hidden(params, batch, key)
-        return cross_entropy(hidden, table, batch["targets"], batch["loss_mask"],
-                             softcap=model.config.logit_softcap, chunk=chunk, z_loss=z_loss)
+        hidden = model.hidden(params, batch, key)
+        return cross_entropy(hidden.x_BTD, hidden.table_VD, batch["targets"], batch["loss_mask"],
+                             bias_V=hidden.bias_V, softcap=model.config.logit_softcap, chunk=chunk, z_loss=z_loss)
 
     return loss_fn
 
