@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lmjax.nn.moe import MoEConfig, Routing
 from lmjax.nn.ops import barrier, dot, dot_rows
 from lmjax.sharding import constrain, num_devices
 
@@ -21,12 +22,14 @@ Part = tuple[jax.Array, jax.Array, jax.Array]  # hidden, targets, mask
 class Loss(NamedTuple):
     """Sums over the tokens that count; divide by `weight` for means. float32 scalars.
 
-    total: what is minimised; only it has a gradient. nats: cross-entropy alone. weight: the loss mask's sum.
+    total: what is minimised; only it has a gradient. nats: cross-entropy alone. weight: the loss mask's sum. extra:
+    scalars to report beside them, likewise to be divided, and arrays, which are sums as they are.
     """
 
     total: jax.Array
     nats: jax.Array
     weight: jax.Array
+    extra: dict[str, jax.Array] = {}
 
 
 def cross_entropy(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, *,
@@ -117,6 +120,22 @@ def _one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array,
     if softcap:
         d_logits *= 1 - jnp.square(logits / softcap)
     return total, nats, barrier(d_logits.astype(hidden_BCD.dtype))
+
+
+def with_experts(loss: Loss, routing: Routing, config: MoEConfig) -> Loss:
+    """`loss` and the routers' losses, means over layers and tokens that weigh as much as `loss` itself.
+
+    Reported: both of them, the largest and the smallest load of an expert in any layer (1: an even share), the
+    share of choices that were dropped, and each expert's choices [layers, E].
+    """
+    counts_LE = routing.counts
+    load = counts_LE * counts_LE.shape[-1] / jnp.maximum(jnp.sum(counts_LE, axis=-1, keepdims=True), 1.0)
+    balance, z = jnp.mean(routing.balance), jnp.mean(routing.z)
+    means = {"experts_balance": balance, "experts_z": z, "experts_dropped": jnp.mean(routing.dropped),
+             "experts_most": jnp.max(load), "experts_least": jnp.min(load)}
+    total = loss.total + loss.weight * (config.balance_loss * balance + config.z_loss * z)
+    extra = {name: lax.stop_gradient(loss.weight * mean) for name, mean in means.items()}
+    return loss._replace(total=total, extra={**extra, "expert_counts": counts_LE})
 
 
 def _over_chunks(body: Callable[..., Any], start: Any, parts: Part, chunk: int) -> tuple[Any, jax.Array | None]:

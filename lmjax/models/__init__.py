@@ -14,6 +14,8 @@ from lmjax.models.encoder import Encoder, EncoderConfig
 from lmjax.models.transformer import Cache, empty_cache
 from lmjax.nn.kernels import choose_kernel
 from lmjax.nn.module import Functional, Params, functional
+from lmjax.nn.moe import Routing
+from lmjax.tree import named_leaves
 
 Batch = Mapping[str, jax.Array]
 
@@ -23,12 +25,12 @@ FAMILIES = {DecoderConfig: Decoder, EncoderConfig: Encoder, EncDecConfig: EncDec
 
 class Hidden(NamedTuple):
     """What logits are made of: states [B, T, D], the unembedding [V, D], both in the compute dtype, and a float32 bias
-    [V] or None. extra: what the layers report, stacked by layer."""
+    [V] or None. routing: what the experts did, if there are any, stacked by layer."""
 
     x_BTD: jax.Array
     table_VD: jax.Array
     bias_V: jax.Array | None
-    extra: Any
+    routing: Routing | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity: a key of compiled programs
@@ -62,8 +64,8 @@ class Model:
         dropout on.
         """
         model = self.functional.bind(self._cast(params))
-        x_BTD, extra = model.hidden(batch, self.dtype, key)
-        return Hidden(x_BTD, *model.unembedding, extra)
+        x_BTD, routing = model.hidden(batch, self.dtype, key)
+        return Hidden(x_BTD, *model.unembedding, routing)
 
     def logits(self, params: Params, batch: Batch) -> jax.Array:
         """float32 logits [B, T, V], all of them; use a loss of `lmjax.losses` where they need not be held."""
@@ -113,19 +115,36 @@ class Model:
         x_B1D = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
         return self._logits(x_B1D, *model.unembedding)[:, 0], cache._replace(slot=last_B + 1)
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: int, encoder_len: int = 0) -> float:
         """Model FLOPs of one training token: 6 a matmul weight, and 12 a query and visible key (PaLM, arXiv:2204.02311,
-        app. B, which counts all keys; here those that causality and the window leave)."""
+        app. B, which counts all keys; here those that causality and the window leave). Of experts, those that compute a
+        token count. An encoder-decoder's token is the decoder's, with its share of an encoder row of `encoder_len`
+        (0: as long as the decoder's)."""
         c = self.config
-        matmul = sum(math.prod(s.shape) for s, a in zip(*self._leaves(), strict=True)
-                     if "embed" in a and "vocab" not in a and "positions" not in a)
-        matmul += c.vocab_size * c.embed_dim
-        kinds, pattern = c.kinds(c.num_layers)
-        visible = 0.0  # keys of an average query, over all layers: fewer at the start of the row
-        for i in range(c.num_layers):
-            span = min(c.window(kinds[pattern[i % len(pattern)]]) or seq_len, seq_len)
-            visible += span * (1 - span / (2 * seq_len))
-        return 6.0 * matmul + 12.0 * c.dims.num_heads * c.dims.head_dim * visible
+        both = c.family == "encdec"
+        share = (encoder_len or seq_len) / seq_len
+        total = float(c.vocab_size * c.embed_dim)
+        for (name, leaf), axes in zip(named_leaves(self.shapes), self._leaves()[1], strict=True):
+            if "embed" in axes and not {"vocab", "positions"} & set(axes):
+                computed = c.moe.per_token / c.moe.experts if "experts" in axes and "mlp" in axes else 1.0
+                of_source = both and ("encoder/" in name or "cross_attention/key" in name or
+                                      "cross_attention/value" in name)
+                total += math.prod(leaf.shape) * computed * (share if of_source else 1.0)
+        pairs = self._visible(c.num_layers, seq_len, causal=c.family != "encoder")
+        if both:
+            encoder = self._visible(c.num_encoder_layers or c.num_layers, int(share * seq_len), causal=False)
+            pairs += share * (c.num_layers * seq_len + encoder)
+        return 6.0 * total + 12.0 * c.dims.num_heads * c.dims.head_dim * pairs
+
+    def _visible(self, num_layers: int, seq_len: int, causal: bool) -> float:
+        """Keys that an average query sees, over all layers: fewer at the ends of the row."""
+        kinds, pattern = self.config.kinds(num_layers)
+        total = 0.0
+        for i in range(num_layers):
+            span = min(self.config.window(kinds[pattern[i % len(pattern)]]) or seq_len, seq_len)
+            back = span * (1 - span / (2 * seq_len))
+            total += back if causal else 2 * back
+        return total
 
     def embedding_parameters(self) -> int:
         """Parameters in token and position tables."""

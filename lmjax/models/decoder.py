@@ -34,10 +34,11 @@ class Decoder(Trunk):
         self.head = None if config.tie_embeddings else token_table(config, rngs)
 
     def hidden(self, batch: Mapping[str, jax.Array], dtype: Any, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        """int32 [B, T] `tokens`, `positions`, `segment_ids` -> normed hidden states [B, T, D] in `dtype`, and what the
-        layers report."""
+        """int32 [B, T] `tokens`, `positions`, `segment_ids`, and `bidirectional` if some tokens are seen by all of
+        their document -> normed hidden states [B, T, D] in `dtype`, and what the experts did."""
         x_BTD = embed(self.config, self.embedding, batch["tokens"], dtype)
-        x_BTD, _, out = self(x_BTD, batch["positions"], batch["segment_ids"], key=key)
+        x_BTD, _, out = self(x_BTD, batch["positions"], batch["segment_ids"],
+                             prefix_BT=batch.get("bidirectional"), key=key)
         return x_BTD, out
 
     def step(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache,

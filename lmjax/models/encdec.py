@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.config import at_least, choice
@@ -45,13 +46,14 @@ class EncDec(nnx.Module):
 
     def states(self, batch: Mapping[str, jax.Array], dtype: Any, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
         """The encoder's states [B, S, D] in `dtype` of int32 [B, S] `encoder_tokens`, `encoder_positions` and
-        `encoder_segment_ids`, and what its layers report."""
+        `encoder_segment_ids`, and what its experts did."""
         x_BSD = embed(self.config, self.embedding, batch["encoder_tokens"], dtype)
         x_BSD, _, out = self.encoder(x_BSD, batch["encoder_positions"], batch["encoder_segment_ids"], key=key)
         return x_BSD, out
 
     def hidden(self, batch: Mapping[str, jax.Array], dtype: Any, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        """What `states` reads and int32 [B, T] `tokens`, `positions`, `segment_ids` -> the decoder's states [B, T, D].
+        """The decoder's states [B, T, D] of int32 [B, T] `tokens`, `positions`, `segment_ids` and what `states` reads;
+        and what the experts of both halves did.
 
         A decoder token sees the encoder tokens that have its segment id.
         """
@@ -60,13 +62,13 @@ class EncDec(nnx.Module):
         x_BTD = embed(self.config, self.embedding, batch["tokens"], dtype)
         x_BTD, _, out = self.decoder(x_BTD, batch["positions"], batch["segment_ids"], key=keys[1],
                                      source=Source(batch["encoder_segment_ids"], states))
-        return self._scaled(x_BTD), (encoder_out, out)
+        return self._scaled(x_BTD), jax.tree.map(lambda *layers: jnp.concatenate(layers), encoder_out, out)
 
     def source(self, batch: Mapping[str, jax.Array], dtype: Any) -> Source:
         """What decoding needs of the encoder's row: its keys and values in every layer, computed once."""
         states, _ = self.states(batch, dtype)
         cache = self.decoder.layers.map(lambda block: block.cross_attention.keys_values(states))
-        return Source((batch["encoder_segment_ids"] > 0).astype("int32"), cache=cache)
+        return Source((batch["encoder_segment_ids"] > 0).astype(jnp.int32), cache=cache)
 
     def step(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache,
              last_B: jax.Array, dtype: Any) -> tuple[jax.Array, Cache]:

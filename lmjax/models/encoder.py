@@ -54,7 +54,7 @@ class Encoder(Trunk):
 
     def states(self, batch: Mapping[str, jax.Array], dtype: Any, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
         """int32 [B, T] `tokens`, `positions`, `segment_ids` and, if there, `token_types` (0 otherwise) -> last hidden
-        states [B, T, D] in `dtype`, and what the layers report."""
+        states [B, T, D] in `dtype`, and what the experts did."""
         x_BTD = embed(self.config, self.embedding, batch["tokens"], dtype)
         if self.token_types is not None:
             types_BT = batch.get("token_types", jnp.zeros_like(batch["tokens"]))

@@ -26,6 +26,9 @@ QWEN25_SMALL = QWEN25 | dict(tie_embeddings=True, vocab_size=151936)
 QWEN3 = dict(qk_norm=True, norm_eps=1e-6, rope_theta=1e6, max_positions=40960, vocab_size=151936)
 QWEN3_SMALL = QWEN3 | dict(tie_embeddings=True)
 MISTRAL = dict(max_positions=32768, vocab_size=32000, sliding_window=4096)
+MIXTRAL = dict(max_positions=32768, vocab_size=32000, rope_theta=1e6,
+               moe=dict(experts=8, per_token=2, balance_loss=0.02))
+QWEN3_MOE = QWEN3 | dict(moe=dict(experts=128, per_token=8, balance_loss=0.001))
 GEMMA = dict(norm="rmsnorm_1p", norm_eps=1e-6, norm_position="both", mlp="geglu", scale_embeddings=True,
              tie_embeddings=True)
 GEMMA2 = GEMMA | dict(max_positions=8192, vocab_size=256000, layer_pattern=("local", "global"), sliding_window=4096,
@@ -85,6 +88,9 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "qwen3-32b": (QWEN3, (64, 5120, 64, 8, 25600, 128)),
     "mistral-7b": (MISTRAL, (32, 4096, 32, 8, 14336)),
     "mistral-7b-v0.3": (MISTRAL, (32, 4096, 32, 8, 14336), dict(sliding_window=0, rope_theta=1e6, vocab_size=32768)),
+    "mixtral-8x7b": (MIXTRAL, (32, 4096, 32, 8, 14336)),
+    "qwen3-30b-a3b": (QWEN3_MOE, (48, 2048, 32, 4, 768, 128)),
+    "qwen3-235b-a22b": (QWEN3_MOE, (94, 4096, 64, 4, 1536, 128)),
     "gemma2-2b": (GEMMA2, (26, 2304, 8, 4, 9216, 256)),
     "gemma2-9b": (GEMMA2, (42, 3584, 16, 8, 14336, 256)),
     "gemma2-27b": (GEMMA2, (46, 4608, 32, 16, 36864, 128), dict(query_scalar=144.0)),

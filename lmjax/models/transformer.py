@@ -16,6 +16,7 @@ from lmjax.nn.attention import Attention, Fed, KVCache
 from lmjax.nn.kernels import prepare
 from lmjax.nn.layers import MLP, MLP_KINDS, NORMS, Embedding, dropout, residual_init
 from lmjax.nn.module import normal
+from lmjax.nn.moe import MoE, MoEConfig, Routing
 from lmjax.nn.positions import RopeScaling, Rotation, relative_buckets, rope_rotation, sinusoids
 from lmjax.nn.stack import REMAT, Stack
 from lmjax.nn.visibility import Visibility
@@ -42,7 +43,7 @@ class TransformerConfig:
     layer_pattern: of "global" and "local" layers, repeated over the layers; only local ones have the window; empty:
     all of them. attention_softcap, logit_softcap: cap * tanh(x / cap); 0 is off. attention: kernel name, or auto.
     remat: what the backward pass computes again (none, dots, full). dropout: after the embeddings and each residual
-    branch. embedding_std: of the token table; 0 takes init_std.
+    branch. moe: experts in the place of the MLP. embedding_std: of the token table; 0 takes init_std.
     """
 
     num_layers: int = 12
@@ -75,6 +76,7 @@ class TransformerConfig:
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     tie_embeddings: bool = False
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     dropout: float = 0.0
     init_std: float = 0.02
     embedding_std: float = 0.0
@@ -102,6 +104,8 @@ class TransformerConfig:
                              f"{self.num_kv_heads}; change one of them")
         if self.positions == "rope" and self.dims.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number for rope, got {self.dims.head_dim}; change it")
+        if self.moe.experts and self.use_bias:
+            raise ValueError("use_bias: expected false with moe.experts, got true; switch one of them off")
         if self.dropout >= 1:
             raise ValueError(f"dropout: expected less than 1, got {self.dropout}; lower it")
         if "local" in self.layer_pattern and not self.sliding_window:
@@ -146,8 +150,9 @@ class Source(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all layers of a kind are called with."""
+    """What all layers of a kind are called with. real: which tokens are not padding."""
 
+    real: jax.Array
     visibility: Visibility
     rotation: Rotation | None
     bias: jax.Array | None
@@ -190,14 +195,16 @@ class Block(nnx.Module):
         self.attention_norm = new_norm()
         self.attention = attention()
         self.mlp_norm = new_norm()
-        self.mlp = MLP(c.embed_dim, c.mlp_dim, kind=c.mlp, use_bias=c.use_bias, init=init, out_init=out_init, rngs=rngs)
+        mlp = dict(kind=c.mlp, init=init, out_init=out_init, rngs=rngs)
+        self.mlp = (MoE(c.embed_dim, c.mlp_dim, c.moe, **mlp) if c.moe.experts else
+                    MLP(c.embed_dim, c.mlp_dim, use_bias=c.use_bias, **mlp))
         self.attention_post_norm, self.mlp_post_norm = new_norm(both), new_norm(both)
         self.cross_norm, self.cross_attention = (new_norm(), attention()) if cross else (None, None)
         self.cross_post_norm = new_norm(both and cross)
 
     def __call__(self, x_BTD: jax.Array, layer: PerLayer, cache: KVCache | None,
-                 shared: Shared) -> tuple[jax.Array, KVCache | None, Any]:
-        """x [B, T, D] -> x, the cache with x's tokens in it, and what is to be known of the layer."""
+                 shared: Shared) -> tuple[jax.Array, KVCache | None, Routing | None]:
+        """x [B, T, D] -> x, the cache with x's tokens in it, and what the experts did."""
         s, keys = shared, iter((None,) * 3)
         if layer.key is not None:
             keys = iter(jax.random.split(layer.key, 2 if self.cross_attention is None else 3))
@@ -209,10 +216,13 @@ class Block(nnx.Module):
             seen = layer.source or self.cross_attention.keys_values(s.source)
             return self.cross_attention.look(y, seen, s.source_visibility), None
 
+        def mlp(y: jax.Array) -> tuple[jax.Array, Routing | None]:
+            return self.mlp(y, s.real) if self.config.moe.experts else (self.mlp(y), None)
+
         x, cache = self._add(x_BTD, attention, self.attention_norm, self.attention_post_norm, next(keys), layer.first)
         if self.cross_attention is not None:
             x, _ = self._add(x, cross, self.cross_norm, self.cross_post_norm, next(keys))
-        x, out = self._add(x, lambda y: (self.mlp(y), None), self.mlp_norm, self.mlp_post_norm, next(keys))
+        x, out = self._add(x, mlp, self.mlp_norm, self.mlp_post_norm, next(keys))
         return constrain(x, "batch", "seq", "act_embed"), cache, out
 
     def _add(self, x: jax.Array, branch: Callable[[jax.Array], tuple[jax.Array, Any]], norm: nnx.Module,
@@ -253,12 +263,13 @@ class Trunk(nnx.Module):
                               if c.positions == "relative" else None)
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, *,
-                 cache: Sequence[KVCache] | None = None, last_B: jax.Array | None = None,
-                 source: Source | None = None,
-                 key: jax.Array | None = None) -> tuple[jax.Array, Sequence[KVCache] | None, Any]:
-        """Embedded tokens [B, T, D] -> normed hidden states, the caches if given, and what the blocks report.
+                 prefix_BT: jax.Array | None = None, cache: Sequence[KVCache] | None = None,
+                 last_B: jax.Array | None = None, source: Source | None = None,
+                 key: jax.Array | None = None) -> tuple[jax.Array, Sequence[KVCache] | None, Routing | None]:
+        """Embedded tokens [B, T, D] -> normed hidden states, the caches if given, and what the experts did, by layer.
 
-        positions restart in every document; segments say which tokens belong together (0: none). cache: one a kind of
+        positions restart in every document; segments say which tokens belong together (0: none); prefix is 1 on tokens
+        that all of their document sees, also what comes before them. cache: one a kind of
         layer, into which tokens up to position `last` are written. key: switches dropout on.
         """
         c, num_layers = self.config, self.layers.num_layers
@@ -270,8 +281,8 @@ class Trunk(nnx.Module):
         x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
         first = jnp.arange(num_layers) == 0 if c.embedding_norm == "first" else None
         per_layer = PerLayer(keys, first, None if source is None else source.cache)
-        shared = [self._shared(kind, positions_BT, segments_BT, None if cache is None else cache[i].key.shape[2],
-                               last_B, source) for i, kind in enumerate(self.kinds)]
+        shared = [self._shared(kind, positions_BT, segments_BT, prefix_BT, cache and cache[i].key.shape[2], last_B,
+                               source) for i, kind in enumerate(self.kinds)]
         x_BTD, new, out = self.layers(x_BTD, per_layer, cache or (None,) * len(self.kinds), shared)
         return x_BTD if self.norm is None else self.norm(x_BTD), cache and new, out
 
@@ -283,8 +294,8 @@ class Trunk(nnx.Module):
             x_BTD = x_BTD + sinusoids(positions_BT, c.embed_dim).astype(x_BTD.dtype)
         return x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
 
-    def _shared(self, kind: str, positions_BT: jax.Array, segments_BT: jax.Array, slots: int | None,
-                last_B: jax.Array | None, source: Source | None) -> Shared:
+    def _shared(self, kind: str, positions_BT: jax.Array, segments_BT: jax.Array, prefix_BT: jax.Array | None,
+                slots: int | None, last_B: jax.Array | None, source: Source | None) -> Shared:
         c, fed, kv_positions, kv_segments = self.config, None, positions_BT, segments_BT
         if slots is not None:
             fed = Fed(positions_BT[:, 0], last_B, ring=slots == c.window(kind))
@@ -292,7 +303,7 @@ class Trunk(nnx.Module):
             # Slots not yet written are hidden by causality, a ring's by their positions.
             kv_segments = (kv_positions >= 0).astype(jnp.int32)
         see = Visibility(positions_BT, kv_positions, segments_BT, kv_segments, causal=self.causal,
-                         window=c.window(kind), in_order=slots is None)
+                         window=c.window(kind), in_order=slots is None, kv_prefix=prefix_BT)
         rotation = bias = source_see = None
         if c.positions == "rope":
             local = kind == "local" and c.local_rope_theta
@@ -305,7 +316,8 @@ class Trunk(nnx.Module):
         if source is not None:
             source_see = prepare(Visibility(positions_BT, jnp.zeros_like(source.segments), segments_BT, source.segments,
                                             causal=False), self.kernel)
-        return Shared(prepare(see, self.kernel), rotation, bias, fed, source and source.states, source_see)
+        return Shared(segments_BT > 0, prepare(see, self.kernel), rotation, bias, fed, source and source.states,
+                      source_see)
 
 
 class Cache(NamedTuple):

@@ -22,11 +22,12 @@ class Kernel:
     softcap: bool
     bias: bool
     note: str
+    prefix: bool = False  # keys that are seen against causality
 
 
 KERNELS = {
     "xla": Kernel(xla_attention, ("cpu", "gpu", "tpu"), dense=True, softcap=True, bias=True,
-                  note="exact, holds the [T, S] scores"),
+                  note="exact, holds the [T, S] scores", prefix=True),
 }
 
 
@@ -40,7 +41,7 @@ def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: 
     Raises:
       ValueError: `kernel` cannot do that.
     """
-    _check(kernel, softcap=bool(softcap), bias=bias is not None)
+    _check(kernel, softcap=bool(softcap), bias=bias is not None, prefix=visibility.kv_prefix is not None)
     return KERNELS[kernel].run(q_BTHK, k_BSGK, v_BSGK, visibility, scale=scale, softcap=softcap, bias=bias)
 
 

@@ -20,6 +20,7 @@ class Visibility(NamedTuple):
     kv_segments: jax.Array
     causal: bool = True
     window: int = 0  # tokens back that are visible, itself included; 0: all
+    kv_prefix: jax.Array | None = None  # int32 [B, S]: 1 on keys that all of their segment sees, also what is before
     # Whether queries and keys are the same rows, each document in one piece and in reading order, so that two tokens of
     # a document are as far apart as their indices: what kernels that go by index need. Not so with a cache.
     in_order: bool = False
@@ -32,7 +33,7 @@ class Visibility(NamedTuple):
         q, k = self.q_positions[:, :, None], self.kv_positions[:, None, :]
         sees = (self.q_segments[:, :, None] == self.kv_segments[:, None, :]) & (self.kv_segments[:, None, :] > 0)
         if self.causal:
-            sees &= k <= q
+            sees &= k <= q if self.kv_prefix is None else (k <= q) | (self.kv_prefix[:, None, :] > 0)
         if self.window:
             sees &= q - k < self.window
             if not self.causal:
