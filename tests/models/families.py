@@ -66,6 +66,14 @@ def scaled(kind, **keys):
 
 COMMON = dict(num_layers=LAYERS, embed_dim=D, num_heads=H, num_kv_heads=G, mlp_dim=F, vocab_size=V, max_positions=32,
               rope_theta=100.0)
+MOE = dict(LLAMA)  # their experts are [E, out, in]
+for ours, theirs, how in (("router", "gate.weight", "T"), ("gate", "experts.gate_up_proj", "Ta"),
+                          ("up", "experts.gate_up_proj", "Tb"), ("down", "experts.down_proj", "T"),
+                          ("shared/gate", "shared_expert.gate_proj.weight", "T"),
+                          ("shared/up", "shared_expert.up_proj.weight", "T"),
+                          ("shared/down", "shared_expert.down_proj.weight", "T"),
+                          ("shared_gate", "shared_expert_gate.weight", "T")):
+    MOE[f"{BLOCK}/mlp/{ours}/kernel"] = (f"{THEIRS}.mlp.{theirs}", how)
 GEMMA_KEYS = dict(head_dim=16, query_pre_attn_scalar=20, hidden_activation="gelu_pytorch_tanh", sliding_window=WINDOW,
                   tie_word_embeddings=True, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
                   num_hidden_layers=3)
@@ -89,6 +97,13 @@ DECODERS = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}}),
         GEMMA_OURS | dict(qk_norm=True, rope_theta=1000.0, local_rope_theta=10.0,
                           rope_scaling=dict(kind="linear", factor=8.0)), GEMMA),
+    "mixtral": Family("Mixtral", "ForCausalLM", llama(num_local_experts=4, num_experts_per_tok=2),
+                      dict(moe=dict(experts=4, per_token=2, balance_loss=0.0)), MOE),
+    "qwen2-moe": Family("Qwen2Moe", "ForCausalLM", llama(
+        num_experts=4, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=40,
+        norm_topk_prob=False), dict(qkv_bias=True, moe=dict(
+            experts=4, per_token=3, mlp_dim=24, normalize=False, shared_dim=40, shared_gate=True, balance_loss=0.0)),
+        MOE),
 }
 
 
@@ -207,7 +222,7 @@ def tree_of(shapes, names, tensors):
     def one(theirs, how, shape):
         x = np.asarray(tensors[FIRST.get(theirs, theirs)])
         for step in how:
-            x = x.T if step == "T" else np.split(x, PARTS[step][0], axis=-1)[PARTS[step][1]]
+            x = np.swapaxes(x, -1, -2) if step == "T" else np.split(x, PARTS[step][0], axis=-1)[PARTS[step][1]]
         return x.reshape(shape)
 
     out = {}
