@@ -120,7 +120,7 @@ def load(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
     devices = jax.local_devices()
     platform = devices[0].platform
     model = build_model(recipe.model, vocab_size=recipe.model.vocab_size, platform=platform,
-                        dtype=recipe.train.dtype(platform))
+                        dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len)
     has_ema = "ema" in about["checksums"]
     if ema and not has_ema:
         raise ValueError(f"{where}: expected averaged weights, got a run with optimizer.ema_decay=0; leave ema out")

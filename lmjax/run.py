@@ -94,7 +94,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
     tokenizer = (None if recipe.data.synthetic else
                  Tokenizer.from_bytes((epath.Path(directory) / "tokenizer.model").read_bytes()))
     model = build_model(recipe.model, vocab_size=train_split.vocab_size, platform=platform,
-                        dtype=recipe.train.dtype(platform))
+                        dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len)
     schedule = make_schedule(recipe.optimizer, recipe.train.steps)
     tx = make_optimizer(recipe.optimizer, recipe.train.steps, model.axes)
     spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0)

@@ -155,10 +155,21 @@ def use_layout(layout: Layout | None) -> Iterator[None]:
         _LAYOUT.reset(token)
 
 
+def current_layout() -> Layout | None:
+    """The layout that is being traced for, if any."""
+    return _LAYOUT.get()
+
+
 def platform() -> str:
     """The platform that is being traced for: that of the layout, else JAX's default ("cpu", "gpu", "tpu")."""
     layout = _LAYOUT.get()
     return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
+
+
+def device_kind() -> str:
+    """What the devices that are being traced for call themselves, such as "TPU v5 lite"."""
+    layout = _LAYOUT.get()
+    return (jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]).device_kind
 
 
 def num_devices() -> int:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from lmjax.config import at_least, choice
 from lmjax.nn.attention import Attention, Fed, KVCache
-from lmjax.nn.kernels import prepare
+from lmjax.nn.kernels import prepare, with_cache, with_prefix
 from lmjax.nn.layers import MLP, MLP_KINDS, NORMS, Embedding, dropout, residual_init
 from lmjax.nn.module import normal
 from lmjax.nn.moe import MoE, MoEConfig, Routing
@@ -152,6 +152,7 @@ class Source(NamedTuple):
 class Shared(NamedTuple):
     """What all layers of a kind are called with. real: which tokens are not padding."""
 
+    kernel: str
     real: jax.Array
     visibility: Visibility
     rotation: Rotation | None
@@ -172,7 +173,7 @@ class PerLayer(NamedTuple):
 class Block(nnx.Module):
     """Residual branches, each with its norm: attention, cross-attention if there is an encoder, and the MLP."""
 
-    def __init__(self, config: TransformerConfig, kernel: str, rngs: nnx.Rngs, *, num_layers: int, cross: bool):
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, num_layers: int, cross: bool):
         c, dims, norm = config, config.dims, NORMS[config.norm]
         init, out_init = normal(c.init_std), residual_init(c.init_std, num_layers)
         self.config = c
@@ -185,7 +186,7 @@ class Block(nnx.Module):
                 c.embed_dim, num_heads=dims.num_heads, num_kv_heads=dims.num_kv_heads, head_dim=dims.head_dim,
                 qkv_bias=c.use_bias or c.qkv_bias, out_bias=c.use_bias, norm_eps=c.norm_eps, scale=scale,
                 qk_norm=NORMS[c.norm if c.norm.startswith("rms") else "rmsnorm"] if c.qk_norm else None,
-                softcap=c.attention_softcap, kernel=kernel, init=init, query_init=query_init, out_init=out_init,
+                softcap=c.attention_softcap, init=init, query_init=query_init, out_init=out_init,
                 rngs=rngs)
 
         def new_norm(wanted: bool = True) -> nnx.Module | None:
@@ -210,11 +211,11 @@ class Block(nnx.Module):
             keys = iter(jax.random.split(layer.key, 2 if self.cross_attention is None else 3))
 
         def attention(y: jax.Array) -> tuple[jax.Array, KVCache | None]:
-            return self.attention(y, s.visibility, s.rotation, s.bias, cache, s.fed)
+            return self.attention(y, s.visibility, s.rotation, s.bias, cache, s.fed, kernel=s.kernel)
 
         def cross(y: jax.Array) -> tuple[jax.Array, None]:
             seen = layer.source or self.cross_attention.keys_values(s.source)
-            return self.cross_attention.look(y, seen, s.source_visibility), None
+            return self.cross_attention.look(y, seen, s.source_visibility, kernel=s.kernel), None
 
         def mlp(y: jax.Array) -> tuple[jax.Array, Routing | None]:
             return self.mlp(y, s.real) if self.config.moe.experts else (self.mlp(y), None)
@@ -255,7 +256,7 @@ class Trunk(nnx.Module):
         self.kinds, pattern = c.kinds(num_layers)
         self.positions = (Embedding(c.max_positions + c.position_offset, c.embed_dim, ("positions", "embed"), init=init,
                                     rngs=rngs) if c.positions == "learned" else None)
-        self.layers = Stack(lambda r: Block(c, kernel, r, num_layers=num_layers, cross=cross), num_layers,
+        self.layers = Stack(lambda r: Block(c, r, num_layers=num_layers, cross=cross), num_layers,
                             scan=c.scan_layers, remat=c.remat, rngs=rngs, kinds=pattern)
         self.norm = norm(c.embed_dim, eps=c.norm_eps, rngs=rngs) if c.norm_position != "post" else None
         self.embedding_norm = norm(c.embed_dim, eps=c.norm_eps, rngs=rngs) if c.embedding_norm == "own" else None
@@ -297,7 +298,9 @@ class Trunk(nnx.Module):
     def _shared(self, kind: str, positions_BT: jax.Array, segments_BT: jax.Array, prefix_BT: jax.Array | None,
                 slots: int | None, last_B: jax.Array | None, source: Source | None) -> Shared:
         c, fed, kv_positions, kv_segments = self.config, None, positions_BT, segments_BT
+        kernel = self.kernel if prefix_BT is None else with_prefix(self.kernel)
         if slots is not None:
+            kernel = with_cache(kernel, slots)
             fed = Fed(positions_BT[:, 0], last_B, ring=slots == c.window(kind))
             kv_positions = fed.kv_positions(slots, positions_BT.shape[1])
             # Slots not yet written are hidden by causality, a ring's by their positions.
@@ -315,8 +318,8 @@ class Trunk(nnx.Module):
             bias = jnp.moveaxis(self.relative_bias(buckets, jnp.float32), -1, 1)
         if source is not None:
             source_see = prepare(Visibility(positions_BT, jnp.zeros_like(source.segments), segments_BT, source.segments,
-                                            causal=False), self.kernel)
-        return Shared(segments_BT > 0, prepare(see, self.kernel), rotation, bias, fed, source and source.states,
+                                            causal=False), kernel)
+        return Shared(kernel, segments_BT > 0, prepare(see, kernel), rotation, bias, fed, source and source.states,
                       source_see)
 
 

@@ -79,9 +79,9 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, dim: int, *, num_heads: int, num_kv_heads: int, head_dim: int, qkv_bias: bool, out_bias: bool,
-                 qk_norm: Callable[..., nnx.Module] | None, norm_eps: float, scale: float, softcap: float, kernel: str,
+                 qk_norm: Callable[..., nnx.Module] | None, norm_eps: float, scale: float, softcap: float,
                  init: Initializer, query_init: Initializer, out_init: Initializer, rngs: nnx.Rngs):
-        self.scale, self.softcap, self.kernel = scale, softcap, kernel
+        self.scale, self.softcap = scale, softcap
         kv = ("embed", "kv_heads", "head_dim")
         self.query = Dense((dim,), (num_heads, head_dim), ("embed", "heads", "head_dim"), use_bias=qkv_bias,
                            init=query_init, rngs=rngs)
@@ -93,14 +93,14 @@ class Attention(nnx.Module):
         self.key_norm = qk_norm(head_dim, eps=norm_eps, rngs=rngs) if qk_norm else None
 
     def __call__(self, x_BTD: jax.Array, visibility: Visibility, rotation: Rotation | None = None,
-                 bias_BHTS: jax.Array | None = None, cache: KVCache | None = None,
-                 fed: Fed | None = None) -> tuple[jax.Array, KVCache | None]:
+                 bias_BHTS: jax.Array | None = None, cache: KVCache | None = None, fed: Fed | None = None, *,
+                 kernel: str) -> tuple[jax.Array, KVCache | None]:
         """Attends from x to itself, or to `cache` with x's keys and values added as `fed` says (returned)."""
         seen = self.keys_values(x_BTD, rotation)
         if cache is not None:
             both = [fed.extend(old, new) for old, new in zip(cache, seen, strict=True)]
             seen, cache = (KVCache(*part) for part in zip(*both, strict=True))
-        return self.look(x_BTD, seen, visibility, rotation, bias_BHTS), cache
+        return self.look(x_BTD, seen, visibility, rotation, bias_BHTS, kernel=kernel), cache
 
     def keys_values(self, x_BSD: jax.Array, rotation: Rotation | None = None) -> KVCache:
         """The keys and values [B, S, G, K] of x."""
@@ -111,11 +111,11 @@ class Attention(nnx.Module):
                        constrain(v, "batch", "kv_seq", "act_kv_heads", None))
 
     def look(self, x_BTD: jax.Array, seen: KVCache, visibility: Visibility, rotation: Rotation | None = None,
-             bias_BHTS: jax.Array | None = None) -> jax.Array:
+             bias_BHTS: jax.Array | None = None, *, kernel: str) -> jax.Array:
         """Attends from x to keys and values that are there already."""
         q = self.query(x_BTD)
         q = q if self.query_norm is None else self.query_norm(q)
         q = q if rotation is None else apply_rope(q, rotation)
         q = constrain(q, "batch", "seq", "act_heads", None)
-        y = attend(q, *seen, visibility, scale=self.scale, softcap=self.softcap, bias=bias_BHTS, kernel=self.kernel)
+        y = attend(q, *seen, visibility, scale=self.scale, softcap=self.softcap, bias=bias_BHTS, kernel=kernel)
         return self.out(constrain(y, "batch", "seq", "act_heads", None))

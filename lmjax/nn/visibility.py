@@ -6,6 +6,7 @@ Shape suffixes: B batch, T query sequence, S key sequence.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Visibility(NamedTuple):
@@ -25,6 +26,21 @@ class Visibility(NamedTuple):
     # a document are as far apart as their indices: what kernels that go by index need. Not so with a cache.
     in_order: bool = False
     made: jax.Array | None = None  # the dense mask, where `kernels.prepare` made it for all layers
+
+    def by_index(self) -> "Visibility":
+        """The same rule with indices for positions where they serve as well: those also tell whole blocks apart."""
+        if not self.in_order:
+            return self
+        B, T = self.q_positions.shape
+        index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+        return self._replace(q_positions=index, kv_positions=index)
+
+    def any_seen(self) -> jax.Array:
+        """bool [B, T]: whether the query sees any key, from the segments alone."""
+        if self.in_order:  # itself, at least
+            return self.q_segments > 0
+        same = self.q_segments[:, :, None] == self.kv_segments[:, None, :]
+        return jnp.any(same & (self.kv_segments[:, None, :] > 0), axis=-1)
 
     def mask(self) -> jax.Array:
         """bool [B, T, S], True where the query may attend to the key."""

@@ -1,0 +1,68 @@
+"""Attention kernels on a mesh: one call a device, on its own rows, heads and queries.
+
+Shape suffixes: B batch, T query sequence, S key sequence, H query heads, G key/value heads, K head_dim.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lmjax.nn.visibility import Visibility
+from lmjax.sharding import current_layout
+
+Body = Callable[..., jax.Array]
+
+
+def axes_of(name: str) -> tuple[str, ...]:
+    """The mesh axes of more than one device that `name` is split over, in the layout that is being traced for."""
+    layout = current_layout()
+    return () if layout is None else tuple(a for a in layout.rules[name] if layout.mesh.shape[a] > 1)
+
+
+def ways(name: str) -> int:
+    """Into how many parts `name` is split."""
+    layout = current_layout()
+    return math.prod(layout.mesh.shape[a] for a in axes_of(name))
+
+
+def per_shard(body: Body, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, see: Visibility, *,
+              keys: str = "kv_seq", extra: Any = None, extra_spec: Any = None) -> jax.Array:
+    """body(q, k, v, see, extra) on every device's share: rows by "batch", queries by "seq", heads by "act_heads".
+
+    Where key/value heads are split less than query heads, they are repeated until every device has those of its
+    queries. keys: what the keys' sequence is split by; each device has all of them by default (an all-gather over the
+    context axis). extra: a tree of arrays, split by `extra_spec`.
+    """
+    layout = current_layout()
+    if layout is None or layout.mesh.size == 1:
+        return body(q_BTHK, k_BSGK, v_BSGK, see, extra)
+    G = k_BSGK.shape[2]
+    repeats = math.lcm(G, ways("act_heads")) // G
+    k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k_BSGK, v_BSGK))
+    at_q = layout.spec(("batch", "seq", "act_heads", None), q_BTHK.shape)
+    at_k = layout.spec(("batch", keys, "act_heads", None), k.shape)
+    arrays = see.q_positions, see.kv_positions, see.q_segments, see.kv_segments
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, arrays: tuple[jax.Array, ...], extra: Any) -> jax.Array:
+        return body(q, k, v, Visibility(*arrays, see.causal, see.window, see.in_order), extra)
+
+    rows_q, rows_k = PartitionSpec(*at_q[:2]), PartitionSpec(*at_k[:2])
+    # The kernels' loops and Pallas calls do not say over which axes their results vary, so that is not checked.
+    run = jax.shard_map(local, mesh=layout.mesh, out_specs=at_q, check_vma=False,
+                        in_specs=(at_q, at_k, at_k, (rows_q, rows_k, rows_q, rows_k), extra_spec))
+    return run(q_BTHK, k, v, arrays, extra)
+
+
+def padded(multiple: int, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,
+           see: Visibility) -> tuple[jax.Array, jax.Array, jax.Array, Visibility]:
+    """T and S padded at their end to multiples of `multiple`, with segment 0, which sees and is seen by nothing."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), *((0, 0),) * (x.ndim - 2)))
+
+    arrays = {name: pad(getattr(see, name)) for name in ("q_positions", "kv_positions", "q_segments", "kv_segments")}
+    return pad(q_BTHK), pad(k_BSGK), pad(v_BSGK), see._replace(**arrays, made=None)
