@@ -111,7 +111,8 @@ class Model:
         at_B = jnp.full((B,), T - 1, jnp.int32) if at_B is None else at_B
         positions = cache.slot[:, None] + jnp.arange(T, dtype=jnp.int32).reshape(1, T)
         last_B = cache.slot + at_B
-        x_BTD, cache = model.step(tokens_BT, positions, jnp.ones_like(positions), cache, last_B, self.dtype)
+        stay = (positions <= last_B[:, None]).astype(jnp.int32)  # the others are padding: no expert has room for them
+        x_BTD, cache = model.step(tokens_BT, positions, stay, cache, last_B, self.dtype)
         x_B1D = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
         return self._logits(x_B1D, *model.unembedding)[:, 0], cache._replace(slot=last_B + 1)
 

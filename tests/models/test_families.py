@@ -142,3 +142,31 @@ def test_local_layers_keep_no_more_than_their_window():
                         dtype=jnp.bfloat16)
     shapes = [layer.key.shape for layer in jax.eval_shape(lambda: model.init_cache(2, 24)).layers]
     assert shapes == [(2, 2, 5, 2, 16), (1, 2, 24, 2, 16)]
+
+
+def test_a_prefix_is_seen_by_all_of_its_document():
+    """Two documents in a row; the first 4 tokens of each are a prefix: who depends on whom, by changing one token."""
+    model = build_model(build(DecoderConfig, COMMON | dict(num_kv_heads=4)), vocab_size=V, platform="cpu",
+                        dtype=jnp.float32)
+    params = jax.jit(model.init)(jax.random.key(0))
+    n = T // 2
+    batch = {"tokens": batch_of()["tokens"][:1], "segment_ids": np.repeat(np.int32([[1, 2]]), n, axis=1),
+             "positions": np.arange(T, dtype=np.int32)[None] % n,
+             "bidirectional": (np.arange(T, dtype=np.int32)[None] % n < 4).astype(np.int32)}
+    tokens = np.concatenate([batch["tokens"]] * (T + 1))
+    tokens[np.arange(T), np.arange(T)] = (tokens[np.arange(T), np.arange(T)] + 1) % V
+    many = {name: np.repeat(x, T + 1, axis=0) for name, x in batch.items()} | {"tokens": tokens}
+    hidden = np.asarray(jax.jit(model.hidden)(params, many).x_BTD)
+    depends = np.abs(hidden[:T] - hidden[T]).max(-1).T > 1e-6  # [who, on whom]
+    who, whom = np.mgrid[:T, :T]
+    expected = (who // n == whom // n) & ((whom <= who) | (whom % n < 4))
+    np.testing.assert_array_equal(depends, expected)
+
+
+def test_an_encoder_has_no_cache_and_an_encoder_decoder_needs_its_source():
+    encoder, encdec = (build_model(build(CONFIGS[name], COMMON | FAMILIES[name].ours), vocab_size=V, platform="cpu",
+                                   dtype=jnp.float32) for name in ("bert", "t5-v1.1"))
+    with pytest.raises(ValueError, match="model.family: expected a decoder or encdec .*, got an encoder"):
+        encoder.init_cache(1, 8)
+    with pytest.raises(ValueError, match="init_cache: expected params and a batch"):
+        encdec.init_cache(1, 8)

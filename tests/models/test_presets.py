@@ -65,5 +65,27 @@ def test_a_family_picks_its_config_and_refuses_the_keys_of_others():
         build_recipe({"model": {"pooler": True}})
     with pytest.raises(ValueError, match="config.model.family: expected one of decoder, encoder, encdec, got 'bert'"):
         build_recipe({"model": {"family": "bert"}})
+    with pytest.raises(ValueError, match="config.sample.every: expected 0, .* for the family encoder"):
+        build_recipe({"model": {"family": "encoder"}, "sample": {"every": 1}})
     with pytest.raises(ValueError, match="config.model.preset: .*got 'llama3-9b'; nearest: llama3-8b"):
         with_preset({"preset": "llama3-9b"})
+
+
+@pytest.mark.parametrize("name, active", [
+    ("llama3-8b", COUNTS["llama3-8b"] - 128256 * 4096),  # the token table is looked up, not multiplied with
+    ("mixtral-8x7b", COUNTS["mixtral-8x7b"] - 32000 * 4096 - 32 * 6 * 3 * 4096 * 14336),  # 6 of 8 experts rest
+    ("t5-base", COUNTS["t5-base"]),  # one encoder token and one decoder token; the table serves as the head
+    ("bert-base", COUNTS["bert-base"] - 768 * 769 - 512 * 768)])
+def test_flops_are_six_a_weight_that_is_multiplied_with(name, active):
+    assert model_of(name).flops_per_token(1) == pytest.approx(6 * active, rel=2e-3)
+
+
+def test_flops_of_attention_grow_with_the_keys_that_are_seen():
+    """12 FLOPs a query and key, head and head_dim, over training's three passes."""
+    for name, layers_keys in (("bert-base", 12 * 512), ("gemma3-1b", 22 * 512 * (1 - 512 / 8192) + 4 * 2048),
+                              ("t5-base", 12 * (512 + 512 + 256))):
+        model = model_of(name)
+        length = 4096 if name == "gemma3-1b" else 512
+        c = model.config.dims
+        grown = model.flops_per_token(length) - model.flops_per_token(1)
+        assert grown == pytest.approx(12 * c.num_heads * c.head_dim * layers_keys, rel=0.01), name
