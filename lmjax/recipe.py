@@ -121,8 +121,8 @@ class Recipe:
             raise ValueError(f"data.seq_len: expected at most model.max_positions={self.model.max_positions}, got "
                              f"{self.data.seq_len}; raise max_positions or shorten the rows")
         if self.sample.every and self.model.family != "decoder":
-            raise ValueError(f"sample.every: expected 0, since only a decoder continues prompts, got {self.sample.every} "
-                             f"for the family {self.model.family}; set 0")
+            raise ValueError("sample.every: expected 0, since only a decoder continues prompts, got "
+                             f"{self.sample.every} for the family {self.model.family}; set 0")
         chunk = self.train.loss_chunk
         if 0 < chunk < self.data.seq_len and self.data.seq_len % chunk:
             raise ValueError(f"train.loss_chunk: expected a divisor of data.seq_len={self.data.seq_len}, got {chunk}; "
