@@ -88,8 +88,6 @@ DECODERS = {
         dict(rope_scaling=dict(kind="llama3", factor=4.0, original_positions=16)), LLAMA),
     "qwen2": Family("Qwen2", "ForCausalLM", llama(**QWEN2_WINDOW),
                     dict(qkv_bias=True, sliding_window=WINDOW, layer_pattern=("global", "local")), LLAMA),
-    "qwen3": Family("Qwen3", "ForCausalLM", llama(head_dim=16, tie_word_embeddings=True),
-                    dict(head_dim=16, qk_norm=True, tie_embeddings=True), LLAMA),
     "gemma2": Family("Gemma2", "ForCausalLM", llama(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
                      | GEMMA_KEYS, GEMMA_OURS | dict(attention_softcap=2.0, logit_softcap=3.0), GEMMA),
     "gemma3": Family("Gemma3", "ForCausalLM", llama() | GEMMA_KEYS | dict(rope_parameters={
