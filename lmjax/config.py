@@ -134,10 +134,10 @@ def at_least(low: float, **values: float) -> None:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None or (isinstance(value, Text) and value == "None"):
-            return None
         if all(map(dataclasses.is_dataclass, args)):
             return build(_variant(args, value, path), value, path)
+        if value is None or (isinstance(value, Text) and value == "None"):
+            return None
         return _convert(next(a for a in args if a is not type(None)), value, path)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)

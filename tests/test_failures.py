@@ -45,7 +45,7 @@ REFUSED = {
     "mesh and batch": (["train.batch_size=6"], ["batch_size", "batch=6"]),
     "microbatches": (["train.microbatches=3"], ["microbatches", "divisor"]),
     "warm-up": (["optimizer.warmup_steps=60"], ["config.optimizer.warmup_steps", "shorten"]),
-    "attention": (["model.attention=splash"], ["attention", "splash", "xla"]),
+    "attention": (["model.attention=splash"], ["attention", "splash", "platform cpu (only tpu)"]),
     "loss chunk": (["train.loss_chunk=7"], ["loss_chunk", "divisor", "7"]),
     "missing corpus": (["data.sources.0.uri=text:/nowhere/*.txt"], ["/nowhere/*.txt", "got"]),
 }

@@ -1,6 +1,7 @@
 """The loss against a float64 log-softmax in numpy, whole and in chunks, and its mean over microbatches."""
 
 import functools
+import math
 import re
 
 import jax
@@ -12,7 +13,7 @@ from lmjax.losses import Loss, cross_entropy
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
 from lmjax.optim import OptimizerConfig, make_optimizer, make_schedule
-from lmjax.sharding import MeshConfig, make_layout
+from lmjax.sharding import MeshConfig, make_layout, use_layout
 from lmjax.train_state import state_spec
 from lmjax.train_step import make_eval_step, make_train_step, next_token_loss
 
@@ -216,3 +217,26 @@ def test_a_batch_without_tokens_changes_nothing():
     assert float(metrics["loss"]) == 0 and float(metrics["grad_norm"]) == 0
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(initial()), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_sharded_vocabulary_is_never_gathered():
+    """Loss and gradients with the vocabulary split in two: only sums are sent, each smaller than a share of logits."""
+    layout = make_layout(MeshConfig(data=4, tensor=2))
+    hidden = jax.ShapeDtypeStruct((8, 16, 8), jnp.float32, sharding=layout.sharding(("batch", "seq", "act_embed")))
+    table = jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=layout.sharding(("vocab", "embed")))
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=layout.sharding(("batch", "seq")))
+
+    def total(hidden, table, targets, mask):
+        with use_layout(layout):
+            return cross_entropy(hidden, table, targets, mask, softcap=5.0, z_loss=1e-4).total
+
+    gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1)),
+                       out_shardings=(layout.replicated, (hidden.sharding, table.sharding)))
+    text = gradient.lower(hidden, table, tokens, tokens).compile().as_text()
+    sent = re.findall(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", text)
+    sizes = [math.prod(int(n) for n in dims.split(",") if n)
+             for types, _ in sent for dims in re.findall(r"\[([\d,]*)\]", types)]
+    assert {kind for _, kind in sent} == {"all-reduce"}
+    assert max(sizes) == 2 * 16 * 8  # d hidden, or d table; a share of logits has 1024
+    # Over the vocabulary: the maximum, the sum, the target's logit, d hidden. Over the batch: d table, two totals.
+    assert len(sizes) <= 7

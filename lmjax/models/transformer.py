@@ -214,7 +214,7 @@ class Block(nnx.Module):
             return self.attention(y, s.visibility, s.rotation, s.bias, cache, s.fed, kernel=s.kernel)
 
         def cross(y: jax.Array) -> tuple[jax.Array, None]:
-            seen = layer.source or self.cross_attention.keys_values(s.source)
+            seen = layer.source or self.cross_attention.keys_values(s.source, kernel=s.kernel)
             return self.cross_attention.look(y, seen, s.source_visibility, kernel=s.kernel), None
 
         def mlp(y: jax.Array) -> tuple[jax.Array, Routing | None]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lmjax.nn.kernels import attend
+from lmjax.nn.kernels import KERNELS, attend
 from lmjax.nn.layers import Dense
 from lmjax.nn.module import Initializer
 from lmjax.nn.positions import Rotation, apply_rope
@@ -96,19 +96,19 @@ class Attention(nnx.Module):
                  bias_BHTS: jax.Array | None = None, cache: KVCache | None = None, fed: Fed | None = None, *,
                  kernel: str) -> tuple[jax.Array, KVCache | None]:
         """Attends from x to itself, or to `cache` with x's keys and values added as `fed` says (returned)."""
-        seen = self.keys_values(x_BTD, rotation)
+        seen = self.keys_values(x_BTD, rotation, kernel)
         if cache is not None:
             both = [fed.extend(old, new) for old, new in zip(cache, seen, strict=True)]
             seen, cache = (KVCache(*part) for part in zip(*both, strict=True))
         return self.look(x_BTD, seen, visibility, rotation, bias_BHTS, kernel=kernel), cache
 
-    def keys_values(self, x_BSD: jax.Array, rotation: Rotation | None = None) -> KVCache:
-        """The keys and values [B, S, G, K] of x."""
+    def keys_values(self, x_BSD: jax.Array, rotation: Rotation | None = None, kernel: str = "xla") -> KVCache:
+        """The keys and values [B, S, G, K] of x, laid out as `kernel` wants them."""
         k, v = self.key(x_BSD), self.value(x_BSD)
         k = k if self.key_norm is None else self.key_norm(k)
         k = k if rotation is None else apply_rope(k, rotation)
-        return KVCache(constrain(k, "batch", "kv_seq", "act_kv_heads", None),
-                       constrain(v, "batch", "kv_seq", "act_kv_heads", None))
+        return KVCache(constrain(k, "batch", KERNELS[kernel].keys, "act_kv_heads", None),
+                       constrain(v, "batch", KERNELS[kernel].keys, "act_kv_heads", None))
 
     def look(self, x_BTD: jax.Array, seen: KVCache, visibility: Visibility, rotation: Rotation | None = None,
              bias_BHTS: jax.Array | None = None, *, kernel: str) -> jax.Array:

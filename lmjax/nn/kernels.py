@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lmjax.nn.kernels_chunked import chunked_attention
 from lmjax.nn.kernels_cudnn import cudnn_attention
+from lmjax.nn.kernels_ring import ring_attention
 from lmjax.nn.kernels_splash import splash_attention
 from lmjax.nn.kernels_xla import xla_attention
 from lmjax.nn.shards import ways
@@ -47,6 +48,7 @@ class Kernel:
     max_head_dim: int = 0
     dtypes: tuple[str, ...] = ()
     dense: bool = False
+    keys: str = "kv_seq"  # the axis name of the keys' sequence, which says whether devices share or split it
 
 
 ALL = frozenset(FEATURES)
@@ -54,8 +56,10 @@ KERNELS = {
     "xla": Kernel(xla_attention, ("cpu", "gpu", "tpu"), ALL, "exact, holds the [T, S] scores", dense=True),
     "chunked": Kernel(chunked_attention, ("cpu", "gpu", "tpu"), ALL - {"bias", "prefix"},
                       "exact, in blocks; memory grows with T, not with T * S"),
+    "ring": Kernel(ring_attention, ("cpu", "gpu", "tpu"), ALL - {"bias", "prefix", "cache"},
+                   "chunked, with keys and values passed round the context axis", keys="seq"),
     "splash": Kernel(splash_attention, ("tpu",), ALL - {"bias", "prefix", "cache"},
-                     "Pallas kernel that visits only the tiles that can be seen", head_dim=64),
+                     "Pallas kernel that visits only the tiles that can be seen", head_dim=8),
     # Without causality cuDNN has no window; by index it cannot tell where a shard of a sequence begins.
     "cudnn": Kernel(cudnn_attention, ("gpu",), ALL - {"bias", "prefix", "cache", "softcap", "two_sided_window",
                                                    "context"},
@@ -63,7 +67,7 @@ KERNELS = {
                     dtypes=("bfloat16", "float16")),
 }
 FAST = {"tpu": "splash", "gpu": "cudnn"}  # what auto takes where it can
-LONG = 512  # from this many keys on the chunked kernel is faster than the dense one on a CPU: docs/attention.md
+LONG = 1024  # from this many keys on the chunked kernel is clearly faster than the dense one: docs/attention.md
 
 
 def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: Visibility, *, scale: float,

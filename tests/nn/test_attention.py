@@ -1,4 +1,4 @@
-"""Attention against a loop in numpy float64, and what no position may learn about another, by gradient."""
+"""Who sees whom, by rule and by gradient through the whole model; and positions."""
 
 import itertools
 
@@ -9,11 +9,10 @@ import pytest
 
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
-from lmjax.nn.kernels import KERNELS, attend, choose_kernel
 from lmjax.nn.positions import apply_rope, rope_rotation
 from lmjax.nn.visibility import Visibility
 
-B, T, H, G, K = 2, 12, 4, 2, 8
+B, T = 2, 12
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]], np.int32)
 
@@ -24,26 +23,6 @@ def visible(t, s, row, *, causal=True, window=0):
         return False
     back = int(POSITIONS[row, t]) - int(POSITIONS[row, s])
     return (not causal or back >= 0) and (not window or abs(back) < window)
-
-
-def naive(q, k, v, sees, scale, softcap):
-    """out[b, t, h] in float64, one query and head at a time; sees(b, t, s) -> bool."""
-    out = np.zeros(q.shape, np.float64)
-    for b, t, h in itertools.product(*map(range, q.shape[:3])):
-        keys = [s for s in range(k.shape[1]) if sees(b, t, s)]
-        if keys:
-            g = h // (q.shape[2] // k.shape[2])
-            scores = np.array([q[b, t, h].astype(np.float64) @ k[b, s, g] for s in keys]) * scale
-            scores = softcap * np.tanh(scores / softcap) if softcap else scores
-            weights = np.exp(scores - scores.max())
-            out[b, t, h] = weights / weights.sum() @ v[b, keys, g].astype(np.float64)
-    return out
-
-
-def qkv(seed=0, kv_heads=G, size=1.0):
-    rng = np.random.default_rng(seed)
-    shapes = ((B, T, H, K), (B, T, kv_heads, K), (B, T, kv_heads, K))
-    return [(size * rng.normal(size=s)).astype(np.float32) for s in shapes]
 
 
 def seeing(causal=True, window=0):
@@ -58,72 +37,6 @@ def test_visibility_is_the_rule(causal, window):
     expected = [[[visible(t, s, b, **rule) for s in range(T)] for t in range(T)] for b in range(B)]
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, expected)
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("window, softcap, causal", [(0, 0.0, True), (3, 0.0, True), (3, 2.0, True), (0, 0.0, False)])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_against_a_loop(kernel, kv_heads, window, softcap, causal):
-    q, k, v = qkv(kv_heads=kv_heads, size=2.0)
-    if softcap and not KERNELS[kernel].softcap:
-        pytest.skip(f"{kernel} has no softcap, and choose_kernel says so")
-    out = attend(q, k, v, seeing(causal, window), scale=0.4, softcap=softcap, kernel=kernel)
-    expected = naive(q, k, v, lambda b, t, s: visible(t, s, b, causal=causal, window=window), 0.4, softcap)
-    np.testing.assert_allclose(out, expected, atol=3e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_large_scores_do_not_overflow(kernel):
-    q, k, v = qkv(size=100.0)
-    out = attend(q, k, v, seeing(), scale=1.0, kernel=kernel)
-    np.testing.assert_allclose(out, naive(q, k, v, lambda b, t, s: visible(t, s, b), 1.0, 0.0), rtol=1e-3, atol=1e-2)
-
-
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_queries_that_see_nothing_give_zero_and_finite_gradients(kernel, softcap):
-    q, k, v = qkv()
-    see = seeing()
-    see = see._replace(q_segments=see.q_segments.at[1, 4].set(9))  # besides row 0's padding
-
-    def run(q, k, v):
-        return attend(q, k, v, see, scale=0.4, softcap=softcap, kernel=kernel)
-
-    out, pull = jax.vjp(run, *map(jnp.asarray, (q, k, v)))
-    blind = ~np.asarray(see.mask()).any(-1)
-    assert blind.sum() == 3
-    assert (np.asarray(out)[blind] == 0).all() and (np.asarray(out)[~blind] != 0).all()
-    dq, dk, dv = pull(jnp.ones_like(out))
-    assert all(np.isfinite(g).all() for g in (dq, dk, dv))
-    assert (np.asarray(dq)[blind] == 0).all()
-    assert (np.asarray(dk)[0, -2:] == 0).all() and (np.asarray(dv)[0, -2:] == 0).all()
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_gradients_against_differences(kernel):
-    """The vector-Jacobian product along a random direction, against the loop in float64."""
-    q, k, v = qkv()
-    rng = np.random.default_rng(3)
-    dirs, weight = [rng.normal(size=x.shape) for x in (q, k, v)], rng.normal(size=q.shape)
-
-    def loss(*args):
-        return jnp.sum(attend(*args, seeing(window=3), scale=0.4, softcap=2.0, kernel=kernel) * weight)
-
-    def exact(step):
-        moved = [x + step * d for x, d in zip((q, k, v), dirs, strict=True)]
-        return (naive(*moved, lambda b, t, s: visible(t, s, b, window=3), 0.4, 2.0) * weight).sum()
-
-    grads = jax.grad(loss, argnums=(0, 1, 2))(*map(jnp.asarray, (q, k, v)))
-    along = sum((np.asarray(g, np.float64) * d).sum() for g, d in zip(grads, dirs, strict=True))
-    np.testing.assert_allclose(along, (exact(1e-5) - exact(-1e-5)) / 2e-5, rtol=2e-5)
-
-
-def test_kernel_choice_says_why_or_refuses():
-    name, reason = choose_kernel("auto", "cpu", softcap=0.0)
-    assert name in KERNELS and reason
-    assert choose_kernel("xla", "tpu", softcap=30.0)[0] == "xla"
-    with pytest.raises(ValueError, match="expected one of auto, xla.*got 'flesh'; "):
-        choose_kernel("flesh", "cpu", softcap=0.0)
 
 
 # --- positions

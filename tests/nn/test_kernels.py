@@ -1,0 +1,287 @@
+"""Every attention kernel, with every feature that the table says it has, against a loop in numpy float64."""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.nn import kernels_chunked
+from lmjax.nn.kernels import ALL, KERNELS, attend, choose_kernel, prepare, with_cache
+from lmjax.nn.visibility import Visibility
+from lmjax.sharding import MeshConfig, make_layout, use_layout
+
+B, T = 2, 12
+HEAD = 8
+SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2]], np.int32)
+POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]], np.int32)
+PACKED = dict(positions=(POSITIONS, POSITIONS), segments=(SEGMENTS, SEGMENTS))
+ONE = np.ones((B, T), np.int32)
+
+# A call that needs the feature, and as little else as can be.
+CALLS = {
+    "segments": PACKED,
+    "gqa": dict(kv_heads=1),
+    "cross": dict(causal=False, segments=(SEGMENTS, np.array([[1] * 5 + [0] * 3, [1] * 4 + [2] * 4], np.int32)),
+                  in_order=False),
+    "window": dict(window=3),
+    "two_sided_window": dict(window=3, causal=False, **PACKED),
+    "softcap": dict(softcap=2.0),
+    "bias": dict(bias=1),
+    "cache": dict(positions=(POSITIONS[:1, 5:8].repeat(2, 0) + np.array([[4], [1]]), np.arange(T)[None].repeat(2, 0)),
+                  segments=(ONE[:, :3], ONE), in_order=False, window=5),
+    "context": dict(mesh=dict(data=2, context=2, tensor=2), window=5, **PACKED),
+}
+BESIDES = {  # what a call needs besides its feature
+    "two_sided_window": {"window", "segments"}, "cache": {"cross", "window"}, "context": {"window", "segments"},
+    "cross": {"segments"},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks, the last ones padded; and cuDNN's place taken by JAX's own code for the same arguments."""
+    monkeypatch.setattr(kernels_chunked, "QUERIES", 5)
+    monkeypatch.setattr(kernels_chunked, "SCORES", 5 * 4)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", functools.partial(_stand_in, jax.nn.dot_product_attention))
+
+
+def _stand_in(run, *args, implementation, **kwargs):
+    assert implementation == "cudnn"
+    return run(*args, implementation="xla", **kwargs)
+
+
+def sees(b, t, s, see):
+    """The rule in words: same document, not padding, not later, nearer than the window."""
+    if see.q_segments[b, t] != see.kv_segments[b, s] or see.kv_segments[b, s] == 0:
+        return False
+    back = int(see.q_positions[b, t]) - int(see.kv_positions[b, s])
+    return (not see.causal or back >= 0) and (not see.window or abs(back) < see.window)
+
+
+def naive(q, k, v, bias, see, scale, softcap):
+    """out[b, t, h] in float64, one query and head at a time."""
+    out = np.zeros(q.shape, np.float64)
+    for b, t in itertools.product(*map(range, q.shape[:2])):
+        keys = [s for s in range(k.shape[1]) if sees(b, t, s, see)]
+        for h in range(q.shape[2] if keys else 0):
+            g = h // (q.shape[2] // k.shape[2])
+            scores = k[b, keys, g].astype(np.float64) @ q[b, t, h] * scale
+            scores = softcap * np.tanh(scores / softcap) if softcap else scores
+            scores += 0 if bias is None else bias[b % len(bias), h, t, keys]
+            weights = np.exp(scores - scores.max())
+            out[b, t, h] = weights / weights.sum() @ v[b, keys, g].astype(np.float64)
+    return out
+
+
+def call(*, positions=None, segments=(ONE, ONE), causal=True, window=0, in_order=True, kv_heads=4, softcap=0.0, bias=0,
+         mesh=None, size=1.0):
+    """(q, k, v, bias), who sees whom, softcap and mesh: one row of `CALLS` filled in."""
+    rows, keys = (s.shape[1] for s in segments)
+    positions = positions or tuple(np.arange(n)[None].repeat(B, 0) for n in (rows, keys))
+    rng = np.random.default_rng(0)
+    shapes = ((B, rows, 4, HEAD), (B, keys, kv_heads, HEAD), (B, keys, kv_heads, HEAD))
+    arrays = [(size * rng.normal(size=s)).astype(np.float32) for s in shapes]
+    arrays.append(rng.normal(size=(bias, 4, rows, keys)).astype(np.float32) if bias else None)
+    see = Visibility(*(np.asarray(x, np.int32) for x in (*positions, *segments)), causal, window, in_order)
+    return arrays, see, softcap, mesh
+
+
+def run(kernel, arrays, see, softcap, mesh):
+    """(out, pull) of the production code. cuDNN takes no float32, so its stand-in is called past that check."""
+    see = see._replace(**{name: jnp.asarray(getattr(see, name)) for name in see._fields[:4]})
+    how = dict(scale=0.15, softcap=softcap)
+
+    def f(q, k, v, bias):
+        with use_layout(make_layout(MeshConfig(**mesh)) if mesh else None):
+            if kernel == "cudnn":
+                return KERNELS[kernel].run(q, k, v, see, bias=bias, **how)
+            return attend(q, k, v, prepare(see, kernel), bias=bias, kernel=kernel, **how)
+
+    return jax.vjp(jax.jit(f), *(None if x is None else jnp.asarray(x) for x in arrays))
+
+
+@pytest.mark.parametrize("kernel, feature", [(name, f) for name, kernel in KERNELS.items() for f in sorted(kernel.can)])
+def test_what_a_kernel_claims(kernel, feature):
+    """Values against the loop, and the gradient by all inputs along a random direction against its differences."""
+    arrays, see, softcap, mesh = call(**CALLS[feature])
+    out, pull = run(kernel, arrays, see, softcap, mesh)
+    np.testing.assert_allclose(out, naive(*arrays, see, 0.15, softcap), atol=3e-6, rtol=2e-5)
+    rng = np.random.default_rng(3)
+    weight = rng.normal(size=out.shape)
+    ways = [None if x is None else rng.normal(size=x.shape) for x in arrays]
+
+    def exact(step):
+        moved = [x if w is None else x + step * w for x, w in zip(arrays, ways, strict=True)]
+        return (naive(*moved, see, 0.15, softcap) * weight).sum()
+
+    grads = pull(jnp.asarray(weight, out.dtype))
+    along = sum((np.asarray(g, np.float64) * w).sum() for g, w in zip(grads, ways, strict=True) if w is not None)
+    np.testing.assert_allclose(along, (exact(1e-5) - exact(-1e-5)) / 2e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("kernel, feature", [(name, f) for name, k in KERNELS.items() for f in sorted(ALL - k.can)])
+def test_what_a_kernel_does_not_claim_is_refused(kernel, feature):
+    (q, k, v, bias), see, softcap, mesh = call(**CALLS[feature])
+    if not BESIDES.get(feature, set()) <= KERNELS[kernel].can:
+        pytest.fail("the call has to fail for one reason alone")
+    with use_layout(make_layout(MeshConfig(**mesh)) if mesh else None):
+        with pytest.raises(ValueError, match=f"expected a kernel for {feature} .*got '{kernel}', which cannot; use "):
+            attend(q, k, v, see, scale=1.0, softcap=softcap, bias=bias, kernel=kernel)
+
+
+def test_every_feature_has_a_call():
+    assert set(CALLS) == ALL == set().union(*(kernel.can for kernel in KERNELS.values()))
+
+
+def test_a_bias_a_row_as_well_as_one_for_all():
+    arrays, see, softcap, _ = call(bias=B, softcap=2.0, kv_heads=2)
+    out, pull = run("xla", arrays, see, softcap, None)
+    np.testing.assert_allclose(out, naive(*arrays, see, 0.15, softcap), atol=3e-6, rtol=2e-5)
+    assert pull(out)[3].shape == (B, 4, T, T)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_large_scores_do_not_overflow(kernel):
+    arrays, see, *rest = call(size=100.0, **PACKED)
+    out, _ = run(kernel, arrays, see, *rest)
+    np.testing.assert_allclose(out, naive(*arrays, see, 0.15, 0.0), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_queries_that_see_nothing_give_zero_and_finite_gradients(kernel):
+    """Row 0's padding, and in row 1 three queries of a document without keys."""
+    arrays, see, *rest = call(causal=False, segments=(SEGMENTS, np.where(SEGMENTS == 2, 7, SEGMENTS)), in_order=False)
+    out, pull = run(kernel, arrays, see, *rest)
+    blind = np.array([[b, t] for b in range(B) for t in range(T) if SEGMENTS[b, t] in (0, 2)]).T
+    assert blind.shape[1] == 8
+    assert (np.asarray(out)[tuple(blind)] == 0).all() and np.count_nonzero(np.abs(out).sum((-1, -2))) == B * T - 8
+    grads = [np.asarray(g) for g in pull(jnp.ones_like(out))[:3]]
+    assert all(np.isfinite(g).all() for g in grads)
+    assert (grads[0][tuple(blind)] == 0).all()
+    assert (grads[1][0, -2:] == 0).all() and (grads[2][0, -2:] == 0).all()
+
+
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if "context" in KERNELS[name].can])
+def test_heads_split_further_than_keys(kernel):
+    """Four query heads on four devices, of which two each share a key/value head."""
+    arrays, see, *_ = call(kv_heads=2, **PACKED)
+    mesh = dict(data=2, tensor=4)
+    out, pull = run(kernel, arrays, see, 0.0, mesh)
+    alone, pull_alone = run("xla", arrays, see, 0.0, None)
+    np.testing.assert_allclose(out, alone, atol=3e-6)
+    for ours, theirs in zip(pull(out)[:3], pull_alone(out)[:3], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [dict(context=4, tensor=2), dict(data=4, context=2)])
+def test_a_ring_passes_keys_on_and_never_gathers_them(mesh):
+    """Values and gradients of one device; the keys move by collective-permute alone."""
+    (q, k, v, _), see, *_ = call(kv_heads=2, segments=[np.repeat(SEGMENTS, 2, 0)] * 2,
+                                 positions=[np.repeat(POSITIONS, 2, 0)] * 2)
+    q, k, v = (np.concatenate([x, x[::-1]]) for x in (q, k, v))
+    out, pull = run("ring", (q, k, v, None), see, 3.0, mesh)
+    alone, pull_alone = run("xla", (q, k, v, None), see, 3.0, None)
+    np.testing.assert_allclose(out, alone, atol=3e-6)
+    for ours, theirs in zip(pull(out)[:3], pull_alone(out)[:3], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
+    layout = make_layout(MeshConfig(**mesh))
+    sharding = layout.sharding(("batch", "seq", "act_heads", None))
+    see = see._replace(**{name: jnp.asarray(getattr(see, name)) for name in see._fields[:4]})
+
+    def loss(*qkv):
+        with use_layout(layout):
+            return jnp.sum(attend(*qkv, see, scale=1.0, kernel="ring"))
+
+    args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in (q, k, v)]
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), out_shardings=sharding).lower(*args).compile().as_text()
+    assert "collective-permute" in text and "all-gather" not in text and "all-to-all" not in text
+
+
+def test_chunked_skips_what_cannot_be_seen():
+    """Blocks of the future, beyond the window and of other documents: by the ranges that its loops run over."""
+    rows = np.arange(40, dtype=np.int32)[None]
+    documents = rows // 20 + 1
+
+    def visited(segments, causal, window):
+        x = jnp.zeros((1, 40, 1, 8))
+        see = Visibility(rows, rows, segments, segments)
+        _, _, _, queries, keys = kernels_chunked.split(x, x, x, see)
+        rule = kernels_chunked.Rule(causal, window, 1.0, 0.0)
+        first, end = kernels_chunked._ranges(queries, keys, rule)
+        return list(zip(first.tolist(), end.tolist(), strict=True))
+
+    ones = np.ones_like(rows)  # blocks: 5 queries, 4 keys
+    assert visited(ones, True, 0) == [(0, (5 * i + 4) // 4 + 1) for i in range(8)]
+    assert visited(ones, False, 0) == [(0, 10)] * 8
+    assert visited(ones, True, 3) == [(max(5 * i - 2, 0) // 4, (5 * i + 4) // 4 + 1) for i in range(8)]
+    assert visited(documents, False, 0) == [(0, 5)] * 4 + [(5, 10)] * 4
+    assert visited(np.zeros_like(rows), False, 0) == [(0, 0)] * 8
+
+
+def test_chunked_memory_grows_with_the_rows_not_with_their_square(monkeypatch):
+    monkeypatch.undo()  # its own block sizes
+
+    def temporaries(kernel, T):
+        def loss(q, k, v, rows):
+            see = Visibility(rows, rows, rows + 1, rows + 1, in_order=True)
+            return jnp.sum(attend(q, k, v, see, scale=1.0, kernel=kernel))
+
+        x = jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)
+        step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        compiled = step.lower(x, x, x, jax.ShapeDtypeStruct((1, T), jnp.int32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries("xla", 4096) > 3.5 * temporaries("xla", 2048)
+    assert temporaries("chunked", 4096) < 2 * temporaries("chunked", 2048) < temporaries("xla", 2048) / 4
+
+
+# --- the choice
+
+CHOICES = [
+    (dict(platform="cpu", seq_len=256), "xla"),
+    (dict(platform="cpu", seq_len=4096), "chunked"),
+    (dict(platform="cpu", seq_len=4096, bias=True), "xla"),
+    (dict(platform="tpu", head_dim=128, window=5, softcap=3.0), "splash"),
+    (dict(platform="tpu", head_dim=128, bias=True), "xla"),
+    (dict(platform="tpu", head_dim=12, seq_len=4096), "chunked"),
+    (dict(platform="gpu", head_dim=64, seq_len=4096, dtype=jnp.bfloat16), "cudnn"),
+    (dict(platform="gpu", head_dim=64, seq_len=4096, dtype=jnp.float32), "chunked"),
+    (dict(platform="gpu", head_dim=256, seq_len=128, dtype=jnp.bfloat16), "xla"),
+    (dict(platform="gpu", head_dim=64, seq_len=4096, softcap=30.0, dtype=jnp.bfloat16), "chunked"),
+]
+
+
+@pytest.mark.parametrize("needs, expected", CHOICES)
+def test_auto_takes_the_fastest_that_can_and_says_why(needs, expected):
+    name, reason = choose_kernel("auto", **needs)
+    assert name == expected and KERNELS[name].note in reason
+    assert ("where" in reason) == (needs["platform"] != "cpu" and name in ("xla", "chunked"))
+
+
+REFUSALS = [
+    ("flesh", dict(platform="cpu"), "one of auto, xla, chunked, ring, splash, cudnn, got 'flesh'"),
+    ("splash", dict(platform="cpu"), "platform cpu (only tpu)"),
+    ("splash", dict(platform="tpu", bias=True), "bias"),
+    ("splash", dict(platform="tpu", head_dim=36), "head_dim 36"),
+    ("cudnn", dict(platform="gpu", head_dim=256), "head_dim 256 (multiples of 8 up to 128)"),
+    ("cudnn", dict(platform="gpu", dtype=jnp.float32), "dtype float32 (bfloat16 or float16)"),
+    ("cudnn", dict(platform="gpu", softcap=1.0), "softcap"),
+    ("cudnn", dict(platform="gpu", window=4, causal=False), "two_sided_window"),
+    ("chunked", dict(platform="cpu", bias=True), "bias"),
+]
+
+
+@pytest.mark.parametrize("name, needs, what", REFUSALS)
+def test_a_kernel_asked_for_is_used_or_refused(name, needs, what):
+    with pytest.raises(ValueError, match=re.escape(what)):
+        choose_kernel(name, **needs)
+
+
+def test_a_cache_is_served_by_a_kernel_that_can_and_the_reason_says_so():
+    assert with_cache("xla", 10**6) == "xla" and with_cache("chunked", 8) == "chunked"
+    assert with_cache("splash", 64) == "xla" and with_cache("cudnn", 10**5) == "chunked"
+    assert "with a key/value cache xla" in choose_kernel("splash", "tpu", head_dim=128)[1]
