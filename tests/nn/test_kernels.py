@@ -31,7 +31,7 @@ CALLS = {
     "two_sided_window": dict(window=3, causal=False, **PACKED),
     "softcap": dict(softcap=2.0),
     "bias": dict(bias=1),
-    "prefix": dict(prefix=np.array([[1] * 3 + [0] * 5, [0] * 4 + [1] * 2 + [0] * 2], np.int32)),
+    "prefix": dict(prefix=np.array([[1] * 3 + [0] * (T - 3), [0] * 4 + [1] * 2 + [0] * (T - 6)], np.int32)),
     "cache": dict(positions=(POSITIONS[:1, 5:8].repeat(2, 0) + np.array([[4], [1]]), np.arange(T)[None].repeat(2, 0)),
                   segments=(ONE[:, :3], ONE), in_order=False, window=5),
     "context": dict(mesh=dict(data=2, context=2, tensor=2), window=5, **PACKED),
