@@ -16,7 +16,7 @@ from lmjax.recipe import Recipe, build_recipe
 
 CHUNK = 1024  # rows located at once
 # What of a row is shown; a decoder's targets are the whole text of its documents.
-SHOWN = {"decoder": ("targets",), "encoder": ("tokens", "targets"), "encoder_decoder": ("encoder_tokens", "targets")}
+SHOWN = {"decoder": ("targets",), "encoder": ("tokens", "targets"), "encdec": ("encoder_tokens", "targets")}
 
 
 class Trained(NamedTuple):

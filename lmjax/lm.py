@@ -96,11 +96,11 @@ class LM:
 
     def _token_log_likelihoods(self, params: Params, batch: Batch) -> jax.Array:
         with use_layout(self.layout):
-            hidden, table = self.model.hidden(params, batch)
+            x_BTD, table_VD, bias_V, _ = self.model.hidden(params, batch)
             B, T = batch["targets"].shape
-            chunk = min(T, 1 << max(SCORE_LOGITS // (B * len(table)), 1).bit_length() - 1)  # T is a power of two
-            return log_likelihoods(hidden, table, batch["targets"], softcap=self.model.config.logit_softcap,
-                                   chunk=chunk)
+            chunk = min(T, 1 << max(SCORE_LOGITS // (B * len(table_VD)), 1).bit_length() - 1)  # T is a power of two
+            return log_likelihoods(x_BTD, table_VD, batch["targets"], bias_V=bias_V,
+                                   softcap=self.model.config.logit_softcap, chunk=chunk)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 
 from lmjax.config import at_least, build, choice, differences
 from lmjax.data import DataConfig
+from lmjax.data.objectives import KINDS
+from lmjax.models import ModelConfig
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.presets import with_preset
 from lmjax.optim import OptimizerConfig
 from lmjax.sharding import MeshConfig
 
@@ -105,7 +108,7 @@ class SampleConfig:
 class Recipe:
     """A run, whole: everything that `lmjax train` reads besides the working directory."""
 
-    model: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    model: ModelConfig = dataclasses.field(default_factory=DecoderConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -118,10 +121,14 @@ class Recipe:
         if self.model.positions == "learned" and self.data.seq_len > self.model.max_positions:
             raise ValueError(f"data.seq_len: expected at most model.max_positions={self.model.max_positions}, got "
                              f"{self.data.seq_len}; raise max_positions or shorten the rows")
-        objective = self.data.objective
-        if objective.architecture != "decoder":
-            raise ValueError("data.objective.name: expected causal_lm or prefix_lm for a decoder, got "
-                             f"{objective.name}, which needs an {objective.architecture.replace('_', '-')}; change it")
+        objective, family = self.data.objective, self.model.family
+        if objective.architecture != family:
+            names = " or ".join(name for name, kind in KINDS.items() if kind.architecture == family)
+            raise ValueError(f"data.objective.name: expected {names} for a model of the family {family}, got "
+                             f"{objective.name}, which needs the family {objective.architecture}; change one of them")
+        if self.sample.every and family != "decoder":
+            raise ValueError("sample.every: expected 0, since only a decoder continues prompts, got "
+                             f"{self.sample.every} for the family {family}; set 0")
         chunk = self.train.loss_chunk
         if 0 < chunk < self.data.seq_len and self.data.seq_len % chunk:
             raise ValueError(f"train.loss_chunk: expected a divisor of data.seq_len={self.data.seq_len}, got {chunk}; "
@@ -137,7 +144,10 @@ MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "data.directory", "dat
 
 
 def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
-    """The strict `Recipe` of a config file's plain dict."""
+    """The strict `Recipe` of a config file's plain dict; `model.preset` stands for that preset's keys."""
+    model = mapping.get("model")
+    if isinstance(model, Mapping):
+        mapping = {**mapping, "model": with_preset(model)}
     return build(Recipe, mapping)
 
 

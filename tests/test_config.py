@@ -100,7 +100,7 @@ def test_wrong_types_without_a_command_line_form():
 
 
 @pytest.mark.parametrize("override, parts", [
-    ("model.norm=batchnorm", ("rmsnorm, layernorm", "'batchnorm'")),
+    ("model.norm=batchnorm", ("rmsnorm, rmsnorm_1p, layernorm", "'batchnorm'")),
     ("model.remat=ful", ("none, full, dots",)),
     ("model.num_heads=7", ("divisor of embed_dim=64", "7")),
     ("model.num_kv_heads=3", ("divisor of num_heads=4", "3")),

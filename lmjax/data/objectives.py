@@ -113,7 +113,7 @@ class ObjectiveConfig:
 
     @property
     def architecture(self) -> str:
-        """The kind of model that the batches are for: decoder, encoder or encoder_decoder."""
+        """The kind of model that the batches are for: decoder, encoder or encdec."""
         return KINDS[self.name].architecture
 
     @property
@@ -123,7 +123,7 @@ class ObjectiveConfig:
     @property
     def joins(self) -> bool:
         """Whether a row is as long as its pieces together, so that a stream of text can be cut into rows."""
-        return self.architecture != "encoder_decoder" and not self.augment.share
+        return self.architecture != "encdec" and not self.augment.share
 
 
 class Pieces(NamedTuple):
@@ -155,8 +155,8 @@ KINDS = {
     "causal_lm": Kind("decoder", 0, 1, 1),  # counts predictions: a piece of n reads n + 1 tokens
     "prefix_lm": Kind("decoder", 0, 1, 1),
     "masked_lm": Kind("encoder", 0, 0, 0),
-    "span_corruption": Kind("encoder_decoder", 1, 2, 0),  # the text; both sides get an EOS of their own
-    "ul2": Kind("encoder_decoder", 1, 2, 0),
+    "span_corruption": Kind("encdec", 1, 2, 0),  # the text; both sides get an EOS of their own
+    "ul2": Kind("encdec", 1, 2, 0),
 }
 
 
@@ -183,7 +183,7 @@ class Objective:
         self.longest, self.cost = seq_len, np.arange(seq_len + 1)
         self.fields = dict.fromkeys(DECODER, seq_len)
         self.extra: tuple[str, ...] = ()
-        if self.kind.architecture == "encoder_decoder":
+        if self.kind.architecture == "encdec":
             self._plan_spans()
         elif config.name == "masked_lm" or config.augment.share * config.augment.mask:
             self.extra = ("[MASK]",)
@@ -210,7 +210,7 @@ class Objective:
           the arrays of `fields`, [rows, length] each. segment_ids count a row's pieces from 1 (0: padding) and tie
           encoder_segment_ids to them; positions count from 0 in each.
         """
-        if self.kind.architecture == "encoder_decoder":
+        if self.kind.architecture == "encdec":
             return self._spans(pieces, rows, specials[1])
         if self.config.name == "masked_lm":
             return self._masked(pieces, rows, specials, words)

@@ -26,6 +26,7 @@ FEATURES = {  # what a model or a call may need, in words
     "two_sided_window": "a sliding window without causality",
     "softcap": "a soft-cap on the scores",
     "bias": "an additive bias",
+    "prefix": "tokens that are seen against causality",
     "cache": "causality or a window by position, as with a key/value cache",
     "context": "a sequence split over the mesh",
 }
@@ -53,14 +54,15 @@ class Kernel:
 ALL = frozenset(FEATURES)
 KERNELS = {
     "xla": Kernel(xla_attention, ("cpu", "gpu", "tpu"), ALL, "exact, holds the [T, S] scores", dense=True),
-    "chunked": Kernel(chunked_attention, ("cpu", "gpu", "tpu"), ALL - {"bias"},
+    "chunked": Kernel(chunked_attention, ("cpu", "gpu", "tpu"), ALL - {"bias", "prefix"},
                       "exact, in blocks; memory grows with T, not with T * S"),
-    "ring": Kernel(ring_attention, ("cpu", "gpu", "tpu"), ALL - {"bias", "cache"},
+    "ring": Kernel(ring_attention, ("cpu", "gpu", "tpu"), ALL - {"bias", "prefix", "cache"},
                    "chunked, with keys and values passed round the context axis", keys="seq"),
-    "splash": Kernel(splash_attention, ("tpu",), ALL - {"bias", "cache"},
+    "splash": Kernel(splash_attention, ("tpu",), ALL - {"bias", "prefix", "cache"},
                      "Pallas kernel that visits only the tiles that can be seen", head_dim=8),
     # Without causality cuDNN has no window; by index it cannot tell where a shard of a sequence begins.
-    "cudnn": Kernel(cudnn_attention, ("gpu",), ALL - {"bias", "cache", "softcap", "two_sided_window", "context"},
+    "cudnn": Kernel(cudnn_attention, ("gpu",), ALL - {"bias", "prefix", "cache", "softcap", "two_sided_window",
+                                                   "context"},
                     "cuDNN flash attention, documents as a dense mask", head_dim=8, max_head_dim=128,
                     dtypes=("bfloat16", "float16")),
 }
@@ -80,7 +82,8 @@ def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: 
     """
     see, (T, H, K), (S, G) = visibility, q_BTHK.shape[1:], k_BSGK.shape[1:3]
     needs = {"gqa": H != G, "cross": T != S, "context": ways("seq") > 1, "softcap": bool(softcap),
-             "bias": bias is not None, "window": see.window > 0, "two_sided_window": see.window > 0 and not see.causal,
+             "bias": bias is not None, "prefix": see.kv_prefix is not None, "window": see.window > 0,
+             "two_sided_window": see.window > 0 and not see.causal,
              "cache": (see.causal or see.window > 0) and not see.in_order}
     _check(kernel, needs, K, q_BTHK.dtype)
     return KERNELS[kernel].run(q_BTHK, k_BSGK, v_BSGK, visibility, scale=scale, softcap=softcap, bias=bias)
@@ -94,6 +97,11 @@ def prepare(visibility: Visibility, kernel: str) -> Visibility:
 def with_cache(kernel: str, S: int) -> str:
     """What runs instead of `kernel` when queries attend to a cache of S slots: itself, if it can."""
     return kernel if "cache" in KERNELS[kernel].can else _by_size(S)
+
+
+def with_prefix(kernel: str) -> str:
+    """What runs instead of `kernel` when some tokens are seen against causality: itself, if it can."""
+    return kernel if "prefix" in KERNELS[kernel].can else "xla"
 
 
 def choose_kernel(name: str, platform: str, *, softcap: float = 0.0, bias: bool = False, window: int = 0,

@@ -48,7 +48,7 @@ def per_shard(body: Body, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Arra
     arrays = see.q_positions, see.kv_positions, see.q_segments, see.kv_segments
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, arrays: tuple[jax.Array, ...], extra: Any) -> jax.Array:
-        return body(q, k, v, Visibility(*arrays, see.causal, see.window, see.in_order), extra)
+        return body(q, k, v, Visibility(*arrays, causal=see.causal, window=see.window, in_order=see.in_order), extra)
 
     rows_q, rows_k = PartitionSpec(*at_q[:2]), PartitionSpec(*at_k[:2])
     # The kernels' loops and Pallas calls do not say over which axes their results vary, so that is not checked.

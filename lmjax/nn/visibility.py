@@ -26,6 +26,7 @@ class Visibility(NamedTuple):
     # a document are as far apart as their indices: what kernels that go by index need. Not so with a cache.
     in_order: bool = False
     made: jax.Array | None = None  # the dense mask, where `kernels.prepare` made it for all layers
+    kv_prefix: jax.Array | None = None  # int32 [B, S]: 1 on keys that all of their segment sees, also what is before
 
     def by_index(self) -> "Visibility":
         """The same rule with indices for positions where they serve as well: those also tell whole blocks apart."""
@@ -34,6 +35,10 @@ class Visibility(NamedTuple):
         B, T = self.q_positions.shape
         index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
         return self._replace(q_positions=index, kv_positions=index)
+
+    def only_before(self) -> bool:
+        """Whether no query sees a key of a higher index."""
+        return self.causal and self.in_order and self.kv_prefix is None
 
     def any_seen(self) -> jax.Array:
         """bool [B, T]: whether the query sees any key, from the segments alone."""

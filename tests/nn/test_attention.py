@@ -103,7 +103,7 @@ def influence(**keys):
     weight = jax.random.normal(jax.random.key(1), (model.config.embed_dim,))  # the sum of a norm's outputs is flat
 
     def outputs(table):
-        hidden, _ = model.hidden(params | {"embedding": {"table": table}}, batch)
+        hidden, *_ = model.hidden(params | {"embedding": {"table": table}}, batch)
         return hidden @ weight
 
     grads = jax.jit(jax.jacrev(outputs))(params["embedding"]["table"])  # [B, T, B * T, D]

@@ -31,6 +31,7 @@ CALLS = {
     "two_sided_window": dict(window=3, causal=False, **PACKED),
     "softcap": dict(softcap=2.0),
     "bias": dict(bias=1),
+    "prefix": dict(prefix=np.array([[1] * 3 + [0] * (T - 3), [0] * 4 + [1] * 2 + [0] * (T - 6)], np.int32)),
     "cache": dict(positions=(POSITIONS[:1, 5:8].repeat(2, 0) + np.array([[4], [1]]), np.arange(T)[None].repeat(2, 0)),
                   segments=(ONE[:, :3], ONE), in_order=False, window=5),
     "context": dict(mesh=dict(data=2, context=2, tensor=2), window=5, **PACKED),
@@ -56,11 +57,12 @@ def _stand_in(run, *args, implementation, **kwargs):
 
 
 def sees(b, t, s, see):
-    """The rule in words: same document, not padding, not later, nearer than the window."""
+    """The rule in words: same document, not padding, not later unless of a prefix, nearer than the window."""
     if see.q_segments[b, t] != see.kv_segments[b, s] or see.kv_segments[b, s] == 0:
         return False
     back = int(see.q_positions[b, t]) - int(see.kv_positions[b, s])
-    return (not see.causal or back >= 0) and (not see.window or abs(back) < see.window)
+    early = see.kv_prefix is not None and see.kv_prefix[b, s] > 0
+    return (not see.causal or back >= 0 or early) and (not see.window or abs(back) < see.window)
 
 
 def naive(q, k, v, bias, see, scale, softcap):
@@ -79,7 +81,7 @@ def naive(q, k, v, bias, see, scale, softcap):
 
 
 def call(*, positions=None, segments=(ONE, ONE), causal=True, window=0, in_order=True, kv_heads=4, softcap=0.0, bias=0,
-         mesh=None, size=1.0):
+         prefix=None, mesh=None, size=1.0):
     """(q, k, v, bias), who sees whom, softcap and mesh: one row of `CALLS` filled in."""
     rows, keys = (s.shape[1] for s in segments)
     positions = positions or tuple(np.arange(n)[None].repeat(B, 0) for n in (rows, keys))
@@ -87,7 +89,8 @@ def call(*, positions=None, segments=(ONE, ONE), causal=True, window=0, in_order
     shapes = ((B, rows, 4, HEAD), (B, keys, kv_heads, HEAD), (B, keys, kv_heads, HEAD))
     arrays = [(size * rng.normal(size=s)).astype(np.float32) for s in shapes]
     arrays.append(rng.normal(size=(bias, 4, rows, keys)).astype(np.float32) if bias else None)
-    see = Visibility(*(np.asarray(x, np.int32) for x in (*positions, *segments)), causal, window, in_order)
+    see = Visibility(*(np.asarray(x, np.int32) for x in (*positions, *segments)), causal, window, in_order,
+                     kv_prefix=prefix)
     return arrays, see, softcap, mesh
 
 

@@ -74,9 +74,9 @@ def test_embedding_takes_rows_in_any_dtype():
 
 
 def expected_norm(name, x, w, eps):
-    if name == "layernorm":
+    if name.startswith("layernorm"):
         x = x - x.mean(-1, keepdims=True)
-    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * w["scale"]
+    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * (w["scale"] + (name == "rmsnorm_1p"))
     return y + w["bias"] if name == "layernorm" else y
 
 
@@ -139,8 +139,8 @@ def test_mlp_against_numpy(kind, use_bias):
     def dense(name, x):
         return x @ w[name]["kernel"] + (w[name]["bias"] if use_bias else 0)
 
-    act = {"swiglu": "silu", "geglu": "gelu_tanh"}.get(kind, kind)
-    gated = kind in ("swiglu", "geglu")
+    gates = {"swiglu": "silu", "geglu": "gelu_tanh", "geglu_erf": "gelu", "reglu": "relu"}
+    act, gated = gates.get(kind, kind), kind in gates
     hidden = EXACT[act](dense("gate", x)) * dense("up", x) if gated else EXACT[act](dense("up", x))
     np.testing.assert_allclose(apply(params, jnp.asarray(x, jnp.float32)), dense("down", hidden), atol=3e-5)
     assert set(params) == ({"gate", "up", "down"} if gated else {"up", "down"})
