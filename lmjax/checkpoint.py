@@ -240,7 +240,9 @@ def _checksums(leaves: list[jax.Array]) -> jax.Array:
 
 def _trees(state: TrainState) -> dict[str, Any]:
     """The state as the items of a checkpoint. Optax's tuples become a flat dict, readable without Optax."""
-    trees = {"params": state.params, "opt_state": dict(_flat(state.opt_state))}
+    trees = {"params": state.params}
+    if state.opt_state:  # weights that were imported have none
+        trees["opt_state"] = dict(_flat(state.opt_state))
     return trees if state.ema is None else {**trees, "ema": state.ema}
 
 

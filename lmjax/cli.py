@@ -11,6 +11,8 @@ COMMANDS = {
     "prepare": "clean, tokenise and store a config's corpus without training on it",
     "generate": "continue prompts with a trained model",
     "score": "bits per byte of text files under a trained model",
+    "import-hf": "turn a Hugging Face directory into a checkpoint",
+    "export-hf": "turn a checkpoint into a Hugging Face directory",
     "report": "write report.html from what a run has recorded so far",
     "bench": "measure the train loop, the bare step, and PyTorch beside them",
 }
@@ -97,6 +99,13 @@ def _use(arguments: argparse.Namespace) -> None:
     from lmjax.lm import load
 
     lm = load(arguments.checkpoint)
+    if arguments.command == "import-hf":
+        lm.save(arguments.out)
+        return
+    if arguments.command == "export-hf":
+        lm.export(arguments.out, model_type=arguments.model_type, dtype=arguments.dtype,
+                  max_shard_bytes=int(arguments.max_shard_gb * 1e9))
+        return
     if arguments.command == "generate":
         answers = lm.generate(arguments.prompt, max_tokens=arguments.max_tokens, temperature=arguments.temperature,
                               top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed)
@@ -122,9 +131,16 @@ def _parser() -> argparse.ArgumentParser:
     sub["prepare"].add_argument("--out", required=True, metavar="DIR", help="where the prepared data goes")
     sub["bench"].add_argument("--seconds", type=float, default=60.0, help="time to measure for, per comparison")
     sub["bench"].add_argument("--out", default="", metavar="FILE", help="write the figures as JSON, too")
-    for name in ("generate", "score"):
+    sub["import-hf"].add_argument("checkpoint", metavar="DIR", help="with config.json and safetensors")
+    sub["import-hf"].add_argument("--out", required=True, metavar="DIR", help="where the checkpoint goes")
+    for name in ("generate", "score", "export-hf"):
         sub[name].add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory or one of its checkpoints")
     sub["score"].add_argument("file", nargs="+", metavar="FILE", help="a UTF-8 text file")
+    add = sub["export-hf"].add_argument
+    add("--out", required=True, metavar="DIR", help="where the Hugging Face directory goes")
+    add("--model-type", default="", help="the family to write it as (default: the first that fits)")
+    add("--dtype", default="", help="float32, bfloat16 or float16 (default: that of the import, or float32)")
+    add("--max-shard-gb", type=float, default=5.0, help="size of a weights file")
     add = sub["generate"].add_argument
     add("--prompt", action="append", required=True, help="repeat it for several in one batch")
     add("--max-tokens", type=int, default=128)

@@ -4,20 +4,26 @@ import base64
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lmjax.checkpoint import About, checkpoint_steps, read_about, restore_params
+import lmjax
+from lmjax import interop
+from lmjax.checkpoint import About, Checkpointer, checkpoint_steps, read_about, restore_params
+from lmjax.config import plain
 from lmjax.data.tokenizer import Tokenizer
 from lmjax.generate import Generator, Sampling
 from lmjax.models import Batch, Model, build_model
 from lmjax.nn.module import Params
 from lmjax.recipe import Recipe, build_recipe
 from lmjax.sharding import Layout, MeshConfig, make_layout, use_layout
+from lmjax.train_state import TrainState
 
 SCORE_ROWS = 16  # rows scored at a time
 
@@ -90,6 +96,33 @@ class LM:
         batch = {"tokens": tokens, "positions": positions, "segment_ids": jnp.ones_like(tokens)}
         return self.model.logits(self.params, batch)
 
+    def save(self, out: str | os.PathLike) -> None:
+        """Writes a checkpoint like those of a run, which `load` reads: out/checkpoints/<step>/.
+
+        Raises:
+          ValueError: `out` is there already. Nothing is left there by a save that fails.
+        """
+        out = Path(out).absolute()
+        if out.exists():
+            raise ValueError(f"--out: expected a directory that does not exist yet, got {out}; choose another")
+        part = out.with_name(f".{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            checkpointer = Checkpointer(part / "checkpoints")
+            checkpointer.save(TrainState(jnp.int32(self.about["step"]), self.params, {}, None), self.about)
+            checkpointer.close()
+            part.rename(out)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+    def export(self, out: str | os.PathLike, *, model_type: str = "", dtype: str = "",
+               max_shard_bytes: int = 5_000_000_000, log: Callable[[str], None] = print) -> None:
+        """Writes a Hugging Face directory: `lmjax.interop.write_directory`, which says what it refuses."""
+        interop.write_directory(Path(out).absolute(), self.model, self.params, self.tokenizer, model_type=model_type,
+                                dtype=dtype, max_shard_bytes=max_shard_bytes, source=self.about.get("huggingface"),
+                                max_positions=self.recipe.data.seq_len, log=log)
+
     def _token_log_likelihoods(self, params: Params, batch: Batch) -> jax.Array:
         with use_layout(self.layout):
             log_p = jax.nn.log_softmax(self.model.logits(params, batch), axis=-1)
@@ -102,34 +135,54 @@ class LM:
 
 
 def load(path: str | os.PathLike, *, step: int | None = None, ema: bool | None = None) -> LM:
-    """Loads a run's directory, its `checkpoints` directory or one checkpoint, on whatever devices there are.
+    """Loads a run's directory, its `checkpoints` directory, one checkpoint, or a Hugging Face directory, on whatever
+    devices there are.
 
     Args:
       step: which checkpoint of a run; the newest by default.
       ema: whether to take the averaged weights; by default they are taken if the run kept them.
 
     Raises:
-      ValueError: no checkpoint there, or a damaged one.
+      ValueError: no checkpoint there, a damaged one, or a model that lmjax does not compute.
     """
+    if "://" not in str(path) and interop.is_hf_directory(Path(path).expanduser()):
+        return _load_huggingface(Path(path).expanduser())
     where = epath.Path(path)
     if "://" not in str(path):
         where = where.expanduser().absolute()  # Orbax takes no relative path
     where = _find(where, step)
     about = read_about(where)
     recipe = build_recipe(about["recipe"])
-    devices = jax.local_devices()
-    platform = devices[0].platform
-    model = build_model(recipe.model, vocab_size=recipe.model.vocab_size, platform=platform,
-                        dtype=recipe.train.dtype(platform))
     has_ema = "ema" in about["checksums"]
     if ema and not has_ema:
         raise ValueError(f"{where}: expected averaged weights, got a run with optimizer.ema_decay=0; leave ema out")
-    layout = _layout(model, len(devices), devices)
+    model, layout = _placed(recipe)
     shardings = layout.tree(model.axes, model.shapes)
     shapes = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), model.shapes, shardings)
     params = restore_params(where, shapes, name="ema" if (has_ema if ema is None else ema) else "params")
     tokenizer = Tokenizer.from_bytes(base64.b64decode(about["tokenizer"])) if about["tokenizer"] else None
     return LM(model, params, layout, tokenizer, recipe, about)
+
+
+def _load_huggingface(path: Path) -> LM:
+    found = interop.read_directory(path)
+    recipe = build_recipe({"model": plain(found.config), "data": {"seq_len": found.config.max_positions}})
+    model, layout = _placed(recipe)
+    params = interop.read_params(found, model, layout.tree(model.axes, model.shapes))
+    tokenizer = found.tokenizer
+    about = {"recipe": plain(recipe), "data": {"fingerprint": "", "next_row": 0, "tokens": {}}, "step": 0,
+             "tokenizer": None if tokenizer is None else base64.b64encode(tokenizer.to_bytes()).decode(),
+             "versions": lmjax.versions(), "huggingface": found.source}
+    return LM(model, params, layout, tokenizer, recipe, about)
+
+
+def _placed(recipe: Recipe) -> tuple[Model, Layout]:
+    """The recipe's model and where it goes on the devices of this process."""
+    devices = jax.local_devices()
+    platform = devices[0].platform
+    model = build_model(recipe.model, vocab_size=recipe.model.vocab_size, platform=platform,
+                        dtype=recipe.train.dtype(platform))
+    return model, _layout(model, len(devices), devices)
 
 
 def _find(path: epath.Path, step: int | None) -> epath.Path:
