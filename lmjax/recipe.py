@@ -10,6 +10,7 @@ from lmjax.config import at_least, build, choice, differences
 from lmjax.data import DataConfig
 from lmjax.models.decoder import DecoderConfig
 from lmjax.optim import OptimizerConfig
+from lmjax.sampling import Sampling
 from lmjax.sharding import MeshConfig
 
 
@@ -75,13 +76,6 @@ class CheckpointConfig:
         at_least(0, keep_every=self.keep_every)
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raises a ValueError that names the first of them that is out of its range."""
-    at_least(0, temperature=temperature, top_k=top_k)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a probability in (0, 1], got {top_p}; 1 switches it off")
-
-
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
     """Text generated every `every` steps (0: never) and after the last, from each of `prompts`."""
@@ -96,7 +90,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         at_least(0, every=self.every)
         at_least(1, max_tokens=self.max_tokens)
-        check_sampling(self.temperature, self.top_k, self.top_p)
+        Sampling(self.temperature, self.top_k, self.top_p).check()
         if self.every and not self.prompts:
             raise ValueError('prompts: expected one or more, got none; write [""] for text from nothing, or every=0')
 

@@ -126,7 +126,7 @@ def _check_vocabulary(tokenizer: Tokenizer, rows: int, path: Path) -> None:
 
 
 def _check_tied(found: Found, head: str, embedding: str) -> None:
-    a, b = (read_tensor(name, found.entries[name]) for name in (head, embedding))
+    a, b = (read_tensor(found.entries[name]) for name in (head, embedding))
     if not np.array_equal(a, b):
         raise ValueError(f"{found.path}: expected {head} to equal {embedding}, as tie_word_embeddings=true says, got "
                          "others; set tie_word_embeddings to false in config.json")

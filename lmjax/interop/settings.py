@@ -78,8 +78,8 @@ def write_settings(config: DecoderConfig, model_type: str = "") -> dict[str, Any
         raise ValueError(f"--model-type: expected one of {', '.join(FAMILIES)}, got {model_type!r}; choose one of them")
     reasons = []
     for name in names:
-        settings = _write(FAMILIES[name], config)
         try:
+            settings = _write(FAMILIES[name], config)
             differs = different(config, read_settings(settings, name))
         except ValueError as error:
             differs = str(error)
@@ -127,6 +127,8 @@ def _ours(key: Key, value: Any, where: str) -> Any:
 
 def _theirs(key: Key, value: Any) -> Any:
     back = {ours: theirs for theirs, ours in reversed([*(key.only or key.also or {}).items()])}
+    if key.only is not None and value not in back:
+        raise ValueError(f"{key.ours}={value!r}")
     return back.get(value, value)
 
 

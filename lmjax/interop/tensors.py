@@ -18,9 +18,10 @@ NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class Entry(NamedTuple):
-    """Where a tensor is and what it looks like. dtype: safetensors' name."""
+    """Where a tensor is and what it looks like. name: in that file. dtype: safetensors' name."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -44,7 +45,7 @@ def open_tensors(directory: Path) -> dict[str, Entry]:
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no dict
                 part = opened.get_slice(name)
-                entries[name] = Entry(file, tuple(part.get_shape()), part.get_dtype())
+                entries[name] = Entry(file, name, tuple(part.get_shape()), part.get_dtype())
     if where is not None and {name: directory / file for name, file in where.items()} != {
             name: entry.file for name, entry in entries.items()}:
         odd = sorted(where.keys() ^ entries.keys()) or ["a tensor in another file"]
@@ -53,10 +54,10 @@ def open_tensors(directory: Path) -> dict[str, Entry]:
     return entries
 
 
-def read_tensor(name: str, entry: Entry) -> np.ndarray:
+def read_tensor(entry: Entry) -> np.ndarray:
     """One whole tensor, in the dtype that it is stored in."""
     with _opened(entry.file) as opened:
-        return opened.get_tensor(name)
+        return opened.get_tensor(entry.name)
 
 
 def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], np.ndarray], *,

@@ -83,11 +83,8 @@ def read_tree(entries: Mapping[str, Entry], shapes: Params, shardings: Params, t
         # A stacked leaf is filled piece by piece where it lives: the host never holds more than one piece of it.
         value = _zeros(shape.shape, sharding) if lead else None
         for name, slot in pieces:
-            piece = _ours(read_tensor(name, entries[name]), slot)
-            placed = jax.make_array_from_callback(piece.shape, _without(sharding, lead), piece.__getitem__)
-            value = (_cast(sharding)(placed) if value is None else
-                     _put(sharding)(value, placed, np.array(slot.index, np.int32)))
-        leaves.append(jax.block_until_ready(value))
+            value = jax.block_until_ready(_place(_ours(read_tensor(entries[name]), slot), value, slot, sharding))
+        leaves.append(value)
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
@@ -147,6 +144,12 @@ def _theirs(x: np.ndarray, slot: _Slot) -> np.ndarray:
     if slot.row.how.startswith("out"):
         return x.reshape(_matrix(slot)).T
     return x.reshape(_matrix(slot) if slot.row.how.startswith("in") else -1) if slot.row.how else x
+
+
+def _place(piece: np.ndarray, value: jax.Array | None, slot: _Slot, sharding: Sharding) -> jax.Array:
+    """`value` with `piece` in its place, or `piece` itself, in float32."""
+    placed = jax.make_array_from_callback(piece.shape, _without(sharding, len(slot.index)), piece.__getitem__)
+    return _cast(sharding)(placed) if value is None else _put(sharding)(value, placed, np.array(slot.index, np.int32))
 
 
 def _without(sharding: Sharding, lead: int) -> Sharding:
