@@ -71,11 +71,13 @@ def _contestants(run: Run) -> dict[str, Callable[[int], None]]:
     found["bare step"] = bare
     platform = jax.devices()[0].platform
     try:
-        from lmjax.bench_torch import torch_step
+        from lmjax.bench_torch import lacking, torch_step
     except ImportError:
         print("PyTorch is not installed: no comparison with it", file=sys.stderr)
     else:
-        for name, compiled in (("torch eager", False), ("torch compiled", True)):
+        if lacks := lacking(run.model.config):
+            print(f"the PyTorch model has no {', '.join(lacks)}: no comparison with it", file=sys.stderr)
+        for name, compiled in () if lacks else (("torch eager", False), ("torch compiled", True)):
             step = torch_step(run.model.config, batch_size, seq_len, dtype=str(run.model.dtype), platform=platform,
                               compiled=compiled)
             found[name] = lambda n, step=step: step(n)

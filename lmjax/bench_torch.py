@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lmjax.models import ModelConfig
 from lmjax.models.decoder import DecoderConfig
 
 GELU = {"gelu": "none", "gelu_tanh": "tanh", "geglu": "tanh"}
@@ -75,6 +76,21 @@ class _Decoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), targets.flatten())
+
+
+# What `_Decoder` builds as the config says; a key that is not here has to be at its default.
+SPEAKS = {"num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "max_positions",
+          "positions", "rope_theta", "norm", "norm_eps", "mlp", "use_bias", "qk_norm", "tie_embeddings", "init_std",
+          "embedding_std", "attention", "scan_layers", "remat"}
+VALUES = {"positions": ("rope", "learned", "none"), "norm": ("rmsnorm", "layernorm"),
+          "mlp": ("gelu", "gelu_tanh", "relu", "swiglu", "geglu")}
+
+
+def lacking(config: ModelConfig) -> list[str]:
+    """The keys of `config` that the PyTorch model would not honour; with none, it is the same model."""
+    plain = DecoderConfig()
+    return [key for key, value in vars(config).items()
+            if (value not in VALUES.get(key, (value,)) if key in SPEAKS else value != getattr(plain, key, None))]
 
 
 def torch_step(config: DecoderConfig, batch_size: int, seq_len: int, *, dtype: str, platform: str,

@@ -136,6 +136,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None or (isinstance(value, Text) and value == "None"):
             return None
+        if all(map(dataclasses.is_dataclass, args)):
+            return build(_variant(args, value, path), value, path)
         return _convert(next(a for a in args if a is not type(None)), value, path)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)
@@ -149,6 +151,15 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             raise _wrong(path, "a mapping", value, "write it as a dict")
         return {str(key): _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
     return _SCALARS[hint](value, path)
+
+
+def _variant(classes: Sequence[type], value: Any, path: str) -> type:
+    """The one of `classes` whose default `family` is that of `value`; the first where `value` has none."""
+    by_family, keys = {cls.family: cls for cls in classes}, plain(value)
+    family = keys.get("family", classes[0].family) if isinstance(keys, Mapping) else classes[0].family
+    if family not in by_family:
+        raise _wrong(f"{path}.family", f"one of {', '.join(by_family)}", family, "choose one of them")
+    return by_family[family]
 
 
 def _items(value: Any, path: str) -> Sequence[Any]:

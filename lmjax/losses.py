@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lmjax.nn.moe import MoEConfig, Routing
 from lmjax.nn.ops import barrier, dot, dot_rows
 from lmjax.sharding import constrain, num_devices
 
@@ -21,17 +22,19 @@ Part = tuple[jax.Array, jax.Array, jax.Array]  # hidden, targets, mask
 class Loss(NamedTuple):
     """Sums over the tokens that count; divide by `weight` for means. float32 scalars.
 
-    total: what is minimised; only it has a gradient. nats: cross-entropy alone. weight: the loss mask's sum.
+    total: what is minimised; only it has a gradient. nats: cross-entropy alone. weight: the loss mask's sum. extra:
+    scalars to report beside them, likewise to be divided, and arrays, which are sums as they are.
     """
 
     total: jax.Array
     nats: jax.Array
     weight: jax.Array
+    extra: dict[str, jax.Array] = {}
 
 
 def cross_entropy(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, *,
-                  softcap: float = 0.0, chunk: int = 0, z_loss: float = 0.0) -> Loss:
-    """Sums of -log softmax(hidden @ table.T)[target] where the mask counts, plus z_loss * log(Z)^2 (PaLM,
+                  bias_V: jax.Array | None = None, softcap: float = 0.0, chunk: int = 0, z_loss: float = 0.0) -> Loss:
+    """Sums of -log softmax(hidden @ table.T + bias)[target] where the mask counts, plus z_loss * log(Z)^2 (PaLM,
     arXiv:2204.02311).
 
     The gradient is made beside the loss, while the logits are there, so they are neither kept for the
@@ -47,50 +50,56 @@ def cross_entropy(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Ar
         raise ValueError(f"config.train.loss_chunk: expected a divisor of the sequence length {T}, got {chunk}; "
                          "change it or set 0")
     mask = mask_BT.astype(jnp.float32)
-    total, nats = _summed(hidden_BTD, table_VD, targets_BT, mask, softcap, z_loss, chunk)
+    total, nats = _summed(hidden_BTD, table_VD, targets_BT, mask, bias_V, softcap, z_loss, chunk)
     return Loss(total, nats, jnp.sum(mask))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _summed(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, softcap: float,
-            z_loss: float, chunk: int) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _summed(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
+            bias_V: jax.Array | None, softcap: float, z_loss: float, chunk: int) -> tuple[jax.Array, jax.Array]:
     """(total, nats), without gradients."""
 
     def one(sums: Sums, part: Part) -> tuple[Sums, None]:
-        total, nats, _ = _one_chunk(*part, table_VD, softcap, z_loss, with_gradient=False)
+        total, nats, _ = _one_chunk(*part, table_VD, bias_V, softcap, z_loss, with_gradient=False)
         return (sums[0] + total, sums[1] + nats), None
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     return _over_chunks(one, zero, (hidden_BTD, targets_BT, mask_BT), chunk)[0]
 
 
-def _forward(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, softcap: float,
-             z_loss: float, chunk: int) -> tuple[Sums, tuple[jax.Array, jax.Array]]:
-    def one(carry: tuple[Sums, jax.Array], part: Part) -> tuple[tuple[Sums, jax.Array], jax.Array]:
-        sums, d_table = carry
-        total, nats, d_logits = _one_chunk(*part, table_VD, softcap, z_loss, with_gradient=True)
+def _forward(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
+             bias_V: jax.Array | None, softcap: float, z_loss: float,
+             chunk: int) -> tuple[Sums, tuple[jax.Array, jax.Array, jax.Array | None]]:
+    def one(carry: tuple[Sums, jax.Array, Any], part: Part) -> tuple[tuple[Sums, jax.Array, Any], jax.Array]:
+        sums, d_table, d_bias = carry
+        total, nats, d_logits = _one_chunk(*part, table_VD, bias_V, softcap, z_loss, with_gradient=True)
         d_table += dot_rows(d_logits, part[0], dtype=jnp.float32)
-        return ((sums[0] + total, sums[1] + nats), d_table), dot(d_logits, table_VD, (((2,), (0,)), ((), ())))
+        if d_bias is not None:
+            d_bias += jnp.sum(d_logits.astype(jnp.float32), axis=(0, 1))
+        return ((sums[0] + total, sums[1] + nats), d_table, d_bias), dot(d_logits, table_VD, (((2,), (0,)), ((), ())))
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    start = (zero, jnp.zeros(table_VD.shape, jnp.float32))
-    (sums, d_table), d_hidden = _over_chunks(one, start, (hidden_BTD, targets_BT, mask_BT), chunk)
-    return sums, (d_hidden, d_table.astype(table_VD.dtype))
+    start = (zero, jnp.zeros(table_VD.shape, jnp.float32), bias_V if bias_V is None else jnp.zeros_like(bias_V))
+    (sums, d_table, d_bias), d_hidden = _over_chunks(one, start, (hidden_BTD, targets_BT, mask_BT), chunk)
+    return sums, (d_hidden, d_table.astype(table_VD.dtype), d_bias)
 
 
-def _backward(softcap: float, z_loss: float, chunk: int, saved: tuple[jax.Array, jax.Array],
-              g: Sums) -> tuple[jax.Array, jax.Array, None, None]:
-    d_hidden, d_table = saved
-    return d_hidden * g[0].astype(d_hidden.dtype), d_table * g[0].astype(d_table.dtype), None, None
+def _backward(softcap: float, z_loss: float, chunk: int, saved: tuple[jax.Array, ...],
+              g: Sums) -> tuple[jax.Array, jax.Array, None, None, jax.Array | None]:
+    d_hidden, d_table, d_bias = saved
+    return (d_hidden * g[0].astype(d_hidden.dtype), d_table * g[0].astype(d_table.dtype), None, None,
+            None if d_bias is None else d_bias * g[0])
 
 
 _summed.defvjp(_forward, _backward)
 
 
-def _one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array, table_VD: jax.Array, softcap: float,
-               z_loss: float, with_gradient: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def _one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array, table_VD: jax.Array,
+               bias_V: jax.Array | None, softcap: float, z_loss: float,
+               with_gradient: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """(total, nats, d total / d logits [B, C, V] in the dtype of hidden)."""
     raw = lax.dot_general(hidden_BCD, table_VD, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    raw = raw if bias_V is None else raw + bias_V.reshape(1, 1, -1)
     raw = barrier(constrain(raw, "batch", "seq", "act_vocab"))
     logits = softcap * jnp.tanh(raw / softcap) if softcap else raw
     top = jnp.max(logits, axis=-1, keepdims=True)
@@ -111,6 +120,22 @@ def _one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array,
     if softcap:
         d_logits *= 1 - jnp.square(logits / softcap)
     return total, nats, barrier(d_logits.astype(hidden_BCD.dtype))
+
+
+def with_experts(loss: Loss, routing: Routing, config: MoEConfig) -> Loss:
+    """`loss` and the routers' losses, means over layers and tokens that weigh as much as `loss` itself.
+
+    Reported: both of them, the largest and the smallest load of an expert in any layer (1: an even share), the
+    share of choices that were dropped, and each expert's choices [layers, E].
+    """
+    counts_LE = routing.counts
+    load = counts_LE * counts_LE.shape[-1] / jnp.maximum(jnp.sum(counts_LE, axis=-1, keepdims=True), 1.0)
+    balance, z = jnp.mean(routing.balance), jnp.mean(routing.z)
+    means = {"experts_balance": balance, "experts_z": z, "experts_dropped": jnp.mean(routing.dropped),
+             "experts_most": jnp.max(load), "experts_least": jnp.min(load)}
+    total = loss.total + loss.weight * (config.balance_loss * balance + config.z_loss * z)
+    extra = {name: lax.stop_gradient(loss.weight * mean) for name, mean in means.items()}
+    return loss._replace(total=total, extra={**extra, "expert_counts": counts_LE})
 
 
 def _over_chunks(body: Callable[..., Any], start: Any, parts: Part, chunk: int) -> tuple[Any, jax.Array | None]:

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from lmjax.config import at_least, build, choice, differences
 from lmjax.data import DataConfig
+from lmjax.models import ModelConfig
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.presets import with_preset
 from lmjax.optim import OptimizerConfig
 from lmjax.sampling import Sampling
 from lmjax.sharding import MeshConfig
@@ -99,7 +101,7 @@ class SampleConfig:
 class Recipe:
     """A run, whole: everything that `lmjax train` reads besides the working directory."""
 
-    model: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    model: ModelConfig = dataclasses.field(default_factory=DecoderConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -125,7 +127,10 @@ MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "data.directory", "dat
 
 
 def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
-    """The strict `Recipe` of a config file's plain dict."""
+    """The strict `Recipe` of a config file's plain dict; `model.preset` stands for that preset's keys."""
+    model = mapping.get("model")
+    if isinstance(model, Mapping):
+        mapping = {**mapping, "model": with_preset(model)}
     return build(Recipe, mapping)
 
 

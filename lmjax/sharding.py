@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "vocab": ("tensor",),
     "layers": (),
+    "experts": (),
     "norm": (),  # scales and biases: too small to be worth an all-gather
     "positions": (),
     # activations

@@ -132,7 +132,8 @@ class Loop:
         self.tokens += weight
         if step % r.log_every and step != r.steps:
             return
-        values = {name: float(value) for name, value in metrics.items() if name != "weight"}
+        values = {name: float(value) for name, value in metrics.items()
+                  if name != "weight" and not value.ndim}
         bits = bits_per_byte(values["loss"], self.run_.train_split)
         rate, share = weight / seconds, min(waited / seconds, 1.0)
         epoch = max(self.run_.train_split.epochs(step * r.batch_size).values())

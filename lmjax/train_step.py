@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmjax.losses import Loss, cross_entropy
+from lmjax.losses import Loss, cross_entropy, with_experts
 from lmjax.models import Batch, Model
 from lmjax.nn.module import Params
 from lmjax.optim import ema_update
@@ -28,12 +28,13 @@ Metrics = Mapping[str, jax.Array]
 
 
 def next_token_loss(model: Model, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
-    """`cross_entropy` of the batch's `targets` where its `loss_mask` counts."""
+    """`cross_entropy` of the batch's `targets` where its `loss_mask` counts, and the routers' losses if there are."""
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
-        hidden, table = model.hidden(params, batch, key)
-        return cross_entropy(hidden, table, batch["targets"], batch["loss_mask"],
-                             softcap=model.config.logit_softcap, chunk=chunk, z_loss=z_loss)
+        hidden = model.hidden(params, batch, key)
+        loss = cross_entropy(hidden.x_BTD, hidden.table_VD, batch["targets"], batch["loss_mask"],
+                             bias_V=hidden.bias_V, softcap=model.config.logit_softcap, chunk=chunk, z_loss=z_loss)
+        return loss if hidden.routing is None else with_experts(loss, hidden.routing, model.config.moe)
 
     return loss_fn
 
@@ -64,6 +65,7 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),
             "weight": sums.weight,
+            **{name: value if value.ndim else value / weight for name, value in sums.extra.items()},
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
@@ -103,6 +105,7 @@ def _gradient(loss_fn: LossFn, params: Params, batch: Batch, key: jax.Array,
         return constrain(x, None, "batch", "seq")
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    start = Loss(*(jnp.zeros((), jnp.float32) for _ in Loss._fields))
     parts = (jax.tree.map(split, dict(batch)), jnp.arange(microbatches))
+    first = jax.tree.map(lambda x: x[0], parts[0])
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss_fn, params, first, key))
     return jax.lax.scan(body, (start, zeros), parts)[0]

@@ -3,23 +3,41 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lmjax.models.decoder import Decoder, DecoderConfig, init_cache
-from lmjax.nn.attention import KVCache, Visibility, choose_kernel
+from lmjax.models.decoder import Decoder, DecoderConfig
+from lmjax.models.encdec import EncDec, EncDecConfig
+from lmjax.models.encoder import Encoder, EncoderConfig
+from lmjax.models.transformer import Cache, empty_cache
+from lmjax.nn.kernels import choose_kernel
 from lmjax.nn.module import Functional, Params, functional
+from lmjax.nn.moe import Routing
+from lmjax.tree import named_leaves
 
 Batch = Mapping[str, jax.Array]
+
+ModelConfig = DecoderConfig | EncoderConfig | EncDecConfig  # told apart by `family`
+FAMILIES = {DecoderConfig: Decoder, EncoderConfig: Encoder, EncDecConfig: EncDec}
+
+
+class Hidden(NamedTuple):
+    """What logits are made of: states [B, T, D], the unembedding [V, D], both in the compute dtype, and a float32 bias
+    [V] or None. routing: what the experts did, if there are any, stacked by layer."""
+
+    x_BTD: jax.Array
+    table_VD: jax.Array
+    bias_V: jax.Array | None
+    routing: Routing | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity: a key of compiled programs
 class Model:
     """A model without its values: what its parameters look like, and what to compute with them."""
 
-    config: DecoderConfig
+    config: ModelConfig
     functional: Functional
     kernel: str
     kernel_reason: str
@@ -39,61 +57,102 @@ class Model:
         """Fresh float32 parameters."""
         return self.functional.init(key)
 
-    def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Last hidden states [B, T, D] and the unembedding matrix [V, D], both in the compute dtype.
+    def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Hidden:
+        """What the logits of every position are made of.
 
-        batch: int32 [B, T] `tokens`, `positions`, `segment_ids`. key: switches dropout on.
+        batch: int32 [B, T] `tokens`, `positions`, `segment_ids`, and whatever else the family reads. key: switches
+        dropout on.
         """
         model = self.functional.bind(self._cast(params))
-        see = Visibility(batch["positions"], batch["positions"], batch["segment_ids"], batch["segment_ids"])
-        x_BTD, _ = model(batch["tokens"], batch["positions"], see, dtype=self.dtype, key=key)
-        return x_BTD, model.unembedding
+        x_BTD, routing = model.hidden(batch, self.dtype, key)
+        return Hidden(x_BTD, *model.unembedding, routing)
 
     def logits(self, params: Params, batch: Batch) -> jax.Array:
         """float32 logits [B, T, V], all of them; use a loss of `lmjax.losses` where they need not be held."""
-        return self._logits(*self.hidden(params, batch))
+        return self._logits(*self.hidden(params, batch)[:3])
 
-    def init_cache(self, batch_size: int, slots: int) -> KVCache:
-        """An empty key/value cache for `slots` tokens a row."""
-        return init_cache(self.config, batch_size, slots, self.dtype)
+    def encode(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        """Last hidden states [B, T, D] of the rows read (an encoder-decoder's: of the encoder), before any head; and
+        the pooler's output [B, D], if there is one."""
+        model = self.functional.bind(self._cast(params))
+        x_BTD, _ = model.hidden(batch, self.dtype) if self.config.family == "decoder" else (
+            model.states(batch, self.dtype))
+        return x_BTD, model.pooled(x_BTD) if getattr(self.config, "pooler", False) else None
 
-    def step(self, params: Params, tokens_BT: jax.Array, cache: KVCache,
-             at_B: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
-        """Feeds T more tokens a row, written at each row's own slot; logits [B, V] behind one of them.
+    def init_cache(self, batch_size: int, slots: int, *, params: Params | None = None,
+                   batch: Batch | None = None) -> Cache:
+        """An empty key/value cache for `slots` tokens a row.
 
-        at_B: which of the T, int32 [B]; the last one by default. Slots of tokens behind it are taken back,
-        so that rows of different lengths can be fed together, padded on the right.
+        params, batch: what an encoder-decoder makes its encoder's keys and values of: int32 [B, S] `encoder_tokens`,
+        `encoder_positions` and `encoder_segment_ids` (0: padding).
+
+        Raises:
+          ValueError: the model is an encoder, or there is nothing to encode.
+        """
+        if self.config.family == "encoder":
+            raise ValueError("model.family: expected a decoder or encdec to generate with, got an encoder; use encode")
+        cache = empty_cache(self.config, batch_size, slots, self.dtype)
+        if self.config.family == "decoder":
+            return cache
+        if params is None or batch is None:
+            raise ValueError("init_cache: expected params and a batch of encoder tokens for an encoder-decoder, got "
+                             "none; pass both")
+        return cache._replace(source=self.functional.bind(self._cast(params)).source(batch, self.dtype))
+
+    def step(self, params: Params, tokens_BT: jax.Array, cache: Cache,
+             at_B: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+        """Feeds T more tokens a row, each row's from its own position on; logits [B, V] behind one of them.
+
+        at_B: which of the T, int32 [B]; the last one by default. Tokens behind it are taken back, so that rows of
+        different lengths can be fed together, padded on the right.
         """
         model = self.functional.bind(self._cast(params))
         B, T = tokens_BT.shape
-        S = cache.key.shape[2]
         at_B = jnp.full((B,), T - 1, jnp.int32) if at_B is None else at_B
-        positions = cache.slot[0][:, None] + jnp.arange(T, dtype=jnp.int32).reshape(1, T)
-        slots = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32).reshape(1, S), (B, S))
-        # A slot's index is its token's position, so causality alone hides the slots not yet written.
-        see = Visibility(positions, slots, jnp.ones_like(positions), jnp.ones_like(slots))
-        x_BTD, cache = model(tokens_BT, positions, see, dtype=self.dtype, cache=cache)
+        positions = cache.slot[:, None] + jnp.arange(T, dtype=jnp.int32).reshape(1, T)
+        last_B = cache.slot + at_B
+        x_BTD, cache = model.step(tokens_BT, positions, jnp.ones_like(positions), cache, last_B, self.dtype)
         x_B1D = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
-        logits = self._logits(x_B1D, model.unembedding)[:, 0]
-        return logits, cache._replace(slot=cache.slot + at_B.reshape(1, B) + 1)
+        return self._logits(x_B1D, *model.unembedding)[:, 0], cache._replace(slot=last_B + 1)
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: int, encoder_len: int = 0) -> float:
         """Model FLOPs of one training token: 6 a matmul weight, and 12 a query and visible key (PaLM, arXiv:2204.02311,
-        app. B, which counts all keys; here those that causality and the window leave)."""
+        app. B, which counts all keys; here those that causality and the window leave). Of experts, those that compute a
+        token count. An encoder-decoder's token is the decoder's, with its share of an encoder row of `encoder_len`
+        (0: as long as the decoder's)."""
         c = self.config
-        matmul = sum(math.prod(s.shape) for s, a in zip(*self._leaves(), strict=True)
-                     if "embed" in a and "vocab" not in a and "positions" not in a)
-        matmul += c.vocab_size * c.embed_dim
-        span = min(c.sliding_window or seq_len, seq_len)
-        visible = span * (1 - span / (2 * seq_len))  # keys of an average query: fewer at the start of the row
-        return 6.0 * matmul + 12.0 * c.num_layers * c.dims.num_heads * c.dims.head_dim * visible
+        both = c.family == "encdec"
+        share = (encoder_len or seq_len) / seq_len
+        total = float(c.vocab_size * c.embed_dim)
+        for (name, leaf), axes in zip(named_leaves(self.shapes), self._leaves()[1], strict=True):
+            if "embed" in axes and not {"vocab", "positions"} & set(axes):
+                computed = c.moe.per_token / c.moe.experts if "experts" in axes and "mlp" in axes else 1.0
+                of_source = both and ("encoder/" in name or "cross_attention/key" in name or
+                                      "cross_attention/value" in name)
+                total += math.prod(leaf.shape) * computed * (share if of_source else 1.0)
+        pairs = self._visible(c.num_layers, seq_len, causal=c.family != "encoder")
+        if both:
+            encoder = self._visible(c.num_encoder_layers or c.num_layers, int(share * seq_len), causal=False)
+            pairs += share * (c.num_layers * seq_len + encoder)
+        return 6.0 * total + 12.0 * c.dims.num_heads * c.dims.head_dim * pairs
+
+    def _visible(self, num_layers: int, seq_len: int, causal: bool) -> float:
+        """Keys that an average query sees, over all layers: fewer at the ends of the row."""
+        kinds, pattern = self.config.kinds(num_layers)
+        total = 0.0
+        for i in range(num_layers):
+            span = min(self.config.window(kinds[pattern[i % len(pattern)]]) or seq_len, seq_len)
+            back = span * (1 - span / (2 * seq_len))
+            total += back if causal else 2 * back
+        return total
 
     def embedding_parameters(self) -> int:
         """Parameters in token and position tables."""
         return sum(math.prod(s.shape) for s, a in zip(*self._leaves(), strict=True) if {"vocab", "positions"} & set(a))
 
-    def _logits(self, x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
+    def _logits(self, x_BTD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None) -> jax.Array:
         logits = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        logits = logits if bias_V is None else logits + bias_V.reshape(1, 1, -1)
         cap = self.config.logit_softcap
         return cap * jnp.tanh(logits / cap) if cap else logits
 
@@ -105,7 +164,7 @@ class Model:
         return jax.tree.leaves(self.shapes), jax.tree.leaves(self.axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def build_model(config: DecoderConfig, *, vocab_size: int, platform: str, dtype: Any) -> Model:
+def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: Any) -> Model:
     """The model of `config` for data with `vocab_size` tokens, run on `platform` ("cpu", "gpu", "tpu").
 
     Raises:
@@ -115,5 +174,7 @@ def build_model(config: DecoderConfig, *, vocab_size: int, platform: str, dtype:
         raise ValueError(f"config.model.vocab_size: expected at least the tokenizer's {vocab_size}, got "
                          f"{config.vocab_size}; raise it or set 0 to take the tokenizer's")
     config = dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
-    kernel, reason = choose_kernel(config.attention, platform, softcap=config.attention_softcap)
-    return Model(config, functional(lambda rngs: Decoder(config, kernel, rngs)), kernel, reason, jnp.dtype(dtype))
+    kernel, reason = choose_kernel(config.attention, platform, softcap=config.attention_softcap,
+                                   bias=config.positions == "relative")
+    build = FAMILIES[type(config)]
+    return Model(config, functional(lambda rngs: build(config, kernel, rngs)), kernel, reason, jnp.dtype(dtype))

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T sequence, D embed_dim, F mlp_dim, V vocab_size.
 """
 
+import functools
 import math
 
 import jax
@@ -26,6 +27,8 @@ MLP_KINDS = {
     "relu": ("relu", False),
     "swiglu": ("silu", True),
     "geglu": ("gelu_tanh", True),
+    "geglu_erf": ("gelu", True),
+    "reglu": ("relu", True),
 }
 
 
@@ -61,33 +64,38 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last dimension, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """x / rms(x) * (offset + scale) over the last dimension, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
-        self.eps = eps
-        self.scale = param(rngs, ones, (dim,), ("norm",))
+    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs, offset: float = 0.0):
+        self.eps, self.offset = eps, offset
+        self.scale = param(rngs, zeros if offset else ones, (dim,), ("norm",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, _along_last(self.scale[...], x.ndim), self.eps)
+        return rms_norm(x, _along_last(self.scale[...] + self.offset, x.ndim), self.eps)
 
 
 class LayerNorm(nnx.Module):
     """(x - mean) / std * scale + bias over the last dimension, in float32 (Ba et al. 2016, arXiv:1607.06450)."""
 
-    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
+    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs, use_bias: bool = True):
         self.eps = eps
         self.scale = param(rngs, ones, (dim,), ("norm",))
-        self.bias = param(rngs, zeros, (dim,), ("norm",))
+        self.bias = param(rngs, zeros, (dim,), ("norm",)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        y = x32 * inverse * _along_last(self.scale[...], x.ndim) + _along_last(self.bias[...], x.ndim)
-        return y.astype(x.dtype)
+        y = x32 * inverse * _along_last(self.scale[...], x.ndim)
+        return (y if self.bias is None else y + _along_last(self.bias[...], x.ndim)).astype(x.dtype)
 
 
-NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+NORMS = {
+    "rmsnorm": RMSNorm,
+    "rmsnorm_1p": functools.partial(RMSNorm, offset=1.0),  # Gemma's: what is stored and decayed is scale - 1
+    "layernorm": LayerNorm,
+    "layernorm_no_bias": functools.partial(LayerNorm, use_bias=False),
+}
 
 
 class MLP(nnx.Module):

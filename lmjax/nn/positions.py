@@ -1,17 +1,106 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-split as in Hugging Face's Llama."""
+"""Where a token is: rotary angles and their scalings, sinusoids, and T5's relative buckets.
+
+Rotary position embedding (Su et al. 2021, arXiv:2104.09864) is half-split as in Hugging Face's Llama.
+Shape suffixes: B batch, T query sequence, S key sequence, H heads, K head_dim, D embed_dim.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from lmjax.config import at_least, choice
 
 # cos and sin, each float32 [B, T, head_dim / 2]
 Rotation = tuple[jax.Array, jax.Array]
 
 
-def rope_rotation(positions_BT: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """Angles positions * theta^(-2i / head_dim), computed once for all layers."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are changed for rows longer than those that the model was first trained on.
+
+    kind: none; linear (Chen et al. 2023, arXiv:2306.15595); ntk, which raises theta; llama3 (arXiv:2407.21783);
+    yarn (Peng et al. 2023, arXiv:2309.00071). factor: how much longer. original_positions: the first training length
+    (ntk, llama3, yarn). length: ntk takes factor to be right for rows of this length, as "dynamic" NTK does for the
+    row at hand; 0 raises theta by factor alone. low_freq_factor, high_freq_factor: llama3 scales wavelengths above
+    original_positions / low and keeps those below original_positions / high. beta_fast, beta_slow: turns over
+    original_positions between which yarn goes from keeping to scaling. attention_factor: what yarn multiplies cos
+    and sin with; 0 takes 0.1 ln(factor) + 1.
+    """
+
+    kind: str = "none"
+    factor: float = 1.0
+    original_positions: int = 0
+    length: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        choice("kind", self.kind, SCALINGS)
+        at_least(1, factor=self.factor)
+        at_least(0, length=self.length, attention_factor=self.attention_factor)
+        if self.kind in ("llama3", "yarn") or self.length:
+            at_least(1, original_positions=self.original_positions)
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(f"high_freq_factor: expected more than low_freq_factor={self.low_freq_factor}, got "
+                             f"{self.high_freq_factor}; raise it")
+
+
+def _frequencies(head_dim: int, theta: float) -> np.ndarray:
+    return 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+
+
+def _linear(s: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
+    return _frequencies(head_dim, theta) / s.factor
+
+
+def _ntk(s: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
+    stretch = s.factor
+    if s.length:
+        stretch = s.factor * max(s.length, s.original_positions) / s.original_positions - (s.factor - 1)
+    return _frequencies(head_dim, theta * stretch ** (head_dim / (head_dim - 2)))
+
+
+def _llama3(s: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
+    plain = _frequencies(head_dim, theta)
+    turns = s.original_positions * plain / (2 * np.pi)
+    kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+    return (1 - kept) * plain / s.factor + kept * plain
+
+
+def _yarn(s: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
+    plain = _frequencies(head_dim, theta)
+
+    def dimension(turns: float) -> float:  # whose frequency makes so many turns over the first training length
+        return head_dim * math.log(s.original_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(dimension(s.beta_fast)), 0), min(math.ceil(dimension(s.beta_slow)), head_dim - 1)
+    scaled = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    return scaled * plain / s.factor + (1 - scaled) * plain
+
+
+SCALINGS: dict[str, Callable[[RopeScaling, int, float], np.ndarray]] = {
+    "none": lambda s, head_dim, theta: _frequencies(head_dim, theta),
+    "linear": _linear, "ntk": _ntk, "llama3": _llama3, "yarn": _yarn,
+}
+NO_SCALING = RopeScaling()
+
+
+def rope_rotation(positions_BT: jax.Array, head_dim: int, theta: float,
+                  scaling: RopeScaling = NO_SCALING) -> Rotation:
+    """Angles positions * theta^(-2i / head_dim), with the frequencies scaled, computed once for all layers."""
+    frequencies = jnp.asarray(SCALINGS[scaling.kind](scaling, head_dim, theta), jnp.float32)
     angles = positions_BT.astype(jnp.float32)[..., None] * frequencies.reshape(1, 1, -1)
-    return jnp.cos(angles), jnp.sin(angles)
+    if scaling.kind != "yarn":
+        return jnp.cos(angles), jnp.sin(angles)
+    size = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+    return size * jnp.cos(angles), size * jnp.sin(angles)
 
 
 def apply_rope(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
@@ -19,3 +108,29 @@ def apply_rope(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
     cos, sin = (r[:, :, None, :] for r in rotation)
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def sinusoids(positions_BT: jax.Array, dim: int) -> jax.Array:
+    """float32 [B, T, D]: sines in the first half and cosines in the second (Vaswani et al. 2017, arXiv:1706.03762,
+    which interleaves them: a permutation of the dimensions)."""
+    return jnp.concatenate(rope_rotation(positions_BT, dim, 10_000.0)[::-1], axis=-1)
+
+
+def relative_buckets(q_positions_BT: jax.Array, kv_positions_BS: jax.Array, *, bidirectional: bool, buckets: int,
+                     distance: int) -> jax.Array:
+    """int32 [B, T, S] in [0, buckets), as T5 has them (Raffel et al. 2019, arXiv:1910.10683).
+
+    Near keys have a bucket each, farther ones share buckets that grow logarithmically up to `distance`. bidirectional:
+    half of them are for keys to the right.
+    """
+    offset = kv_positions_BS[:, None, :] - q_positions_BT[:, :, None]
+    first = jnp.zeros_like(offset)
+    if bidirectional:
+        buckets //= 2
+        first = jnp.where(offset > 0, buckets, 0)
+    away = jnp.abs(offset) if bidirectional else jnp.maximum(-offset, 0)
+    exact = buckets // 2
+    # Where the logarithm reaches the next bucket, counted in integers: rounding must not move a boundary.
+    edges = [math.ceil(exact * (distance / exact) ** (i / (buckets - exact)) - 1e-9) for i in range(1, buckets - exact)]
+    far = exact + sum((away >= edge).astype(jnp.int32) for edge in edges)
+    return first + jnp.where(away < exact, away, far)

@@ -1,9 +1,10 @@
 """A stack of equal layers: scanned (one compiled body) or unrolled, under a named remat policy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.nn.module import merge_module, split_module, stack_modules
@@ -22,27 +23,78 @@ class Stack(nnx.Module):
 
     scan: one loop over the layers, which compiles once whatever the depth. Without it the layers are
     laid out one after the other, which the compiler can optimise across but must compile one by one.
+    kinds: layers may differ in what they are called with (a window, an angle): layer i is of kind
+    kinds[i % len(kinds)]. The loop is then over repetitions of `kinds`; layers that are left come after it.
     """
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module], num_layers: int, *, scan: bool, remat: str,
-                 rngs: nnx.Rngs):
-        self.num_layers, self.scan, self.remat = num_layers, scan, remat
+                 rngs: nnx.Rngs, kinds: Sequence[int] = (0,)):
+        self.num_layers, self.scan, self.remat, self.kinds = num_layers, scan, remat, tuple(kinds)
         self.block = stack_modules(build, num_layers, rngs)
 
-    def __call__(self, x: jax.Array, per_layer: Any, *shared: Any) -> tuple[jax.Array, Any]:
-        """Runs x through `block(x, layer's share of per_layer, *shared) -> (x, out)` for every layer.
+    def __call__(self, x: jax.Array, per_layer: Any, caches: Sequence[Any],
+                 shared: Sequence[Any]) -> tuple[jax.Array, Sequence[Any], Any]:
+        """Runs x through `block(x, layer's share of per_layer, its cache, shared[its kind]) -> (x, cache, out)`.
 
-        per_layer: a tree of arrays with a leading layers dimension (keys, caches), or None.
-        Returns x and the outs, stacked likewise.
+        per_layer: a tree of arrays with a leading dimension of all layers, or None. caches: one such tree a kind, with
+        a leading dimension of the layers of that kind, or None. Returns x, the new caches, and the outs, stacked.
         """
         graph, params = split_module(self.block)
-
-        def body(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
-            return merge_module(graph, layer[0])(x, layer[1], *shared)
-
         policy = REMAT[self.remat]
-        if policy is not None:
+
+        def layer_of(kind: int) -> Callable[..., Any]:
+            def layer(x: jax.Array, params: Any, per_layer: Any, cache: Any) -> tuple[jax.Array, Any, Any]:
+                return merge_module(graph, params)(x, per_layer, cache, shared[kind])
+
             # Inside a scan the loop itself keeps XLA from undoing the recomputation.
-            body = jax.checkpoint(body, policy=policy, prevent_cse=not self.scan)
-        return jax.lax.scan(body, x, (params, per_layer), length=self.num_layers,
-                            unroll=1 if self.scan else self.num_layers)
+            return layer if policy is None else jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan)
+
+        layers = [layer_of(kind) for kind in range(len(shared))]
+
+        def run(x: jax.Array, part: Any, kinds: Sequence[int]) -> tuple[jax.Array, Any]:
+            params, per_layer, caches = part
+            new, outs = [[] for _ in shared], []
+            for i, kind in enumerate(kinds):
+                cache = _at(caches[kind], len(new[kind]))
+                x, cache, out = layers[kind](x, _at(params, i), _at(per_layer, i), cache)
+                new[kind].append(cache)
+                outs.append(out)
+            return x, (tuple(_stacked(n) for n in new), _stacked(outs))
+
+        period = len(self.kinds)
+        rounds, rest = divmod(self.num_layers, period)
+        each = [self.kinds.count(kind) for kind in range(len(shared))]
+        parts = [_split(params, rounds, period), _split(per_layer, rounds, period),
+                 tuple(_split(c, rounds, n) for c, n in zip(caches, each, strict=True))]
+        first, last = ((p[i], q[i], tuple(c[i] for c in cs)) for i in (0, 1) for p, q, cs in [parts])
+        x, done = jax.lax.scan(lambda x, part: run(x, part, self.kinds), x, first, length=rounds,
+                               unroll=1 if self.scan else rounds)
+        new, outs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), done)
+        if rest:
+            x, (more, more_outs) = run(x, last, self.kinds[:rest])
+            new, outs = tuple(map(_joined, new, more)), _joined(outs, more_outs)
+        return x, new, outs
+
+    def map(self, fn: Callable[[Any], Any]) -> Any:
+        """`fn(block)` of every layer, stacked."""
+        graph, params = split_module(self.block)
+        return jax.lax.map(lambda p: fn(merge_module(graph, p)), params)
+
+
+def _split(tree: Any, rounds: int, each: int) -> tuple[Any, Any]:
+    """The leading dimension as [rounds, each], and what is left of it."""
+    cut = rounds * each
+    return (jax.tree.map(lambda a: a[:cut].reshape(rounds, each, *a.shape[1:]), tree),
+            jax.tree.map(lambda a: a[cut:], tree))
+
+
+def _at(tree: Any, i: int) -> Any:
+    return jax.tree.map(lambda a: a[i], tree)
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *a: jnp.stack(a), *trees) if trees else None
+
+
+def _joined(a: Any, b: Any) -> Any:
+    return a if b is None else jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)

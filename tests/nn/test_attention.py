@@ -9,8 +9,9 @@ import pytest
 
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
-from lmjax.nn.attention import KERNELS, Visibility, choose_kernel
+from lmjax.nn.kernels import KERNELS, attend, choose_kernel
 from lmjax.nn.positions import apply_rope, rope_rotation
+from lmjax.nn.visibility import Visibility
 
 B, T, H, G, K = 2, 12, 4, 2, 8
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2]], np.int32)
@@ -45,14 +46,14 @@ def qkv(seed=0, kv_heads=G, size=1.0):
     return [(size * rng.normal(size=s)).astype(np.float32) for s in shapes]
 
 
-def mask_of(causal=True, window=0):
+def seeing(causal=True, window=0):
     at = jnp.asarray(POSITIONS), jnp.asarray(POSITIONS)
-    return Visibility(*at, jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS), causal=causal, window=window).mask()
+    return Visibility(*at, jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS), causal=causal, window=window, in_order=True)
 
 
 @pytest.mark.parametrize("causal, window", [(True, 0), (True, 1), (True, 3), (False, 0), (False, 2)])
 def test_visibility_is_the_rule(causal, window):
-    mask = np.asarray(mask_of(causal, window))
+    mask = np.asarray(seeing(causal, window).mask())
     rule = dict(causal=causal, window=window)
     expected = [[[visible(t, s, b, **rule) for s in range(T)] for t in range(T)] for b in range(B)]
     assert mask.dtype == bool
@@ -66,7 +67,7 @@ def test_kernels_against_a_loop(kernel, kv_heads, window, softcap, causal):
     q, k, v = qkv(kv_heads=kv_heads, size=2.0)
     if softcap and not KERNELS[kernel].softcap:
         pytest.skip(f"{kernel} has no softcap, and choose_kernel says so")
-    out = KERNELS[kernel].run(q, k, v, mask_of(causal, window), scale=0.4, softcap=softcap)
+    out = attend(q, k, v, seeing(causal, window), scale=0.4, softcap=softcap, kernel=kernel)
     expected = naive(q, k, v, lambda b, t, s: visible(t, s, b, causal=causal, window=window), 0.4, softcap)
     np.testing.assert_allclose(out, expected, atol=3e-6, rtol=1e-5)
 
@@ -74,7 +75,7 @@ def test_kernels_against_a_loop(kernel, kv_heads, window, softcap, causal):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_large_scores_do_not_overflow(kernel):
     q, k, v = qkv(size=100.0)
-    out = KERNELS[kernel].run(q, k, v, mask_of(), scale=1.0, softcap=0.0)
+    out = attend(q, k, v, seeing(), scale=1.0, kernel=kernel)
     np.testing.assert_allclose(out, naive(q, k, v, lambda b, t, s: visible(t, s, b), 1.0, 0.0), rtol=1e-3, atol=1e-2)
 
 
@@ -82,13 +83,14 @@ def test_large_scores_do_not_overflow(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_queries_that_see_nothing_give_zero_and_finite_gradients(kernel, softcap):
     q, k, v = qkv()
-    mask = mask_of().at[1, 4].set(False)  # besides row 0's padding
+    see = seeing()
+    see = see._replace(q_segments=see.q_segments.at[1, 4].set(9))  # besides row 0's padding
 
     def run(q, k, v):
-        return KERNELS[kernel].run(q, k, v, mask, scale=0.4, softcap=softcap)
+        return attend(q, k, v, see, scale=0.4, softcap=softcap, kernel=kernel)
 
     out, pull = jax.vjp(run, *map(jnp.asarray, (q, k, v)))
-    blind = ~np.asarray(mask).any(-1)
+    blind = ~np.asarray(see.mask()).any(-1)
     assert blind.sum() == 3
     assert (np.asarray(out)[blind] == 0).all() and (np.asarray(out)[~blind] != 0).all()
     dq, dk, dv = pull(jnp.ones_like(out))
@@ -105,7 +107,7 @@ def test_gradients_against_differences(kernel):
     dirs, weight = [rng.normal(size=x.shape) for x in (q, k, v)], rng.normal(size=q.shape)
 
     def loss(*args):
-        return jnp.sum(KERNELS[kernel].run(*args, mask_of(window=3), scale=0.4, softcap=2.0) * weight)
+        return jnp.sum(attend(*args, seeing(window=3), scale=0.4, softcap=2.0, kernel=kernel) * weight)
 
     def exact(step):
         moved = [x + step * d for x, d in zip((q, k, v), dirs, strict=True)]

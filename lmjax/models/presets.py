@@ -1,0 +1,142 @@
+"""Published models as data: `model=dict(preset="llama3-8b", num_layers=8)` is that model with 8 layers.
+
+Each is a family's switches and a row of dimensions. vocab_size is that of the model's own tokenizer, padding
+included: with another tokenizer, set `vocab_size=0` to take its size.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+Switches = dict[str, Any]
+
+DIMS = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "head_dim")
+
+GPT2 = dict(positions="learned", norm="layernorm", mlp="gelu_tanh", use_bias=True, tie_embeddings=True,
+            vocab_size=50257, dropout=0.1)
+# Brown et al. 2020 (arXiv:2005.14165), table 2.1; every layer dense, where theirs alternate with banded ones. Two of
+# its rows do not multiply out: 24 heads of 128 in 1.3B (16 here), and 5140 dimensions in 13B (5120 here).
+GPT3 = GPT2 | dict(max_positions=2048, dropout=0.0)
+LLAMA2 = dict(max_positions=4096, vocab_size=32000)
+LLAMA3 = dict(max_positions=8192, vocab_size=128256, rope_theta=500_000.0)
+LLAMA31 = LLAMA3 | dict(max_positions=131072, rope_scaling=dict(kind="llama3", factor=8.0, original_positions=8192))
+LLAMA32 = LLAMA31 | dict(tie_embeddings=True, rope_scaling=dict(kind="llama3", factor=32.0, original_positions=8192))
+QWEN25 = dict(qkv_bias=True, norm_eps=1e-6, rope_theta=1e6, max_positions=32768, vocab_size=152064)
+QWEN25_SMALL = QWEN25 | dict(tie_embeddings=True, vocab_size=151936)
+QWEN3 = dict(qk_norm=True, norm_eps=1e-6, rope_theta=1e6, max_positions=40960, vocab_size=151936)
+QWEN3_SMALL = QWEN3 | dict(tie_embeddings=True)
+MISTRAL = dict(max_positions=32768, vocab_size=32000, sliding_window=4096)
+MIXTRAL = dict(max_positions=32768, vocab_size=32000, rope_theta=1e6,
+               moe=dict(experts=8, per_token=2, balance_loss=0.02))
+QWEN3_MOE = QWEN3 | dict(moe=dict(experts=128, per_token=8, balance_loss=0.001))
+GEMMA = dict(norm="rmsnorm_1p", norm_eps=1e-6, norm_position="both", mlp="geglu", scale_embeddings=True,
+             tie_embeddings=True)
+GEMMA2 = GEMMA | dict(max_positions=8192, vocab_size=256000, layer_pattern=("local", "global"), sliding_window=4096,
+                      attention_softcap=50.0, logit_softcap=30.0)
+GEMMA3 = GEMMA | dict(max_positions=131072, vocab_size=262208, qk_norm=True, layer_pattern=("local",) * 5 + ("global",),
+                      sliding_window=1024, rope_theta=1e6, local_rope_theta=10_000.0,
+                      rope_scaling=dict(kind="linear", factor=8.0))
+BERT = dict(family="encoder", positions="learned", max_positions=512, norm="layernorm", norm_eps=1e-12,
+            norm_position="post", embedding_norm="own", mlp="gelu", use_bias=True, token_types=2, pooler=True,
+            tie_embeddings=True, vocab_size=30522, dropout=0.1)
+ROBERTA = BERT | dict(norm_eps=1e-5, token_types=1, pooler=False, position_offset=2, vocab_size=50265)
+MODERNBERT = dict(family="encoder", norm="layernorm_no_bias", embedding_norm="first", mlp="geglu_erf",
+                  max_positions=8192, rope_theta=160_000.0, local_rope_theta=10_000.0, sliding_window=65,
+                  layer_pattern=("global", "local", "local"), tie_embeddings=True, vocab_size=50368)
+TRANSFORMER = dict(family="encdec", positions="sinusoidal", norm="layernorm", norm_position="post",
+                   scale_embeddings=True, mlp="relu", use_bias=True, tie_embeddings=True, vocab_size=37000)
+T5 = dict(family="encdec", positions="relative", norm_eps=1e-6, query_scalar=1.0, mlp="relu", tie_embeddings=True,
+          scale_output=True, vocab_size=32128, embedding_std=1.0, init_std=0.04, dropout=0.1)
+T5_11 = T5 | dict(mlp="geglu", tie_embeddings=False, scale_output=False, dropout=0.0)
+
+# name -> (switches, dimensions in the order of DIMS, switches of this size alone); trailing dimensions may be left out
+TABLE: dict[str, tuple[Any, ...]] = {
+    "gpt2": (GPT2, (12, 768, 12, 12, 3072)),
+    "gpt2-medium": (GPT2, (24, 1024, 16, 16, 4096)),
+    "gpt2-large": (GPT2, (36, 1280, 20, 20, 5120)),
+    "gpt2-xl": (GPT2, (48, 1600, 25, 25, 6400)),
+    "gpt3-125m": (GPT3, (12, 768, 12, 12, 3072)),
+    "gpt3-350m": (GPT3, (24, 1024, 16, 16, 4096)),
+    "gpt3-760m": (GPT3, (24, 1536, 16, 16, 6144)),
+    "gpt3-1.3b": (GPT3, (24, 2048, 16, 16, 8192)),
+    "gpt3-2.7b": (GPT3, (32, 2560, 32, 32, 10240)),
+    "gpt3-6.7b": (GPT3, (32, 4096, 32, 32, 16384)),
+    "gpt3-13b": (GPT3, (40, 5120, 40, 40, 20480)),
+    "gpt3-175b": (GPT3, (96, 12288, 96, 96, 49152)),
+    "llama2-7b": (LLAMA2, (32, 4096, 32, 32, 11008)),
+    "llama2-13b": (LLAMA2, (40, 5120, 40, 40, 13824)),
+    "llama2-70b": (LLAMA2, (80, 8192, 64, 8, 28672)),
+    "llama3-8b": (LLAMA3, (32, 4096, 32, 8, 14336)),
+    "llama3-70b": (LLAMA3, (80, 8192, 64, 8, 28672)),
+    "llama3.1-8b": (LLAMA31, (32, 4096, 32, 8, 14336)),
+    "llama3.1-70b": (LLAMA31, (80, 8192, 64, 8, 28672)),
+    "llama3.1-405b": (LLAMA31, (126, 16384, 128, 8, 53248)),
+    "llama3.2-1b": (LLAMA32, (16, 2048, 32, 8, 8192)),
+    "llama3.2-3b": (LLAMA32, (28, 3072, 24, 8, 8192)),
+    "qwen2.5-0.5b": (QWEN25_SMALL, (24, 896, 14, 2, 4864)),
+    "qwen2.5-1.5b": (QWEN25_SMALL, (28, 1536, 12, 2, 8960)),
+    "qwen2.5-3b": (QWEN25_SMALL, (36, 2048, 16, 2, 11008)),
+    "qwen2.5-7b": (QWEN25, (28, 3584, 28, 4, 18944)),
+    "qwen2.5-14b": (QWEN25, (48, 5120, 40, 8, 13824), dict(norm_eps=1e-5)),
+    "qwen2.5-32b": (QWEN25, (64, 5120, 40, 8, 27648), dict(norm_eps=1e-5)),
+    "qwen2.5-72b": (QWEN25, (80, 8192, 64, 8, 29568), dict(norm_eps=1e-5)),
+    "qwen3-0.6b": (QWEN3_SMALL, (28, 1024, 16, 8, 3072, 128)),
+    "qwen3-1.7b": (QWEN3_SMALL, (28, 2048, 16, 8, 6144, 128)),
+    "qwen3-4b": (QWEN3_SMALL, (36, 2560, 32, 8, 9728, 128)),
+    "qwen3-8b": (QWEN3, (36, 4096, 32, 8, 12288, 128)),
+    "qwen3-14b": (QWEN3, (40, 5120, 40, 8, 17408, 128)),
+    "qwen3-32b": (QWEN3, (64, 5120, 64, 8, 25600, 128)),
+    "mistral-7b": (MISTRAL, (32, 4096, 32, 8, 14336)),
+    "mistral-7b-v0.3": (MISTRAL, (32, 4096, 32, 8, 14336), dict(sliding_window=0, rope_theta=1e6, vocab_size=32768)),
+    "mixtral-8x7b": (MIXTRAL, (32, 4096, 32, 8, 14336)),
+    "qwen3-30b-a3b": (QWEN3_MOE, (48, 2048, 32, 4, 768, 128)),
+    "qwen3-235b-a22b": (QWEN3_MOE, (94, 4096, 64, 4, 1536, 128)),
+    "gemma2-2b": (GEMMA2, (26, 2304, 8, 4, 9216, 256)),
+    "gemma2-9b": (GEMMA2, (42, 3584, 16, 8, 14336, 256)),
+    "gemma2-27b": (GEMMA2, (46, 4608, 32, 16, 36864, 128), dict(query_scalar=144.0)),
+    "gemma3-1b": (GEMMA3, (26, 1152, 4, 1, 6912, 256), dict(
+        rope_scaling=dict(kind="none"), sliding_window=512, vocab_size=262144, max_positions=32768)),
+    "gemma3-4b": (GEMMA3, (34, 2560, 8, 4, 10240, 256)),
+    "gemma3-12b": (GEMMA3, (48, 3840, 16, 8, 15360, 256)),
+    "gemma3-27b": (GEMMA3, (62, 5376, 32, 16, 21504, 128), dict(query_scalar=168.0)),
+    "bert-base": (BERT, (12, 768, 12, 12, 3072)),
+    "bert-large": (BERT, (24, 1024, 16, 16, 4096)),
+    "roberta-base": (ROBERTA, (12, 768, 12, 12, 3072)),
+    "roberta-large": (ROBERTA, (24, 1024, 16, 16, 4096)),
+    "modernbert-base": (MODERNBERT, (22, 768, 12, 12, 1152)),
+    "modernbert-large": (MODERNBERT, (28, 1024, 16, 16, 2624)),
+    "transformer-base": (TRANSFORMER, (6, 512, 8, 8, 2048), dict(dropout=0.1)),
+    "transformer-big": (TRANSFORMER, (6, 1024, 16, 16, 4096), dict(dropout=0.3)),
+    "t5-small": (T5, (6, 512, 8, 8, 2048, 64)),
+    "t5-base": (T5, (12, 768, 12, 12, 3072, 64)),
+    "t5-large": (T5, (24, 1024, 16, 16, 4096, 64)),
+    "t5-3b": (T5, (24, 1024, 32, 32, 16384, 128)),
+    "t5-11b": (T5, (24, 1024, 128, 128, 65536, 128)),
+    "t5-v1.1-small": (T5_11, (8, 512, 6, 6, 1024, 64)),
+    "t5-v1.1-base": (T5_11, (12, 768, 12, 12, 2048, 64)),
+    "t5-v1.1-large": (T5_11, (24, 1024, 16, 16, 2816, 64)),
+    "t5-v1.1-xl": (T5_11, (24, 2048, 32, 32, 5120, 64)),
+    "t5-v1.1-xxl": (T5_11, (24, 4096, 64, 64, 10240, 64)),
+}
+
+PRESETS: dict[str, Switches] = {
+    name: switches | dict(zip(DIMS, dims, strict=False)) | (own[0] if own else {})
+    for name, (switches, dims, *own) in TABLE.items()}
+
+
+def with_preset(model: Mapping[str, Any]) -> Switches:
+    """`model` without its `preset`, on top of that preset's switches; groups of keys are merged key by key.
+
+    Raises:
+      ValueError: no such preset.
+    """
+    keys = dict(model)
+    name = keys.pop("preset", None)
+    if name is None:
+        return keys
+    if str(name) not in PRESETS:
+        near = difflib.get_close_matches(str(name), PRESETS, 3) or PRESETS
+        raise ValueError(f"config.model.preset: expected a published model, got {name!r}; nearest: {', '.join(near)}")
+    base = PRESETS[str(name)]
+    return base | {key: base[key] | dict(value) if isinstance(value, Mapping) and key in base else value
+                   for key, value in keys.items()}

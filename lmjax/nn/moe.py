@@ -1,0 +1,149 @@
+"""Mixture of experts in the place of the MLP: each token is computed by the few experts that a router picks for it.
+
+Shape suffixes: B batch, T sequence, N = B * T tokens, M = N * k choices, k experts a token, E experts, C slots an
+expert and row, D embed_dim, F mlp_dim.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from lmjax.config import at_least
+from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, Dense
+from lmjax.nn.module import Initializer, param
+
+Dot = Callable[[jax.Array, jax.Array], jax.Array]  # rows and the experts' matrices [E, in, out] -> rows
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """experts: how many there are; 0 makes the layers dense. per_token: how many compute a token. mlp_dim: of each; 0
+    takes the model's. normalize: whether a token's weights sum to 1 (Mixtral) or are what the softmax over all experts
+    gave them. shared_dim: mlp_dim of an expert for all tokens; 0: none. shared_gate: whether a sigmoid scales it
+    (Qwen2-MoE). capacity: 0 drops no token; else an expert takes at most this multiple of an even share of a row's
+    tokens (Lepikhin et al. 2020, arXiv:2006.16668) and those that are left get nothing from it. balance_loss, z_loss:
+    coefficients of the load-balance loss (Fedus et al. 2021, arXiv:2101.03961) and of the router's z-loss (Zoph et al.
+    2022, arXiv:2202.08906)."""
+
+    experts: int = 0
+    per_token: int = 2
+    mlp_dim: int = 0
+    normalize: bool = True
+    shared_dim: int = 0
+    shared_gate: bool = False
+    capacity: float = 0.0
+    balance_loss: float = 0.01
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(1, per_token=self.per_token)
+        at_least(0, experts=self.experts, mlp_dim=self.mlp_dim, shared_dim=self.shared_dim, capacity=self.capacity,
+                 balance_loss=self.balance_loss, z_loss=self.z_loss)
+        if self.experts and self.per_token > self.experts:
+            raise ValueError(f"per_token: expected at most experts={self.experts}, got {self.per_token}; lower it")
+
+
+class Routing(NamedTuple):
+    """What one layer's router did, over the tokens that are not padding.
+
+    balance: E * sum over experts of (choices a token that fell on it) * (its mean probability); per_token when even. z:
+    mean squared log of the softmax's denominator. counts: choices of each expert, float32 [E]. dropped: share of them
+    that found no room. Padding is neither counted nor, with a capacity, computed."""
+
+    balance: jax.Array
+    z: jax.Array
+    counts: jax.Array
+    dropped: jax.Array
+
+
+class MoE(nnx.Module):
+    """Router, experts and, if wanted, an expert that all tokens share. Parameters as in `MLP`, one for each expert."""
+
+    def __init__(self, dim: int, hidden: int, config: MoEConfig, *, kind: str, init: Initializer,
+                 out_init: Initializer, rngs: nnx.Rngs):
+        c = self.config = config
+        self.activation, gated = MLP_KINDS[kind]
+        hidden = c.mlp_dim or hidden
+        into, out = (c.experts, dim, hidden), (c.experts, hidden, dim)
+        self.router = Dense((dim,), (c.experts,), ("embed", "experts"), use_bias=False, init=init, rngs=rngs)
+        self.gate = Experts(into, ("experts", "embed", "mlp"), init, rngs) if gated else None
+        self.up = Experts(into, ("experts", "embed", "mlp"), init, rngs)
+        self.down = Experts(out, ("experts", "mlp", "embed"), out_init, rngs)
+        self.shared = MLP(dim, c.shared_dim, kind=kind, use_bias=False, init=init, out_init=out_init,
+                          rngs=rngs) if c.shared_dim else None
+        self.shared_gate = (Dense((dim,), (1,), ("embed", None), use_bias=False, init=init, rngs=rngs)
+                            if c.shared_dim and c.shared_gate else None)
+
+    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, Routing]:
+        """x [B, T, D] and which tokens are not padding, bool [B, T] -> what the experts made of x, and how."""
+        logits_BTE = self.router(x_BTD).astype(jnp.float32)
+        probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+        weights_BTk, experts_BTk = lax.top_k(probs_BTE, self.config.per_token)
+        if self.config.normalize:
+            weights_BTk = weights_BTk / jnp.sum(weights_BTk, axis=-1, keepdims=True)
+        run = self._within_capacity if self.config.capacity else self._dropless
+        y_BTD, kept = run(x_BTD, weights_BTk, experts_BTk, real_BT)
+        if self.shared is not None:
+            y = self.shared(x_BTD)
+            y_BTD += y if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x_BTD)) * y
+        return y_BTD, _routing(logits_BTE, probs_BTE, experts_BTk, real_BT, kept)
+
+    def _dropless(self, x_BTD: jax.Array, weights_BTk: jax.Array, experts_BTk: jax.Array,
+                  real_BT: jax.Array) -> tuple[jax.Array, None]:
+        """Choices sorted by expert, then one matmul with as many rows for each expert as chose it."""
+        B, T, k = experts_BTk.shape
+        x_ND, chosen_M = x_BTD.reshape(B * T, -1), experts_BTk.reshape(-1)
+        order_M = jnp.argsort(chosen_M, stable=True)
+        sizes_E = jnp.zeros((self.config.experts,), jnp.int32).at[chosen_M].add(1)
+        y_MD = self._apply(x_ND[order_M // k], lambda x, w: lax.ragged_dot(x, w, sizes_E))
+        y_NkD = jnp.zeros_like(y_MD).at[order_M].set(y_MD, unique_indices=True).reshape(B, T, k, -1)
+        return jnp.einsum("BTkD,BTk->BTD", y_NkD, weights_BTk.astype(y_MD.dtype)), None
+
+    def _within_capacity(self, x_BTD: jax.Array, weights_BTk: jax.Array, experts_BTk: jax.Array,
+                         real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Choices put into each row's slots of an expert: first choices first, then from left to right."""
+        c = self.config
+        B, T, k = experts_BTk.shape
+        C = min(math.ceil(c.capacity * k * T / c.experts), T)
+        chosen_BkTE = jax.nn.one_hot(jnp.swapaxes(experts_BTk, 1, 2), c.experts) * real_BT[:, None, :, None]
+        before = jnp.cumsum(chosen_BkTE.reshape(B, k * T, -1), axis=1).reshape(chosen_BkTE.shape) - chosen_BkTE
+        slot_BkT = jnp.sum(before * chosen_BkTE, axis=-1).astype(jnp.int32)  # beyond C, one_hot gives no slot
+        put_BkTEC = chosen_BkTE[..., None] * jax.nn.one_hot(slot_BkT, C)[..., None, :]
+        into_BTEC = jnp.sum(put_BkTEC, axis=1).astype(x_BTD.dtype)
+        back_BTEC = jnp.einsum("BkTEC,BTk->BTEC", put_BkTEC, weights_BTk).astype(x_BTD.dtype)
+        x_EBCD = jnp.einsum("BTEC,BTD->EBCD", into_BTEC, x_BTD)
+        y_EBCD = self._apply(x_EBCD, lambda x, w: jnp.einsum("EBCD,EDF->EBCF", x, w))
+        return jnp.einsum("BTEC,EBCD->BTD", back_BTEC, y_EBCD), jnp.sum(put_BkTEC)
+
+    def _apply(self, x: jax.Array, dot: Dot) -> jax.Array:
+        """The experts' MLP on rows that are already with them."""
+        act = ACTIVATIONS[self.activation]
+        h = act(self.up(x, dot)) if self.gate is None else act(self.gate(x, dot)) * self.up(x, dot)
+        return self.down(h, dot)
+
+
+class Experts(nnx.Module):
+    """A matrix for each expert, [E, in, out]."""
+
+    def __init__(self, shape: tuple[int, int, int], axes: tuple[str, ...], init: Initializer, rngs: nnx.Rngs):
+        self.kernel = param(rngs, init, shape, axes)
+
+    def __call__(self, x: jax.Array, dot: Dot) -> jax.Array:
+        return dot(x, self.kernel[...].astype(x.dtype))
+
+
+def _routing(logits_BTE: jax.Array, probs_BTE: jax.Array, experts_BTk: jax.Array, real_BT: jax.Array,
+             kept: jax.Array | None) -> Routing:
+    E, real = logits_BTE.shape[-1], real_BT.astype(jnp.float32)
+    tokens = jnp.maximum(jnp.sum(real), 1.0)
+    counts = jnp.sum(jax.nn.one_hot(experts_BTk, E) * real[..., None, None], axis=(0, 1, 2))
+    mean_E = jnp.sum(probs_BTE * real[..., None], axis=(0, 1)) / tokens
+    z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)) * real) / tokens
+    dropped = jnp.zeros(()) if kept is None else 1 - kept / jnp.maximum(jnp.sum(counts), 1.0)
+    return Routing(E * jnp.sum(counts / tokens * mean_E), z, counts, dropped)

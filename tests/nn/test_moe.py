@@ -1,0 +1,140 @@
+"""Mixture of experts against a loop over tokens: what is computed, what is dropped, what the losses and counts are."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.config import build
+from lmjax.losses import Loss, with_experts
+from lmjax.models import build_model
+from lmjax.models.decoder import DecoderConfig
+from lmjax.nn.module import functional
+from lmjax.nn.moe import MoE, MoEConfig
+from lmjax.optim import OptimizerConfig, make_optimizer, make_schedule
+from lmjax.sharding import MeshConfig, make_layout
+from lmjax.train_state import state_spec
+from lmjax.train_step import make_train_step, next_token_loss
+
+B, T, D, F, E = 2, 9, 8, 12, 4
+REAL = np.arange(T) < np.array([[9], [6]])
+
+
+def moe_of(**keys):
+    config = MoEConfig(experts=E, **keys)
+    init = lambda key, shape, dtype: jax.random.normal(key, shape, dtype)  # noqa: E731
+    return config, functional(lambda rngs: MoE(D, F, config, kind="swiglu", init=init, out_init=init, rngs=rngs))
+
+
+@functools.cache
+def run(**keys):
+    """(config, parameters, x, y, routing)"""
+    config, module = moe_of(**keys)
+    params = module.init(jax.random.key(0))
+    x = np.asarray(jax.random.normal(jax.random.key(1), (B, T, D)))
+    y, routing = jax.jit(lambda p, x: module.bind(p)(x, jnp.asarray(REAL)))(params, x)
+    return config, jax.tree.map(np.asarray, params), x, np.asarray(y), jax.tree.map(np.asarray, routing)
+
+
+def expert(params, e, x):
+    gate, up = x @ params["gate"]["kernel"][e], x @ params["up"]["kernel"][e]
+    return (gate / (1 + np.exp(-gate)) * up) @ params["down"]["kernel"][e]
+
+
+def by_hand(config, params, x, rooms=None):
+    """(y, choices [B, T, k], which of them found room), token by token."""
+    logits = x @ params["router"]["kernel"]
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    choices = np.argsort(-probs, axis=-1)[..., : config.per_token]
+    y, found = np.zeros_like(x), np.zeros(choices.shape, bool)
+    for b in range(B):
+        taken = np.zeros(E, int)
+        for j in range(config.per_token):  # everyone's first choice goes before anyone's second
+            for t in range(T):
+                e = choices[b, t, j]
+                if rooms is not None and (taken[e] >= rooms or not REAL[b, t]):
+                    continue
+                taken[e] += 1
+                found[b, t, j] = True
+                total = probs[b, t, choices[b, t]].sum() if config.normalize else 1.0
+                y[b, t] += probs[b, t, e] / total * expert(params, e, x[b, t])
+    return y, choices, found, probs, logits
+
+
+@pytest.mark.parametrize("keys", [dict(per_token=2), dict(per_token=3, normalize=False), dict(per_token=1)])
+def test_dropless_is_a_loop_over_tokens(keys):
+    config, params, x, y, _ = run(**keys)
+    expected = by_hand(config, params, x)[0]
+    np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("capacity, rooms", [(0.5, 3), (1.0, 5), (50.0, T)])
+def test_an_expert_takes_no_more_than_its_capacity_first_choices_first(capacity, rooms):
+    config, params, x, y, routing = run(per_token=2, capacity=capacity)
+    expected, _, found, *_ = by_hand(config, params, x, rooms)
+    np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+    assert (not found[REAL].all()) == (capacity < 50)
+    assert routing.dropped == pytest.approx(1 - found[REAL].mean(), abs=1e-6)
+
+
+def test_the_losses_and_counts_leave_padding_out():
+    config, params, x, _, routing = run(per_token=2)
+    _, choices, _, probs, logits = by_hand(config, params, x)
+    counts = np.bincount(choices[REAL].ravel(), minlength=E)
+    np.testing.assert_array_equal(routing.counts, counts)
+    expected = E * np.sum(counts / REAL.sum() * probs[REAL].mean(0))
+    assert routing.balance == pytest.approx(expected, rel=1e-5) and expected > 2  # 2 choices a token when even
+    assert routing.z == pytest.approx(np.mean(np.log(np.exp(logits[REAL]).sum(-1)) ** 2), rel=1e-5)
+    assert routing.dropped == 0
+
+
+def test_the_losses_weigh_as_much_as_the_tokens():
+    routing = jax.tree.map(lambda a: jnp.asarray(a)[None], run(per_token=2)[4])
+    loss = with_experts(Loss(jnp.float32(6), jnp.float32(6), jnp.float32(3)), routing,
+                        MoEConfig(experts=E, balance_loss=0.1, z_loss=0.01))
+    assert float(loss.total) == pytest.approx(6 + 3 * (0.1 * routing.balance[0] + 0.01 * routing.z[0]), rel=1e-6)
+    assert loss.nats == 6
+    load = np.asarray(routing.counts[0]) * E / routing.counts.sum()
+    assert loss.extra["experts_most"] / 3 == pytest.approx(load.max())
+    assert loss.extra["experts_least"] / 3 == pytest.approx(load.min())
+
+
+def test_shared_experts_are_added():
+    config, params, x, y, _ = run(per_token=2, shared_dim=16)
+    shared = params.pop("shared")
+    gate, up = x @ shared["gate"]["kernel"], x @ shared["up"]["kernel"]
+    expected = by_hand(config, params, x)[0] + (gate / (1 + np.exp(-gate)) * up) @ shared["down"]["kernel"]
+    np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("capacity", [0.0, 1.0])
+def test_a_mesh_and_microbatches_change_nothing(capacity):
+    """One train step of a small model on 8 devices and on one: the same loss, gradient norm and expert counts."""
+    config = build(DecoderConfig, dict(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=16, vocab_size=32,
+                                       moe=dict(experts=E, capacity=capacity, balance_loss=0.1, z_loss=0.01)))
+    model = build_model(config, vocab_size=32, platform="cpu", dtype=jnp.float32)
+    tokens = np.random.default_rng(0).integers(0, 32, (8, 17), dtype=np.int32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((8, 16), np.int32),
+             "positions": np.broadcast_to(np.arange(16, dtype=np.int32), (8, 16)),
+             "loss_mask": np.ones((8, 16), np.float32)}
+
+    def step(devices, microbatches, **axes):
+        layout = make_layout(MeshConfig(**axes), jax.devices()[:devices])
+        optimizer = OptimizerConfig(peak_lr=1e-3, warmup_steps=0)
+        spec = state_spec(model, make_optimizer(optimizer, 10, model.axes), layout, ema=False)
+        run = make_train_step(next_token_loss(model), spec, layout, make_schedule(optimizer, 10), seed=0,
+                              microbatches=microbatches)
+        placed = {name: jax.device_put(x, layout.sharding(("batch", "seq"))) for name, x in batch.items()}
+        return jax.device_get(run(spec.init(0), placed)[1])
+
+    one, many = step(1, 1), step(8, 1, data=2, fsdp=2, tensor=2)
+    np.testing.assert_array_equal(one["expert_counts"], many["expert_counts"])
+    assert one["expert_counts"].shape == (2, E) and one["expert_counts"].sum() == 2 * 8 * 16 * 2
+    for name in ("loss", "grad_norm", "experts_balance", "experts_z", "experts_dropped", "experts_most"):
+        assert many[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    assert (one["experts_dropped"] > 0) == (capacity > 0)
+    parts = step(1, 2)
+    np.testing.assert_array_equal(parts["expert_counts"], one["expert_counts"])
+    assert parts["loss"] == pytest.approx(one["loss"], rel=1e-5)
