@@ -5,7 +5,7 @@ Shape suffixes: B batch, N beams, S answer slots, V vocab_size.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from lmjax.config import at_least
 from lmjax.generate import Generator, bucket, jit_on, known, padded
 from lmjax.models import Model
+from lmjax.models.transformer import Cache
 from lmjax.nn.module import Params
 from lmjax.sharding import Layout
 
@@ -23,7 +24,7 @@ NEVER = -1e9  # a score that no real sequence has
 class _Beams(NamedTuple):
     step: jax.Array
     logits_BNV: jax.Array  # behind each running beam
-    cache: Any  # of B * N rows
+    cache: Cache  # of B * N rows
     running_BNS: jax.Array
     scores_BN: jax.Array  # log-likelihoods of the running beams
     done_BNS: jax.Array
@@ -120,5 +121,6 @@ def _extend(s: _Beams, vocab_size: int, eos_id: int, max_tokens: jax.Array, pena
                    jnp.take_along_axis(merged, done[:, :, None], axis=1), done_scores)
 
 
-def _reorder(cache: Any, rows: jax.Array) -> Any:
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=1), cache)
+def _reorder(cache: Cache, rows: jax.Array) -> Cache:
+    layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), cache.layers)
+    return cache._replace(layers=layers, slot=cache.slot[rows])

@@ -18,10 +18,11 @@ from lmjax import interop
 from lmjax.checkpoint import About, Checkpointer, checkpoint_steps, read_about, restore_params
 from lmjax.config import plain
 from lmjax.data.tokenizer import Tokenizer
-from lmjax.generate import Generator, Sampling
+from lmjax.generate import Generator
 from lmjax.models import Batch, Model, build_model
 from lmjax.nn.module import Params
 from lmjax.recipe import Recipe, build_recipe
+from lmjax.sampling import Sampling
 from lmjax.sharding import Layout, MeshConfig, make_layout, use_layout
 from lmjax.train_state import TrainState
 

@@ -48,7 +48,7 @@ def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array | floa
 
 
 def adjust(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits of the distribution that is drawn from: softmax(logits / temperature) cut to top_k, then top_p, then min_p.
+    """Logits of the distribution that is drawn from: softmax(logits / temperature) cut to top_k, top_p and min_p.
 
     What is cut is -inf; at temperature 0 that is all but the likeliest.
     """

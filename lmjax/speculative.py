@@ -52,6 +52,9 @@ def speculate(generator: Generator, params: Params, draft: Draft, prompts: Seque
         if model.config.vocab_size < generator.vocab_size:
             raise ValueError(f"draft: expected a model of {generator.vocab_size} tokens, got one of "
                              f"{model.config.vocab_size}; use one trained with the same tokenizer")
+        if model.config.sliding_window:
+            raise ValueError("draft: expected models without a sliding window, got one whose cache forgets what it "
+                             "would have to take back; leave the draft model out")
     if sampling.repetition_penalty != 1:
         raise ValueError(f"repetition_penalty: expected 1 with a draft model, got {sampling.repetition_penalty}; leave "
                          "one of them out")
@@ -67,7 +70,8 @@ def speculate(generator: Generator, params: Params, draft: Draft, prompts: Seque
     return [answers[row, : ends[row]].tolist() for row in range(len(prompts))], float(gained)
 
 
-def verify(p_BKV: jax.Array, q_BKV: jax.Array, proposed_BK: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+def verify(p_BKV: jax.Array, q_BKV: jax.Array, proposed_BK: jax.Array,
+           keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """How many proposals each row keeps, int32 [B], and the token behind them, int32 [B].
 
     p: the large model's probabilities, [B, K + 1, V]. q: those that the proposals were drawn from, [B, K, V].
@@ -120,10 +124,10 @@ def _compiled(model: Model, draft: Model, layout: Layout | None, eos_id: int, vo
             ends, ended = _until_eos(block, s, eos_id)
             answers = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
                 s.answers, block, s.ends)
-            kept = s.cache.length + count + 1
+            kept = s.cache.slot + count + 1
             return _State(s.round + 1, after, answers, ends, ended | (ends >= max_tokens),
                           s.accepted + jnp.where(s.ended, 0, count + 1),
-                          checked._replace(length=kept), cache._replace(length=kept))
+                          checked._replace(slot=kept), cache._replace(slot=kept))
 
         logits, cache = model.step(params, tokens, model.init_cache(B, slots), lengths - 1)
         _, draft_cache = draft.step(draft_params, tokens, draft.init_cache(B, slots), lengths - 1)

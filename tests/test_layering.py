@@ -15,9 +15,9 @@ PACKAGE = ROOT / "lmjax"
 LAYERS = [
     {"sharding", "config", "tree", "runtime"},
     {"nn"},
-    {"models", "data", "losses", "optim"},
+    {"models", "data", "losses", "optim", "sampling"},
     {"recipe", "train_state", "train_step", "checkpoint", "metrics", "adapt", "interop", "tasks"},
-    {"cli", "train", "run", "evaluate", "generate", "lm", "plan", "report", "report_*", "prepare",
+    {"cli", "train", "run", "evaluate", "evaluate_tasks", "generate", "beam", "speculative", "lm", "plan", "report", "report_*", "prepare",
      "bench", "bench_*"},
 ]
 MAX_FILE_LINES = 400

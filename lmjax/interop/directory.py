@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.data.tokenizer import Tokenizer
-from lmjax.interop.families import FAMILIES
+from lmjax.interop.families import FAMILIES, Family
 from lmjax.interop.settings import family_of, read_settings, write_settings
 from lmjax.interop.tensors import DTYPES, NAMES, Entry, open_tensors, read_json, read_tensor, write_json, write_tensors
 from lmjax.interop.tokenizers import read_tokenizer, write_tokenizer
-from lmjax.interop.weights import check_tensors, read_tree, tensor_getter, tensor_shapes
-from lmjax.models import Model, build_model
-from lmjax.models.decoder import DecoderConfig
+from lmjax.interop.weights import Table, check_tensors, read_tree, tensor_getter, tensor_shapes
+from lmjax.models import Model, ModelConfig, build_model
+from lmjax.nn.layers import MLP_KINDS
 from lmjax.nn.module import Params
 
 MAX_PADDING = 0.05  # share of an embedding's rows that may be there only to make its size round
@@ -28,7 +28,7 @@ class Found:
     """What a directory holds. config: ours. source: of the checkpoint's `about`, their settings and dtype."""
 
     path: Path
-    config: DecoderConfig
+    config: ModelConfig
     entries: Mapping[str, Entry]
     tokenizer: Tokenizer | None
     source: dict[str, Any]
@@ -48,10 +48,11 @@ def read_directory(path: Path) -> Found:
     """
     settings = read_json(path / "config.json")
     family = family_of(settings, f"{path}/config.json")
-    config = read_settings(settings, f"{path}/config.json")
     entries = open_tensors(path)
     if family.prefix and not any(name.startswith(family.prefix) for name in entries):
         entries = {family.prefix + name: entry for name, entry in entries.items()}
+    config = read_settings(settings, f"{path}/config.json", {
+        field: there if name in entries else absent for field, (name, there, absent) in family.present.items()})
     tokenizer = read_tokenizer(path)
     if tokenizer is not None:
         _check_vocabulary(tokenizer, config.vocab_size, path)
@@ -70,12 +71,13 @@ def read_params(found: Found, model: Model, shardings: Params) -> Params:
     """
     family = FAMILIES[found.source["settings"]["model_type"]]
     ignore = family.ignore
-    tied = family.table.get("head/table")
+    table = _table(family, model)
+    tied = table.get("head/table")
     if model.config.tie_embeddings and tied and tied.theirs in found.entries:
-        _check_tied(found, tied.theirs, family.table["embedding/table"].theirs)
+        _check_tied(found, tied.theirs, table["embedding/table"].theirs)
         ignore += (tied.theirs,)
-    check_tensors(found.entries, model.shapes, family.table, where=str(found.path), ignore=ignore)
-    return read_tree(found.entries, model.shapes, shardings, family.table)
+    check_tensors(found.entries, model.shapes, table, where=str(found.path), ignore=ignore)
+    return read_tree(found.entries, model.shapes, shardings, table)
 
 
 def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenizer | None, *, model_type: str = "",
@@ -106,7 +108,8 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
     try:
         write_json(part / "config.json", {**ids, **kept, **ours, "torch_dtype": dtype})
         write_json(part / "generation_config.json", source["generation"] or {**ids, "do_sample": True})
-        write_tensors(part, tensor_shapes(model.shapes, family.table), tensor_getter(params, family.table),
+        table = _table(family, model)
+        write_tensors(part, tensor_shapes(model.shapes, table), tensor_getter(params, table),
                       dtype=dtype, max_shard_bytes=max_shard_bytes)
         if tokenizer is not None:
             write_tokenizer(part, tokenizer, log=log)
@@ -116,6 +119,10 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
         shutil.rmtree(part, ignore_errors=True)
         raise
     log(f"{out}: a {family.architecture} in {dtype}, read again with equal logits")
+
+
+def _table(family: Family, model: Model) -> Table:
+    return family.table if MLP_KINDS[model.config.mlp][1] else {**family.table, **family.ungated}
 
 
 def _check_vocabulary(tokenizer: Tokenizer, rows: int, path: Path) -> None:
@@ -140,6 +147,8 @@ def _check_written(path: Path, model: Model, params: Params, dtype: str) -> None
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 8), dtype=np.int32)
     batch = {"tokens": tokens, "positions": np.broadcast_to(np.arange(8, dtype=np.int32), (2, 8)),
              "segment_ids": np.ones((2, 8), np.int32)}
+    batch |= {"encoder_tokens": tokens[::-1], "encoder_positions": batch["positions"],
+              "encoder_segment_ids": batch["segment_ids"]}
     same = dataclasses.replace(model, dtype=jnp.dtype(jnp.float32))
     expected = np.asarray(jax.jit(same.logits)(_rounded(params, dtype), batch))
     read = read_params(found, again, jax.tree.map(lambda x: x.sharding, params))

@@ -7,7 +7,8 @@ A table says for each of our leaves which of their tensors holds it and how it l
   "in,out"   as a matrix whose rows are inputs (GPT-2); "in2,out": the first two of our dimensions are inputs
   "out,in"   as a matrix whose rows are outputs (torch.nn.Linear); "out,in2" likewise
 
-Every {} in their name stands for an index into the leading dimensions of ours: layers, experts.
+A part of a fused matrix or bias is one of several equal shares of its outputs. Every {} in their name stands for an
+index into the leading dimensions of ours: layers, experts.
 """
 
 import functools
@@ -28,7 +29,7 @@ from lmjax.tree import named_leaves
 
 
 class Row(NamedTuple):
-    """How one of our leaves lies in theirs. part: (i, n) for the i-th of n equal parts of their last dimension."""
+    """How one of our leaves lies in theirs. part: (i, n) for the i-th of n equal parts."""
 
     theirs: str
     how: str = ""
