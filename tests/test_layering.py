@@ -17,7 +17,8 @@ LAYERS = [
     {"nn"},
     {"models", "data", "losses", "optim", "sampling"},
     {"recipe", "train_state", "train_step", "checkpoint", "metrics", "adapt", "interop", "tasks"},
-    {"cli", "train", "run", "evaluate", "evaluate_tasks", "generate", "beam", "speculative", "lm", "plan", "report", "report_*", "prepare",
+    {"cli", "train", "run", "evaluate", "evaluate_tasks", "generate", "beam", "speculative", "stream",
+     "attention_maps", "lm", "plan", "report", "report_*", "prepare",
      "bench", "bench_*"},
 ]
 MAX_FILE_LINES = 400

@@ -19,9 +19,10 @@ REQUIRED = object()
 class Key(NamedTuple):
     """One setting of theirs.
 
-    ours: the field of our config ("moe.experts": of a group in it); "" for one that must have the value `default`, else we compute something else.
-    default: what it is where config.json leaves it out. only: their values -> ours, and no others. also: their values
-    -> ours, others pass as they are. plus: what theirs is more than ours.
+    ours: the field of our config ("moe.experts": of a group in it); "" for one
+    that must have the value `default`, else we compute something else.
+    default: what it is where config.json leaves it out. only: their values -> ours, and no others. also: their
+    values -> ours, others pass as they are. plus: what theirs is more than ours.
     """
 
     theirs: str
@@ -146,7 +147,8 @@ H = "transformer.h.{}"
 GPT2_TABLE = joined(
     {"embedding/table": Row("transformer.wte.weight"), "positions/table": Row("transformer.wpe.weight"),
      "head/table": Row("lm_head.weight")},
-    both("norm", "transformer.ln_f"), both(f"{BLOCK}attention_norm", f"{H}.ln_1"), both(f"{BLOCK}mlp_norm", f"{H}.ln_2"),
+    both("norm", "transformer.ln_f"),
+    both(f"{BLOCK}attention_norm", f"{H}.ln_1"), both(f"{BLOCK}mlp_norm", f"{H}.ln_2"),
     *(both(f"{BLOCK}attention/{part}", f"{H}.attn.c_attn", "in,out", (i, 3))
       for i, part in enumerate(("query", "key", "value"))),
     both(f"{BLOCK}attention/out", f"{H}.attn.c_proj", "in2,out"),
@@ -200,7 +202,8 @@ QWEN_MOE_KEYS = (
     Key("moe_intermediate_size", "moe.mlp_dim"), Key("norm_topk_prob", "moe.normalize", False),
     Key("decoder_sparse_step", "", 1), Key("mlp_only_layers", "", []))
 GEMMA_KEYS = (
-    *(key for key in MODERN_KEYS if key.ours != "mlp"), Key("hidden_activation", "mlp", "gelu_pytorch_tanh", only=GATED),
+    *(key for key in MODERN_KEYS if key.ours != "mlp"),
+    Key("hidden_activation", "mlp", "gelu_pytorch_tanh", only=GATED),
     HEAD_DIM._replace(default=256), UNTIED._replace(default=True), NO_BIAS[0], WINDOW,
     Key("query_pre_attn_scalar", "query_scalar", 256),
     Key("use_bidirectional_attention", "", False))
