@@ -142,7 +142,7 @@ def _check_tied(found: Found, head: str, embedding: str) -> None:
 def _check_written(path: Path, model: Model, params: Params, dtype: str) -> None:
     """Compares logits of what `path` reads as with those of `params` rounded to the file's dtype: they are equal."""
     found = read_directory(path)
-    device = jax.tree.leaves(params)[0].devices().pop()
+    device = next(iter(jax.tree.leaves(params)[0].devices()))
     again = build_model(found.config, vocab_size=0, platform=device.platform, dtype=jnp.float32)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 8), dtype=np.int32)
     batch = {"tokens": tokens, "positions": np.broadcast_to(np.arange(8, dtype=np.int32), (2, 8)),

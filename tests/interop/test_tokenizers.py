@@ -51,7 +51,7 @@ def test_ours_as_tokenizer_json_splits_every_text_the_same(ours, tmp_path):
 
 
 def test_transformers_reads_what_we_write(ours, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install lmjax[oracle]")
+    transformers = pytest.importorskip("transformers", reason="not installed: pip install lmjax[oracle]")
     write_tokenizer(tmp_path, ours, log=lambda line: None)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in [*TEXTS[:3], *UNSEEN]:
