@@ -22,7 +22,7 @@ class Key(NamedTuple):
     ours: the field of our config ("moe.experts": of a group in it); "" for one
     that must have the value `default`, else we compute something else.
     default: what it is where config.json leaves it out. only: their values -> ours, and no others. also: their
-    values -> ours, others pass as they are. plus: what theirs is more than ours.
+    values -> ours, others pass as they are. plus: what theirs is more than ours. alias: another name of theirs.
     """
 
     theirs: str
@@ -31,6 +31,7 @@ class Key(NamedTuple):
     only: Mapping[Any, Any] | None = None
     also: Mapping[Any, Any] | None = None
     plus: int = 0
+    alias: str = ""
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ QWEN_KEYS = (*MODERN_KEYS, UNTIED, WINDOW)
 QWEN_LIKE = dict(prefix="model.", neutral=("use_sliding_window",), layer_types=lambda s, i: bool(
     s.get("use_sliding_window")) and i >= s.get("max_window_layers", 28))
 QWEN_MOE_KEYS = (
-    Key("num_experts", "moe.experts"), Key("num_experts_per_tok", "moe.per_token"),
+    Key("num_experts", "moe.experts", alias="num_local_experts"), Key("num_experts_per_tok", "moe.per_token"),
     Key("moe_intermediate_size", "moe.mlp_dim"), Key("norm_topk_prob", "moe.normalize", False),
     Key("decoder_sparse_step", "", 1), Key("mlp_only_layers", "", []))
 GEMMA_KEYS = (

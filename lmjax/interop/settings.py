@@ -46,7 +46,8 @@ def read_settings(settings: Settings, where: str, present: Mapping[str, Any] | N
       ValueError: a setting that is missing, unknown, or has a value that we would not compute the same with.
     """
     family = family_of(settings, where)
-    known = NEUTRAL.union(family.neutral, (key.theirs for key in family.keys))
+    known = NEUTRAL.union(family.neutral, (key.theirs for key in family.keys),
+                          (key.alias for key in family.keys))
     for name, value in settings.items():
         # What is empty or switched off does nothing; anything else may.
         if name not in known and value not in (None, False, [], {}, ""):
@@ -54,7 +55,7 @@ def read_settings(settings: Settings, where: str, present: Mapping[str, Any] | N
                              "it does not change what the model computes")
     fields = dict(family.fixed) | dict(present or {})
     for key in family.keys:
-        value = settings.get(key.theirs, key.default)
+        value = settings.get(key.theirs, settings.get(key.alias, key.default))
         if value is REQUIRED:
             raise ValueError(f"{where}: expected a value for {key.theirs}, got none; fetch config.json again")
         if key.ours:
