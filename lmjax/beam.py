@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.config import at_least
-from lmjax.generate import Generator, bucket, jit_on, known, padded
+from lmjax.generate import Generator, bucket, jit_on, known, padded, prefill
 from lmjax.models import Model
 from lmjax.models.transformer import Cache
 from lmjax.nn.module import Params
@@ -45,7 +45,8 @@ def beam_search(generator: Generator, params: Params, prompts: Sequence[Sequence
     generator.check(prompts, max_tokens)
     batch = padded(prompts)
     slots = bucket(batch.tokens.shape[1] + max_tokens, 32)
-    search = _compiled(generator.model, generator.layout, generator.eos_id, generator.vocab_size, slots, num_beams)
+    search = _compiled(generator.model, generator.layout, generator.eos_id, generator.vocab_size,
+                       generator.start_id, slots, num_beams)
     best = np.asarray(search(params, *batch, np.int32(max_tokens), np.float32(length_penalty)))
     return [[int(t) for t in row[: _length(row, generator.eos_id)]] for row in best[: len(prompts)]]
 
@@ -56,7 +57,7 @@ def _length(row: np.ndarray, eos_id: int) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int, slots: int,
+def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int, start_id: int, slots: int,
               N: int) -> Callable[..., jax.Array]:
     """(params, prompts, max_tokens, length penalty) -> the best answers int32 [B, slots], -1 behind their ends."""
 
@@ -64,7 +65,7 @@ def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int,
                penalty: jax.Array) -> jax.Array:
         B = tokens.shape[0]
         rows = jnp.repeat(jnp.arange(B), N)
-        logits, cache = model.step(params, tokens, model.init_cache(B, slots), lengths - 1)
+        logits, cache, _ = prefill(model, params, tokens, lengths, slots, start_id)
         empty = jnp.full((B, N, slots), -1, jnp.int32)
         start = _Beams(
             jnp.int32(0), logits[rows].reshape(B, N, -1), _reorder(cache, rows), empty,
@@ -122,5 +123,8 @@ def _extend(s: _Beams, vocab_size: int, eos_id: int, max_tokens: jax.Array, pena
 
 
 def _reorder(cache: Cache, rows: jax.Array) -> Cache:
-    layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), cache.layers)
-    return cache._replace(layers=layers, slot=cache.slot[rows])
+    take = functools.partial(jax.tree.map, lambda x: jnp.take(x, rows, axis=1))
+    source = cache.source
+    if source is not None:
+        source = source._replace(segments=source.segments[rows], cache=take(source.cache))
+    return Cache(take(cache.layers), cache.slot[rows], source)

@@ -1,4 +1,4 @@
-"""Generation from a decoder with a key/value cache; one compiled loop a bucket of shapes.
+"""Generation with a key/value cache; one compiled loop a bucket of shapes.
 
 Shape suffixes: B batch, P prompt bucket, S cache slots, V vocab_size.
 """
@@ -45,7 +45,10 @@ class Prompts(NamedTuple):
 class Generator:
     """Continues prompts. Compiles once for every (batch, prompt, total) bucket: powers of two."""
 
-    def __init__(self, model: Model, layout: Layout | None = None, *, eos_id: int = -1, vocab_size: int = 0):
+    def __init__(self, model: Model, layout: Layout | None = None, *, eos_id: int = -1, vocab_size: int = 0,
+                 start_id: int = 0):
+        # An encoder-decoder reads the prompts with its encoder, and answers behind start_id.
+        self.start_id = start_id
         # A model's table may be padded beyond the tokenizer's vocab_size; such ids are never drawn.
         self.model, self.eos_id, self.vocab_size = model, eos_id, vocab_size or model.config.vocab_size
         # A handful of rows, one token at a time, need not divide the mesh: only the weights are split.
@@ -64,7 +67,7 @@ class Generator:
         """
         self.check(prompts, max_tokens, sampling)
         batch = padded(prompts)
-        start, advance = _compiled(self.model, self.layout, self.eos_id, self.vocab_size,
+        start, advance = _compiled(self.model, self.layout, self.eos_id, self.vocab_size, self.start_id,
                                    bucket(batch.tokens.shape[1] + max_tokens, 32))
         settings = np.int32(seed % 2**31), Sampling(*(np.asarray(v) for v in sampling))
         state, done = start(params, *batch, *settings), 0
@@ -107,6 +110,24 @@ def padded(prompts: Sequence[Sequence[int]]) -> Prompts:
     return Prompts(tokens, lengths, np.arange(B) >= len(prompts))
 
 
+def prefill(model: Model, params: Params, tokens: jax.Array, lengths: jax.Array, slots: int,
+            start_id: int) -> tuple[jax.Array, Any, jax.Array]:
+    """Logits [B, V] behind the prompts, the cache with the prompts in it, and which tokens were there, bool [B, V]."""
+    B, P = tokens.shape
+    real = jnp.arange(P).reshape(1, P) < lengths[:, None]
+    if model.config.family == "encdec":
+        positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32).reshape(1, P), (B, P))
+        cache = model.init_cache(B, slots, params=params, batch={
+            "encoder_tokens": tokens, "encoder_positions": positions, "encoder_segment_ids": real.astype(jnp.int32)})
+        tokens, lengths = jnp.full((B, 1), start_id, jnp.int32), jnp.ones_like(lengths)
+        real = jnp.ones((B, 1), jnp.bool_)
+    else:
+        cache = model.init_cache(B, slots)
+    logits, cache = model.step(params, tokens, cache, lengths - 1)
+    seen = jax.vmap(lambda s, t, r: s.at[t].max(r))(jnp.zeros(logits.shape, jnp.bool_), tokens, real)
+    return logits, cache, seen
+
+
 def bucket(n: int, least: int) -> int:
     """The smallest power of two that is at least `n` and `least`."""
     return 1 << max(n - 1, least - 1).bit_length()
@@ -133,7 +154,7 @@ def jit_on(layout: Layout | None, fn: Callable[..., Any], **options: Any) -> Cal
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int,
+def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int, start_id: int,
               slots: int) -> tuple[Callable[..., State], Callable[..., State]]:
     """(start, advance): the state behind the prompts, and that state some tokens on."""
 
@@ -143,10 +164,8 @@ def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int,
 
     def start(params: Params, tokens: jax.Array, lengths: jax.Array, unused: jax.Array, seed: jax.Array,
               sampling: Sampling) -> State:
-        B, P = tokens.shape
-        logits, cache = model.step(params, tokens, model.init_cache(B, slots), lengths - 1)
-        real = jnp.arange(P).reshape(1, P) < lengths[:, None]
-        seen = jax.vmap(lambda s, t, r: s.at[t].max(r))(jnp.zeros(logits.shape, jnp.bool_), tokens, real)
+        B = tokens.shape[0]
+        logits, cache, seen = prefill(model, params, tokens, lengths, slots, start_id)
         last = draw(logits, seen, jnp.int32(0), seed, sampling)
         return State(jnp.int32(0), last, jnp.zeros((B, slots), jnp.int32), jnp.zeros(B, jnp.int32), unused, seen, cache)
 

@@ -66,7 +66,8 @@ class LM:
         self.model, self.params, self.layout = model, params, layout
         self.tokenizer, self.recipe, self.about = tokenizer, recipe, about
         self._generator = (None if tokenizer is None else
-                           Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size))
+                           Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size,
+                                     start_id=tokenizer.pad_id))
         self._score = jax.jit(self._token_log_likelihoods, out_shardings=layout.replicated)
         self._encode = jax.jit(lambda params, batch: model.encode(params, batch)[0][0],
                                out_shardings=layout.replicated)
@@ -111,7 +112,8 @@ class LM:
         """The text that follows each prompt (without it); for the options see `generate_ids`."""
         tokenizer = self.need_tokenizer()
         # A model that was never shown a beginning sees one where it would see nothing.
-        ids = [[*tokenizer.prefix, *tokenizer.encode(prompt)] or [tokenizer.bos_id] for prompt in prompts]
+        suffix = tokenizer.suffix if self.model.config.family == "encdec" else ()
+        ids = [[*tokenizer.prefix, *tokenizer.encode(prompt), *suffix] or [tokenizer.bos_id] for prompt in prompts]
         return self.generate_ids(ids, **options)
 
     def generate_ids(self, prompts: Sequence[Sequence[int]], *, max_tokens: int = 64, temperature: float = 0.8,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.config import at_least
-from lmjax.generate import Generator, bucket, jit_on, known, padded, row_keys
+from lmjax.generate import Generator, bucket, jit_on, known, padded, prefill, row_keys
 from lmjax.models import Model
 from lmjax.nn.module import Params
 from lmjax.sampling import PLAIN, Sampling, adjust
@@ -62,8 +62,8 @@ def speculate(generator: Generator, params: Params, draft: Draft, prompts: Seque
     Generator(draft.model, eos_id=-1).check(prompts, max_tokens + draft.propose)
     batch = padded(prompts)
     slots = bucket(max(longest, batch.tokens.shape[1]) + max_tokens + draft.propose + 1, 32)
-    run = _compiled(generator.model, draft.model, generator.layout, generator.eos_id, generator.vocab_size, slots,
-                    draft.propose)
+    run = _compiled(generator.model, draft.model, generator.layout, generator.eos_id, generator.vocab_size,
+                    generator.start_id, slots, draft.propose)
     answers, ends, gained = run(params, draft.params, *batch, np.int32(max_tokens), np.int32(seed % 2**31),
                                 Sampling(*(np.asarray(v) for v in sampling)))
     answers, ends = np.asarray(answers), np.minimum(np.asarray(ends), max_tokens)
@@ -91,8 +91,8 @@ def verify(p_BKV: jax.Array, q_BKV: jax.Array, proposed_BK: jax.Array,
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(model: Model, draft: Model, layout: Layout | None, eos_id: int, vocab_size: int, slots: int,
-              K: int) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+def _compiled(model: Model, draft: Model, layout: Layout | None, eos_id: int, vocab_size: int, start_id: int,
+              slots: int, K: int) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """(params, draft's, prompts, max_tokens, seed, sampling) -> (answers [B, slots], their lengths, tokens a look)."""
 
     def run(params: Params, draft_params: Params, tokens: jax.Array, lengths: jax.Array, unused: jax.Array,
@@ -129,8 +129,8 @@ def _compiled(model: Model, draft: Model, layout: Layout | None, eos_id: int, vo
                           s.accepted + jnp.where(s.ended, 0, count + 1),
                           checked._replace(slot=kept), cache._replace(slot=kept))
 
-        logits, cache = model.step(params, tokens, model.init_cache(B, slots), lengths - 1)
-        _, draft_cache = draft.step(draft_params, tokens, draft.init_cache(B, slots), lengths - 1)
+        logits, cache, _ = prefill(model, params, tokens, lengths, slots, start_id)
+        _, draft_cache, _ = prefill(draft, draft_params, tokens, lengths, slots, start_id)
         last, _ = draw(logits, jnp.int32(0))
         zeros = jnp.zeros(B, jnp.int32)
         s = _State(jnp.int32(0), last, jnp.zeros((B, slots), jnp.int32), zeros, unused, zeros, cache, draft_cache)

@@ -86,6 +86,29 @@ def test_beams_are_those_of_transformers(penalty):
     assert len(lengths) > 1 or penalty > 2
 
 
+def test_an_encoder_decoder_answers_as_that_of_transformers(tmp_path):
+    import lmjax
+
+    torch = pytest.importorskip("torch", reason=f"torch {MISSING}")
+    transformers = pytest.importorskip("transformers", reason=f"transformers {MISSING}")
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=V, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+                                   decoder_start_token_id=0, initializer_factor=3.0)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    other = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "t5").eval()
+    lm = lmjax.load(tmp_path / "t5")
+    generator = Generator(lm.model, eos_id=1)
+    ids, mask = np.zeros((2, 4, 7), np.int64)
+    for row, prompt in enumerate(PROMPTS):
+        ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+    for beams, got in ((1, generator(lm.params, PROMPTS, max_tokens=8, sampling=GREEDY)),
+                       (3, beam_search(generator, lm.params, PROMPTS, max_tokens=8, num_beams=3))):
+        out = other.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=8, num_beams=beams,
+                             do_sample=False)[:, 1:].tolist()
+        assert got == [row[: row.index(1)] if 1 in row else row for row in out]
+        assert len({tuple(answer) for answer in got}) > 1
+
+
 def test_many_beams_find_the_best_answer():
     """As many beams as there are pairs of tokens: the best of all answers, by brute force."""
     model, params = made()
