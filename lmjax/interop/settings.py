@@ -191,6 +191,8 @@ def _theirs(key: Key, value: Any) -> Any:
     back = {ours: theirs for theirs, ours in reversed([*(key.only or key.also or {}).items()])}
     if key.only is not None and value not in back:
         raise ValueError(f"{key.ours}={value!r}")
+    if isinstance(key.default, int) and isinstance(value, float) and value.is_integer():
+        return int(value)  # which transformers insists on
     return value + key.plus if key.plus else back.get(value, value)
 
 
