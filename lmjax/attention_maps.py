@@ -26,10 +26,12 @@ _MAPS: ContextVar[list[np.ndarray]] = ContextVar("maps")
 
 def _record(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: Visibility,
             **options: Any) -> jax.Array:
-    B, S, G, _ = k_BSGK.shape
-    # Attention to the identity is the weights themselves.
-    eye_BSGS = jnp.broadcast_to(jnp.eye(S, dtype=q_BTHK.dtype)[None, :, None, :], (B, S, G, S))
-    _MAPS.get().append(np.asarray(xla_attention(q_BTHK, k_BSGK, eye_BSGS, visibility, **options)).swapaxes(1, 2))
+    B, S, G, K = k_BSGK.shape
+    eye_SS = jnp.pad(jnp.eye(S, dtype=q_BTHK.dtype), ((0, 0), (0, -S % K)))
+    # Attention to the identity is the weights themselves, as many columns at a time as a value has.
+    parts = [xla_attention(q_BTHK, k_BSGK, jnp.broadcast_to(eye_SS[None, :, None, at : at + K], (B, S, G, K)),
+                           visibility, **options) for at in range(0, S, K)]
+    _MAPS.get().append(np.asarray(jnp.concatenate(parts, axis=-1)[..., :S]).swapaxes(1, 2))
     return xla_attention(q_BTHK, k_BSGK, v_BSGK, visibility, **options)
 
 

@@ -77,8 +77,8 @@ class Generator:
             answers, ends, ended = (np.asarray(x) for x in (state.answers, state.ends, state.ended))
             found = [answers[row, : ends[row]].tolist() for row in range(len(prompts))]
             if watch:
-                stop = np.append(watch(found), [True] * (len(ended) - len(found)))
-                ended = ended | stop
+                ended = ended | batch.unused
+                ended[: len(found)] |= np.asarray(watch(found), bool)
                 state = state._replace(ended=jax.device_put(ended, state.ended.sharding))
             if done >= max_tokens or ended.all():
                 return found

@@ -142,6 +142,6 @@ def _compiled(model: Model, draft: Model, layout: Layout | None, eos_id: int, vo
 
 def _until_eos(block: jax.Array, s: _State, eos_id: int) -> tuple[jax.Array, jax.Array]:
     """The rows' new lengths and which have ended, when `block` (-1 behind its end) follows."""
-    real = (jnp.cumsum(block == eos_id, axis=1) == 0) & (block >= 0)
-    return (s.ends + jnp.where(s.ended, 0, jnp.sum(real, axis=1)),
-            s.ended | jnp.any(block == eos_id, axis=1))
+    is_eos = (block == eos_id) & (block >= 0)
+    real = (jnp.cumsum(is_eos, axis=1) == 0) & (block >= 0)
+    return s.ends + jnp.where(s.ended, 0, jnp.sum(real, axis=1)), s.ended | jnp.any(is_eos, axis=1)

@@ -60,7 +60,7 @@ def test_a_penalty_counts_the_prompt_and_the_answer():
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         tokens = list(prompt)
         for token in answer:
-            logits = next_logits(model, params, tokens)
+            logits = np.array(next_logits(model, params, tokens))
             for t in set(tokens):
                 logits[t] = logits[t] * 1.8 if logits[t] < 0 else logits[t] / 1.8
             assert token == logits.argmax()

@@ -15,7 +15,7 @@ UNSEEN = ["A dog\tran 345 miles.", "  two\n\nlines ", "Ωμέγα 🇯🇵", ""]
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def ours(request):
-    return Tokenizer(train_model(TokenizerConfig(vocab_size=360, model=request.param), TEXTS))
+    return Tokenizer(train_model(TokenizerConfig(vocab_size=300, model=request.param), TEXTS))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_theirs_behind_our_interface(byte_level, tmp_path):
     write_tokenizer(tmp_path, again)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_text() == (byte_level / name).read_text()
-    made = make_tokenizer(TokenizerConfig(path=str(byte_level), vocab_size=340), [])
+    made = make_tokenizer(TokenizerConfig(path=str(byte_level), vocab_size=theirs.vocab_size), [])
     assert made.to_bytes() == theirs.to_bytes()
 
 
