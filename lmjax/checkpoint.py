@@ -264,7 +264,9 @@ def _check_names(path: epath.Path, target: Mapping[str, Any], about: About) -> N
 
 def _trees(state: TrainState) -> dict[str, Any]:
     """The state as the items of a checkpoint. Optax's tuples become a flat dict, readable without Optax."""
-    trees = {"params": state.params, "opt_state": dict(_flat(state.opt_state))}
+    trees = {"params": state.params}
+    if state.opt_state:  # weights that were imported have none
+        trees["opt_state"] = dict(_flat(state.opt_state))
     return trees if state.ema is None else {**trees, "ema": state.ema}
 
 

@@ -2,9 +2,14 @@
 
 import argparse
 import ctypes
+import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmjax.lm import LM
 
 COMMANDS = {
     "train": "train the model of a config, or go on from its last checkpoint",
@@ -13,6 +18,9 @@ COMMANDS = {
     "data": "show the rows that a step trained on, or list the order of a run's rows",
     "generate": "continue prompts with a trained model",
     "score": "bits per byte of text files under a trained model",
+    "eval": "lm-eval's tasks on a trained model",
+    "import-hf": "turn a Hugging Face directory into a checkpoint",
+    "export-hf": "turn a checkpoint into a Hugging Face directory",
     "report": "write report.html from what a run has recorded so far",
     "bench": "measure the train loop, the bare step, and PyTorch beside them",
 }
@@ -107,16 +115,49 @@ def _use(arguments: argparse.Namespace) -> None:
     from lmjax.lm import load
 
     lm = load(arguments.checkpoint)
+    if arguments.command == "import-hf":
+        lm.save(arguments.out)
+        return
+    if arguments.command == "export-hf":
+        lm.export(arguments.out, model_type=arguments.model_type, dtype=arguments.dtype,
+                  max_shard_bytes=int(arguments.max_shard_gb * 1e9))
+        return
+    if arguments.command == "eval":
+        from lmjax.evaluate_tasks import evaluate_tasks
+
+        found = json.dumps(evaluate_tasks(lm, arguments.tasks.split(","), task_dir=arguments.task_dir,
+                                          num_fewshot=arguments.num_fewshot, limit=arguments.limit), indent=2)
+        print(found)
+        if arguments.out:
+            with open(arguments.out, "w", encoding="utf-8") as file:
+                file.write(found + "\n")
+        return
     if arguments.command == "generate":
-        answers = lm.generate(arguments.prompt, max_tokens=arguments.max_tokens, temperature=arguments.temperature,
-                              top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed)
-        for prompt, answer in zip(arguments.prompt, answers, strict=True):
-            print(prompt + answer)
+        _generate(lm, arguments)
         return
     for file in arguments.file:
         with open(file, encoding="utf-8") as text:
             score = lm.score([text.read()])[0]
         print(f"{file}: {score.bits_per_byte:.4f} bits/byte, perplexity {score.perplexity:.2f}, {score.tokens} tokens")
+
+
+def _generate(lm: "LM", arguments: argparse.Namespace) -> None:
+    from lmjax.lm import load
+
+    options = {name: getattr(arguments, name) for name in (
+        "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "num_beams",
+        "length_penalty")}
+    if arguments.draft:
+        options["draft"] = load(arguments.draft)
+    if arguments.stream:
+        if len(arguments.prompt) > 1:
+            raise ValueError(f"--stream: expected one --prompt, got {len(arguments.prompt)}; leave --stream out")
+        print(arguments.prompt[0], end="", flush=True)
+        lm.generate(arguments.prompt, stream=lambda row, text: print(text, end="", flush=True), **options)
+        print()
+        return
+    for prompt, answer in zip(arguments.prompt, lm.generate(arguments.prompt, **options), strict=True):
+        print(prompt + answer)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,15 +183,35 @@ def _parser() -> argparse.ArgumentParser:
     sub["data"].add_argument("--to", type=int, default=31, dest="last", metavar="ROW", help="for order: the last one")
     sub["bench"].add_argument("--seconds", type=float, default=60.0, help="time to measure for, per comparison")
     sub["bench"].add_argument("--out", default="", metavar="FILE", help="write the figures as JSON, too")
-    for name in ("generate", "score"):
+    sub["import-hf"].add_argument("checkpoint", metavar="DIR", help="with config.json and safetensors")
+    sub["import-hf"].add_argument("--out", required=True, metavar="DIR", help="where the checkpoint goes")
+    for name in ("generate", "score", "eval", "export-hf"):
         sub[name].add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory or one of its checkpoints")
     sub["score"].add_argument("file", nargs="+", metavar="FILE", help="a UTF-8 text file")
+    add = sub["eval"].add_argument
+    add("--tasks", required=True, metavar="NAME,...", help="tasks of lm-eval or of --task-dir")
+    add("--task-dir", default="", metavar="DIR", help="task files of your own")
+    add("--num-fewshot", type=int, default=None)
+    add("--limit", type=int, default=None, help="examples a task")
+    add("--out", default="", metavar="FILE", help="write the results as JSON, too")
+    add = sub["export-hf"].add_argument
+    add("--out", required=True, metavar="DIR", help="where the Hugging Face directory goes")
+    add("--model-type", default="", help="the family to write it as (default: the first that fits)")
+    add("--dtype", default="", help="float32, bfloat16 or float16 (default: that of the import, or float32)")
+    add("--max-shard-gb", type=float, default=5.0, help="size of a weights file")
     add = sub["generate"].add_argument
     add("--prompt", action="append", required=True, help="repeat it for several in one batch")
     add("--max-tokens", type=int, default=128)
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
     add("--top-k", type=int, default=0, help="0: no limit")
     add("--top-p", type=float, default=1.0)
+    add("--min-p", type=float, default=0.0, help="drop tokens less likely than this share of the likeliest")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: tokens that were there become less likely")
+    add("--stop", action="append", default=[], help="end before this string; repeat it for several")
+    add("--num-beams", type=int, default=1, help="beam search with so many beams")
+    add("--length-penalty", type=float, default=1.0, help="of beams: their likelihoods are divided by length^this")
+    add("--draft", default="", metavar="CHECKPOINT", help="a small model that proposes tokens (same distribution)")
+    add("--stream", action="store_true", help="print as it is generated")
     add("--seed", type=int, default=0)
     return parser
 

@@ -4,26 +4,39 @@ import base64
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lmjax.checkpoint import About, checkpoint_steps, read_about, restore_params
+import lmjax
+from lmjax import interop
+from lmjax.attention_maps import attention_maps, draw_attention
+from lmjax.beam import beam_search
+from lmjax.checkpoint import About, Checkpointer, checkpoint_steps, read_about, restore_params
+from lmjax.config import choice, plain
 from lmjax.data.packing import Rows, fill_rows
 from lmjax.data.tokenizer import Tokenizer
-from lmjax.generate import Generator, Sampling
+from lmjax.generate import Generator, bucket
 from lmjax.losses import log_likelihoods
 from lmjax.models import Batch, Model, build_model
 from lmjax.nn.module import Params
 from lmjax.recipe import Recipe, build_recipe
+from lmjax.sampling import Sampling
 from lmjax.sharding import Layout, MeshConfig, make_layout, use_layout
+from lmjax.speculative import Draft, speculate
+from lmjax.stream import Watch, cut
+from lmjax.train_state import TrainState
 
 SCORE_ROWS = 16  # scored at a time
 SCORE_LENGTH = 16  # positions of the shortest row that a program is compiled for
 SCORE_LOGITS = 1 << 24  # float32 logits held at a time, 64 MiB (of one position of each row at least)
+POOLING = {"mean": lambda x_TD: x_TD.mean(0), "first": lambda x_TD: x_TD[0], "last": lambda x_TD: x_TD[-1]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +70,11 @@ class LM:
         self.model, self.params, self.layout = model, params, layout
         self.tokenizer, self.recipe, self.about = tokenizer, recipe, about
         self._generator = (None if tokenizer is None else
-                           Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size))
+                           Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size,
+                                     start_id=tokenizer.pad_id))
         self._score = jax.jit(self._token_log_likelihoods, out_shardings=layout.replicated)
+        self._encode = jax.jit(lambda params, batch: model.encode(params, batch)[0][0],
+                               out_shardings=layout.replicated)
 
     def score(self, texts: Sequence[str]) -> list[Score]:
         """The likelihood of each text as the beginning of a document.
@@ -66,26 +82,111 @@ class LM:
         A text longer than the rows that the model was trained on is read in rows of that length, each
         seeing only itself, as in training and in evaluation: every token counts once.
         """
-        tokenizer = self._need_tokenizer()
+        tokenizer, length = self.need_tokenizer(), self.recipe.data.seq_len
         ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
-        length = self.recipe.data.seq_len
         pieces = [(i, x[at : at + length + 1]) for i, x in enumerate(ids) for at in range(0, len(x) - 1, length)]
         nats = [0.0] * len(texts)
-        for at in range(0, len(pieces), SCORE_ROWS):
-            part = pieces[at : at + SCORE_ROWS]
-            values = np.asarray(self._score(self.params, _padded([p for _, p in part], SCORE_ROWS)))
-            for row, (i, piece) in enumerate(part):
-                nats[i] += float(values[row, : len(piece) - 1].sum(dtype=np.float64))
+        scores = self.continuations([(piece, len(piece) - 1) for _, piece in pieces])
+        for (i, _), (value, _) in zip(pieces, scores, strict=True):
+            nats[i] += value
         return [Score(n, len(x) - 1, len(t.encode())) for n, x, t in zip(nats, ids, texts, strict=True)]
 
-    def generate(self, prompts: Sequence[str], *, max_tokens: int = 64, temperature: float = 0.8, top_k: int = 0,
-                 top_p: float = 1.0, seed: int = 0) -> list[str]:
-        """The text that follows each prompt (without it). temperature 0 takes the likeliest token each time."""
-        tokenizer = self._need_tokenizer()
-        ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-        answers = self._generator(self.params, ids, max_tokens=max_tokens,
-                                  sampling=Sampling(temperature, top_k, top_p), seed=seed)
-        return [tokenizer.decode(answer) for answer in answers]
+    def continuations(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
+        """For (token ids, n): the log-likelihood of the last n ids behind those before, and whether each of them is
+        the likeliest."""
+        if self.model.config.family != "decoder":
+            raise ValueError(f"expected a decoder, which has likelihoods of texts, got an {self.model.config.family}; "
+                             "use lm.embed or lm.model")
+        by_size: dict[int, list[int]] = {}  # rows of a size by themselves, so that none depends on the others
+        for i, (ids, _) in enumerate(rows):
+            by_size.setdefault(bucket(len(ids) - 1, SCORE_LENGTH), []).append(i)
+        out = [(0.0, True)] * len(rows)
+        for size, members in sorted(by_size.items()):
+            for at in range(0, len(members), SCORE_ROWS):
+                part = members[at : at + SCORE_ROWS]
+                values, best = (np.asarray(x) for x in self._score(
+                    self.params, _padded([rows[i][0] for i in part], SCORE_ROWS, size)))
+                for row, i in enumerate(part):
+                    ids, n = rows[i]
+                    span = slice(len(ids) - 1 - n, len(ids) - 1)
+                    out[i] = float(values[row, span].sum(dtype=np.float64)), bool(best[row, span].all())
+        return out
+
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """The text that follows each prompt (without it); for the options see `generate_ids`."""
+        tokenizer = self.need_tokenizer()
+        # A model that was never shown a beginning sees one where it would see nothing.
+        suffix = tokenizer.suffix if self.model.config.family == "encdec" else ()
+        ids = [[*tokenizer.prefix, *tokenizer.encode(prompt), *suffix] or [tokenizer.bos_id] for prompt in prompts]
+        return self.generate_ids(ids, **options)
+
+    def generate_ids(self, prompts: Sequence[Sequence[int]], *, max_tokens: int = 64, temperature: float = 0.8,
+                     top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+                     stop: Sequence[str] = (), seed: int = 0, num_beams: int = 1, length_penalty: float = 1.0,
+                     draft: "LM | None" = None, stream: Callable[[int, str], None] | None = None) -> list[str]:
+        """The text that follows each row of token ids.
+
+        Args:
+          temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; temperature 0 takes the likeliest.
+          stop: an answer ends before the first of these strings.
+          num_beams, length_penalty: beam search instead of sampling, see `beam_search`.
+          draft: a small model with the same tokenizer that proposes tokens, see `speculate`.
+          stream: called with a row's number and its next piece of text, as it comes.
+        Raises:
+          ValueError: a setting out of range, or two that do not go together.
+        """
+        tokenizer = self.need_tokenizer()
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        if (draft or num_beams > 1) and (stream or (draft and num_beams > 1)):
+            raise ValueError("num_beams, draft: expected one way of decoding, and no stream with either, got several; "
+                             "leave all but one out")
+        if num_beams > 1:
+            ids = beam_search(self._generator, self.params, prompts, max_tokens=max_tokens, num_beams=num_beams,
+                              length_penalty=length_penalty)
+        elif draft:
+            if draft.need_tokenizer().hash != tokenizer.hash:
+                raise ValueError("draft: expected a model with the same tokenizer, got another; train one on the same "
+                                 "prepared data")
+            ids, _ = speculate(self._generator, self.params, Draft(draft.model, draft.params), prompts,
+                               max_tokens=max_tokens, sampling=sampling, seed=seed)
+        else:
+            watch = Watch(tokenizer, prompts, stop, stream) if stop or stream else None
+            ids = self._generator(self.params, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed,
+                                  watch=watch)
+            if watch:
+                return watch.finish(ids)
+        return [cut(tokenizer.continuation(p, i), stop)[0] for p, i in zip(prompts, ids, strict=True)]
+
+    def embed(self, texts: Sequence[str], *, pooling: str = "mean", normalize: bool = True) -> np.ndarray:
+        """float32 [texts, D]: a vector a text, from an encoder's last states or a decoder's.
+
+        pooling: the mean over its tokens, its "first" or its "last". Texts longer than a row are cut.
+        """
+        choice("pooling", pooling, POOLING)
+        tokenizer, length = self.need_tokenizer(), self.recipe.data.seq_len
+        room = length - len(tokenizer.prefix) - len(tokenizer.suffix)
+        rows = [[*tokenizer.prefix, *tokenizer.encode(text)[:room], *tokenizer.suffix] or [tokenizer.bos_id]
+                for text in texts]
+        out = np.zeros((len(rows), self.model.config.embed_dim), np.float32)
+        for i, row in enumerate(rows):
+            x_TD = np.asarray(self._encode(self.params, _padded([[*row, 0]], 1, bucket(len(row), 16))), np.float32)
+            out[i] = POOLING[pooling](x_TD[: len(row)])
+        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12) if normalize else out
+
+    def attention_maps(self, text: str, *, picture: str | os.PathLike = "",
+                       layer: int = -1) -> tuple[np.ndarray, list[str]]:
+        """float32 [layers, heads, T, T] and the text's T tokens: how much each looks at each.
+
+        picture: a file (.png, .svg) for a drawing of one layer.
+        """
+        tokenizer = self.need_tokenizer()
+        ids = [*tokenizer.prefix, *tokenizer.encode(text), *tokenizer.suffix]
+        batch = {k: v[:, : len(ids)] for k, v in _padded([[*ids, 0]], 1, len(ids)).items()}
+        maps = attention_maps(self.model, jax.device_put(self.params, jax.devices()[0]), batch)[:, 0]
+        tokens = [tokenizer.decode([i]) or f"[{i}]" for i in ids]
+        if picture:
+            draw_attention(maps, tokens, picture, layer=layer)
+        return maps, tokens
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
         """float32 logits [B, T, V] behind every one of the token ids int32 [B, T], for scripts of your own."""
@@ -94,7 +195,34 @@ class LM:
         batch = {"tokens": tokens, "positions": positions, "segment_ids": jnp.ones_like(tokens)}
         return self.model.logits(self.params, batch)
 
-    def _token_log_likelihoods(self, params: Params, batch: Batch) -> jax.Array:
+    def save(self, out: str | os.PathLike) -> None:
+        """Writes a checkpoint like those of a run, which `load` reads: out/checkpoints/<step>/.
+
+        Raises:
+          ValueError: `out` is there already. Nothing is left there by a save that fails.
+        """
+        out = Path(out).absolute()
+        if out.exists():
+            raise ValueError(f"--out: expected a directory that does not exist yet, got {out}; choose another")
+        part = out.with_name(f".{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            checkpointer = Checkpointer(part / "checkpoints")
+            checkpointer.save(TrainState(jnp.int32(self.about["step"]), self.params, {}, None), self.about)
+            checkpointer.close()
+            part.rename(out)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+    def export(self, out: str | os.PathLike, *, model_type: str = "", dtype: str = "",
+               max_shard_bytes: int = 5_000_000_000, log: Callable[[str], None] = print) -> None:
+        """Writes a Hugging Face directory: `lmjax.interop.write_directory`, which says what it refuses."""
+        interop.write_directory(Path(out).absolute(), self.model, self.params, self.tokenizer, model_type=model_type,
+                                dtype=dtype, max_shard_bytes=max_shard_bytes, source=self.about.get("huggingface"),
+                                max_positions=self.recipe.data.seq_len, log=log)
+
+    def _token_log_likelihoods(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         with use_layout(self.layout):
             x_BTD, table_VD, bias_V, _ = self.model.hidden(params, batch)
             B, T = batch["targets"].shape
@@ -102,41 +230,63 @@ class LM:
             return log_likelihoods(x_BTD, table_VD, batch["targets"], bias_V=bias_V,
                                    softcap=self.model.config.logit_softcap, chunk=chunk)
 
-    def _need_tokenizer(self) -> Tokenizer:
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer; a ValueError for a model without one."""
         if self.tokenizer is None:
             raise ValueError("expected a model with a tokenizer, got one trained on synthetic data; use lm.logits(ids)")
         return self.tokenizer
 
 
 def load(path: str | os.PathLike, *, step: int | None = None, ema: bool | None = None) -> LM:
-    """Loads a run's directory, its `checkpoints` directory or one checkpoint, on whatever devices there are.
+    """Loads a run's directory, its `checkpoints` directory, one checkpoint, or a Hugging Face directory, on whatever
+    devices there are.
 
     Args:
       step: which checkpoint of a run; the newest by default.
       ema: whether to take the averaged weights; by default they are taken if the run kept them.
 
     Raises:
-      ValueError: no checkpoint there, or a damaged one.
+      ValueError: no checkpoint there, a damaged one, or a model that lmjax does not compute.
     """
+    if "://" not in str(path) and interop.is_hf_directory(Path(path).expanduser()):
+        return _load_huggingface(Path(path).expanduser())
     where = epath.Path(path)
     if "://" not in str(path):
         where = where.expanduser().absolute()  # Orbax takes no relative path
     where = _find(where, step)
     about = read_about(where)
     recipe = build_recipe(about["recipe"])
-    devices = jax.local_devices()
-    platform = devices[0].platform
-    model = build_model(recipe.model, vocab_size=recipe.model.vocab_size, platform=platform,
-                        dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len)
     has_ema = "ema" in about["checksums"]
     if ema and not has_ema:
         raise ValueError(f"{where}: expected averaged weights, got a run with optimizer.ema_decay=0; leave ema out")
-    layout = _layout(model, len(devices), devices)
+    model, layout = _placed(recipe)
     shardings = layout.tree(model.axes, model.shapes)
     shapes = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), model.shapes, shardings)
     params = restore_params(where, shapes, name="ema" if (has_ema if ema is None else ema) else "params")
     tokenizer = Tokenizer.from_bytes(base64.b64decode(about["tokenizer"])) if about["tokenizer"] else None
     return LM(model, params, layout, tokenizer, recipe, about)
+
+
+def _load_huggingface(path: Path) -> LM:
+    found = interop.read_directory(path)
+    recipe = build_recipe({"model": plain(found.config), "data": {"seq_len": found.config.max_positions}})
+    model, layout = _placed(recipe)
+    params = interop.read_params(found, model, layout.tree(model.axes, model.shapes))
+    tokenizer = found.tokenizer
+    about = {"recipe": plain(recipe), "data": {"fingerprint": "", "next_row": 0, "tokens": {}}, "step": 0,
+             "tokenizer": None if tokenizer is None else base64.b64encode(tokenizer.to_bytes()).decode(),
+             "versions": lmjax.versions(), "huggingface": found.source}
+    return LM(model, params, layout, tokenizer, recipe, about)
+
+
+def _placed(recipe: Recipe) -> tuple[Model, Layout]:
+    """The recipe's model and where it goes on the devices of this process."""
+    devices = jax.local_devices()
+    platform = devices[0].platform
+    model = build_model(recipe.model, vocab_size=recipe.model.vocab_size, platform=platform,
+                        dtype=recipe.train.dtype(platform),
+                        seq_len=recipe.data.seq_len)
+    return model, _layout(model, len(devices), devices)
 
 
 def _find(path: epath.Path, step: int | None) -> epath.Path:
@@ -162,9 +312,7 @@ def _layout(model: Model, count: int, devices: Sequence[jax.Device]) -> Layout:
     return layout
 
 
-def _padded(pieces: Sequence[Sequence[int]], rows: int) -> Rows:
-    """Each piece a row, as long as a power of two; its last token is only a target."""
+def _padded(pieces: Sequence[Sequence[int]], rows: int, length: int) -> Rows:
+    """Each piece a row of `length` tokens; its last token is only a target."""
     sizes = np.array([len(p) for p in pieces])
-    length = 1 << max(int(sizes.max()) - 2, SCORE_LENGTH - 1).bit_length()
-    return fill_rows(np.concatenate(pieces), np.cumsum(sizes) - sizes, sizes - 1, np.arange(len(pieces)),
-                     np.zeros_like(sizes), rows, length)
+    return fill_rows(np.concatenate(pieces), np.cumsum(sizes) - sizes, sizes - 1, np.arange(len(pieces)), rows, length)

@@ -51,16 +51,18 @@ def cross_entropy(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Ar
 
 
 def log_likelihoods(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *,
-                    bias_V: jax.Array | None = None, softcap: float = 0.0, chunk: int = 0) -> jax.Array:
-    """log softmax(hidden @ table.T + bias)[target], float32 [B, T]; at most `chunk` positions' logits exist at a time.
+                    bias_V: jax.Array | None = None, softcap: float = 0.0,
+                    chunk: int = 0) -> tuple[jax.Array, jax.Array]:
+    """log softmax(hidden @ table.T + bias)[target], float32 [B, T], and whether no other token is likelier, bool
+    [B, T]; at most `chunk` positions' logits exist at a time.
 
     Raises:
       ValueError: `chunk` does not divide the sequence.
     """
 
-    def one(nothing: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+    def one(nothing: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         log_p = _softmax(*part, table_VD, bias_V, softcap)
-        return nothing, log_p.target - log_p.log_z
+        return nothing, (log_p.target - log_p.log_z, jnp.argmax(log_p.logits, axis=-1) == part[1])
 
     return _over_chunks(one, None, (hidden_BTD, targets_BT), _checked(chunk, targets_BT.shape[1]))[1]
 
@@ -177,11 +179,11 @@ def _checked(chunk: int, length: int) -> int:
 
 
 def _over_chunks(body: Callable[..., Any], start: Any, parts: tuple[jax.Array, ...],
-                 chunk: int) -> tuple[Any, jax.Array | None]:
+                 chunk: int) -> tuple[Any, Any]:
     """Scans `body` over pieces of the sequence of `parts`, [B, T, ...] each; its outputs are joined along it again."""
     B, T = parts[1].shape
     if chunk == T:
         return body(start, parts)
     split = [jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0) for x in parts]
     carry, out = lax.scan(body, start, tuple(split))
-    return carry, None if out is None else jnp.moveaxis(out, 0, 1).reshape(B, T, *out.shape[3:])
+    return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), out)

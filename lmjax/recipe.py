@@ -13,6 +13,7 @@ from lmjax.models import ModelConfig
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.presets import with_preset
 from lmjax.optim import OptimizerConfig
+from lmjax.sampling import Sampling
 from lmjax.sharding import MeshConfig
 
 
@@ -78,13 +79,6 @@ class CheckpointConfig:
         at_least(0, keep_every=self.keep_every)
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raises a ValueError that names the first of them that is out of its range."""
-    at_least(0, temperature=temperature, top_k=top_k)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a probability in (0, 1], got {top_p}; 1 switches it off")
-
-
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
     """Text generated every `every` steps (0: never) and after the last, from each of `prompts`."""
@@ -99,7 +93,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         at_least(0, every=self.every)
         at_least(1, max_tokens=self.max_tokens)
-        check_sampling(self.temperature, self.top_k, self.top_p)
+        Sampling(self.temperature, self.top_k, self.top_p).check()
         if self.every and not self.prompts:
             raise ValueError('prompts: expected one or more, got none; write [""] for text from nothing, or every=0')
 
@@ -143,11 +137,20 @@ MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "data.directory", "dat
               "train.compute_dtype")  # of which a checkpoint records what became: "auto" may be spelt out, not changed
 
 
+OBJECTIVE = {"encoder": "masked_lm", "encdec": "span_corruption"}  # of families, where the config does not say
+
+
 def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
-    """The strict `Recipe` of a config file's plain dict; `model.preset` stands for that preset's keys."""
+    """The strict `Recipe` of a config file's plain dict; `model.preset` stands for that preset's keys, and where the
+    objective has no name it is the family's own."""
     model = mapping.get("model")
     if isinstance(model, Mapping):
-        mapping = {**mapping, "model": with_preset(model)}
+        model = with_preset(model)
+        mapping = {**mapping, "model": model}
+        data = mapping.get("data", {})
+        objective = data.get("objective", {}) if isinstance(data, Mapping) else None
+        if isinstance(objective, Mapping) and model.get("family") in OBJECTIVE:
+            mapping["data"] = {**data, "objective": {"name": OBJECTIVE[model["family"]], **objective}}
     return build(Recipe, mapping)
 
 

@@ -12,12 +12,12 @@ import jax
 
 from lmjax.data import eval_batches, make_batches
 from lmjax.evaluate import bits_per_byte, evaluate
-from lmjax.generate import Sampling
 from lmjax.metrics import MetricsWriter, Progress, human_count
 from lmjax.recipe import Recipe
 from lmjax.report import write_report
 from lmjax.run import Log, Run, claimed, set_up
 from lmjax.runtime import StopSignal, stop_signal
+from lmjax.sampling import Sampling
 from lmjax.train_state import TrainState
 from lmjax.train_step import Metrics
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.generate import Generator, Sampling, sample
+from lmjax.generate import Generator
 from lmjax.models import Model, build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.sampling import Sampling, sample
 from lmjax.sharding import MeshConfig, make_layout
 
 V = 24

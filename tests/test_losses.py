@@ -153,7 +153,8 @@ def test_chunks_never_hold_all_logits():
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_log_likelihoods_against_float64(chunk, softcap):
     hidden, table, targets, _ = inputs(size=2.0)
-    got = jax.jit(functools.partial(log_likelihoods, softcap=softcap, chunk=chunk))(hidden, table, targets)
+    run = jax.jit(functools.partial(log_likelihoods, softcap=softcap, chunk=chunk))
+    got, likeliest = run(hidden, table, targets)
     raw = hidden.astype(np.float64) @ table.astype(np.float64).T
     logits = softcap * np.tanh(raw / softcap) if softcap else raw
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

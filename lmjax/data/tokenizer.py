@@ -1,4 +1,5 @@
-"""Tokenizers: SentencePiece behind one interface, set up so that every text comes back exactly.
+"""Tokenizers behind one interface: SentencePiece, set up so that every text comes back exactly, and Hugging Face's
+tokenizer.json as it is.
 
 Byte fallback covers characters outside the vocabulary; nothing is normalised; digits are split one by
 one; a newline is a token of its own, so no token spans lines, and training may go line by line; runs
@@ -11,10 +12,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import json
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,8 @@ from lmjax.data.packing import ramps
 SPACE = "\u2581"  # SentencePiece's own sign for a space
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 MODELS = ("bpe", "unigram")
+# The first is needed; the others name the special tokens.
+HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class TokenizerConfig:
     model: bpe or unigram.
     train_bytes: text that the tokenizer is trained on: a sample of whole documents of the training split.
     seed: of the sample.
-    path: an existing SentencePiece model to use instead; vocab_size must then be its own.
+    path: an existing SentencePiece model, or a directory with a tokenizer.json, to use instead; vocab_size must then be
+      its own.
     """
 
     vocab_size: int = 4096
@@ -76,10 +82,13 @@ class Tokenizer:
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError("tokenizer: expected a BOS and an EOS token, got ids "
                              f"{self.bos_id}, {self.eos_id}; use a model that has both")
+        self.prefix: tuple[int, ...] = (self.bos_id,)  # what stands before and behind a text that the model reads
+        self.suffix: tuple[int, ...] = ()
 
-    @classmethod
-    def from_bytes(cls, model: bytes) -> Tokenizer:
-        return cls(model)
+    @staticmethod
+    def from_bytes(model: bytes) -> Tokenizer:
+        """The tokenizer, of whichever kind, that `to_bytes` gave these bytes."""
+        return HuggingFaceTokenizer(model) if model.startswith(b"{") else Tokenizer(model)
 
     @classmethod
     def read(cls, directory: str) -> Tokenizer:
@@ -89,6 +98,7 @@ class Tokenizer:
         return cls((epath.Path(directory) / "tokenizer.model").read_bytes())
 
     def to_bytes(self) -> bytes:
+        """All of it: a SentencePiece model, or JSON that names its kind."""
         return self._model
 
     @functools.cached_property
@@ -113,6 +123,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids. Special tokens are nothing; bytes that are no UTF-8 become U+FFFD."""
         return self.surface(np.fromiter(ids, np.int64))[0].decode(errors="replace")
+
+    def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of `ids` where they follow `before`."""
+        return self.decode(ids)
 
     def surface(self, ids: np.ndarray) -> tuple[bytes, np.ndarray]:
         """The UTF-8 bytes that token ids [n] stand for, and how many of them each one gives (int64 [n])."""
@@ -148,6 +162,96 @@ class Tokenizer:
         return "\ufffd".encode() if self._sp.is_unknown(i) else piece.replace(SPACE, " ").encode()
 
 
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer that is a few JSON files. `prefix` and `suffix` are what its own rules put around a text.
+
+    Args:
+      model: `{"kind": "huggingface", "files": {name: text}}` as UTF-8.
+    Raises:
+      ValueError: no such JSON, or a tokenizer that names no token to end (or begin) a text with.
+    """
+
+    def __init__(self, model: bytes):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError("tokenizer: expected the package tokenizers, which reads tokenizer.json, got none; "
+                             "pip install lmjax[hf]") from None
+        self._model = model
+        try:
+            self.files: dict[str, str] = json.loads(model)["files"]
+            self._hf = tokenizers.Tokenizer.from_str(self.files[HF_FILES[0]])
+            self._rules: dict[str, Any] = json.loads(self.files[HF_FILES[0]])
+            named = {k: v for f in reversed(HF_FILES[1:]) for k, v in json.loads(self.files.get(f, "{}")).items()}
+        except Exception as error:  # noqa: BLE001 - the package raises plain Exceptions
+            raise ValueError(f"tokenizer: expected a tokenizer.json, got {str(error)[:200]}; fetch it again") from None
+        self._hf.no_truncation()
+        self._hf.no_padding()
+        self.vocab_size = 1 + max(self._hf.get_vocab(with_added_tokens=True).values(), default=-1)
+        ids = {role: self._id(named.get(f"{role}_token")) for role in ("bos", "eos", "pad", "cls", "sep")}
+        # A model without one of them uses the other for both, as GPT-2 does; BERT's stand at the same places.
+        bos = next((ids[role] for role in ("bos", "cls", "eos") if ids[role] is not None), None)
+        eos = next((ids[role] for role in ("eos", "sep", "bos") if ids[role] is not None), None)
+        if bos is None or eos is None:
+            raise ValueError("tokenizer: expected bos_token or eos_token in tokenizer_config.json, got neither; "
+                             "name one")
+        self.bos_id, self.eos_id, self.pad_id = bos, eos, ids["pad"] or 0
+        bare, whole = self.encode("a"), self._hf.encode("a").ids
+        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        self.prefix, self.suffix = tuple(whole[:at]), tuple(whole[at + len(bare):])
+
+    @classmethod
+    def from_directory(cls, path: Path) -> HuggingFaceTokenizer:
+        """Reads the files of a directory."""
+        files = {name: (path / name).read_text(encoding="utf-8") for name in HF_FILES if (path / name).is_file()}
+        return cls(json.dumps({"kind": "huggingface", "files": files}).encode())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without what belongs around it."""
+        return self._hf.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[np.ndarray]:
+        """Token ids of many texts, int32 each, on all cores."""
+        return [np.array(e.ids, np.int32) for e in self._hf.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, by the tokenizer's own rules. Special tokens are nothing."""
+        return self._hf.decode([int(i) for i in ids if i < self.vocab_size])
+
+    def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of `ids` where they follow `before`: rules about a text's beginning do not apply to it."""
+        start, whole = self.decode(before), self.decode([*before, *ids])
+        return whole[len(start):] if whole.startswith(start) else self.decode(ids)
+
+    def _id(self, token: Any) -> int | None:
+        name = token.get("content") if isinstance(token, dict) else token
+        return None if name is None else self._hf.token_to_id(name)
+
+    @functools.cached_property
+    def _special(self) -> set[int]:
+        return {token["id"] for token in self._rules["added_tokens"] if token["special"]}
+
+    @functools.cached_property
+    def _byte_of(self) -> dict[str, int]:
+        """GPT-2's letter for every byte, if this tokenizer writes bytes so."""
+        decoder = self._rules.get("decoder") or {}
+        if "ByteLevel" not in [part["type"] for part in [decoder, *decoder.get("decoders", ())] if "type" in part]:
+            return {}
+        plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [b for b in range(256) if b not in plain]
+        return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+    def _surface_of(self, i: int) -> bytes:
+        piece = self._hf.id_to_token(i)
+        if piece is None or i in self._special:
+            return b""
+        if self._byte_of and all(c in self._byte_of for c in piece):
+            return bytes(self._byte_of[c] for c in piece)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SPACE, " ").encode()
+
+
 def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
     """The tokenizer of a config: read from `path`, or trained on a sample of `texts`.
 
@@ -159,10 +263,10 @@ def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
     from etils import epath
 
     path = epath.Path(config.path).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"data.tokenizer.path: expected a SentencePiece model, got {config.path!r}, which "
                          "does not exist; correct it, or leave it empty to train one")
-    tokenizer = Tokenizer(path.read_bytes())
+    tokenizer = HuggingFaceTokenizer.from_directory(path) if path.is_dir() else Tokenizer(path.read_bytes())
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(f"data.tokenizer.vocab_size: expected {tokenizer.vocab_size}, as {config.path} has, "
                          f"got {config.vocab_size}; set it to {tokenizer.vocab_size}")

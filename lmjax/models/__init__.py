@@ -116,6 +116,15 @@ class Model:
         x_B1D = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
         return self._logits(x_B1D, *model.unembedding)[:, 0], cache._replace(slot=last_B + 1)
 
+    def extend(self, params: Params, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Feeds T more tokens a row, like `step`; logits [B, T, V] behind all of them."""
+        model = self.functional.bind(self._cast(params))
+        T = tokens_BT.shape[1]
+        positions = cache.slot[:, None] + jnp.arange(T, dtype=jnp.int32).reshape(1, T)
+        last_B = cache.slot + T - 1
+        x_BTD, cache = model.step(tokens_BT, positions, jnp.ones_like(positions), cache, last_B, self.dtype)
+        return self._logits(x_BTD, *model.unembedding), cache._replace(slot=last_B + 1)
+
     def flops_per_token(self, seq_len: int, encoder_len: int = 0) -> float:
         """Model FLOPs of one training token: 6 a matmul weight, and 12 a query and visible key (PaLM, arXiv:2204.02311,
         app. B, which counts all keys; here those that causality and the window leave). Of experts, those that compute a

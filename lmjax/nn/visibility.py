@@ -26,7 +26,6 @@ class Visibility(NamedTuple):
     # a document are as far apart as their indices: what kernels that go by index need. Not so with a cache.
     in_order: bool = False
     made: jax.Array | None = None  # the dense mask, where `kernels.prepare` made it for all layers
-    kv_prefix: jax.Array | None = None  # int32 [B, S]: 1 on keys that all of their segment sees, also what is before
 
     def by_index(self) -> "Visibility":
         """The same rule with indices for positions where they serve as well: those also tell whole blocks apart."""
