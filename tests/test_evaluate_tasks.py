@@ -88,9 +88,9 @@ def test_likelihoods_do_not_depend_on_the_other_requests(folder):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_lm_eval_gives_the_same_numbers_as_its_own_backend(folder, capsys, monkeypatch):
-    for name in ("lm_eval", "torch", "transformers"):
+    for name in ("lm_eval", "torch", "transformers", "accelerate"):
         if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: pip install lmjax[eval,oracle]")
+            pytest.skip(f"{name} is not installed: pip install lmjax[eval,oracle] accelerate")
     import lm_eval
     from lm_eval.tasks import TaskManager
 

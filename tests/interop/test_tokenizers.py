@@ -13,9 +13,9 @@ TEXTS = ["The cat sat on the mat, 12 times.\n", "def f(x):\n    return x + 1\n",
 UNSEEN = ["A dog\tran 345 miles.", "  two\n\nlines ", "Ωμέγα 🇯🇵", ""]
 
 
-@pytest.fixture(scope="module", params=["bpe", "unigram"])
-def ours(request):
-    return Tokenizer(train_model(TokenizerConfig(vocab_size=300, model=request.param), TEXTS))
+@pytest.fixture(scope="module")
+def ours():
+    return Tokenizer(train_model(TokenizerConfig(vocab_size=360), TEXTS))
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +59,14 @@ def test_transformers_reads_what_we_write(ours, tmp_path):
     assert theirs.eos_token_id == ours.eos_id
 
 
-def test_a_tokenizer_that_cannot_be_converted_is_said_to_be(ours, tmp_path, monkeypatch):
-    from lmjax.interop import tokenizers as module
-
-    monkeypatch.setattr(module, "_model", lambda pieces: tokenizers.models.WordLevel(
-        {piece.text: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+def test_a_tokenizer_that_cannot_be_converted_is_said_to_be(tmp_path):
+    """Their unigram model takes the name of a byte's token in a text for that token."""
+    ours = Tokenizer(train_model(TokenizerConfig(vocab_size=300, model="unigram"), TEXTS))
     said = []
     write_tokenizer(tmp_path, ours, log=said.append)
-    assert "tokenizer.json is left out" in said[0] and "it would split" in said[0]
+    assert "tokenizer.json is left out, use tokenizer.model: it would split '<0x41>'" in said[0]
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.model"]
+    assert read_tokenizer(tmp_path).to_bytes() == ours.to_bytes()
 
 
 def test_theirs_behind_our_interface(byte_level, tmp_path):
