@@ -159,6 +159,7 @@ def test_log_likelihoods_against_float64(chunk, softcap):
     logits = softcap * np.tanh(raw / softcap) if softcap else raw
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(likeliest, logits.argmax(-1) == targets)
     np.testing.assert_allclose(got, np.take_along_axis(log_p, targets[..., None], -1)[..., 0], rtol=1e-5, atol=1e-5)
 
 
