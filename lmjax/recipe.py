@@ -126,6 +126,7 @@ class Recipe:
 
 # What may differ when a run is resumed: where it runs and what is kept of it, not what it computes.
 MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "data.directory", "data.memory_limit_mib",
+              "data.curate.workers", "data.curate.memory_mib",
               "train.microbatches", "train.log_every", "model.attention", "model.remat", "model.scan_layers",
               "train.loss_chunk")
 

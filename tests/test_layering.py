@@ -18,7 +18,7 @@ LAYERS = [
     {"models", "data", "losses", "optim"},
     {"recipe", "train_state", "train_step", "checkpoint", "metrics", "adapt", "interop", "tasks"},
     {"cli", "train", "run", "evaluate", "generate", "lm", "plan", "report", "report_*", "prepare",
-     "bench", "bench_*"},
+     "prepare_*",     "bench", "bench_*"},
 ]
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
