@@ -9,6 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train the model of a config, or go on from its last checkpoint",
     "prepare": "clean, tokenise and store a config's corpus without training on it",
+    "trace": "say what became of a document that was prepared: kept, or removed by which rule and for which other",
     "generate": "continue prompts with a trained model",
     "score": "bits per byte of text files under a trained model",
     "report": "write report.html from what a run has recorded so far",
@@ -44,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     command = arguments.command
+    if command == "trace":
+        from lmjax.prepare import trace
+
+        print("\n".join(trace(arguments.data, arguments.id)))
+        return 0
     if command == "report":
         from lmjax.report import write_report
 
@@ -119,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
                                help="a Python file with get_config(); --config.KEY.PATH=VALUE changes a value of it")
     for name in ("train", "report"):
         sub[name].add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
+    sub["trace"].add_argument("--data", required=True, metavar="DIR", help="a prepared directory")
+    sub["trace"].add_argument("--id", required=True, help="of the document, as in ids.txt and ledger.parquet")
     sub["prepare"].add_argument("--out", required=True, metavar="DIR", help="where the prepared data goes")
     sub["bench"].add_argument("--seconds", type=float, default=60.0, help="time to measure for, per comparison")
     sub["bench"].add_argument("--out", default="", metavar="FILE", help="write the figures as JSON, too")

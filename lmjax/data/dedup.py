@@ -150,8 +150,9 @@ def signatures(set_G: np.ndarray, bounds_D1: np.ndarray, count: int) -> np.ndarr
     x_G = mix64(set_G).astype(np.uint32)
     scale_K, shift_K = _permutations(count)
     out = np.empty((count, len(bounds_D1) - 1), np.uint32)
-    for k in range(count):  # odd * x + c is a bijection of 32-bit integers; in one step each, as the caches like it
-        np.minimum.reduceat(x_G * scale_K[k] + shift_K[k], bounds_D1[:-1], out=out[k])
+    for k in range(count):  # each a bijection of 32-bit integers; a linear one alone is not random enough
+        y_G = (x_G + shift_K[k]) * scale_K[k]
+        np.minimum.reduceat((y_G ^ y_G >> np.uint32(16)) * np.uint32(0x85EBCA6B), bounds_D1[:-1], out=out[k])
     return out
 
 

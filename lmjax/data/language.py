@@ -58,7 +58,9 @@ def _scripts() -> np.ndarray:
 @functools.cache
 def _function_words() -> tuple[np.ndarray, np.ndarray]:
     """Hashes of all function words, sorted uint64 [H]; what each counts for each language, [H, L]."""
-    hashes = {name: np.unique(split([words]).hash_W) for name, words in WORDS.items()}
+    hashes = {}
+    for name, words in WORDS.items():  # a single ASCII letter is a variable's name as well
+        hashes[name] = np.unique(split([" ".join(w for w in words.split() if len(w) > 1 or not w.isascii())]).hash_W)
     hash_H = np.unique(np.concatenate(list(hashes.values())))
     mine_HL = np.stack([np.isin(hash_H, own) for own in hashes.values()], axis=1).astype(float)
     return hash_H, mine_HL / mine_HL.sum(axis=1, keepdims=True)
