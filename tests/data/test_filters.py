@@ -24,7 +24,8 @@ JAPANESE = """春になると、庭の木に新しい葉が出てきます。子
 def test_languages_of_our_own_sentences_and_of_the_standard_librarys_text():
     cjk = Path(sysconfig.get_paths()["stdlib"]) / "test/cjkencodings"
     texts = [ENGLISH, CHINESE, JAPANESE, "x = [1, 2]\nfor y in x:\n    print(y)",
-             "Das ist ein Satz, der nicht auf Englisch ist und von dem man das auch sieht.", "Это текст на русском языке, и в нём есть слова.", "안녕하세요 세계"]
+             "Das ist ein Satz, der nicht auf Englisch ist und von dem man das auch sieht.",
+             "Это текст на русском языке, и в нём есть слова.", "안녕하세요 세계"]
     expected = ["en", "zh", "ja", "und", "de", "ru", "ko"]
     for name, code in (("gb18030", "zh"), ("euc_jp", "ja")):  # real text that comes with many Pythons
         if (cjk / f"{name}-utf8.txt").exists():

@@ -85,11 +85,15 @@ def test_damage_is_noticed(written, damage, memory_limit):
 
 def test_another_array_in_the_place_of_one_is_noticed(written):
     tmp_path, documents, _ = written
-    tokens = np.concatenate(documents)[:-1]
-    store.write_array(str(tmp_path / "s/train/tokens"), [tokens], size=len(tokens), dtype=tokens.dtype)
+    tokens = np.concatenate(documents)
+
+    def replace(values):
+        store.write_array(str(tmp_path / "s/train/tokens"), [values], size=len(values), dtype=values.dtype)
+
+    replace(tokens[:-1])
     with pytest.raises(ValueError, match=r"got \d+ values where the manifest says"):
         open_split(written)
-    store.write_array(str(tmp_path / "s/train/tokens"), np.concatenate(documents)[::-1].copy())
+    replace(tokens[::-1])
     with pytest.raises(ValueError, match="got sha256"):
         open_split(written, verify=True)
 
