@@ -1,7 +1,7 @@
 """How fast one core is at each stage of `lmjax prepare`: python -m lmjax.bench_data
 
-The text is the standard library's. Every figure is the median of interleaved rounds. Where `datatrove` and its word tokenizer (`spacy`) are installed, its
-Gopher filters run in the same rounds, on the same documents.
+The text is the standard library's. Every figure is the median of interleaved rounds. Where `datatrove` and its word
+tokenizer (`spacy`) are installed, its Gopher filters run in the same rounds, on the same documents.
 """
 
 from __future__ import annotations
