@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": "say what a run would need and take on a TPU topology, by compiling its step without one",
     "prepare": "clean, tokenise and store a config's corpus without training on it",
     "data": "show the rows that a step trained on, or list the order of a run's rows",
+    "trace": "say what became of a document that was prepared: kept, or removed by which rule and for which other",
     "generate": "continue prompts with a trained model",
     "score": "bits per byte of text files under a trained model",
     "eval": "lm-eval's tasks on a trained model",
@@ -54,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     command = arguments.command
+    if command == "trace":
+        from lmjax.prepare import trace
+
+        print("\n".join(trace(arguments.data, arguments.id)))
+        return 0
     if command == "report":
         from lmjax.report import write_report
 
@@ -175,6 +181,8 @@ def _parser() -> argparse.ArgumentParser:
     sub["plan"].add_argument("--search", action="store_true", help="find the best mesh, remat policy and batch first")
     sub["plan"].add_argument("--tokens", type=float, default=0.0, help="a budget to reckon days and chip-hours for")
     sub["plan"].add_argument("--out", default="", metavar="DIR", help="write plan.json, plan.svg and the HLO there")
+    sub["trace"].add_argument("--data", required=True, metavar="DIR", help="a prepared directory")
+    sub["trace"].add_argument("--id", required=True, help="of the document, as in ids.txt and ledger.parquet")
     sub["prepare"].add_argument("--out", required=True, metavar="DIR", help="where the prepared data goes")
     sub["data"].add_argument("action", choices=("show", "order"), help="show: one step's rows and their text; order: "
                              "a line for each row of the run")

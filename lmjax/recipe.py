@@ -132,6 +132,7 @@ class Recipe:
 # What may differ when a run is resumed: where it runs, what is kept of it, and what the rows to come are.
 MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "data.directory", "data.memory_limit_mib",
               "data.stages", "data.max_epochs.", "train.batch_size",  # rows trained on stay: see `run._restore`
+              "data.curate.workers", "data.curate.memory_mib",
               "train.microbatches", "train.log_every", "model.attention", "model.remat", "model.scan_layers",
               "train.loss_chunk",
               "train.compute_dtype")  # of which a checkpoint records what became: "auto" may be spelt out, not changed

@@ -1,6 +1,8 @@
 """Preparing data: the same from the same text, whole or not at all, and never over something else."""
 
+import dataclasses
 import errno
+import gzip
 import json
 import os
 import random
@@ -8,13 +10,22 @@ import signal
 import subprocess
 import sys
 import time
+import xml.dom.minidom
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lmjax import prepare as module
-from lmjax.data import DataConfig, SourceConfig, Tokenizer, TokenizerConfig, open_splits, store
-from lmjax.prepare import prepare, split_by_hash
+from lmjax import prepare_stages as stages
+from lmjax.data import DataConfig, SourceConfig, Tokenizer, TokenizerConfig, curate, open_splits, store
+from lmjax.data.curate import CurateConfig, split_key
+from lmjax.data.decontaminate import DecontaminateConfig
+from lmjax.data.dedup import DedupConfig
+from lmjax.data.engine import Engine
+from lmjax.data.filters import GopherRepetition
+from lmjax.prepare import prepare, trace
 
 WORDS = ["alpha", "beta", "gamma", "return self", "    if x:", "print(1)", "\u65e5\u672c", "\u2581", "\t"]
 
@@ -44,8 +55,9 @@ def silent(line):
 
 
 def contents(directory):
-    files = [p for p in sorted(directory.rglob("*")) if p.is_file()]
-    return {str(p.relative_to(directory)): p.read_bytes() for p in files}
+    """The files of a directory; without receipts and report, which say how long it took, and with how many workers."""
+    files = [p for p in sorted(directory.rglob("*")) if p.is_file() and "receipt" not in str(p.relative_to(directory))]
+    return {str(p.relative_to(directory)): p.read_bytes() for p in files if p.name != "data_report.html"}
 
 
 def test_the_stored_documents_are_the_texts(texts, tmp_path):
@@ -70,18 +82,44 @@ def test_the_stored_documents_are_the_texts(texts, tmp_path):
     train, heldout = open_splits(make_config(texts), out)
     assert baselines["heldout"] == {"tokens": heldout.predictions, "bytes": heldout.bytes}
     assert train.rows(np.arange(4))["tokens"].shape == (4, 32) and train.vocab_size == 320
-    for stage in ("read and cleaned texts: 80 documents", "tokenizer: 320", "tokenised texts/train",
-                  "baselines", "is ready"):
+    for stage in ("1-ingest: 80 documents", "8-tokenizer: 320", "9-tokens", "baselines", "is ready"):
         assert any(stage in line for line in lines)
 
 
-def test_the_same_text_gives_the_same_bytes(texts, tmp_path, monkeypatch):
-    prepare(make_config(texts), str(tmp_path / "a"), log=silent)
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    monkeypatch.setattr(module, "BATCH_CHARS", 500)
-    prepare(make_config(texts), str(tmp_path / "b"), log=silent)
+ALL = CurateConfig(
+    gopher_repetition=GopherRepetition(max_top_2gram_chars=0.9, max_top_3gram_chars=0.9, max_top_4gram_chars=0.9),
+    dedup=DedupConfig(threshold=0.5, window=8, line_documents=3, line_chars=5), workers=1)
+
+
+def test_any_number_of_workers_and_any_memory_give_the_same_bytes(tmp_path, monkeypatch):
+    texts = write_texts(tmp_path / "texts", 60)
+    for i in range(6):  # near copies, and one that is exact but for spaces
+        (texts / f"copy{i}.txt").write_text((texts / f"{i:03}.txt").read_text() + "\nalpha beta 77")
+    (texts / "exact.txt").write_text((texts / "007.txt").read_text() + "  ")
+    monkeypatch.setattr(curate, "SHARD_BYTES", 4000)  # many shards, so that workers have something to share
+    monkeypatch.setattr(stages, "SHARD_BYTES", 4000)
+    evals = DecontaminateConfig(sources=(SourceConfig("e", f"text:{texts}/020.txt"),), words=5)
+    whole = dataclasses.replace(ALL, decontaminate=evals)
+    prepare(make_config(texts, curate=whole), str(tmp_path / "a"), log=silent)
+    monkeypatch.setattr(Engine, "memory", property(lambda self: 20_000, lambda self, value: None), raising=False)
+    prepare(make_config(texts, curate=dataclasses.replace(whole, workers=3)), str(tmp_path / "b"), log=silent)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    receipts = [json.loads((tmp_path / side / "receipts/7-finish.json").read_text()) for side in "ab"]
+    assert receipts[0]["output"] == receipts[1]["output"] and len(receipts[0]["facts"]["shards"]) > 4
+    removed = receipts[0]["facts"]["sources"]["texts"]["removed"]
+    assert removed["near_copy"][0] >= 6 and removed["exact_copy"][0] == 1 and removed["contaminated"][0] >= 1
+    assert receipts[0]["facts"]["sources"]["texts"]["changed"]["repeated_window"] > 0
     assert not list(tmp_path.glob(".*"))
+    assert any("exact.txt was removed in 7-finish by exact_copy for 007.txt" in line
+               for line in trace(str(tmp_path / "a"), "exact.txt"))
+    assert any("copy3.txt" in line or "003.txt" in line for line in trace(str(tmp_path / "a"), "003.txt"))
+    with pytest.raises(ValueError, match="expected the id of a document that was read, got 'none.txt'"):
+        trace(str(tmp_path / "a"), "none.txt")
+    found = json.loads((tmp_path / "a/contamination.json").read_text())
+    assert found[0]["id"] == "020.txt" and "020.txt" in found[0]["documents"]
+    assert 0 < found[0]["words"][0] <= found[0]["words"][1]  # some had been cut as repeated windows
+    xml.dom.minidom.parse(str(tmp_path / "a/data_report.html"))  # well formed
+    assert "near_copy" in (tmp_path / "a/data_report.html").read_text()
 
 
 def test_prepared_data_is_used_again_and_a_changed_source_is_told(tmp_path):
@@ -119,29 +157,76 @@ def test_something_else_in_the_way_is_not_touched(texts, tmp_path):
     prepare(make_config(texts), str(tmp_path / "empty"), log=silent)
 
 
-STAGES = ["_read", "make_tokenizer", "tokenise", "_baselines", "_manifest"]
+STAGES = [("ingest", "1-ingest", curate), ("clean_shard", "2-clean", curate), ("make_tokenizer", "8-tokenizer", stages),
+          ("write_store", "store", module)]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_error_in_any_stage_leaves_nothing(texts, tmp_path, monkeypatch, stage):
+@pytest.mark.parametrize("function, stage, where", STAGES)
+def test_a_full_disk_in_any_stage_leaves_what_was_finished(texts, tmp_path, monkeypatch, function, stage, where):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, stage, full)
+    before, lines = getattr(where, function), []
+    monkeypatch.setattr(where, function, full)
     with pytest.raises(ValueError, match="expected room for the prepared data, got a full disk; free"):
         prepare(make_config(texts), str(tmp_path / "out"), log=silent)
-    assert not list(tmp_path.iterdir())
+    finished = sorted(path.name for path in (tmp_path / ".out.partial").iterdir())
+    assert not (tmp_path / "out").exists() and all(name < stage for name in finished)
+    monkeypatch.setattr(where, function, before)
+    prepare(make_config(texts), str(tmp_path / "out"), log=lines.append)
+    assert [line.split(":")[1].strip() for line in lines if "done before" in line] == finished
+    assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: (p / "a.jsonl.gz").write_bytes(gzip.compress(os.urandom(50_000).hex().encode())[:30_000]), "whole file"),
+    (lambda p: (p / "a.jsonl").write_text(""), "at least one document, got none"),
+    (lambda p: pq.write_table(pa.table({"body": ["x" * 50]}), p / "a.parquet"), "a column 'text', got .'body'"),
+    (lambda p: (p / "a.jsonl").write_bytes(b'{"text": "\xe9"}\n'), "at most 2.0% of broken records, got 1 of 1"),
+    (lambda p: None, "files that match, got none"),
+])
+def test_bad_input_is_refused_in_one_line(tmp_path, make, message):
+    (tmp_path / "in").mkdir()
+    make(tmp_path / "in")
+    scheme = "parquet" if (tmp_path / "in/a.parquet").exists() else "jsonl"
+    config = make_config("", sources=(SourceConfig("bad", f"{scheme}:{tmp_path}/in/*"),))
+    with pytest.raises(ValueError, match=f"source bad .*expected .*{message}") as error:
+        prepare(config, str(tmp_path / "out"), log=silent)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_very_long_line_is_a_counted_skip(tmp_path):
+    texts = write_texts(tmp_path / "texts", 10)
+    (texts / "long.txt").write_text("x" * 50_000_000)
+    (texts / "empty.txt").write_text("")
+    manifest = store.read_manifest(prepare(make_config(texts), str(tmp_path / "out"), log=silent))
+    assert manifest["sources"]["texts"]["removed"] == {"too_long": 1, "too_short": 1}
+
+
+def test_a_change_of_the_config_repeats_only_what_depends_on_it(texts, tmp_path, monkeypatch):
+    before, lines = module.write_store, []
+    monkeypatch.setattr(module, "write_store", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(make_config(texts), str(tmp_path / "out"), log=silent)
+    monkeypatch.setattr(module, "write_store", before)
+    tokenizer = TokenizerConfig(vocab_size=330)
+    prepare(make_config(texts, tokenizer=tokenizer), str(tmp_path / "out"), log=lines.append)
+    done = [line.split(":")[1].strip() for line in lines if "done before" in line]
+    assert done == ["1-ingest", "2-clean", "3-exact", "7-finish"]
+    prepare(make_config(texts, tokenizer=tokenizer), str(tmp_path / "straight"), log=silent)
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
 KILLED = """
 import os, signal, sys
-from lmjax import prepare
+from lmjax import prepare, prepare_stages
 from tests.test_prepare import make_config
 def stop(*args, **kwargs):
     print("here", flush=True)
     signal.pause()
-if sys.argv[3] != "-":
-    setattr(prepare, sys.argv[3], stop)
+for module in (prepare, prepare_stages):
+    if hasattr(module, sys.argv[3]):
+        setattr(module, sys.argv[3], stop)
 prepare.prepare(make_config(sys.argv[1]), sys.argv[2], log=lambda line: None)
 """
 
@@ -154,7 +239,7 @@ def start(texts, out, stage):
 def test_killed_at_any_stage_and_started_again(texts, tmp_path):
     out = tmp_path / "out"
     prepare(make_config(texts), str(tmp_path / "straight"), log=silent)
-    for stage in ("tokenise", "_manifest"):
+    for stage in ("_tokens", "_manifest"):
         process = start(texts, out, stage)
         assert process.stdout.readline() == b"here\n"
         with pytest.raises(ValueError, match="expected nobody else at work there, got another process"):
@@ -197,16 +282,16 @@ def test_a_tokenizer_that_loses_text_is_refused(texts, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_split_is_by_hash_and_never_empty():
-    def documents(n):
-        return [module.Document(f"d{i}", f"text {i}") for i in range(n)]
-
-    first, second = split_by_hash(documents(5000), 0.1), split_by_hash(documents(9000), 0.1)
-    assert set(first["heldout"]) <= set(second["heldout"]) and set(first["train"]) <= set(second["train"])
-    assert 400 < len(first["heldout"]) < 600
-    for n in (2, 3, 10):
-        few = split_by_hash(documents(n), 1e-9)
-        assert len(few["heldout"]) == 1 and len(few["train"]) == n - 1
+def test_the_split_is_by_hash_and_never_empty(texts, tmp_path):
+    keys = np.array([split_key(f"d{i}", f"text {i}") for i in range(5000)], np.uint64)
+    assert 400 < (keys < np.uint64(2**64 // 10)).sum() < 600 and len(set(keys)) == 5000
+    config = make_config(texts, heldout_fraction=1e-9)
+    manifest = store.read_manifest(prepare(config, str(tmp_path / "out"), log=silent))
+    assert manifest["sources"]["texts"]["heldout"]["documents"] == 1
+    few = write_texts(tmp_path / "two", 2)
+    manifest = store.read_manifest(prepare(make_config(few, tokenizer=TokenizerConfig(vocab_size=290)),
+                                           str(tmp_path / "few"), log=silent))
+    assert [manifest["sources"]["texts"][split]["documents"] for split in ("train", "heldout")] == [1, 1]
 
 
 def test_two_sources_keep_apart_and_copies_are_found_across_them(tmp_path):
@@ -216,7 +301,7 @@ def test_two_sources_keep_apart_and_copies_are_found_across_them(tmp_path):
     manifest = store.read_manifest(prepare(config, str(tmp_path / "out"), log=silent))
     counts = {n: sum(e[s]["documents"] for s in ("train", "heldout")) for n, e in manifest["sources"].items()}
     assert counts == {"a": 20, "b": 30}
-    assert manifest["sources"]["b"]["removed"] == {"invalid_utf8": 0, "too_short": 0, "duplicate": 1}
+    assert manifest["sources"]["b"]["removed"] == {"exact_copy": 1}
     train, _ = open_splits(config, str(tmp_path / "out"))
     assert [s.name for s in train.sources] == ["a", "b"]
 

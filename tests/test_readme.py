@@ -19,6 +19,7 @@ SMALL = {
                               "eval.batches=2", "data.heldout_fraction=0.1", "data.tokenizer.vocab_size=400"],
     "configs/synthetic.py": ["train.steps=4", "optimizer.warmup_steps=1"],
     "configs/llama2_7b.py": ["mesh.fsdp=1"],
+    "configs/data/python_stdlib.py": ["data.tokenizer.vocab_size=512", "data.curate.decontaminate.sources=[]"],
     "configs/bench.py": ["model.embed_dim=32", "model.mlp_dim=32", "train.batch_size=2", "data.seq_len=32"],
 }
 STAND_IN = f"""#!{sys.executable}
@@ -29,7 +30,7 @@ args, small = sys.argv[1:], {SMALL!r}
 given = " ".join(args)
 for config, overrides in small.items():
     if config in args:
-        args[args.index(config)] = config + (":tiny" if "bench" not in config else "")
+        args[args.index(config)] = config + ("" if "bench" in config or "data" in config else ":tiny")
         uri = ["data.sources.0.uri=text:{sysconfig.get_paths()['stdlib']}/json/*.py"]
         uri = uri if "quickstart" in config and "config.data.sources" not in given else []
         args += ["--config." + item for item in overrides + uri if "config." + item.split("=")[0] not in given]

@@ -1,16 +1,42 @@
-"""Cleaning: a table of named rules applied in order, then what is too short or an exact copy is dropped."""
+"""Cleaning: a table of named rules, each of which makes a text from a text, applied in the order of the config."""
 
 from __future__ import annotations
 
-import hashlib
+import ipaddress
+import os
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-
-from lmjax.data.sources import Document
+from collections.abc import Callable, Iterable
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff]")  # C0 but tab and newline, DEL, byte-order mark
+_TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
+_BLANK = re.compile(r"\n{4,}")
+_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff]")
+# Whole lines that say something about the page and nothing of its own: navigation, consent, sharing, rights.
+_BOILERPLATE = re.compile(
+    r"^[ \t]*(?:(?:this (?:site|website)|we) uses? cookies.*|accept(?: all)? cookies|cookie (?:policy|settings)|"
+    r"privacy policy|terms (?:of (?:use|service)|and conditions)|(?:copyright|\(c\)|©).{0,80}all rights reserved\.?|"
+    r"all rights reserved\.?|(?:share|tweet|follow us)(?: (?:this|on)\b.{0,40})?|skip to (?:main )?content|"
+    r"(?:please )?(?:enable|turn on) javascript.*|(?:log|sign) ?(?:in|up|out)|subscribe(?: to our newsletter)?|"
+    r"read more\W*|click here\W*|back to top|loading\W*|advertisement|"
+    r"(?:版权所有|版權所有).{0,80}|上一篇.{0,80}|下一篇.{0,80}|"
+    r"点击(?:这里|查看更多)|阅读(?:全文|更多)|"
+    r".{0,80}無断(?:転載|複製).{0,20}禁.{0,20}|続きを読む|"
+    r"ログイン|プライバシーポリシー|利用規約)"
+    r"[ \t]*(?:\n|\Z)", re.IGNORECASE | re.MULTILINE)
+_HINTS = (  # one of which is in every line that the pattern finds: a search for each is far faster than the pattern
+    "cookie", "privacy policy", "terms of ", "terms and conditions", "all rights reserved", "share", "tweet",
+    "follow us", "skip to ", "javascript", "log in", "login", "log out", "logout", "log up", "logup", "sign in",
+    "signin", "sign out", "signout", "sign up", "signup", "subscribe", "read more", "click here", "back to top",
+    "loading", "advertisement", "版权所有", "版權所有", "上一篇", "下一篇", "点击", "阅读", "無断", "続きを読む",
+    "ログイン", "プライバシーポリシー", "利用規約")
+# What UTF-8 looks like once it has been decoded as something else begins with one of these.
+_SUSPECT = re.compile("[\u0080-\u052f\u2010-\u2122\u2500-\u259f\ufffd]")
+_SENTENCE_END = tuple(".!?\"'\u201d\u2019\u3002\uff01\uff1f\u300d\u300f\u2026")
+_POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+_EMAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,24}\b")
+_IP = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d.])")
+_PHONE = re.compile(r"(?<![\w+])\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){2,5}(?!\w)")
 
 
 def _newlines(text: str) -> str:
@@ -25,45 +51,87 @@ def _nfc(text: str) -> str:
     return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
 
 
-# A rule returns its argument itself where there is nothing to change: that is how changes are counted.
+def _ftfy(text: str) -> str:
+    if text.isascii() or not _SUSPECT.search(text):
+        return text
+    import ftfy.badness
+
+    if not ftfy.badness.is_bad(text):
+        return text
+    return ftfy.fix_text(text, uncurl_quotes=False, fix_character_width=False, fix_latin_ligatures=False)
+
+
+def _trailing_spaces(text: str) -> str:
+    found = " \n" in text or "\t\n" in text or text[-1:] in (" ", "\t")
+    return _TRAILING.sub("", text) if found else text
+
+
+def _blank_lines(text: str) -> str:
+    return _BLANK.sub("\n\n\n", text) if "\n\n\n\n" in text else text
+
+
+def _boilerplate(text: str) -> str:
+    lower = text.lower()
+    return _BOILERPLATE.sub("", text) if any(hint in lower for hint in _HINTS) else text
+
+
+def _c4_lines(text: str) -> str:
+    return "\n".join(line for line in text.split("\n") if _c4_keeps(line))
+
+
+def _c4_keeps(line: str) -> bool:
+    if not line.rstrip().endswith(_SENTENCE_END) or line.rstrip().endswith("..."):
+        return False
+    lower = line.lower()
+    if "javascript" in lower or any(phrase in lower for phrase in _POLICY):
+        return False
+    return len(line.split()) >= 5 or len(_UNSPACED.findall(line)) >= 5
+
+
+def _mask(pattern: re.Pattern[str], sign: str, label: str) -> Callable[[str], str]:
+    return lambda text: pattern.sub(label, text) if sign in text else text
+
+
+def _mask_ip(text: str) -> str:
+    return _IP.sub(lambda found: "<ip>" if _is_public(found.group()) else found.group(), text) if "." in text else text
+
+
+def _is_public(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_global
+    except ValueError:
+        return False
+
+
+# Where there is nothing to change a rule returns an equal text: that is how changes are counted.
 RULES: dict[str, Callable[[str], str]] = {
     "newlines": _newlines,  # \r\n and \r become \n
     "control": _control,  # NUL, other control characters and byte-order marks are dropped
+    "ftfy": _ftfy,  # text that was once decoded wrongly is mended; nothing else is touched
     "nfc": _nfc,  # composed and decomposed accents become one spelling
+    "trailing_spaces": _trailing_spaces,
+    "blank_lines": _blank_lines,  # at most two in a row
+    "boilerplate": _boilerplate,  # lines of navigation, consent, sharing and rights are dropped
+    "c4_lines": _c4_lines,  # only lines that end like a sentence, of five words or more (Raffel et al., 2020)
+    "mask_email": _mask(_EMAIL, "@", "<email>"),
+    "mask_ip": _mask_ip,  # public IPv4 addresses
+    "mask_phone": _mask(_PHONE, "+", "<phone>"),  # international numbers
 }
 
 
-class Cleaner:
-    """Cleans documents one by one and counts: `changed` per rule, `removed` per reason.
+def clean(text: str, rules: Iterable[str]) -> tuple[str, dict[str, tuple[str, str]]]:
+    """The text after `rules` of the table, and (before, after) for each of them that changed it."""
+    changes = {}
+    for rule in rules:
+        after = RULES[rule](text)
+        if after != text:
+            changes[rule] = (text, after)
+            text = after
+    return text, changes
 
-    Args:
-      rules: names of `RULES`, in order.
-      min_chars: shorter documents are dropped, once cleaned.
-      seen: digests of the texts so far; pass the same set on to find copies across sources.
-    """
 
-    def __init__(self, *, rules: Iterable[str], min_chars: int, seen: set[bytes] | None = None):
-        self.rules, self.min_chars = tuple(rules), min_chars
-        self.changed: Counter[str] = Counter(dict.fromkeys(self.rules, 0))
-        self.removed: Counter[str] = Counter(too_short=0, duplicate=0)
-        self._seen = set() if seen is None else seen
-
-    def __call__(self, documents: Iterable[Document]) -> Iterator[Document]:
-        for document in documents:
-            text = document.data
-            for rule in self.rules:
-                before, text = text, RULES[rule](text)
-                self.changed[rule] += text is not before
-            if (reason := self._reject(text)) is None:
-                yield Document(document.id, text)
-            else:
-                self.removed[reason] += 1
-
-    def _reject(self, text: str) -> str | None:
-        if len(text) < max(self.min_chars, 1):
-            return "too_short"
-        digest = hashlib.sha256(text.encode()).digest()[:16]
-        if digest in self._seen:
-            return "duplicate"
-        self._seen.add(digest)
-        return None
+def first_change(before: str, after: str, around: int = 60) -> tuple[str, str]:
+    """The surroundings of the first place where two texts differ, in each."""
+    at = len(os.path.commonprefix([before, after]))
+    low = max(0, at - around)
+    return before[low : at + 4 * around], after[low : at + 4 * around]

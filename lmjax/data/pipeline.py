@@ -12,6 +12,7 @@ import numpy as np
 
 from lmjax.config import at_least, choice, plain
 from lmjax.data import clean, packing
+from lmjax.data.curate import CurateConfig
 from lmjax.data.objectives import AugmentConfig, Objective, ObjectiveConfig, Pieces
 from lmjax.data.order import StagedMixture, fold, key_of
 from lmjax.data.packing import Rows
@@ -54,9 +55,10 @@ class DataConfig:
     objective: what is predicted of a row.
     seed: of the order of training rows, and of synthetic data.
     heldout_fraction: share of documents, chosen by hash, that is only evaluated on.
-    invalid_utf8_budget: share of documents that may be skipped because they are not UTF-8.
+    broken_budget: share of records that may be skipped because they are broken: not UTF-8, not JSON, without text.
     min_chars: documents that are shorter once cleaned are dropped.
     clean: rules of lmjax/data/clean.py, applied in this order.
+    curate: filters, redundancy removal, decontamination, and what preparing may use.
     memory_limit_mib: a split's tokens that fit are held in memory, others are read as they are needed.
     """
 
@@ -70,9 +72,10 @@ class DataConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     seed: int = 0
     heldout_fraction: float = 0.02
-    invalid_utf8_budget: float = 0.02
+    broken_budget: float = 0.02
     min_chars: int = 32
     clean: tuple[str, ...] = ("newlines", "control", "nfc")
+    curate: CurateConfig = field(default_factory=CurateConfig)
     memory_limit_mib: int = 1024
 
     def __post_init__(self) -> None:
@@ -84,9 +87,9 @@ class DataConfig:
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"heldout_fraction: expected a share in (0, 1), got {self.heldout_fraction}; "
                              "use e.g. 0.02")
-        if not 0 <= self.invalid_utf8_budget <= 1:
-            raise ValueError("invalid_utf8_budget: expected a share in [0, 1], got "
-                             f"{self.invalid_utf8_budget}; use e.g. 0.02")
+        if not 0 <= self.broken_budget <= 1:
+            raise ValueError("broken_budget: expected a share in [0, 1], got "
+                             f"{self.broken_budget}; use e.g. 0.02")
         names = [source.name for source in self.sources]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sources: expected one or more with different names, got {names}; rename them")
@@ -127,11 +130,12 @@ class DataConfig:
 
     def prepared_by(self) -> dict[str, Any]:
         """The part of the config that decides what `prepare` writes, as plain JSON values."""
-        keys = ("tokenizer", "heldout_fraction", "invalid_utf8_budget", "min_chars", "clean")
+        keys = ("tokenizer", "heldout_fraction", "broken_budget", "min_chars", "clean")
         sources = [plain(source) for source in self.sources]
         for source in sources:
             del source["weight"]  # may change from run to run
-        return {"sources": sources} | {key: plain(getattr(self, key)) for key in keys}
+        decided = {key: plain(getattr(self, key)) for key in keys}
+        return {"sources": sources} | decided | {"curate": self.curate.decides()}
 
 
 class RowSource(Protocol):

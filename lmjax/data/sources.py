@@ -1,7 +1,7 @@
 """Where text comes from: one iterator of documents for every kind of source.
 
-A source is named by a URI, `scheme:rest`, and `SCHEMES` is the table of them. Reading counts what it
-skips; nothing is dropped in silence, and a broken record is an error that names its file and line.
+A source is named by a URI, `scheme:rest`, and `SCHEMES` is the table of them. Nothing is dropped in silence: a broken
+record comes out as one, named by its file and line, and a file that ends too early is an error.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,8 @@ class SourceConfig:
 
     name: of its directory in the prepared data; letters, digits, '.', '_' and '-'.
     uri: builtin:python-stdlib | text:GLOB | jsonl:GLOB (.gz and .zst too) | parquet:GLOB |
-      tfds:NAME[#SPLIT] | synthetic[:ROWS]. `**` in a glob descends into directories.
+      tfds:NAME[#SPLIT], NAME being a dataset or its directory | synthetic[:ROWS]. `**` in a glob descends into
+      directories.
     weight: its share of the training rows, relative to the other sources.
     text_field: the column or key that holds the text (jsonl, parquet, tfds).
     data_dir: where TensorFlow Datasets keeps its data; "" for its own default.
@@ -66,47 +67,66 @@ def is_synthetic(source: SourceConfig) -> bool:
     return source.uri.partition(":")[0] == "synthetic"
 
 
-class Reader:
-    """Iterates over a source's documents, once; afterwards `read`, `skipped` and `bytes` say what there was.
+class Broken(NamedTuple):
+    """A record that is no document, and why: `id` as a document would have it, `raw` the beginning of what is there."""
 
-    Args:
-      source: what to read.
-      invalid_utf8_budget: share of the documents that may be skipped because they are not UTF-8.
-    Raises (while iterating):
-      ValueError: nothing there, a broken record, a missing text field, or over the budget.
+    id: str
+    reason: str
+    raw: str
+
+
+def units(source: SourceConfig, size: int) -> list[list[tuple[str, str]]]:
+    """The source's files, (id, path) each, in runs of up to `size` bytes or of one file.
+
+    Raises:
+      ValueError: there are none.
     """
+    scheme, _, rest = source.uri.partition(":")
+    out: list[list[tuple[str, str]]] = []
+    room = 0
+    for name, path in SCHEMES[scheme].files(rest, source):
+        length = os.path.getsize(path) if os.path.isfile(path) else size
+        if not out or length > room:
+            out.append([])
+            room = size
+        out[-1].append((name, path))
+        room -= length
+    return out
 
-    def __init__(self, source: SourceConfig, *, invalid_utf8_budget: float = 0.02):
-        self.source, self.budget = source, invalid_utf8_budget
-        self.read = self.bytes = 0
-        self.skipped: list[str] = []  # ids of the documents that are not UTF-8
 
-    def __iter__(self) -> Iterator[Document]:
-        scheme, _, rest = self.source.uri.partition(":")
-        for name, raw in SCHEMES[scheme].read(rest, self.source):
-            name = name.replace("\n", "\\n")
-            try:
-                data = raw.decode() if isinstance(raw, bytes) else _encodable(raw)
-            except UnicodeError:
-                self.skipped.append(name)
+def read(source: SourceConfig, files: Sequence[tuple[str, str]]) -> Iterator[Document | Broken]:
+    """The documents and the broken records of some of a source's files.
+
+    Raises (while iterating):
+      ValueError: a file that cannot be read to its end, or that has no text at all.
+    """
+    scheme = SCHEMES[source.uri.partition(":")[0]]
+    for name, path in files:
+        for where, raw in scheme.read(name, path, source):
+            where = where.replace("\n", "\\n")
+            if isinstance(raw, Broken):
+                yield raw._replace(id=where)
                 continue
-            self.read += 1
-            self.bytes += len(raw)
-            yield Document(name, data)
-        total = self.read + len(self.skipped)
-        if not total:
-            raise _problem(self.source, "at least one document", "none", "correct the uri")
-        if len(self.skipped) > self.budget * total:
-            raise _problem(self.source, f"at most {self.budget:.1%} of documents that are not UTF-8",
-                           f"{len(self.skipped)} of {total} (first: {self.skipped[0]})",
-                           "convert them to UTF-8, or raise data.invalid_utf8_budget")
+            try:
+                yield Document(where, raw.decode() if isinstance(raw, bytes) else _encodable(raw))
+            except UnicodeError as error:
+                start = raw[:200] if isinstance(raw, bytes) else raw[:200].encode(errors="surrogatepass")
+                yield Broken(where, f"no UTF-8: {error.reason}", start.decode(errors="backslashreplace"))
+
+
+def check_budget(source: SourceConfig, *, documents: int, broken: int, first: Sequence[str], budget: float) -> None:
+    """Raises a ValueError if a source has no record at all, or more broken ones than its share."""
+    total = documents + broken
+    if not total:
+        raise _problem(source, "at least one document", "none", "correct the uri")
+    if broken > budget * total:
+        raise _problem(source, f"at most {budget:.1%} of broken records", f"{broken} of {total} (first: {first[0]}: "
+                       f"{first[1]})", "repair them, or raise data.broken_budget")
 
 
 def identity(source: SourceConfig) -> str:
-    """A cheap hash of what the source holds now (names, sizes, times), "" where files cannot be listed."""
+    """A cheap hash of what the source holds now (names, sizes, times), "" where it cannot be listed."""
     scheme, _, rest = source.uri.partition(":")
-    if SCHEMES[scheme].files is None:
-        return ""
     try:
         stats = [(name, os.stat(path)) for name, path in SCHEMES[scheme].files(rest, source)]
     except (ValueError, OSError):
@@ -154,33 +174,23 @@ def _name(path: str) -> str:
     return os.fsencode(path).decode(errors="backslashreplace").replace(os.sep, "/")
 
 
-def _whole_files(list_files: Callable) -> Callable:
-    def read(rest: str, source: SourceConfig) -> Iterator[tuple[str, bytes]]:
-        for name, path in list_files(rest, source):
-            try:
-                yield name, Path(path).read_bytes()
-            except OSError as error:
-                raise _problem(source, "readable files", str(error), "correct its permissions") from error
-
-    return read
+def _whole(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, bytes]]:
+    try:
+        yield name, Path(path).read_bytes()
+    except OSError as error:
+        raise _problem(source, "readable files", str(error), "correct its permissions") from error
 
 
-def _jsonl(rest: str, source: SourceConfig) -> Iterator[tuple[str, str | bytes]]:
-    for name, path in _glob(rest, source):
-        lines = enumerate(_lines(path, source), 1)
-        for number, line in lines:
-            if not line.strip():
-                continue
+def _jsonl(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, str | bytes | Broken]]:
+    for number, line in enumerate(_lines(path, source), 1):
+        if line.strip():
             where = f"{name}:{number}"
             try:
-                record = json.loads(line.decode())
+                yield where, _field(json.loads(line.decode()), source)
             except UnicodeDecodeError:
                 yield where, line
-                continue
-            except ValueError as error:
-                raise _problem(source, "one JSON object a line", f"{error} at {where}",
-                               "repair the line") from error
-            yield where, _field(record, where, source)
+            except (ValueError, RecursionError) as error:
+                yield where, Broken("", f"no JSON: {error}", line[:200].decode(errors="backslashreplace"))
 
 
 def _lines(path: str, source: SourceConfig) -> Iterator[bytes]:
@@ -197,68 +207,80 @@ def _lines(path: str, source: SourceConfig) -> Iterator[bytes]:
                        "fetch it again") from error
 
 
-def _field(record: Any, where: str, source: SourceConfig) -> str | bytes:
+def _field(record: Any, source: SourceConfig) -> str | bytes | Broken:
     got = record.get(source.text_field) if isinstance(record, dict) else None
-    if not isinstance(got, str | bytes):
-        keys = sorted(record) if isinstance(record, dict) else type(record).__name__
-        what = "nothing there" if got is None else type(got).__name__
-        raise _problem(source, f"text under {source.text_field!r}", f"{what} at {where} (it has {keys})",
-                       "set text_field, or repair the record")
-    return got
+    if isinstance(got, str | bytes):
+        return got
+    keys = sorted(record) if isinstance(record, dict) else type(record).__name__
+    what = "nothing" if got is None else type(got).__name__
+    return Broken("", f"{what} under {source.text_field!r} (it has {keys})", str(record)[:200])
 
 
-def _parquet(rest: str, source: SourceConfig) -> Iterator[tuple[str, str | bytes]]:
+def _parquet(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, str | bytes | Broken]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for name, path in _glob(rest, source):
-        try:
-            with pq.ParquetFile(path) as table:
-                if source.text_field not in table.schema_arrow.names:
-                    raise _problem(source, f"a column {source.text_field!r}",
-                                   f"{table.schema_arrow.names} in {path}", "set text_field")
-                row = 0
-                for batch in table.iter_batches(columns=[source.text_field]):
-                    # as bytes: Parquet does not check that its strings are UTF-8
-                    for value in batch.column(0).cast(pa.binary()):
-                        record = {source.text_field: value.as_py()}
-                        yield f"{name}:{row}", _field(record, f"{path}:{row}", source)
-                        row += 1
-        except (OSError, pa.ArrowException) as error:
-            raise _problem(source, "a whole Parquet file", f"{str(error).splitlines()[0]} in {path}",
-                           "fetch it again, or use a text column") from error
+    try:
+        with pq.ParquetFile(path) as table:
+            if source.text_field not in table.schema_arrow.names:
+                raise _problem(source, f"a column {source.text_field!r}",
+                               f"{table.schema_arrow.names} in {path}", "set text_field")
+            row = 0
+            for batch in table.iter_batches(columns=[source.text_field], batch_size=1024):
+                # as bytes: Parquet does not check that its strings are UTF-8
+                for value in batch.column(0).cast(pa.binary()):
+                    yield f"{name}:{row}", _field({source.text_field: value.as_py()}, source)
+                    row += 1
+    except (OSError, pa.ArrowException) as error:
+        raise _problem(source, "a whole Parquet file", f"{str(error).splitlines()[0]} in {path}",
+                       "fetch it again, or use a text column") from error
 
 
-def _tfds(rest: str, source: SourceConfig) -> Iterator[tuple[str, bytes]]:
+def _tfds_builder(rest: str, source: SourceConfig) -> tuple[Any, str]:
     import tensorflow_datasets as tfds
 
     name, _, split = rest.partition("#")
     split = split or "train"
     try:
-        builder = tfds.builder(name, data_dir=source.data_dir or None)
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        if os.path.isdir(name):
+            builder = tfds.builder_from_directory(name)
+        else:
+            builder = tfds.builder(name, data_dir=source.data_dir or None)
+    except (tfds.core.DatasetNotFoundError, ValueError, OSError) as error:
         raise _problem(source, "a dataset of TensorFlow Datasets", f"{name!r}, not found",
                        "correct the name, or data_dir") from error
     if split not in builder.info.splits:
         raise _problem(source, f"a prepared split {split!r} in {builder.data_dir}",
                        f"{sorted(builder.info.splits)}", "prepare it with `tfds build`, or set data_dir")
+    return builder, split
+
+
+def _tfds_files(rest: str, source: SourceConfig) -> list[tuple[str, str]]:
+    builder, _ = _tfds_builder(rest, source)
+    return [(rest, str(builder.data_dir))]
+
+
+def _tfds(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, str | bytes | Broken]]:
+    import tensorflow_datasets as tfds
+
+    builder, split = _tfds_builder(name, source)
     one_by_one = tfds.ReadConfig(interleave_cycle_length=1, shuffle_seed=None)  # the same order every time
     records = builder.as_dataset(split=split, shuffle_files=False, read_config=one_by_one)
     for i, record in enumerate(tfds.as_numpy(records)):
-        yield f"{split}:{i}", _field(record, f"{split}:{i}", source)
+        yield f"{split}:{i}", _field(record, source)
 
 
 class Scheme(NamedTuple):
-    """How to read a kind of source, and how to list its files where it has some."""
+    """How to list the files of a kind of source, (id, path) each, and how to read one of them."""
 
-    read: Callable[[str, SourceConfig], Iterator[tuple[str, str | bytes]]]
-    files: Callable[[str, SourceConfig], list[tuple[str, str]]] | None = None
+    files: Callable[[str, SourceConfig], list[tuple[str, str]]]
+    read: Callable[[str, str, SourceConfig], Iterator[tuple[str, str | bytes | Broken]]]
 
 
 SCHEMES: dict[str, Scheme] = {
-    "builtin": Scheme(_whole_files(_stdlib), _stdlib),
-    "text": Scheme(_whole_files(_glob), _glob),
-    "jsonl": Scheme(_jsonl, _glob),
-    "parquet": Scheme(_parquet, _glob),
-    "tfds": Scheme(_tfds),
+    "builtin": Scheme(_stdlib, _whole),
+    "text": Scheme(_glob, _whole),
+    "jsonl": Scheme(_glob, _jsonl),
+    "parquet": Scheme(_glob, _parquet),
+    "tfds": Scheme(_tfds_files, _tfds),
 }

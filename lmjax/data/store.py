@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,18 +51,38 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def write_array(path: str, values: np.ndarray) -> None:
-    """Writes a 1-D integer array: sharded, zstd-compressed, a CRC32C on every chunk."""
+def write_array(path: str, pieces: Iterable[np.ndarray], *, size: int, dtype: np.dtype) -> str:
+    """Writes a 1-D integer array from pieces: sharded, zstd-compressed, a CRC32C on every chunk; returns its digest.
+
+    No more than a shard of it is in memory at once.
+    """
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}},
               {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]
-    shard = min(SHARD, -(-max(len(values), 1) // CHUNK) * CHUNK)
+    shard = min(SHARD, -(-max(size, 1) // CHUNK) * CHUNK)
     metadata = {
-        "shape": [len(values)], "data_type": values.dtype.name, "fill_value": 0,
+        "shape": [size], "data_type": dtype.name, "fill_value": 0,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
         "codecs": [{"name": "sharding_indexed", "configuration": {"chunk_shape": [CHUNK], "codecs": codecs}}],
     }
     spec = {"driver": "zarr3", "kvstore": kvstore(path), "metadata": metadata}
-    ts.open(spec, create=True, delete_existing=True).result().write(values).result()
+    array = ts.open(spec, create=True, delete_existing=True).result()
+    buffer, held, done = np.empty(shard, dtype), 0, 0
+    sha256 = hashlib.sha256()
+
+    def flush() -> None:
+        array[done : done + held].write(buffer[:held]).result()
+        sha256.update(np.ascontiguousarray(buffer[:held], dtype.newbyteorder("<")))
+
+    for piece in pieces:
+        while len(piece):
+            part = piece[: shard - held]
+            buffer[held : held + len(part)] = part
+            held, piece = held + len(part), piece[len(part) :]
+            if held == shard:
+                flush()
+                done, held = done + held, 0
+    flush()
+    return sha256.hexdigest()
 
 
 def open_array(path: str) -> ts.TensorStore:
@@ -71,29 +91,36 @@ def open_array(path: str) -> ts.TensorStore:
     return ts.open(spec, open=True, read=True, context=context).result()
 
 
-def write_split(directory: str, source: str, split: str, documents: Sequence[np.ndarray],
-                ids: Sequence[str], *, vocab_size: int, text_bytes: int) -> dict[str, Any]:
+def write_split(directory: str, source: str, split: str, documents: Iterable[np.ndarray], ids: Iterable[str], *,
+                vocab_size: int, text_bytes: int, lengths: Sequence[int] | None = None) -> dict[str, Any]:
     """Writes one split of one source; returns its entry for the manifest.
 
     documents: integer token ids of each document, with BOS and EOS. ids: one a document, no newlines.
     text_bytes: UTF-8 bytes of the text that the tokens stand for.
+    lengths: how many tokens each document has, where `documents` can be gone through only once.
     """
-    lengths = np.array([len(d) for d in documents], np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    tokens = np.concatenate([np.zeros(0, dtype), *(np.asarray(d, dtype) for d in documents)])
+    lengths = [len(document) for document in documents] if lengths is None else lengths
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    dtype, total = token_dtype(vocab_size), int(offsets[-1])
     path = epath.Path(directory) / source / split
     path.mkdir(parents=True, exist_ok=True)
-    write_array(str(path / "tokens"), tokens)
-    write_array(str(path / "offsets"), offsets)
-    text = "".join(f"{name}\n" for name in ids)
-    (path / "ids.txt").write_bytes(text.encode())
+    tokens = write_array(str(path / "tokens"), documents, size=total, dtype=dtype)
+    write_array(str(path / "offsets"), [offsets], size=len(offsets), dtype=offsets.dtype)
+    sha256 = hashlib.sha256()
+    with (path / "ids.txt").open("wb") as out:
+        for name in ids:
+            line = f"{name}\n".encode()
+            out.write(line)
+            sha256.update(line)
     return {
-        "documents": len(documents), "tokens": len(tokens), "predictions": len(tokens) - len(documents),
-        "bytes": text_bytes, "dtype": tokens.dtype.name,
-        "sha256": {"tokens": digest(tokens), "offsets": digest(offsets),
-                   "ids": hashlib.sha256(text.encode()).hexdigest()},
+        "documents": len(lengths), "tokens": total, "predictions": total - len(lengths),
+        "bytes": text_bytes, "dtype": dtype.name,
+        "sha256": {"tokens": tokens, "offsets": digest(offsets), "ids": sha256.hexdigest()},
     }
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def write_manifest(directory: str, manifest: dict[str, Any]) -> None:

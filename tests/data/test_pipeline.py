@@ -244,7 +244,7 @@ def test_leaving_early_ends_the_thread():
 
 @pytest.mark.parametrize("fields, message", [
     ({"packing": "worst"}, "packing: expected one of"), ({"seq_len": 1}, "seq_len: expected at least 2"),
-    ({"heldout_fraction": 0.0}, "heldout_fraction"), ({"invalid_utf8_budget": 2.0}, "invalid_utf8_budget"),
+    ({"heldout_fraction": 0.0}, "heldout_fraction"), ({"broken_budget": 2.0}, "broken_budget"),
     ({"clean": ("soap",)}, "clean: expected one of"), ({"sources": ()}, "sources: expected one or more"),
     ({"sources": (TWO[0], TWO[0])}, "different names"),
     ({"sources": (TWO[0], SourceConfig("s", "synthetic"))}, "all or none"),

@@ -11,15 +11,21 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from lmjax.data.clean import Cleaner
-from lmjax.data.sources import Document, Reader, SourceConfig, identity
+from lmjax.data.sources import Broken, Document, SourceConfig, check_budget, identity, units
+from lmjax.data.sources import read as read_files
 
 TEXTS = ["plain text", "zwölf Boxkämpfer\n jagen", "日本語のテキスト 😀", "tab\tand  spaces\r\n"]
 
 
-def read(uri, budget=0.0, **kwargs):
-    reader = Reader(SourceConfig(name="s", uri=str(uri), **kwargs), invalid_utf8_budget=budget)
-    return list(reader), reader
+def read(uri, budget=0.0, size=1 << 20, **kwargs):
+    """(documents, broken records), after the check of the budget."""
+    source = SourceConfig(name="s", uri=str(uri), **kwargs)
+    found = [item for files in units(source, size) for item in read_files(source, files)]
+    broken = [item for item in found if isinstance(item, Broken)]
+    documents = [item for item in found if isinstance(item, Document)]
+    check_budget(source, documents=len(documents), broken=len(broken), budget=budget,
+                 first=(broken[0].id, broken[0].reason) if broken else ())
+    return documents, broken
 
 
 def jsonl(texts, key="text"):
@@ -31,9 +37,9 @@ def test_text_files_in_sorted_order_with_relative_ids(tmp_path):
     for i, text in enumerate(TEXTS):
         (tmp_path / f"d{i % 2}").mkdir(exist_ok=True)
         (tmp_path / f"d{i % 2}" / f"{i}.txt").write_bytes(text.encode())
-    documents, reader = read(f"text:{tmp_path}/**/*.txt")
-    assert documents == [Document(f"d{i % 2}/{i}.txt", TEXTS[i]) for i in (0, 2, 1, 3)]
-    assert reader.bytes == sum(len(t.encode()) for t in TEXTS)
+    for size in (1, 40, 1 << 20):  # of a unit of work: any cut gives the same documents
+        documents, _ = read(f"text:{tmp_path}/**/*.txt", size=size)
+        assert documents == [Document(f"d{i % 2}/{i}.txt", TEXTS[i]) for i in (0, 2, 1, 3)]
     assert read(f"text:{tmp_path}/d0/0.txt")[0] == [Document("0.txt", TEXTS[0])]
 
 
@@ -73,22 +79,25 @@ def test_parquet(tmp_path):
 
 
 def test_the_standard_library_is_there_without_what_is_installed():
-    documents, reader = read("builtin:python-stdlib", budget=0.05)
+    documents, _ = read("builtin:python-stdlib", budget=0.05)
     ids = [d.id for d in documents]
-    assert "argparse.py" in ids and ids == sorted(ids) and reader.bytes > 5e6
+    assert "argparse.py" in ids and ids == sorted(ids) and sum(len(d.data) for d in documents) > 5e6
     assert not any("site-packages" in i or "__pycache__" in i for i in ids)
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"text": "a"', "one JSON object a line, got .* at a.jsonl:2"),
-    ('{"other": "a"}', "text under 'text', got nothing there at a.jsonl:2"),
-    ('{"text": 3}', "text under 'text', got int at a.jsonl:2"),
-    ("[1]", "text under 'text', got nothing there at a.jsonl:2"),
+    ('{"text": "a"', "no JSON: "),
+    ('{"other": "a"}', r"nothing under 'text' \(it has \['other'\]\)"),
+    ('{"text": 3}', "int under 'text'"),
+    ("[1]", r"nothing under 'text' \(it has list\)"),
+    ("[" * 100_000, "no JSON: "),
 ])
-def test_a_broken_record_is_named(tmp_path, line, message):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=message) as error:
-        read(f"jsonl:{tmp_path}/a.jsonl")
+def test_a_broken_record_is_set_aside_and_over_the_budget_an_error(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n" + '{"text": "too"}\n')
+    documents, broken = read(f"jsonl:{tmp_path}/a.jsonl", budget=0.5)
+    assert [d.data for d in documents] == ["fine", "too"] and [b.id for b in broken] == ["a.jsonl:2"]
+    with pytest.raises(ValueError, match=f"at most 20.0% of broken .*got 1 of 3 .first: a.jsonl:2: {message}") as error:
+        read(f"jsonl:{tmp_path}/a.jsonl", budget=0.2)
     assert "\n" not in str(error.value)
 
 
@@ -96,13 +105,13 @@ def test_invalid_utf8_is_counted_and_over_the_budget_an_error(tmp_path):
     for i in range(9):
         (tmp_path / f"{i}.txt").write_bytes(b"fine")
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
-    documents, reader = read(f"text:{tmp_path}/*", budget=0.1)
-    assert len(documents) == 9 and reader.skipped == ["bad.txt"]
-    with pytest.raises(ValueError, match=r"at most 5.0% .*got 1 of 10 \(first: bad.txt\)"):
+    documents, broken = read(f"text:{tmp_path}/*", budget=0.1)
+    assert len(documents) == 9 and [b.id for b in broken] == ["bad.txt"] and "\\xe9" in broken[0].raw
+    with pytest.raises(ValueError, match=r"at most 5.0% .*got 1 of 10 \(first: bad.txt: no UTF-8"):
         read(f"text:{tmp_path}/*", budget=0.05)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "half \\ud800"}\n{"text": "fine"}\n')
-    documents, reader = read(f"jsonl:{tmp_path}/a.jsonl", budget=1.0)
-    assert [d.data for d in documents] == ["fine"] and reader.skipped == ["a.jsonl:1", "a.jsonl:2"]
+    documents, broken = read(f"jsonl:{tmp_path}/a.jsonl", budget=1.0)
+    assert [d.data for d in documents] == ["fine"] and [b.id for b in broken] == ["a.jsonl:1", "a.jsonl:2"]
 
 
 @pytest.mark.parametrize("uri", ["text:{}/none*", "text:{}/missing/*", "text:{}", "jsonl:{}/empty.jsonl",
@@ -133,6 +142,7 @@ def test_tfds(tmp_path):
     documents, _ = read("tfds:little", data_dir=str(tmp_path))
     assert [d.data for d in documents] == TEXTS
     assert [d.data for d in read("tfds:little#test", data_dir=str(tmp_path))[0]] == ["other"]
+    assert [d.data for d in read(f"tfds:{tmp_path}/little/1.0.0#test")[0]] == ["other"]
     with pytest.raises(ValueError, match="expected a prepared split 'dev'"):
         read("tfds:little#dev", data_dir=str(tmp_path))
 
@@ -145,15 +155,6 @@ def test_identity_follows_the_files(tmp_path):
     assert first and identity(source) == first
     (tmp_path / "b").write_text("two")
     assert identity(source) != first
-
-
-def test_cleaning_counts_what_it_does():
-    cleaner = Cleaner(rules=("newlines", "control", "nfc"), min_chars=4)
-    texts = ["a\r\nb\rc", "null\0 bell\x07 tab\t \ufeff", "cafe\u0301", "caf\u00e9", "ab", "kept  \n", ""]
-    got = [d.data for d in cleaner(Document(str(i), t) for i, t in enumerate(texts))]
-    assert got == ["a\nb\nc", "null bell tab\t ", "caf\u00e9", "kept  \n"]
-    assert cleaner.changed == {"newlines": 1, "control": 1, "nfc": 1}
-    assert cleaner.removed == {"too_short": 2, "duplicate": 1}
 
 
 def test_importing_the_data_layer_does_not_import_tensorflow():

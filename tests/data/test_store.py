@@ -21,6 +21,15 @@ def open_split(written, **kwargs):
     return store.SplitStore(str(written[0]), "s", "train", written[2], **kwargs)
 
 
+def test_an_array_is_the_same_whatever_the_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SHARD", 1 << 14)
+    values = np.random.default_rng(0).integers(0, 1000, 100_000).astype(np.uint16)
+    for cuts in ([], [1, 5, 16384, 16385, 90_000], range(0, 100_000, 777)):
+        got = store.write_array(str(tmp_path / "a"), np.split(values, cuts), size=len(values), dtype=values.dtype)
+        assert got == store.digest(values)
+        np.testing.assert_array_equal(store.open_array(str(tmp_path / "a")).read().result(), values)
+
+
 @pytest.mark.parametrize("memory_limit", [0, 1 << 30])
 def test_what_was_written_comes_back(written, memory_limit):
     _, documents, facts = written
@@ -76,10 +85,15 @@ def test_damage_is_noticed(written, damage, memory_limit):
 
 def test_another_array_in_the_place_of_one_is_noticed(written):
     tmp_path, documents, _ = written
-    store.write_array(str(tmp_path / "s/train/tokens"), np.concatenate(documents)[:-1])
+    tokens = np.concatenate(documents)
+
+    def replace(values):
+        store.write_array(str(tmp_path / "s/train/tokens"), [values], size=len(values), dtype=values.dtype)
+
+    replace(tokens[:-1])
     with pytest.raises(ValueError, match=r"got \d+ values where the manifest says"):
         open_split(written)
-    store.write_array(str(tmp_path / "s/train/tokens"), np.concatenate(documents)[::-1].copy())
+    replace(tokens[::-1])
     with pytest.raises(ValueError, match="got sha256"):
         open_split(written, verify=True)
 

@@ -89,8 +89,8 @@ def call(*, positions=None, segments=(ONE, ONE), causal=True, window=0, in_order
     shapes = ((B, rows, 4, HEAD), (B, keys, kv_heads, HEAD), (B, keys, kv_heads, HEAD))
     arrays = [(size * rng.normal(size=s)).astype(np.float32) for s in shapes]
     arrays.append(rng.normal(size=(bias, 4, rows, keys)).astype(np.float32) if bias else None)
-    see = Visibility(*(np.asarray(x, np.int32) for x in (*positions, *segments)), causal, window, in_order,
-                     kv_prefix=prefix)
+    see = Visibility(*(np.asarray(x, np.int32) for x in (*positions, *segments)), causal, window,
+                     prefix, in_order)
     return arrays, see, softcap, mesh
 
 
