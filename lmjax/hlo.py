@@ -25,6 +25,7 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]"
                           r"(?:, device_ids=\(([^)]*(?:\([^)]*\))?[^)]*)\))? \{([^}]*)\}")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
+CONTINUED = re.compile(r'\n(?="|\}\})')  # Pallas calls carry metadata of several lines
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 REMAT = "rematted_computation"  # what jax.checkpoint puts into the names of what it computes again
 
@@ -125,7 +126,7 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in CONTINUED.sub(" ", text).splitlines():
         if line.startswith((" ", "\t")):
             if current is not None and (instruction := _instruction(line.strip())):
                 current[instruction.name] = instruction

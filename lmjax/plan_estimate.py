@@ -145,7 +145,8 @@ def attention_flops(call: hlo.Call, window: int) -> float:
         return 0.0
     q, k = floats[:2]
     T, K, S = q[-2], q[-1], k[-2]
-    tables = [dims for dtype, dims in call.operands if dtype in ("s8", "s16", "s32") and len(dims) == 3]
+    tables = [dims for dtype, dims in call.operands if dtype in ("s8", "s16", "s32") and len(dims) == 3
+              and dims[1] != T and dims[2] != S]  # those are segment ids
     tiles_T, tiles_S = (max(t[i] for t in tables) for i in (1, 2)) if tables else (-(-T // 512), -(-S // 512))
     bq, bk = -(-T // tiles_T), -(-S // tiles_S)
     visited = visited_tiles(T, S, bq, bk, window)

@@ -93,7 +93,7 @@ def test_invalid_utf8_is_counted_and_skipped_within_the_budget(tmp_path, capsys)
     config = "configs/quickstart.py:tiny"
     short = ["train.steps=2", "optimizer.warmup_steps=1", "eval.batches=1", "sample.every=0"]
     assert run(tmp_path / "few", *corpus(tmp_path, broken=1), *short, config=config) == 0
-    assert any("1 invalid_utf8" in line for line in capsys.readouterr().err.splitlines())
+    assert any("99 documents" in line and "1 broken" in line for line in capsys.readouterr().err.splitlines())
     shutil.rmtree(tmp_path / "text")
     assert run(tmp_path / "many", *corpus(tmp_path, broken=9), *short, config=config) == 2
     assert "UTF-8" in one_line(capsys)

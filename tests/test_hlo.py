@@ -64,7 +64,9 @@ ENTRY %main (x: f32[16], y: f32[3]) -> f32[16] {
   %all-reduce.5 = f32[3]{0} all-reduce(%y), replica_groups=mesh['data'=2,'fsdp'=2] {'data'}, to_apply=%add
   %collective-permute-start.1 = (f32[16]{0}, f32[16]{0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
   %kernel = bf16[4,64,32]{2,1,0} custom-call(%x), custom_call_target="tpu_custom_call", \
-metadata={op_name="jit(step)/splash_mha_fwd"}
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/splash_mha_fwd"}
   ROOT %copy.1 = f32[16]{0} copy(%x), backend_config={"window_config":{"estimated_cycles":"7"}}
 }
 """

@@ -140,7 +140,8 @@ def _check_tied(found: Found, head: str, embedding: str) -> None:
 
 
 def _check_written(path: Path, model: Model, params: Params, dtype: str) -> None:
-    """Compares logits of what `path` reads as with those of `params` rounded to the file's dtype: they are equal."""
+    """Compares logits of what `path` reads as with those of `params` rounded to the file's dtype: they are equal, but
+    for what two compilations may make of one sum."""
     found = read_directory(path)
     device = next(iter(jax.tree.leaves(params)[0].devices()))
     again = build_model(found.config, vocab_size=0, platform=device.platform, dtype=jnp.float32)
@@ -153,9 +154,10 @@ def _check_written(path: Path, model: Model, params: Params, dtype: str) -> None
     expected = np.asarray(jax.jit(same.logits)(_rounded(params, dtype), batch))
     read = read_params(found, again, jax.tree.map(lambda x: x.sharding, params))
     got = np.asarray(jax.jit(again.logits)(read, batch))
-    if not np.array_equal(expected, got):
-        raise ValueError(f"{path}: expected the logits of the checkpoint, got others by up to "
-                         f"{np.abs(expected - got).max():.2g}; nothing was exported, report this")
+    off = np.abs(expected - got).max()
+    if not off <= 1e-5 * np.abs(expected).max():  # or NaN
+        raise ValueError(f"{path}: expected the logits of the checkpoint, got others by up to {off:.2g}; nothing was "
+                         "exported, report this")
 
 
 def _rounded(params: Params, dtype: str) -> Params:
