@@ -59,7 +59,8 @@ def test_visited_tiles_are_those_with_a_visible_pair(T, S, bq, bk, window):
 
 
 def test_flops_of_kernels():
-    operands = (("s8", (1, 4, 2)), ("s32", (3, 64, 128)), ("s32", (3, 8, 64)), ("bf16", (3, 8, 64, 16)), ("bf16", (3, 8, 64, 16)))
+    arrays = ("bf16", (3, 8, 64, 16))
+    operands = (("s8", (1, 4, 2)), ("s32", (3, 64, 128)), ("s32", (3, 8, 64)), arrays, arrays)
     tile = 2 * 3 * 8 * 16 * 32 * 16  # heads, a tile of 16 by 32, head_dim
     for name, matmuls in (("splash_mha_fwd", 2), ("splash_mha_dq", 3), ("splash_mha_dkv", 4)):
         assert attention_flops(Call("tpu_custom_call", name, operands, 1), 0) == matmuls * tile * 6
