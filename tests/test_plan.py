@@ -133,8 +133,9 @@ def test_the_report_holds_together(here, tmp_path):
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("LMJAX_PLAN_CACHE", str(tmp_path))
     assert main(["plan", "--config", "configs/llama2_7b.py:tiny", *arguments]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("lmjax: error: ") and message in error and "\n" not in error
+    *progress, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("lmjax: error: ") and message in error
+    assert all(line.startswith("compiling for") for line in progress)  # on a slow machine
 
 
 # --- search
