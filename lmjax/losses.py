@@ -53,7 +53,7 @@ def cross_entropy(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Ar
 def log_likelihoods(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *,
                     bias_V: jax.Array | None = None, softcap: float = 0.0,
                     chunk: int = 0) -> tuple[jax.Array, jax.Array]:
-    """log softmax(hidden @ table.T + bias)[target], float32 [B, T], and whether no other token is likelier, bool
+    """log softmax(hidden @ table.T + bias)[target], float32 [B, T], and whether the target is the likeliest, bool
     [B, T]; at most `chunk` positions' logits exist at a time.
 
     Raises:

@@ -159,7 +159,10 @@ def test_log_likelihoods_against_float64(chunk, softcap):
     logits = softcap * np.tanh(raw / softcap) if softcap else raw
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert got.dtype == jnp.float32
-    np.testing.assert_array_equal(likeliest, logits.argmax(-1) == targets)
+    first, second = np.sort(logits, axis=-1)[..., :-3:-1].transpose(2, 0, 1)
+    apart = first - second > 1e-4  # under the cap float32 has ties
+    assert apart.mean() > 0.3
+    np.testing.assert_array_equal(np.asarray(likeliest)[apart], (logits.argmax(-1) == targets)[apart])
     np.testing.assert_allclose(got, np.take_along_axis(log_p, targets[..., None], -1)[..., 0], rtol=1e-5, atol=1e-5)
 
 
