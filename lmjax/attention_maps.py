@@ -35,23 +35,23 @@ def _record(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility:
     return xla_attention(q_BTHK, k_BSGK, v_BSGK, visibility, **options)
 
 
-KERNELS[RECORDED] = dataclasses.replace(KERNELS["xla"], run=_record, note="keeps the weights; outside of jit only")
-
-
 def attention_maps(model: Model, params: Params, batch: Batch) -> np.ndarray:
     """float32 [layers, B, H, T, S]: how much each token looks at each, in every head; rows of tokens sum to 1.
 
     batch: of a decoder or an encoder, as `Model.hidden` takes it. Runs operation by operation, for a few texts.
     """
     config = dataclasses.replace(model.config, attention=RECORDED)
-    watched = build_model(config, vocab_size=0, platform="cpu", dtype=jnp.float32)
     maps: list[np.ndarray] = []
     token = _MAPS.set(maps)
+    # Only while it can work: no config may ask for it.
+    KERNELS[RECORDED] = dataclasses.replace(KERNELS["xla"], run=_record, note="keeps the weights; outside of jit only")
     try:
+        watched = build_model(config, vocab_size=0, platform="cpu", dtype=jnp.float32)
         with jax.disable_jit():  # a scan over layers becomes a loop, whose attention weights are plain arrays
             watched.hidden(params, batch)
     finally:
         _MAPS.reset(token)
+        del KERNELS[RECORDED]
     return np.stack(maps)
 
 

@@ -79,4 +79,4 @@ def test_a_run_of_the_command(tmp_path):
     losses = [r["loss"] for r in lines(tmp_path / "run") if "loss" in r]
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
     wrong = finish(tmp_path / "other", "data.objective.name=masked_lm", expect=2)
-    assert "expected causal_lm or prefix_lm for a decoder, got masked_lm, which needs an encoder; change it" in wrong
+    assert "got masked_lm, which needs the family encoder; change one of them" in wrong
