@@ -122,8 +122,9 @@ def _in_turn(contestants: dict[str, Callable[[int], None]], seconds: float,
     return times
 
 
-def matmul_rate(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of a square matmul, the best of `repeats`: what the machine can do at most."""
+def matmul_rate(dtype: str = "float32", repeats: int = 5) -> float:
+    """FLOP/s of a square matmul on one device, the best of `repeats`: what it can do at most."""
+    size = 2048 if jax.devices()[0].platform == "cpu" else 8192  # enough to fill the device
     a = jnp.ones((size, size), dtype)
     multiply = jax.jit(lambda a, b: a @ b)
     multiply(a, a).block_until_ready()
@@ -138,7 +139,8 @@ def matmul_rate(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> f
 def _figures(run: Run, times: dict[str, list[float]]) -> Report:
     tokens = run.recipe.train.batch_size * run.recipe.data.seq_len
     flops = run.model.flops_per_token(run.recipe.data.seq_len)
-    peak = matmul_rate(str(run.model.dtype))
+    devices = jax.device_count() if jax.devices()[0].platform != "cpu" else 1  # forced CPU devices share the cores
+    peak = matmul_rate(str(run.model.dtype)) * devices
     bare = times["bare step"]
     rows = {}
     for name, values in times.items():

@@ -44,6 +44,8 @@ class Checkpointer:
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 2, keep_every: int = 0,
                  log: Callable[[str], None] = print):
         self.directory, self.log = epath.Path(directory), log
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"{directory}: expected a directory of checkpoints, got a file; move it away")
         keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         atomicity = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
         self.manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(

@@ -11,12 +11,14 @@ import json
 import math
 import os
 import runpy
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+MAX_FLOAT32 = 3.4028234663852886e38  # what is computed with is float32
 
 
 class ConfigError(ValueError):
@@ -43,12 +45,15 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
                           "pass a path such as configs/quickstart.py")
     try:
         get_config = runpy.run_path(path).get("get_config")
-    except (SyntaxError, ImportError, NameError) as error:
-        raise ConfigError(f"--config: expected {path} to be a Python file that runs, got {error}; correct it") from None
-    if get_config is None:
-        raise ConfigError(f"--config: expected {path} to define get_config(), got none; add one that "
-                          "returns a ConfigDict")
-    config = plain(get_config(variant) if variant else get_config())
+        config = plain(get_config(variant) if variant else get_config()) if callable(get_config) else get_config
+    except Exception as error:  # whatever the user's code raises
+        lines = [str(f.lineno) for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        at = f"line {lines[-1]}: " if lines else ""
+        raise ConfigError(f"--config: expected {path} to be a Python file that runs, got {at}{type(error).__name__}: "
+                          f"{error}; correct it") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"--config: expected {path} to define get_config(), which returns a ConfigDict, got "
+                          f"{config!r}; add one")
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals:
@@ -183,11 +188,13 @@ def _parse_json(text: str, path: str, expected: str) -> Any:
 def _integer(value: Any, path: str) -> int:
     if isinstance(value, Text):
         try:
-            return int(value.replace("_", ""))
+            value = int(value.replace("_", ""))
         except ValueError:
             raise _wrong(path, "an integer", str(value), _integer_fix(value)) from None
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise _wrong(path, "an integer", value, _integer_fix(value))
+    if abs(int(value)) >= 1 << 63:
+        raise _wrong(path, "an integer of 64 bits", value, "write a smaller one")
     return int(value)
 
 
@@ -211,7 +218,7 @@ def _real(value: Any, path: str) -> float:
         value = float(value)
     except OverflowError:  # an integer beyond the greatest float
         value = math.inf
-    if not math.isfinite(value):
+    if not abs(value) <= MAX_FLOAT32:
         raise _wrong(path, "a finite number", value, "write a number; 0 switches most options off")
     return value
 

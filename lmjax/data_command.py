@@ -40,9 +40,9 @@ def open_run(workdir: str | Path) -> Trained:
     recipe = build_recipe(json.loads((workdir / "config.json").read_text()))
     directory = recipe.data.directory or str(workdir.absolute() / "data")
     split, _ = open_splits(recipe.data, directory)
-    steps, saved = Steps([(0, 0, recipe.train.batch_size)]), checkpoint_steps(workdir / "checkpoints")
+    steps, saved = Steps([(0, 0, recipe.train.batch_size)]), checkpoint_steps(recipe.checkpoint.path(workdir))
     if saved:
-        data = read_about(workdir / "checkpoints" / str(saved[-1]))["data"]
+        data = read_about(f"{recipe.checkpoint.path(workdir)}/{saved[-1]}")["data"]
         if split.fingerprint_of(data["next_row"]) != data["fingerprint"]:
             raise ValueError(f"{directory}: expected the data that {workdir} was trained on "
                              f"({data['fingerprint'][:12]}), got other data; restore it")

@@ -22,7 +22,7 @@ from lmjax.checkpoint import About, Checkpointer, checkpoint_steps, read_about, 
 from lmjax.config import choice, plain
 from lmjax.data.packing import Rows, fill_rows
 from lmjax.data.tokenizer import Tokenizer
-from lmjax.generate import Generator, bucket
+from lmjax.generate import Generator, bucket, jit_on
 from lmjax.losses import log_likelihoods
 from lmjax.models import Batch, Model, build_model
 from lmjax.nn.module import Params
@@ -73,6 +73,7 @@ class LM:
                            Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size,
                                      start_id=tokenizer.pad_id))
         self._score = jax.jit(self._token_log_likelihoods, out_shardings=layout.replicated)
+        self._logits = jit_on(layout, model.logits)
         self._encode = jax.jit(lambda params, batch: model.encode(params, batch)[0][0],
                                out_shardings=layout.replicated)
 
@@ -193,7 +194,7 @@ class LM:
         tokens = jnp.asarray(tokens_BT, jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
         batch = {"tokens": tokens, "positions": positions, "segment_ids": jnp.ones_like(tokens)}
-        return self.model.logits(self.params, batch)
+        return self._logits(self.params, batch)
 
     def save(self, out: str | os.PathLike) -> None:
         """Writes a checkpoint like those of a run, which `load` reads: out/checkpoints/<step>/.

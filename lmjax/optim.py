@@ -44,7 +44,7 @@ class OptimizerConfig:
     eps: added to the root of the second moment (AdamW).
     momentum: of sgd. muon_momentum, muon_iterations: Muon's Nesterov momentum and Newton-Schulz iterations.
     weight_decay: times the learning rate, decoupled from the gradient; matrices only.
-    decay_embeddings: whether embedding tables decay too.
+    decay_embeddings: whether embedding tables decay too, and with them the output's, tied to them or not.
     clip_norm: largest global norm of a gradient; 0: no clipping.
     ema_decay: of an average of the weights that is kept beside them; 0: none.
     """

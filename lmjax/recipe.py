@@ -2,17 +2,19 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from lmjax.config import at_least, build, choice, differences
+from lmjax.config import at_least, build, choice, differences, plain
 from lmjax.data import DataConfig
 from lmjax.data.objectives import KINDS
 from lmjax.models import ModelConfig
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.presets import with_preset
-from lmjax.optim import OptimizerConfig
+from lmjax.optim import OptimizerConfig, make_schedule
 from lmjax.sampling import Sampling
 from lmjax.sharding import MeshConfig
 
@@ -40,6 +42,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps, batch_size=self.batch_size, microbatches=self.microbatches,
                  log_every=self.log_every)
+        if self.seed >= 1 << 32:
+            raise ValueError(f"seed: expected less than 2^32, got {self.seed}; lower it")
         at_least(0, seed=self.seed, z_loss=self.z_loss, loss_chunk=self.loss_chunk)
         choice("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         if self.batch_size % self.microbatches:
@@ -68,8 +72,10 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """A checkpoint every `every` steps and after the last; the newest `keep_last` stay, and each whose step
-    is a multiple of `keep_every` (0: none)."""
+    is a multiple of `keep_every` (0: none). directory: where they go, a bucket (gs://, s3://) perhaps; empty: into the
+    working directory."""
 
+    directory: str = ""
     every: int = 100
     keep_last: int = 2
     keep_every: int = 0
@@ -77,6 +83,12 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         at_least(1, every=self.every, keep_last=self.keep_last)
         at_least(0, keep_every=self.keep_every)
+
+    def path(self, workdir: Path) -> str:
+        """Where the checkpoints of a run in `workdir` are, as Orbax wants it."""
+        if "://" in self.directory:
+            return self.directory
+        return str(Path(self.directory or workdir / "checkpoints").absolute())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +150,8 @@ MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "data.directory", "dat
               "train.compute_dtype")  # of which a checkpoint records what became: "auto" may be spelt out, not changed
 
 
+# May differ where every learning rate so far is what it was: a run trained on for longer, or decayed from where it is.
+SCHEDULE = ("train.steps", "optimizer.schedule", "optimizer.final_lr_fraction", "optimizer.decay_fraction")
 OBJECTIVE = {"encoder": "masked_lm", "encdec": "span_corruption"}  # of families, where the config does not say
 
 
@@ -156,7 +170,22 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
 
 
 def blocking_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(changes that would make a resumed run another run, changes that are fine), as `key: old -> new`."""
+    """(changes that would make a resumed run another run, changes that are fine), as `key: old -> new`. Of SCHEDULE the
+    learning rates decide: `check_schedule`."""
     changes = differences(old, new)
-    fine = [c for c in changes if any(c.startswith(m if m.endswith(".") else f"{m}:") for m in MAY_CHANGE)]
+    may = (*MAY_CHANGE, *SCHEDULE)
+    fine = [c for c in changes if any(c.startswith(m if m.endswith(".") else f"{m}:") for m in may)]
     return [c for c in changes if c not in fine], fine
+
+
+def check_schedule(old: Recipe, new: Recipe, step: int) -> None:
+    """Refuses a `new` recipe under which the first `step` steps would have had other learning rates.
+
+    Raises:
+      ValueError: they would; it names what changed.
+    """
+    before, now = (make_schedule(r.optimizer, r.train.steps)(np.arange(step)) for r in (old, new))
+    if not np.array_equal(before, now):
+        changed = [c for c in differences(plain(old), plain(new)) if c.split(":")[0] in SCHEDULE]
+        raise ValueError(f"expected the learning rates that the first {step} steps had, got {'; '.join(changed)}, "
+                         "which changes them; undo that or use another --workdir")

@@ -22,7 +22,7 @@ from lmjax.metrics import human_count
 from lmjax.models import Model
 from lmjax.prepare import prepare
 from lmjax.program import Program, make_program
-from lmjax.recipe import Recipe, blocking_changes
+from lmjax.recipe import Recipe, blocking_changes, build_recipe, check_schedule
 from lmjax.runtime import agreed
 from lmjax.sharding import Layout, make_layout
 from lmjax.train_state import StateSpec, TrainState
@@ -85,7 +85,9 @@ def claimed(workdir: Path) -> Iterator[None]:
     """
     if ":/" in str(workdir):
         raise ValueError(f"--workdir: expected a local directory, got {workdir}; keep the run local or on a mounted "
-                         "file system (data.directory may be in a bucket)")
+                         "file system (data.directory and checkpoint.directory may be in a bucket)")
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir: expected a directory, got the file {workdir}; choose another")
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         agreed(lambda: _lock(workdir, held))
@@ -116,7 +118,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
     run = Run(recipe, workdir, program, train_split, heldout, tokenizer,
               None if tokenizer is None else
               Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size),
-              Checkpointer(workdir.absolute() / "checkpoints", keep_last=recipe.checkpoint.keep_last,
+              Checkpointer(recipe.checkpoint.path(workdir), keep_last=recipe.checkpoint.keep_last,
                            keep_every=recipe.checkpoint.keep_every, log=log), about,
               Steps([(0, 0, recipe.train.batch_size)]))
     if recipe.sample.every and run.generator:
@@ -133,6 +135,7 @@ def _restore(run: Run, log: Log) -> dict[str, Any]:
 
     def check(about: About) -> None:
         _same_run(run.workdir, about["recipe"], run.about["recipe"])
+        check_schedule(build_recipe(about["recipe"]), run.recipe, about["step"])
         data = about["data"]
         saved, now = data["fingerprint"], run.train_split.fingerprint_of(data["next_row"])
         if saved != now:
@@ -180,15 +183,19 @@ def _check_workdir(recipe: Recipe, workdir: Path, log: Log) -> None:
         return
     try:
         before = json.loads(file.read_text())
+        if not isinstance(before, dict):
+            raise ValueError(f"{before!r:.40}")
     except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, got {error}; the file is damaged, move it away to go by the "
-                         "checkpoints alone") from None
+        raise ValueError(f"{file}: expected a config as JSON, got {error}; the file is damaged, move it away to go by "
+                         "the checkpoints alone") from None
     for change in _same_run(workdir, before, plain(recipe)):
         log(f"changed since the last start: {change}")
 
 
 def _same_run(where: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The harmless changes between two configs; a ValueError that names the others."""
+    with contextlib.suppress(ValueError):  # a key that has gone since is told as a change
+        before = plain(build_recipe(before))  # keys that came since have their defaults
     bad, fine = blocking_changes(before, now)
     if bad:
         raise ValueError(f"{where}: expected the config that this run was started with, got {'; '.join(bad)}; "

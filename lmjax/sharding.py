@@ -149,8 +149,9 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
 
 def _placed(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """The devices in the mesh's shape: neighbours on the torus along each axis, slices only along `data`, the first."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    # GPUs have a slice_index too, one for each host, but no torus that would end there.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if sizes[0] % slices:
         raise ValueError(f"config.mesh.data: expected a multiple of the {slices} slices, which only data goes across, "

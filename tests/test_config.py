@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lmjax.config import Text, build, load, plain, to_json
-from lmjax.recipe import Recipe, blocking_changes, build_recipe
+from lmjax.recipe import Recipe, blocking_changes, build_recipe, check_schedule
 from lmjax.sharding import MeshConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -111,7 +111,13 @@ def test_wrong_types_without_a_command_line_form():
     ("train.compute_dtype=float16", ("bfloat16",)),
     ("optimizer.name=adam", ("adamw",)),
     ("sample.top_p=0", ("(0, 1]",)),
-    ("checkpoint.keep_last=0", ("at least 1",))])
+    ("checkpoint.keep_last=0", ("at least 1",)),
+    ("train.steps=99999999999999999999", ("64 bits",)),
+    ("train.seed=4294967296", ("less than 2^32",)),
+    ("optimizer.peak_lr=1e39", ("finite",)),
+    ("model.rope_theta=0", ("at least 1",)),
+    ("model.norm_eps=-1", ("at least 0",)),
+    ("model.init_std=-1", ("at least 0",))])
 def test_values_that_the_types_cannot_refuse(override, parts):
     refusal(lambda: build_recipe(load(SYNTHETIC, [override])), f"config.{override.partition('=')[0]}", *parts)
 
@@ -128,7 +134,21 @@ def test_files_that_are_no_configs(tmp_path):
     refusal(lambda: load(str(tmp_path / "none.py")), "none.py", "does not exist")
     empty = tmp_path / "empty.py"
     empty.write_text("x = 1\n")
-    refusal(lambda: load(str(empty)), "get_config()")
+    refusal(lambda: load(str(empty)), "get_config()", "got None")
+
+
+@pytest.mark.parametrize("text, what", [
+    ("x = 1 +\n", "SyntaxError"), ("import no_such_package\n", "ModuleNotFoundError"),
+    ("x = {}['a']\n", "line 1: KeyError"),
+    ("def get_config():\n    return nowhere\n", "line 2: NameError"), ("def get_config():\n    pass\n", "got None"),
+    ("def get_config():\n    return [1]\n", "got [1]"), ("get_config = 3\n", "got 3"),
+    ("def get_config():\n    raise ValueError('bad')\n", "line 2: ValueError: bad")])
+def test_config_files_that_fail_are_named_with_the_line(tmp_path, text, what):
+    file = tmp_path / "c.py"
+    file.write_text(text)
+    refusal(lambda: load(str(file)), str(file), what)
+    if "def get_config():" in text:
+        refusal(lambda: load(f"{file}:tiny"), str(file), "TypeError")
 
 
 def test_overrides_without_a_place():
@@ -250,7 +270,7 @@ def changed(**keys):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("model__num_layers", 3), ("model__attention_softcap", 30.0), ("model__sliding_window", 8), ("train__steps", 5),
+    ("model__num_layers", 3), ("model__attention_softcap", 30.0), ("model__sliding_window", 8),
     ("train__seed", 1), ("train__z_loss", 1e-4),
     ("optimizer__peak_lr", 1.0), ("data__seed", 3), ("data__seq_len", 8), ("data__sources", [])])
 def test_changes_of_what_is_computed_block(key, value):
@@ -268,6 +288,20 @@ def test_changes_of_what_is_computed_block(key, value):
 def test_changes_of_where_it_runs_do_not(key, value):
     bad, fine = changed(**{key: value})
     assert not bad and len(fine) == 1
+
+
+def test_a_run_may_go_on_for_longer_where_no_learning_rate_was_another():
+    def recipe(steps, schedule="constant", **more):
+        return build_recipe({"train": {"steps": steps}, "optimizer": {"schedule": schedule, "warmup_steps": 5, **more}})
+
+    check_schedule(recipe(20), recipe(40), 20)
+    check_schedule(recipe(20, "inverse_sqrt"), recipe(40, "inverse_sqrt"), 20)
+    check_schedule(recipe(20, "wsd", decay_fraction=0.25), recipe(40, "wsd"), 15)  # branched before the decay
+    check_schedule(recipe(20), recipe(30, "wsd", decay_fraction=1 / 3), 20)  # decayed from where it is
+    for step, old, new in ((17, recipe(20, "wsd", decay_fraction=0.25), recipe(40, "wsd")),
+                           (7, recipe(20, "cosine"), recipe(40, "cosine"))):
+        refusal(lambda step=step, old=old, new=new: check_schedule(old, new, step),
+                f"first {step} steps", "train.steps: 20 -> 40")
 
 
 def test_a_new_key_and_a_gone_one_are_changes():

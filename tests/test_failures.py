@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tensorstore
-from processes import assert_same_run, finish, start
+from processes import assert_same_run, finish, lines, start
 
 from lmjax import checkpoint, cli, train
 from lmjax import run as run_module
@@ -165,6 +165,19 @@ def test_every_so_many_steps_a_checkpoint_is_kept(tmp_path):
     assert run(workdir, *SHORT, "train.steps=7", "checkpoint.every=1", "checkpoint.keep_last=2",
                "checkpoint.keep_every=3") == 0
     assert checkpoint_steps(workdir / "checkpoints") == [3, 6, 7]
+
+
+def test_a_run_goes_on_for_longer_as_if_it_had_been_meant_to(tmp_path, capsys):
+    longer = (*SHORT, "optimizer.schedule=constant", "train.steps=8",
+              f"checkpoint.directory={tmp_path / 'elsewhere'}")
+    assert run(tmp_path / "run", *longer, "train.steps=4") == 0
+    assert run(tmp_path / "run", *longer) == 0
+    assert run(tmp_path / "straight", *longer, "checkpoint.directory=") == 0
+    both = [[r["loss"] for r in lines(tmp_path / name) if "loss" in r] for name in ("run", "straight")]
+    assert len(both[0]) == 8 and both[0] == both[1] and checkpoint_steps(tmp_path / "elsewhere") == [2, 4, 6, 8]
+    capsys.readouterr()
+    assert run(tmp_path / "run", *longer, "optimizer.schedule=linear") == 2
+    assert "the first 8 steps had, got optimizer.schedule" in one_line(capsys)
 
 
 def test_other_data_than_the_checkpoint_was_trained_on_is_refused(finished, tmp_path, capsys, never_compiles):

@@ -1,6 +1,7 @@
 """A mesh changes where arrays lie, by the byte as the rules say, and nothing that is computed."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,19 @@ def test_make_layout_orders_the_axes_and_fills_in_the_rest():
 def test_axes_that_are_not_the_devices_are_refused(keys):
     with pytest.raises(ValueError, match=r"config\.mesh: expected .* the 8 devices present, got data=.*; set"):
         layout_of(**keys)
+
+
+def test_slices_are_of_tpus_and_only_data_goes_across_them():
+    class Device(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    def pod(platform):
+        return [Device(platform=platform, slice_index=i // 4, id=i, process_index=i // 4, device_kind="",
+                                coords=(i % 4, 0, 0), core_on_chip=0) for i in range(8)]
+
+    with pytest.raises(ValueError, match=r"mesh\.data: expected a multiple of the 2 slices.* got 1; change it"):
+        make_layout(MeshConfig(data=1, fsdp=8), pod("tpu"))
+    assert make_layout(MeshConfig(data=1, fsdp=8), pod("gpu")).mesh.shape["fsdp"] == 8  # each host has an index
 
 
 def test_specs():

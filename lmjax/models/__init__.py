@@ -174,10 +174,12 @@ class Model:
         return jax.tree.leaves(self.shapes), jax.tree.leaves(self.axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: Any, seq_len: int = 0) -> Model:
+def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: Any, seq_len: int = 0,
+                context: bool = False) -> Model:
     """The model of `config` for data with `vocab_size` tokens, run on `platform` ("cpu", "gpu", "tpu").
 
-    seq_len: of the rows that it is trained on, where known; attention=auto chooses by it.
+    seq_len: of the rows that it is trained on, where known; attention=auto chooses by it. context: whether rows are
+    split over devices.
 
     Raises:
       ValueError: the config's vocabulary is smaller than the data's, or no kernel can serve the model.
@@ -188,7 +190,7 @@ def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: A
     config = dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
     kernel, reason = choose_kernel(config.attention, platform, softcap=config.attention_softcap,
                                    bias=config.positions == "relative", window=config.sliding_window,
-                                   causal=config.family == "decoder", cross=config.family == "encdec",
+                                   causal=config.family == "decoder", cross=config.family == "encdec", context=context,
                                    head_dim=config.dims.head_dim, seq_len=seq_len, dtype=dtype)
     build = FAMILIES[type(config)]
     return Model(config, functional(lambda rngs: build(config, kernel, rngs)), kernel, reason, jnp.dtype(dtype))

@@ -95,7 +95,8 @@ class TransformerConfig:
         at_least(4, relative_buckets=self.relative_buckets, relative_distance=self.relative_distance)
         at_least(0, **{key: getattr(self, key) for key in (
             "num_kv_heads", "head_dim", "vocab_size", "sliding_window", "attention_softcap", "logit_softcap", "dropout",
-            "position_offset", "local_rope_theta", "query_scalar", "embedding_std")})
+            "position_offset", "local_rope_theta", "query_scalar", "embedding_std", "norm_eps", "init_std")})
+        at_least(1, rope_theta=self.rope_theta)
         if not self.head_dim and self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads: expected a divisor of embed_dim={self.embed_dim}, got {self.num_heads}; "
                              "change one of them or set head_dim")

@@ -105,7 +105,7 @@ def with_prefix(kernel: str) -> str:
 
 
 def choose_kernel(name: str, platform: str, *, softcap: float = 0.0, bias: bool = False, window: int = 0,
-                  causal: bool = True, cross: bool = False, head_dim: int = 0, seq_len: int = 0,
+                  causal: bool = True, cross: bool = False, context: bool = False, head_dim: int = 0, seq_len: int = 0,
                   dtype: Any = None) -> tuple[str, str]:
     """(kernel, why it was chosen) for a model on `platform`; zeros and None: not known.
 
@@ -113,6 +113,7 @@ def choose_kernel(name: str, platform: str, *, softcap: float = 0.0, bias: bool 
       ValueError: `name` asks for a kernel that does not exist or cannot honour the model.
     """
     needs = {"segments": True, "softcap": bool(softcap), "bias": bias, "window": window > 0, "cross": cross,
+             "context": context,
              "two_sided_window": window > 0 and not causal}
     if name != "auto":
         if name not in KERNELS:

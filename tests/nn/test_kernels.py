@@ -256,6 +256,7 @@ CHOICES = [
     (dict(platform="gpu", head_dim=64, seq_len=4096, dtype=jnp.float32), "chunked"),
     (dict(platform="gpu", head_dim=256, seq_len=128, dtype=jnp.bfloat16), "xla"),
     (dict(platform="gpu", head_dim=64, seq_len=4096, softcap=30.0, dtype=jnp.bfloat16), "chunked"),
+    (dict(platform="gpu", head_dim=64, seq_len=4096, context=True, dtype=jnp.bfloat16), "chunked"),
 ]
 
 

@@ -70,6 +70,18 @@ def test_embedding_takes_rows_in_any_dtype():
     np.testing.assert_array_equal(grads[:, 0], [1, 0, 2, 0, 1])
 
 
+def test_the_gradient_of_a_frequent_row_is_summed_in_float32():
+    layer = functional(lambda rngs: Embedding(3, 4, ("vocab", "embed"), init=normal(1.0), rngs=rngs))
+    params, ids = layer.init(jax.random.key(0)), jnp.zeros((1, 5000), jnp.int32).at[0, 0].set(7)  # one beyond the table
+
+    def total(params):
+        return jnp.sum(layer.bind(params)(ids, jnp.bfloat16).astype(jnp.float32))
+
+    (gradient,) = jax.tree.leaves(jax.grad(total)(params))
+    np.testing.assert_allclose(gradient, np.outer([4999, 0, 1], np.ones(4)), rtol=2**-8)
+
+
+
 # --- norms
 
 
