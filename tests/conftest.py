@@ -25,7 +25,7 @@ def _cpu_features() -> str:
 # Processes that a test starts inherit these; one that wants another number of devices sets XLA_FLAGS itself.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of what tests do, each program once for some milliseconds of work: without LLVM's optimisations
-# that takes half the time. The commands in the docs run as users run them (tests/test_readme.py).
+# that takes half the time.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 # XLA's thread pool. A collective holds its thread until all eight devices have joined, and independent collectives
 # run at once: with the two threads a device that two cores get, all can be held by different ones, for ever.
