@@ -18,8 +18,6 @@ import sys
 import threading
 import time
 
-PATIENCE_SECONDS = 20.0  # between asking a process to end and ending it
-
 
 def environment(number: int, args: argparse.Namespace, port: int) -> dict[str, str]:
     """What process `number` has in its environment besides what is there."""
@@ -49,19 +47,18 @@ def tell(running: list[subprocess.Popen], number: int) -> None:
             process.send_signal(number)
 
 
-def wait(running: list[subprocess.Popen]) -> int:
-    """Until all have ended; the first failure ends the others. Returns its code, or 0."""
+def wait(running: list[subprocess.Popen], patience: float) -> int:
+    """Until all have ended. When one fails, the others have `patience` seconds to end by themselves, as lmjax's do.
+    Returns the code of the first failure, or 0."""
     failed, deadline = 0, None
-    while any(process.poll() is None for process in running):
-        failed = failed or next((p.returncode for p in running if p.returncode), 0)
+    while None in (codes := [process.poll() for process in running]):
+        failed = failed or next(filter(None, codes), 0)
         if failed and deadline is None:
-            deadline = time.monotonic() + PATIENCE_SECONDS  # they may be about to end by themselves, as lmjax's do
+            deadline = time.monotonic() + patience
         elif deadline and time.monotonic() > deadline:
             tell(running, signal.SIGKILL)
-        elif deadline and time.monotonic() > deadline - PATIENCE_SECONDS / 2:
-            tell(running, signal.SIGTERM)
         time.sleep(0.1)
-    return failed or next((p.returncode for p in running if p.returncode), 0)
+    return failed or next(filter(None, codes), 0)
 
 
 def main() -> int:
@@ -69,6 +66,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="launch/local", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--processes", type=int, required=True, metavar="N")
     parser.add_argument("--devices-per-process", type=int, default=1, metavar="M")
+    parser.add_argument("--patience", type=float, default=15.0, metavar="SECONDS", help="after a failure")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     parser.add_argument("command", nargs="+", metavar="ARGS", help="of lmjax, behind --")
     args = parser.parse_args()
@@ -90,7 +88,7 @@ def main() -> int:
     relays = [threading.Thread(target=relay, args=item) for item in enumerate(running)]
     for thread in relays:
         thread.start()
-    code = wait(running)
+    code = wait(running, args.patience)
     for thread in relays:
         thread.join()
     return 128 - code if code < 0 else code

@@ -172,7 +172,7 @@ def _wall_seconds(timing: list[dict[str, Any]]) -> float:
         return math.nan
     after = timing[figures[-1] + 1 :]
     return float(timing[figures[-1]].get("seconds", math.nan)) + sum(
-        float(r.get("seconds", 0)) for r in after
+        float(r.get("seconds", 0)) for r in after if r["event"] != "slow_step"
     )
 
 
