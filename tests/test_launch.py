@@ -29,8 +29,8 @@ def executable(path: pathlib.Path, text: str) -> pathlib.Path:
 
 class Cloud:
     """A folder with stand-ins on the PATH. `answers`: a part of a call -> [output, exit code] of the first such call,
-    the second, ...; the last one goes on. A call with None or without an answer succeeds, and one of ssh or scp is really
-    done, in a folder of the node's name."""
+    the second, ...; the last one goes on. A call with None or without an answer succeeds, and one of ssh or scp is
+    really done, in a folder of the node's name."""
 
     STAND_IN = """#!{python} -IS
 import json, subprocess, sys
