@@ -17,7 +17,7 @@ from lmjax import runtime
 from lmjax.goodput import SLOW
 
 T = TypeVar("T")
-POLL_SECONDS = 1.0  # between looks, at most
+POLL_SECONDS = 15.0  # between looks, at most
 GRACE_SECONDS = 20.0  # for the others to find the same and to write their stacks, too
 WINDOW, FEW = 64, 16  # steps that a median is of, and the fewest
 
@@ -58,10 +58,12 @@ class Watchdog:
             yield item
 
     def _watch(self) -> None:
-        every = min(POLL_SECONDS, self._seconds / 4)
-        while not self._done.wait(every):
+        told = None
+        while not self._done.wait(min(POLL_SECONDS, self._seconds / 8)):
             faulthandler.dump_traceback_later(self._seconds + 2 * GRACE_SECONDS, exit=True, file=sys.__stderr__)
-            runtime.tell(self._place)
+            if self._place != told:
+                told = self._place
+                runtime.tell(told)
             still = time.monotonic() - self._moved
             if still >= self._seconds:
                 self._end(still)

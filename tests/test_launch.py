@@ -1,5 +1,7 @@
 """What starts a run elsewhere, against stand-ins for gcloud, kubectl, sbatch and srun that record their calls."""
 
+import importlib.machinery
+import importlib.util
 import json
 import os
 import pathlib
@@ -389,6 +391,49 @@ def test_a_coordinator_that_cannot_be_reached(tmp_path):
     assert time.monotonic() - began < 60
     said = [line for line in printed.splitlines() if line.startswith("lmjax: error: ")]
     assert len(said) == 1 and f"expected all processes at the coordinator {address} within 2 s, got" in said[0]
+
+
+# A machine with a GPU -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu_check():
+    loader = importlib.machinery.SourceFileLoader("gpu_check", str(ROOT / "launch/gpu_check"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_check", loader))
+    loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name, millions", [("124M", 124), ("350M", 355), ("1B", 1056)])
+def test_gpu_check_times_what_it_says(gpu_check, name, millions):
+    from lmjax.models import build_model
+    from lmjax.tree import num_elements
+
+    recipe = gpu_check.recipe(name)
+    model = build_model(recipe.model, vocab_size=0, platform="gpu", dtype=recipe.train.dtype("gpu"),
+                        seq_len=recipe.data.seq_len)
+    assert round(num_elements(model.shapes) / 1e6) == millions
+    assert model.kernel == "cudnn" and str(model.dtype) == "bfloat16"
+    pytest.importorskip("torch")
+    from lmjax.bench_torch import lacking
+
+    assert not lacking(model.config)
+
+
+@pytest.mark.slow  # PyTorch, and a test run of its own
+def test_gpu_check_goes_its_way_on_a_cpu(tmp_path):
+    pytest.importorskip("torch")
+    done = subprocess.run([ROOT / "launch/gpu_check", "--tiny", "--seconds", "1", "--out", tmp_path / "gpu.json"],
+                          env={**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert re.match(r"\d+ passed", report["tests"])
+    row = report["sizes"]["tiny"]
+    for who in ("lmjax", "PyTorch"):
+        assert row[who]["mfu"] is None and row[who]["model_flops_per_second"] > 0
+        assert row[who]["tokens_per_second"] == pytest.approx(2 * 32 / row[who]["step_seconds"])
+    assert row["rounds"] >= 3 and len(done.stdout.splitlines()) == 4
 
 
 # Chips -------------------------------------------------------------------------------------------------------

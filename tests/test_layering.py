@@ -29,8 +29,8 @@ BANNED_NNX = {"jit", "grad", "value_and_grad", "scan", "vmap", "remat", "Optimiz
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-ALL_FILES = sorted([*FILES, *(ROOT / "configs").rglob("*.py"), *(ROOT / "tests").rglob("*.py"),
-                    *(f for f in (ROOT / "launch").iterdir() if f.suffix == ".py" or b"python3" in f.read_bytes()[:30])])
+LAUNCHERS = [f for f in (ROOT / "launch").iterdir() if f.suffix == ".py" or b"python3" in f.read_bytes()[:30]]
+ALL_FILES = sorted([*FILES, *(ROOT / "configs").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *LAUNCHERS])
 
 
 def name_of(path: pathlib.Path) -> str:
