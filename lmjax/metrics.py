@@ -344,7 +344,7 @@ class Progress:
         left = f"ETA {'-' if math.isnan(remaining) else human_seconds(round(remaining))}"
         used = () if mfu is None else (f"MFU {mfu:.0%}",)
         if self._live:  # short enough for 80 columns
-            parts = (done, *losses, f"{rate} tok/s", *used, f"wait {data_wait_share:.0%}", left)
+            parts = (done, *losses, f"{rate} tok/s", *(used or (f"wait {data_wait_share:.0%}",)), left)
         else:
             parts = (f"step {done}", *losses, f"{rate} tokens/s", *used, f"data wait {data_wait_share:.1%}", left)
         self._line = ("  " if self._live else " | ").join(parts)

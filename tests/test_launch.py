@@ -19,7 +19,7 @@ from processes import finish, lines
 from lmjax.chips import CHIPS, TPU_FLAGS, parse_topology, peak_flops
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PATIENCE = 60  # seconds that a stand-in may take on a busy machine
+PATIENCE = 120  # seconds that a stand-in may take on a busy machine
 
 
 def executable(path: pathlib.Path, text: str) -> pathlib.Path:
