@@ -106,7 +106,7 @@ def fail(code: int, line: str) -> NoReturn:
     if global_state.client is not None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
             global_state.client.key_value_set(f"{_FAILED}/first", json.dumps([code, line]))
-            time.sleep(2 * FAREWELL_SECONDS)  # the thread of `together` prints the line and ends this process
+        time.sleep(2 * FAREWELL_SECONDS)  # the thread of `together` prints the line and ends this process
     print(f"lmjax: error: {line}", file=sys.stderr, flush=True)
     os._exit(code)
 
@@ -155,6 +155,7 @@ def _join() -> bool:
         jax.distributed.initialize(**named, local_device_ids=_local_devices(), initialization_timeout=int(seconds))
     except (RuntimeError, OSError) as error:  # JAX's own is a RuntimeError
         where = global_state.coordinator_address or address or "the address that the cluster names"
+        global_state.client = global_state.service = None  # whose shutdown would wait for the others again
         raise ValueError(f"expected all processes at the coordinator {where} within {seconds} s, got "
                          f"{' '.join(str(error).split())[:200]}; start all of them, process 0 on that host, and let "
                          "its port through") from None
