@@ -23,10 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.metrics import MetricsWriter
+from lmjax.models import Batch
 from lmjax.recipe import Recipe
 from lmjax.run import Run, set_up
 from lmjax.runtime import StopSignal
 from lmjax.train import Loop
+from lmjax.train_state import TrainState
+from lmjax.train_step import StepFn
 from lmjax.tree import num_elements
 
 Report = dict[str, Any]
@@ -61,17 +64,7 @@ def _contestants(run: Run) -> dict[str, Callable[[int], None]]:
     found["loop"](2)  # compiles
     state = run.spec.init(0)
     batch = jax.device_put(run.train_split.rows(np.arange(batch_size)), run.layout.sharding(("batch", "seq")))
-
-    def bare(n: int) -> None:
-        nonlocal state
-        before = None
-        for _ in range(n):
-            state, metrics = run.compiled(state, batch)
-            jax.block_until_ready(before)  # one step ahead, as the loop: further ahead needs more memory at a time
-            before = metrics
-        jax.block_until_ready(state)
-
-    found["bare step"] = bare
+    found["bare step"] = repeated(run.compiled, state, batch)
     platform = jax.devices()[0].platform
     try:
         from lmjax.bench_torch import lacking, torch_step
@@ -88,6 +81,21 @@ def _contestants(run: Run) -> dict[str, Callable[[int], None]]:
         if name != "loop":
             do(2)
     return found
+
+
+def repeated(step: StepFn, state: TrainState, batch: Batch) -> Callable[[int], None]:
+    """A function that runs n compiled steps from `state` on, all on one batch, and returns when they are done."""
+
+    def steps(n: int) -> None:
+        nonlocal state
+        before = None
+        for _ in range(n):
+            state, metrics = step(state, batch)
+            jax.block_until_ready(before)  # one step ahead, as the loop: further ahead needs more memory at a time
+            before = metrics
+        jax.block_until_ready(state)
+
+    return steps
 
 
 def _loop(run: Run) -> Callable[[int], None]:

@@ -35,6 +35,19 @@ CHIPS = {chip.name: chip for chip in (
     Chip("v5p", 95.74 * GIB, 459e12, 1.75e9, 540e9, 6.25e9, dims=3, cores=2, host=4),
     Chip("v6e", 31.25 * GIB, 918e12, 1.75e9, 360e9, 12.5e9, dims=2, cores=1, host=8),
 )}
+# Peak dense bf16 FLOP/s by a word of what JAX calls the device. Of GPUs the SXM form, from NVIDIA's data sheets.
+PEAKS = {"TPU v4": CHIPS["v4"].flops, "TPU v5 lite": CHIPS["v5e"].flops, "TPU v5e": CHIPS["v5e"].flops,
+         "TPU v5": CHIPS["v5p"].flops, "TPU v5p": CHIPS["v5p"].flops, "TPU v6 lite": CHIPS["v6e"].flops,
+         "TPU v6e": CHIPS["v6e"].flops, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12,
+         "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12}
+# Flags of libtpu that a run on a pod starts with (LIBTPU_INIT_ARGS), by generation and for several slices. Each is one
+# that the compiler knows: it refuses to start with any other. What users set themselves replaces them all.
+TPU_FLAGS = {
+    "v6e": ("--xla_tpu_scoped_vmem_limit_kib=98304",),  # of 128 MiB: larger tiles a fusion
+    "slices": ("--xla_tpu_enable_data_parallel_all_reduce_opt=true",  # gradients cross the slower network beside
+               "--xla_tpu_data_parallel_opt_different_sized_ops=true"),  # the backward pass
+}
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # variables that change what a step compiles to
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
 LARGEST = {2: 16, 3: 24}  # the longest side of a slice, by the torus's dimensions
 EXAMPLES = "v5e:16x16, v5p-128 (64 chips), 2xv6e:16x16 (two slices) or cpu"
@@ -64,6 +77,11 @@ class Topology:
         cores = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}  # else a device a core
         return cores | ({"num_slices": self.slices} if self.slices > 1 else {})
 
+    @property
+    def flags(self) -> str:
+        """LIBTPU_INIT_ARGS for runs on it."""
+        return " ".join((*TPU_FLAGS.get(self.chip.name, ()), *(TPU_FLAGS["slices"] if self.slices > 1 else ())))
+
     def __str__(self) -> str:
         return self.name if self.slices == 1 else f"{self.slices}x{self.name}"
 
@@ -90,6 +108,11 @@ def parse_topology(text: str) -> Topology:
         if len(shape) != chip.dims or not 1 <= min(shape) <= max(shape) <= LARGEST[chip.dims] or slices < 1:
             raise wrong(f"{text!r}, but {name} has {chip.dims} dimensions of 1 to {LARGEST[chip.dims]} chips")
     return Topology(chip, shape, slices)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a device that JAX calls `device_kind`; None where it is not known."""
+    return next((flops for name, flops in PEAKS.items() if re.search(rf"\b{name}\b", device_kind)), None)
 
 
 def _shape(chips: float, dims: int) -> tuple[int, ...] | None:

@@ -75,7 +75,8 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         with runtime.together(_explain):
             from lmjax.train import train
 
-            train(build_recipe(load(arguments.config, overrides)), arguments.workdir)
+            watch = [f"watch.{name}={value}" for name in ("profile", "hlo") if (value := getattr(arguments, name))]
+            train(build_recipe(load(arguments.config, [*overrides, *watch])), arguments.workdir)
     elif command == "plan":
         from lmjax.plan import plan
 
@@ -176,6 +177,8 @@ def _parser() -> argparse.ArgumentParser:
                                help="a Python file with get_config(); --config.KEY.PATH=VALUE changes a value of it")
     for name in ("train", "report", "data"):
         sub[name].add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
+    sub["train"].add_argument("--profile", default="", metavar="A:B", help="trace these steps into WORKDIR/profile")
+    sub["train"].add_argument("--hlo", default="", metavar="DIR", help="write the step's HLO there")
     sub["plan"].add_argument("--topology", required=True, metavar="NAME",
                              help="v5e:16x16, v5p-128, 2xv6e:16x16 (two slices), ..., or cpu or gpu: what is here")
     sub["plan"].add_argument("--search", action="store_true", help="find the best mesh, remat policy and batch first")

@@ -125,15 +125,16 @@ def _truncate(path: Path, last_step: float) -> Counter[bytes]:
     return Counter(line for line, record in kept if record["step"] == last_step)
 
 
-class _Appender:
+class Appender:
     """Appends whole lines, each given to the system at once: what was appended survives a kill."""
 
-    def __init__(self, path: Path, seen: Counter[bytes]):
+    def __init__(self, path: Path, last_step: float = math.inf):
         # A run resumed at step k may replay what it logged at step k; no line is added twice.
-        self._seen = seen
+        self._seen = _truncate(path, last_step)
         self._file = path.open("ab")
 
     def append(self, record: Mapping[str, Any]) -> None:
+        """Adds it, unless it is one of the last step that is there."""
         line = _line(record)
         if self._seen[line]:
             self._seen[line] -= 1
@@ -142,9 +143,11 @@ class _Appender:
             self._file.flush()
 
     def sync(self) -> None:
+        """Returns once all of it is on the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
@@ -171,11 +174,10 @@ class MetricsWriter:
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         last_steps = {"metrics": resume_step, "samples": resume_step, "timing": math.inf}
-        paths = {name: workdir / f"{name}.jsonl" for name in last_steps}
-        seen = {name: _truncate(paths[name], step) for name, step in last_steps.items()}  # may refuse a file
-        timed = (line for line in read_jsonl(paths["timing"]) if "event" not in line)
+        self._metrics, self._samples, self._timing = (
+            Appender(workdir / f"{name}.jsonl", step) for name, step in last_steps.items())  # may refuse a file
+        timed = (line for line in read_jsonl(workdir / "timing.jsonl") if "event" not in line)
         earlier = [line["seconds"] for line in timed if "seconds" in line]
-        self._metrics, self._samples, self._timing = (_Appender(paths[name], seen[name]) for name in paths)
         self.seconds_before = float(earlier[-1]) if earlier else 0.0
         self._events = _EventFile(workdir, purge_step=resume_step + 1) if tensorboard else None
         self._files = [f for f in (self._metrics, self._samples, self._timing, self._events) if f]
@@ -282,10 +284,7 @@ class _EventFile:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Rounded to float32, which is what the format holds."""
-        summary, limit = (
-            b"",
-            3.4028234663852886e38,
-        )  # struct.pack refuses what rounds beyond; NaN and inf pass
+        summary, limit = b"", 3.4028234663852886e38  # struct.pack refuses what rounds beyond; NaN and inf pass
         for tag, value in values.items():
             value = max(-limit, min(limit, value)) if math.isfinite(value) else value
             summary += _field(1, _field(1, tag) + struct.pack("<Bf", 2 << 3 | 5, value))
@@ -328,15 +327,9 @@ class Progress:
         self._line = ""
         self._shown = True
 
-    def update(
-        self,
-        step: int,
-        loss: float,
-        bits_per_byte: float,
-        tokens_per_second: float,
-        data_wait_share: float = 0.0,
-    ) -> None:
-        """Figures of the newest step: nats per token, bits per byte, 1/s, and a share of 0..1.
+    def update(self, step: int, loss: float, bits_per_byte: float, tokens_per_second: float,
+               data_wait_share: float = 0.0, mfu: float | None = None) -> None:
+        """Figures of the newest step: nats per token, bits per byte, 1/s, and shares of 0..1 (None: not known).
 
         Cheap enough for every step; it draws at most ten times a second.
         """
@@ -349,10 +342,11 @@ class Progress:
         done = f"{step:,}/{self._total:,} {step / max(self._total, 1):.0%}"
         losses, rate = (f"loss {loss:.3f}", f"{bits_per_byte:.3f} bits/byte"), human_count(tokens_per_second)
         left = f"ETA {'-' if math.isnan(remaining) else human_seconds(round(remaining))}"
+        used = () if mfu is None else (f"MFU {mfu:.0%}",)
         if self._live:  # short enough for 80 columns
-            parts = (done, *losses, f"{rate} tok/s", f"wait {data_wait_share:.0%}", left)
+            parts = (done, *losses, f"{rate} tok/s", *(used or (f"wait {data_wait_share:.0%}",)), left)
         else:
-            parts = (f"step {done}", *losses, f"{rate} tokens/s", f"data wait {data_wait_share:.1%}", left)
+            parts = (f"step {done}", *losses, f"{rate} tokens/s", *used, f"data wait {data_wait_share:.1%}", left)
         self._line = ("  " if self._live else " | ").join(parts)
         self._shown = False
         if now >= self._next_time or step >= self._total:

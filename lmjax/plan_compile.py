@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from lmjax.bench import matmul_rate
-from lmjax.chips import Topology, parse_topology, tpu_compiler
+from lmjax.chips import FLAGS, Topology, parse_topology, tpu_compiler
 from lmjax.config import plain
 from lmjax.data.objectives import Objective
 from lmjax.program import Program, make_program
@@ -36,7 +36,6 @@ from lmjax.tree import num_elements
 Result = dict[str, Any]
 Log = Callable[[str], None]
 HERE = ("cpu", "gpu", "cuda", "tpu")  # a topology that is a platform: the devices at hand
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # What a compiled step depends on besides its config. A change of any of these files compiles anew.
 SOURCES = ("nn/*.py", "models/*.py", "losses.py", "optim.py", "sharding.py", "train_step.py", "train_state.py",
            "program.py", "plan_compile.py")
@@ -56,7 +55,10 @@ def compiled(recipe: Recipe, topology: Topology | str, log: Log) -> tuple[Result
     Raises:
       ValueError: the recipe does not fit the topology, libtpu is not installed, or the compiler failed.
     """
-    request = {"recipe": plain(recipe), "topology": str(topology)}
+    flags = {name: os.environ.get(name, "") for name in FLAGS}
+    if isinstance(topology, Topology) and not flags["LIBTPU_INIT_ARGS"]:
+        flags["LIBTPU_INIT_ARGS"] = topology.flags  # as launch/tpu_pod and launch/gke set them
+    request = {"recipe": plain(recipe), "topology": str(topology), "flags": flags}
     if isinstance(topology, Topology) and importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"--topology {topology}: expected the TPU compiler, got no libtpu; install it with "
                          "pip install 'jax[tpu]' (it needs no TPU)")
@@ -65,7 +67,7 @@ def compiled(recipe: Recipe, topology: Topology | str, log: Log) -> tuple[Result
         home.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home.parent) as work:
             (Path(work) / "request.json").write_text(json.dumps(request))
-            _child(work, topology, log)
+            _child(work, topology, flags, log)
             shutil.rmtree(home, ignore_errors=True)
             shutil.copytree(work, f"{work}.done")
             os.replace(f"{work}.done", home)
@@ -161,15 +163,14 @@ def _key(request: Result) -> str:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = ""
-    flags = {name: os.environ.get(name, "") for name in FLAGS}
     platforms = os.environ.get("JAX_PLATFORMS", "") if request["topology"] in HERE else ""
-    whole = json.dumps([request, code, versions, flags, platforms], sort_keys=True)
+    whole = json.dumps([request, code, versions, platforms], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()[:24]
 
 
-def _child(work: str, topology: Topology | str, log: Log) -> None:
+def _child(work: str, topology: Topology | str, flags: dict[str, str], log: Log) -> None:
     """Runs `main` in a process with the environment that it needs, and tells the time while it lasts."""
-    environ = dict(os.environ)
+    environ = {**os.environ, **flags}
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), environ.get("PYTHONPATH")]))
     if isinstance(topology, Topology):
         tpu_compiler(environ)

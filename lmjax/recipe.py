@@ -1,6 +1,7 @@
 """What one run is: the config file, resolved into frozen dataclasses."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,23 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchConfig:
+    """What is watched beside a run. profile: steps A:B, both included, that jax.profiler traces into WORKDIR/profile;
+    empty: none. hlo: a directory for the step's HLO, before and after the compiler; empty: not written.
+    stall_seconds: when nothing has moved for so long, all stacks are written and the run ends; 0: never."""
+
+    profile: str = ""
+    hlo: str = ""
+    stall_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(0, stall_seconds=self.stall_seconds)
+        found = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        if self.profile and not (found and 1 <= int(found[1]) <= int(found[2])):
+            raise ValueError(f"profile: expected steps A:B from 1 on, A not after B, got {self.profile!r}; write 10:15")
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """A run, whole: everything that `lmjax train` reads besides the working directory."""
 
@@ -122,6 +140,7 @@ class Recipe:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         if self.model.positions == "learned" and self.data.seq_len > self.model.max_positions:
@@ -142,7 +161,7 @@ class Recipe:
 
 
 # What may differ when a run is resumed: where it runs, what is kept of it, and what the rows to come are.
-MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "data.directory", "data.memory_limit_mib",
+MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "watch", "watch.", "data.directory", "data.memory_limit_mib",
               "data.stages", "data.max_epochs.", "train.batch_size",  # rows trained on stay: see `run._restore`
               "data.curate.workers", "data.curate.memory_mib",
               "train.microbatches", "train.log_every", "model.attention", "model.remat", "model.scan_layers",

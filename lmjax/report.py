@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lmjax import report_page as html
+from lmjax.goodput import KINDS, SLOW
 from lmjax.metrics import human_count, human_seconds
 from lmjax.report_run import Columns, Run, last, median, read_run
 
@@ -160,6 +161,7 @@ def _tiles(run: Run) -> str:
         (human_count(run.facts.get("parameters", math.nan)), "parameters", ""),
         (human_count(median(run.timing, "tokens_per_second")), "tokens/s (median)", ""),
         (human_count(flops).replace("B", "G"), "model FLOP/s", ""),
+        (f"{median(run.timing, 'mfu'):.1%}".replace("nan%", "nan"), "MFU (median)", ""),
         (human_seconds(seconds) if seconds > 0 else "nan", "wall time", ""),
     ]
     tiles = "".join(html.tile(*figure) for figure in figures if figure[0] != "nan")
@@ -239,31 +241,15 @@ def _samples(run: Run, steps_shown: int = 6, each: int = 4) -> str:
 
 
 def _time(run: Run) -> str:
-    """Where the wall time went, by the events that timing.jsonl holds."""
-    seconds = run.seconds
-    spent: dict[str, list[float]] = {}
-    for name, _, duration in run.events:
-        if name in ("compile", "eval", "sample", "checkpoint") and math.isfinite(duration):
-            spent.setdefault(name, []).append(duration)
-    rest = seconds - sum(map(sum, spent.values()))
-    if not (spent and rest > 0):
+    """Where the wall time went over all starts, as the ledger has it."""
+    total = sum(run.spent.values())
+    if not total > 0:
         return ""
-    words = {
-        "compile": "compiling",
-        "eval": "evaluating",
-        "sample": "sampling",
-        "checkpoint": "saving checkpoints",
-    }
-    parts = [("training", rest / seconds, human_seconds(rest))]
-    for name, each in spent.items():
-        parts.append(
-            (
-                words[name],
-                sum(each) / seconds,
-                f"{human_seconds(sum(each))}, {len(each)} time{'s' if len(each) > 1 else ''}",
-            )
-        )
-    return html.card("Where the time went", html.bars(parts), f"Of {human_seconds(seconds)} in all.")
+    parts = [(KINDS[kind], seconds / total, human_seconds(seconds)) for kind, seconds in run.spent.items()]
+    slow = sum(name == "slow_step" for name, _, _ in run.events)
+    note = f"Of {human_seconds(total)} in all. " + (
+        f"{slow} step{'s' if slow > 1 else ''} took over {SLOW} times the median of those before." if slow else "")
+    return html.card("Where the time went", html.bars(parts), note.strip())
 
 
 def _data(run: Run) -> str:
@@ -331,6 +317,7 @@ def _model(run: Run) -> str:
             " \u2014 ".join(str(attention[key]) for key in ("kernel", "reason") if attention.get(key)),
         ],
         ["compute dtype", facts.get("compute_dtype", "")],
+        *([name, value] for name, value in facts.get("flags", {}).items()),
         ["tokens per step", f"{facts['tokens_per_step']:,}" if "tokens_per_step" in facts else ""],
         ["FLOPs per token", human_count(facts["flops_per_token"]) if "flops_per_token" in facts else ""],
         ["epochs planned", f"{facts['epochs']:.2f}" if "epochs" in facts else ""],

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lmjax.goodput import FILE, account
 from lmjax.metrics import read_jsonl
 
 PARSED_BYTES = 4 << 20  # of a file of metrics; longer ones are thinned
@@ -29,7 +30,8 @@ class Run:
     """What the files of a run hold; empty where there is no file.
 
     evals: name of the group ("eval", "eval_ema") -> columns without the group's prefix.
-    events: (name, step, seconds). seconds: wall time over all starts, nan if unknown.
+    events: (name, step, seconds). seconds: wall time over all starts, nan if unknown. spent: the same by kind, with the
+    time between the starts.
     """
 
     workdir: Path
@@ -40,6 +42,7 @@ class Run:
     timing: Columns = field(default_factory=dict)
     events: list[tuple[str, int, float]] = field(default_factory=list)
     seconds: float = math.nan
+    spent: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
     baselines: list[dict[str, Any]] = field(default_factory=list)
@@ -151,6 +154,7 @@ def read_run(workdir: Path) -> Run:
     run.timing = _columns([record for record in timing if "event" not in record])
     run.events = [(r["event"], r["step"], float(r.get("seconds", 0.0))) for r in timing if "event" in r]
     run.seconds = _wall_seconds(timing)
+    run.spent = account(read_jsonl(workdir / FILE))
     run.samples = list(read_jsonl(workdir / "samples.jsonl"))
     named = Path(str(run.facts.get("data", {}).get("directory") or "data"))
     for directory in (named, workdir / named, workdir / "data"):
@@ -168,7 +172,7 @@ def _wall_seconds(timing: list[dict[str, Any]]) -> float:
         return math.nan
     after = timing[figures[-1] + 1 :]
     return float(timing[figures[-1]].get("seconds", math.nan)) + sum(
-        float(r.get("seconds", 0)) for r in after
+        float(r.get("seconds", 0)) for r in after if r["event"] != "slow_step"
     )
 
 

@@ -5,6 +5,8 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import jax
 
 import lmjax
 from lmjax.checkpoint import About, Checkpointer
+from lmjax.chips import FLAGS
 from lmjax.config import plain
 from lmjax.data import Tokenizer, open_splits
 from lmjax.data.order import Steps
@@ -47,6 +50,7 @@ class Run:
     about: dict[str, Any]
     steps: Steps
     tokens: int = 0  # trained on before this start
+    restore_seconds: float = 0.0  # that making the state took, if it was read from a checkpoint
     state: TrainState | None = None
     compiled: StepFn | None = None  # the train step, once the loop has started
 
@@ -147,11 +151,13 @@ def _restore(run: Run, log: Log) -> dict[str, Any]:
             raise ValueError(f"{run.workdir}: expected to compute in {began} as this run began, got {now} "
                              f"({_dtype_reason(run)}); set config.train.compute_dtype={began} or use another --workdir")
 
+    began = time.monotonic()
     found = run.checkpointer.restore(run.spec, check)
     if found is None:
         facts = _plan(run, log)  # may refuse, so before anything is computed
         run.state = run.spec.init(run.recipe.train.seed)
         return facts
+    run.restore_seconds = time.monotonic() - began
     run.state, about = found
     data, step, size = about["data"], int(run.state.step), run.recipe.train.batch_size
     before = Steps.restored(data, step)
@@ -227,7 +233,10 @@ def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
     log(f"data: {human_count(run.train_split.predictions)} tokens to train on, "
         f"{human_count(run.heldout.predictions)} held out, {run.train_split.bytes / run.train_split.predictions:.2f} "
         f"bytes a token ({directory})")
-    return {"lmjax": lmjax.__version__, "versions": lmjax.versions(),
+    flags = {name: os.environ[name] for name in FLAGS if os.environ.get(name)}
+    for name, value in flags.items():
+        log(f"{name}: {value}")
+    return {"lmjax": lmjax.__version__, "versions": lmjax.versions(), "flags": flags,
              "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": int(devices.size)},
              "mesh": dict(mesh.shape), "attention": {"kernel": model.kernel, "reason": model.kernel_reason},
              "parameters": parameters, "embedding_parameters": model.embedding_parameters(), "tokens_per_step": tokens,

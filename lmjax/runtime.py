@@ -5,15 +5,17 @@ import itertools
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import jax
+from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax._src.distributed import global_state  # its client is the key-value store, which has no public name
 from jax.experimental import multihost_utils
 
@@ -22,7 +24,7 @@ Explain = Callable[[BaseException], tuple[int, str]]  # the exit code and the li
 WEEK_MS = 7 * 24 * 3600 * 1000  # longer than any preparation: what fails meanwhile ends the wait
 LOOK_SECONDS = 0.5  # between looks at whether a process has failed
 FAREWELL_SECONDS = 5.0  # for the others to learn of it before the coordinator goes
-_FAILED, _HEARD = "lmjax/failed", "lmjax/heard"  # folders of the store
+_FAILED, _HEARD, _PLACES = "lmjax/failed", "lmjax/heard", "lmjax/places"  # folders of the store
 _turns = itertools.count()
 
 
@@ -30,12 +32,14 @@ _turns = itertools.count()
 def together(explain: Explain) -> Iterator[None]:
     """Runs the block with the other processes that the environment names; they end together.
 
-    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who takes part. Whatever one
-    of them raises ends all, within seconds and wherever they wait: each prints the line of the first error, as
-    `explain` words it, and exits with its code. Without a coordinator there is just the block.
+    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who takes part; without them Slurm,
+    GKE and Cloud TPU do, where JAX finds out by itself. Whatever one of them raises ends all, within seconds and
+    wherever they wait: each prints the line of the first error, as `explain` words it, and exits with its code.
+    Without others there is just the block.
 
     Raises:
-      ValueError: the environment names a coordinator and does not say who this process is.
+      ValueError: the environment names a coordinator and does not say who this process is, or not all of them came
+        together within LMJAX_JOIN_SECONDS (300).
     """
     if not _join():
         yield
@@ -70,6 +74,43 @@ def agreed(do: Callable[[], T]) -> T:
     return json.loads(global_state.client.blocking_key_value_get(key, WEEK_MS))
 
 
+class Place(NamedTuple):
+    """Where a process is. moves: how often it has moved on; of two processes the one with fewer is behind."""
+
+    moves: int
+    step: int
+    doing: str
+
+
+def tell(place: Place) -> None:
+    """Tells the other processes where this one is."""
+    if global_state.client is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            global_state.client.key_value_set(f"{_PLACES}/{global_state.process_id}",
+                                              json.dumps([place, socket.gethostname()]), allow_overwrite=True)
+
+
+def places(mine: Place) -> dict[int, tuple[Place, str]]:
+    """By process, where each said last that it is, and its host; without others, `mine`."""
+    found = {}
+    if global_state.client is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            found = {int(key.rsplit("/", 1)[1]): json.loads(value)
+                     for key, value in global_state.client.key_value_dir_get(_PLACES)}
+    return ({number: (Place(*place), host) for number, (place, host) in found.items()}
+            or {global_state.process_id: (mine, socket.gethostname())})
+
+
+def fail(code: int, line: str) -> NoReturn:
+    """Ends this process and all others with `line` and `code`, from any thread and whatever the main one waits for."""
+    if global_state.client is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
+            global_state.client.key_value_set(f"{_FAILED}/first", json.dumps([code, line]))
+        time.sleep(2 * FAREWELL_SECONDS)  # the thread of `together` prints the line and ends this process
+    print(f"lmjax: error: {line}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
 def _watch(done: threading.Event) -> None:
     """Ends this process once any has failed, whatever its main thread waits for."""
     client, process = global_state.client, global_state.process_id
@@ -94,18 +135,48 @@ def _watch(done: threading.Event) -> None:
 
 def _join() -> bool:
     """Whether there are other processes; if so, they have been joined."""
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if not address:
+    address, named = os.environ.get("JAX_COORDINATOR_ADDRESS"), {}
+    if address:
+        names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        missing = [name for name in names if not os.environ.get(name, "").isdigit()]
+        if missing:
+            raise ValueError(f"{missing[0]}: expected an integer beside JAX_COORDINATOR_ADDRESS={address}, got "
+                             f"{os.environ.get(missing[0])!r}; set it for every process")
+        named = {"coordinator_address": address, "num_processes": int(os.environ[names[0]]),
+                 "process_id": int(os.environ[names[1]]), "cluster_detection_method": "deactivate"}
+    elif not _in_cluster():
         return False
-    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    missing = [name for name in names if not os.environ.get(name, "").isdigit()]
-    if missing:
-        raise ValueError(f"{missing[0]}: expected an integer beside JAX_COORDINATOR_ADDRESS={address}, got "
-                         f"{os.environ.get(missing[0])!r}; set it for every process")
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, int(os.environ[names[0]]), int(os.environ[names[1]]))
+    seconds = os.environ.get("LMJAX_JOIN_SECONDS", "300")
+    if not seconds.isdigit():
+        raise ValueError(f"LMJAX_JOIN_SECONDS: expected whole seconds, got {seconds!r}; set a number such as 300")
+    try:
+        jax.distributed.initialize(**named, local_device_ids=_local_devices(), initialization_timeout=int(seconds))
+    except (RuntimeError, OSError) as error:  # JAX's own is a RuntimeError
+        where = global_state.coordinator_address or address or "the address that the cluster names"
+        global_state.client = global_state.service = None  # whose shutdown would wait for the others again
+        raise ValueError(f"expected all processes at the coordinator {where} within {seconds} s, got "
+                         f"{' '.join(str(error).split())[:200]}; start all of them, process 0 on that host, and let "
+                         "its port through") from None
     return True
+
+
+def _in_cluster() -> bool:
+    """Whether Slurm, GKE or Cloud TPU started this process, so that `jax.distributed.initialize` needs no argument."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:  # of this `srun`
+        return True
+    # Neither tests nor the planner's compiler are processes of a pod, whatever machine they are on.
+    apart = os.environ.get("JAX_PLATFORMS") == "cpu" or "TPU_SKIP_MDS_QUERY" in os.environ
+    return running_in_cloud_tpu_vm and not apart
+
+
+def _local_devices() -> list[int] | None:
+    """Under Slurm with one process a node, all GPUs of the node, where JAX would take the first; else as JAX has it."""
+    tasks, nodes, gpus = (os.environ.get(f"SLURM_{name}", "") for name in ("STEP_NUM_TASKS", "STEP_NUM_NODES",
+                                                                           "GPUS_ON_NODE"))
+    alone = tasks == nodes and "JAX_LOCAL_DEVICE_IDS" not in os.environ
+    return list(range(int(gpus))) if gpus.isdigit() and alone else None
 
 
 def use_compilation_cache() -> None:
@@ -134,17 +205,19 @@ def stop_signal() -> Iterator[StopSignal]:
     """Collects SIGTERM and SIGINT while inside; before there is anything to save, and on a second SIGINT, they act."""
     stop = StopSignal()
 
+    several = jax.process_count() > 1
+
     def handle(number: int, frame: object) -> None:
         if number == signal.SIGINT and (stop.received == number or not stop.deferred):
             raise KeyboardInterrupt
         if not stop.deferred:
             raise SystemExit(0)
         stop.received = number
+        if several:  # the distributed runtime, which holds that signal, tells the others
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    if jax.process_count() > 1:
-        yield stop
-        return
-    before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    before = {n: signal.signal(n, handle) for n in numbers}
     try:
         yield stop
     finally:

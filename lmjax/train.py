@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 
+from lmjax.chips import peak_flops
 from lmjax.data import eval_batches, make_batches
 from lmjax.evaluate import bits_per_byte, evaluate
-from lmjax.metrics import MetricsWriter, Progress, human_count
+from lmjax.goodput import FILE, KINDS, Ledger, account, goodput_line
+from lmjax.metrics import MetricsWriter, Progress, human_count, read_jsonl
 from lmjax.recipe import Recipe
 from lmjax.report import write_report
 from lmjax.run import Log, Run, claimed, set_up
@@ -20,6 +22,7 @@ from lmjax.runtime import StopSignal, stop_signal
 from lmjax.sampling import Sampling
 from lmjax.train_state import TrainState
 from lmjax.train_step import Metrics
+from lmjax.watch import Outliers, Trace, Watchdog, write_hlo
 
 
 def _to_stderr(line: str) -> None:
@@ -43,9 +46,15 @@ def train(recipe: Recipe, workdir: str | Path, log: Log = _to_stderr) -> str:
             start = int(run.state.step)
             writer = MetricsWriter(workdir, start) if jax.process_index() == 0 else _Silent()
             with contextlib.closing(run.checkpointer), contextlib.closing(writer):
-                writer.event(start, "resume" if start else "start", time.monotonic() - began)
-                outcome = Loop(run, writer).run(start, recipe.train.steps, stop)
+                seconds = time.monotonic() - began
+                writer.event(start, "resume" if start else "start", seconds)
+                loop = Loop(run, writer)
+                with contextlib.closing(loop.ledger):
+                    loop.ledger.start(start, seconds, restore=run.restore_seconds)
+                    outcome = loop.run(start, recipe.train.steps, stop)
+                    loop.finish()
         if jax.process_index() == 0 and (workdir / "metrics.jsonl").stat().st_size:
+            log(goodput_line(account(read_jsonl(workdir / FILE))))
             log(f"report: {write_report(workdir)}")
     return outcome
 
@@ -57,6 +66,11 @@ class Loop:
         self.run_, self.writer = run, writer
         self.pending: tuple[int, Metrics, float] | None = None  # step, its metrics, seconds waited for its data
         self.progress: Progress | None = None
+        self.ledger = Ledger(run.workdir) if jax.process_index() == 0 else _Silent()
+        self.watchdog: Watchdog | None = None
+        self.slow, self.saved = Outliers(), 0  # saved: the newest step that is being
+        devices = run.layout.mesh.devices
+        self.peak = (peak_flops(devices.flat[0].device_kind) or math.nan) * devices.size  # FLOP/s of all, if known
         self.newest = (0.0, 0.0)  # loss and parameter norm of the newest reported step
         self.tokens = run.tokens
         self.began = self.last = time.monotonic()  # last: when the newest reported step was done
@@ -71,17 +85,26 @@ class Loop:
         run.state = None  # the step donates it
         batches = make_batches(run.train_split, batch_size=recipe.train.batch_size, start_row=run.steps.rows(start),
                                steps=end - start, sharding=run.layout.sharding(("batch", "seq")))
-        with contextlib.closing(batches), contextlib.closing(_progress(steps)) as self.progress:
-            if run.compiled is None:
-                _compile(run, self.writer, start)  # while the first batches are made in the background
+        trace = Trace(recipe.watch.profile, run.workdir)
+        watchdog = self.watchdog = Watchdog(recipe.watch.stall_seconds, run.workdir)
+        with (contextlib.closing(batches), contextlib.closing(_progress(steps)) as self.progress,
+              contextlib.closing(trace), contextlib.ExitStack() as watched):
+            if run.compiled is None:  # while the first batches are made in the background
+                self._timed(start, "compile", lambda: _compile(run))
+            watched.enter_context(watchdog)  # only now: nothing moves while it compiles
             self.last = time.monotonic()
             for step in range(start + 1, end + 1):
+                watchdog.at(step, "waiting for data")
                 asked = time.monotonic()
                 batch = next(batches)
                 waited = time.monotonic() - asked
+                trace.before(step)
+                watchdog.at(step, "running the step")
                 state, metrics = run.compiled(state, batch)
                 self._report()
                 self.pending = (step, metrics, waited)
+                if trace.after(step, metrics):
+                    self.progress.log(f"step {step}: the trace is in {run.workdir / 'profile'}")
                 stopping = stop.due(step)
                 if self._due(step) or stopping or step == steps:
                     self._milestone(step, state, stopping)
@@ -110,6 +133,13 @@ class Loop:
             self.writer.flush()
             about = {**self.run_.about, "data": self.run_.data_state(step) | {"tokens": self.tokens}}
             self._timed(step, "checkpoint", lambda: self.run_.checkpointer.save(state, about))
+            self.ledger.row()
+            self.saved = step
+
+    def finish(self) -> None:
+        """Returns once what was saved is on the disk."""
+        if self.saved:
+            self._timed(self.saved, "checkpoint", self.run_.checkpointer.wait)
 
     def _check_finite(self, step: int) -> None:
         """A diverged state must not push the last good checkpoints out."""
@@ -128,24 +158,32 @@ class Loop:
         self.newest = (float(metrics["loss"]), float(metrics["param_norm"]))
         seconds, self.last = time.monotonic() - self.last, time.monotonic()
         self.tokens += weight
+        waited = min(waited, seconds)
+        self.ledger.spend(step, useful=seconds - waited, data=waited)
+        if self.slow(seconds - waited):
+            self.writer.event(step, "slow_step", seconds - waited)
         if step % r.log_every and step != r.steps:
             return
         values = {name: float(value) for name, value in metrics.items()
                   if name != "weight" and not value.ndim}
         bits = bits_per_byte(values["loss"], self.run_.train_split)
-        rate, share = weight / seconds, min(waited / seconds, 1.0)
+        rate, share = weight / seconds, waited / seconds
         epoch = max(self.run_.train_split.epochs(self.run_.steps.rows(step)).values())
         self.writer.train(step, {**values, "bits_per_byte": bits, "tokens": self.tokens, "epoch": epoch})
-        flops = self.run_.model.flops_per_token(self.run_.recipe.data.seq_len)
+        flops = self.run_.model.flops_per_token(self.run_.recipe.data.seq_len) * rate
+        mfu = {} if math.isnan(self.peak) else {"mfu": flops / self.peak}
         self.writer.timing(step, {"seconds": self.writer.seconds_before + time.monotonic() - self.began,
                                   "step_seconds": seconds, "tokens_per_second": rate, "data_wait_share": share,
-                                  "model_flops_per_second": rate * flops})
-        self.progress.update(step, values["loss"], bits, rate, share)
+                                  "model_flops_per_second": flops, **mfu})
+        self.progress.update(step, values["loss"], bits, rate, share, **mfu)
 
     def _timed(self, step: int, name: str, do: Callable[[], None]) -> None:
+        self.watchdog.at(step, KINDS[name])
         began = time.monotonic()
         do()
-        self.writer.event(step, name, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self.writer.event(step, name, seconds)
+        self.ledger.spend(step, **{name: seconds})
 
     def _evaluate(self, step: int, state: TrainState, whole: bool) -> None:
         run, r = self.run_, self.run_.recipe
@@ -156,7 +194,8 @@ class Loop:
             batches = eval_batches(run.heldout, batch_size, run.layout.sharding(("batch", "seq")),
                                    most=0 if whole else r.eval.batches)
             with contextlib.closing(batches):
-                result = evaluate(run.program.eval_fn, params, batches, run.heldout)
+                result = evaluate(run.program.eval_fn, params, self.watchdog.each(batches, step, KINDS["eval"]),
+                                  run.heldout)
             self.writer.eval(step, {f"{name}/{key}": value for key, value in result.items()})
             self.progress.log(f"step {step}: {name} loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits/byte,"
                               f" perplexity {result['perplexity']:.1f} over {human_count(result['tokens'])} tokens")
@@ -171,11 +210,12 @@ class Loop:
             self.writer.sample(step, prompt, run.tokenizer.decode(answer))
 
 
-def _compile(run: Run, writer: MetricsWriter, step: int) -> None:
+def _compile(run: Run) -> None:
     """Compiles the step before the loop, so that its time is known and its errors come first."""
-    began = time.monotonic()
-    run.compiled = run.program.traced.lower().compile()
-    writer.event(step, "compile", time.monotonic() - began)
+    lowered = run.program.traced.lower()
+    run.compiled = lowered.compile()
+    if run.recipe.watch.hlo and jax.process_index() == 0:
+        write_hlo(run.recipe.watch.hlo, lowered, run.compiled)
 
 
 def _progress(steps: int) -> Any:

@@ -22,17 +22,19 @@ def _cpu_features() -> str:
     return hashlib.sha256((flags.group() if flags else platform.machine()).encode()).hexdigest()[:8]
 
 
+GPU = os.environ.get("LMJAX_TEST_PLATFORM") == "gpu"  # as launch/gpu_check has it, for the tests that are marked so
 # Processes that a test starts inherit these; one that wants another number of devices sets XLA_FLAGS itself.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = "cuda" if GPU else "cpu"
 # Compiling is most of what tests do, each program once for some milliseconds of work: without LLVM's optimisations
 # that takes half the time.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+if not GPU:
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # XLA's thread pool. A collective holds its thread until all eight devices have joined, and independent collectives
 # run at once: with the two threads a device that two cores get, all can be held by different ones, for ever.
 os.environ["NPROC"] = "128"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow's greetings and its notes on CPU instructions
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["MPLBACKEND"] = "agg"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 

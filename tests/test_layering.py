@@ -16,7 +16,8 @@ LAYERS = [
     {"sharding", "config", "tree", "runtime", "hlo", "chips"},
     {"nn"},
     {"models", "data", "losses", "optim", "sampling"},
-    {"recipe", "program", "train_state", "train_step", "checkpoint", "metrics", "adapt", "interop", "tasks"},
+    {"recipe", "program", "train_state", "train_step", "checkpoint", "metrics", "goodput", "watch", "adapt", "interop",
+     "tasks"},
     {"cli", "train", "run", "evaluate", "evaluate_tasks", "generate", "beam", "speculative", "stream",
      "attention_maps", "lm", "plan", "plan_*", "report", "report_*", "prepare", "prepare_*", "data_command",
      "bench", "bench_*"},
@@ -28,7 +29,8 @@ BANNED_NNX = {"jit", "grad", "value_and_grad", "scan", "vmap", "remat", "Optimiz
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-ALL_FILES = sorted([*FILES, *(ROOT / "configs").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+LAUNCHERS = [f for f in (ROOT / "launch").iterdir() if f.suffix == ".py" or b"python3" in f.read_bytes()[:30]]
+ALL_FILES = sorted([*FILES, *(ROOT / "configs").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *LAUNCHERS])
 
 
 def name_of(path: pathlib.Path) -> str:

@@ -258,6 +258,12 @@ def test_live_progress_fits_eighty_columns(monkeypatch):
     progress.close()
     expected = "1,201/2,000 60%  loss 3.200  1.100 bits/byte  21.0k tok/s  wait 0%  ETA 3m20s"
     assert f"\r{expected}\x1b[K" in stream.getvalue()
+    clock.now += 1
+    progress.update(1202, 3.2, 1.1, 21_000, 0.004, mfu=0.413)
+    assert "21.0k tok/s  MFU 41%  ETA" in stream.getvalue()
+    progress = Progress(2000, piped := io.StringIO(), clock)
+    progress.update(1202, 3.2, 1.1, 21_000, 0.004, mfu=0.413)
+    assert "21.0k tokens/s | MFU 41% | data wait 0.4% |" in piped.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_every_link_leads_somewhere(page):
 def test_every_named_setting_exists(page):
     from lmjax.recipe import Recipe
 
-    sections = "model|data|optimizer|mesh|train|eval|checkpoint|sample"
+    sections = "model|data|optimizer|mesh|train|eval|checkpoint|sample|watch"
     for section, key in re.findall(rf"`({sections})\.(\w+)`", page.read_text()):
         group = getattr(Recipe(), section)
         assert hasattr(group, key), f"{section}.{key}"

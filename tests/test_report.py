@@ -28,6 +28,8 @@ MANIFEST = {
     "sources": {"stdlib": {"train": {"documents": 2310, "tokens": 4_000_000, "bytes": 14_000_000}}},
     "removed": {"exact_duplicate": 1234},
 }
+LEDGER = [{"step": 0, "at": 100.0, "start": 4.0},
+          {"step": 100, "at": 312.0, "useful": 180.0, "data": 10.0, "eval": 10.0}]
 FACTS = {
     "lmjax": "0.1.0",
     "versions": {"jax": "0.10.2"},
@@ -66,6 +68,7 @@ def make_run(workdir, steps=range(1, 101), data=True, **how):
     writer.close()
     (workdir / "config.json").write_text(json.dumps({"model": {"num_layers": 4, "note": "a < b & c"}}))
     (workdir / "run.json").write_text(json.dumps(FACTS))
+    (workdir / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LEDGER))
     if data:
         (workdir / "data").mkdir()
         (workdir / "data/manifest.json").write_text(json.dumps(MANIFEST))
@@ -90,6 +93,8 @@ def report(workdir):
 
 def test_says_everything(tmp_path):
     make_run(tmp_path)
+    with (tmp_path / "timing.jsonl").open("a") as file:
+        file.write('{"step": 50, "event": "slow_step", "seconds": 9.0}\n')
     page, text, pictures = report(tmp_path)
     titles = [picture.get("aria-label").removesuffix(" against tokens") for picture in pictures]
     assert titles == ["Loss", "Bits per byte", "Learning rate", "Gradients and weights", "Throughput"]
@@ -110,7 +115,7 @@ def test_says_everything(tmp_path):
         "It took 3m21s on 8 CPU devices (Some CPU).",
         "finished", "20.0k", "900G", "8,412,345", "data=2, fsdp=4", "no flash kernel for a CPU", "0.10.2",
         "3f2a9c", "exact duplicate", "1,234", "2,310", "3.50", '"note": "a < b & c"',
-        "evaluating 10s, 10 times",
+        "training steps that count 3m00s 83.3%", "evaluating 10s 4.6%", "Of 3m36s in all. 1 step took over 1.5 times",
     ):  # fmt: skip
         assert fact in text, fact
     assert "diverged" not in text

@@ -1,0 +1,99 @@
+"""What only an NVIDIA GPU shows: `launch/gpu_check` runs this on one. On a CPU its own kernel takes cuDNN's place,
+which checks the checks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.data import open_splits
+from lmjax.nn.kernels import attend, prepare
+from lmjax.nn.visibility import Visibility
+from lmjax.program import make_program
+from lmjax.recipe import build_recipe
+
+pytestmark = pytest.mark.gpu
+
+PLATFORM = jax.devices()[0].platform
+KERNEL = "cudnn" if PLATFORM == "gpu" else "chunked"
+B, T, H, K = 2, 256, 4, 64
+CALLS = {  # what differs from one causal document a row of as many key/value heads
+    "causal": {}, "both ways": dict(causal=False), "grouped": dict(kv_heads=2), "window": dict(window=100),
+    "documents": dict(documents=3, kv_heads=1), "documents in a window": dict(documents=3, window=30),
+    "odd length": dict(length=T - 3, documents=2), "head of 128": dict(head_dim=128),
+}
+
+
+def inputs(causal=True, kv_heads=H, window=0, documents=1, length=T, head_dim=K):
+    """(q, k, v, weight of the output) in bfloat16 and who sees whom; the last tenth of each row is padding."""
+    rng = np.random.default_rng(0)
+    shapes = [(B, length, heads, head_dim) for heads in (H, kv_heads, kv_heads, H)]
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+    filled = length * 9 // 10
+    segments = np.zeros((B, length), np.int32)
+    segments[:, :filled] = 1 + np.arange(filled) * documents // filled
+    first = np.array([[np.argmax(row == s) for s in row] for row in segments])
+    positions = jnp.asarray(np.arange(length) - first, jnp.int32)
+    segments = jnp.asarray(segments)
+    return arrays, Visibility(positions, positions, segments, segments, causal, window)
+
+
+def value_and_grads(arrays, see, kernel, dtype):
+    """Output [B, T, H, K] and the gradients by q, k and v, in float32; padding's output left out."""
+    q, k, v, weight = (x.astype(dtype) for x in arrays)
+    used = (see.q_segments > 0)[:, :, None, None]
+
+    @jax.jit
+    def f(q, k, v):
+        y = attend(q, k, v, prepare(see, kernel), scale=K**-0.5, kernel=kernel)
+        y = jnp.where(used, y, 0)
+        return jnp.sum((y * weight).astype(jnp.float32)), y
+
+    (_, y), grads = jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    return [np.asarray(x, np.float32) for x in (y, *grads)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_fast_kernel_equals_the_reference(name):
+    """bfloat16 against float32 of the same rounded inputs: the error is that of bfloat16, forward and backward."""
+    arrays, see = inputs(**CALLS[name])
+    with jax.default_matmul_precision("highest"):
+        exact = value_and_grads(arrays, see, "xla", jnp.float32)
+    fast = value_and_grads(arrays, see, KERNEL, jnp.bfloat16)
+    for what, got, want in zip(("y", "dq", "dk", "dv"), fast, exact, strict=True):
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        assert error < 0.015, (what, error)
+
+
+def losses(attention, dtype, steps=8):
+    recipe = build_recipe({
+        "model": dict(num_layers=2, embed_dim=128, num_heads=2, mlp_dim=256, attention=attention),
+        "data": {"sources": [{"name": "chain", "uri": "synthetic:64"}], "tokenizer": {"vocab_size": 64},
+                 "seq_len": 128},
+        "optimizer": {"name": "adamw", "peak_lr": 1e-2, "warmup_steps": 2},
+        "train": {"batch_size": 8, "compute_dtype": dtype, "steps": 100}})
+    split, _ = open_splits(recipe.data, "")
+    program = make_program(recipe, jax.devices()[:1], vocab_size=split.vocab_size, fields=split.fields)
+    step, state, found = program.traced.lower().compile(), program.spec.init(0), []
+    for i in range(steps):
+        batch = jax.device_put(split.rows(np.arange(8 * i, 8 * i + 8)), program.layout.sharding(("batch", "seq")))
+        state, metrics = step(state, batch)
+        found.append(float(metrics["loss"]))
+    return program.model.kernel, found
+
+
+def test_a_model_learns_with_the_kernel_that_auto_takes():
+    """In bfloat16 with the fast kernel, as in float32 with the reference."""
+    kernel, fast = losses("auto" if PLATFORM == "gpu" else KERNEL, "bfloat16")
+    _, exact = losses("xla", "float32")
+    assert kernel == KERNEL and exact[-1] < exact[0] - 0.5
+    np.testing.assert_allclose(fast, exact, rtol=0.02)
+
+
+def test_the_step_on_a_gpu_calls_cudnn():
+    arrays, see = inputs()
+    step = jax.jit(functools.partial(attend, visibility=see, scale=1.0, kernel=KERNEL))
+    text = step.lower(*arrays[:3]).compile().as_text()
+    assert ("cudnn" in text.lower()) == (PLATFORM == "gpu")

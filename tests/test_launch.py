@@ -1,0 +1,471 @@
+"""What starts a run elsewhere, against stand-ins for gcloud, kubectl, sbatch and srun that record their calls."""
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import finish, lines
+
+from lmjax.chips import CHIPS, TPU_FLAGS, parse_topology, peak_flops
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PATIENCE = 120  # seconds that a stand-in may take on a busy machine
+
+
+def executable(path: pathlib.Path, text: str) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+class Cloud:
+    """A folder with stand-ins on the PATH. `answers`: a part of a call -> [output, exit code] of the first such call,
+    the second, ...; the last one goes on. A call with None or without an answer succeeds, and one of ssh or scp is
+    really done, in a folder of the node's name."""
+
+    STAND_IN = """#!{python} -IS
+import json, subprocess, sys
+from pathlib import Path
+home, words = Path({home!r}), " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+stdin = "" if "gcloud" in sys.argv[0] else sys.stdin.read()
+with open(home / "calls", "a") as file:
+    file.write(json.dumps({{"words": words, "stdin": stdin}}) + "\\n")
+made = [json.loads(line)["words"] for line in (home / "calls").read_text().splitlines()]
+for part, answers in json.loads((home / "answers").read_text()).items():
+    if part in words and (answer := answers[min(sum(part in w for w in made), len(answers)) - 1]):
+        output, code = answer
+        print(output, flush=True)
+        sys.exit(code)
+if "ssh" in sys.argv:
+    node = home / "hosts" / sys.argv[sys.argv.index("ssh") + 1]
+    sys.exit(subprocess.run(["bash", "-c", sys.argv[sys.argv.index("--command") + 1]], cwd=node).returncode)
+if "scp" in sys.argv:
+    source, target = sys.argv[sys.argv.index("scp") + 1 :][:2]
+    node = home / "hosts" / target.partition(":")[0]
+    node.mkdir(parents=True, exist_ok=True)
+    (node / target.partition(":")[2]).write_bytes(Path(source).read_bytes())
+if "sbatch" in sys.argv[0]:
+    sys.exit(subprocess.run(["bash"], input=stdin, text=True).returncode)
+"""
+
+    def __init__(self, home: pathlib.Path):
+        self.home = home
+        for name in ("gcloud", "kubectl", "sbatch"):
+            executable(home / "bin" / name, self.STAND_IN.format(python=sys.executable, home=str(home)))
+        # The Python of the hosts: makes environments of itself, installs nothing, and "trains".
+        host = executable(home / "host" / "python3", """#!/bin/sh
+case "$*" in
+  *"sys.version_info <"*) exit 0 ;;
+  *"%d.%d"*) echo 3.12 ;;
+  *"-m venv"*) for last; do :; done; mkdir -p "$last/bin"; cd "$last/bin"; cp "$0" python; touch pip ;;
+  *lmjax.cli*) echo "flags $LIBTPU_INIT_ARGS"; for word; do echo "word $word"; done; eval "$RUN" ;;
+esac
+""")
+        self.env = {**os.environ, "PATH": f"{home}/bin:{os.environ['PATH']}", "LMJAX_PYTHON": str(host), "RUN": "true"}
+        self.answer({})
+
+    def answer(self, answers: dict[str, list[list | None]]) -> None:
+        (self.home / "answers").write_text(json.dumps(answers))
+
+    def calls(self) -> list[dict]:
+        path = self.home / "calls"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def verbs(self) -> list[str]:
+        """create, describe, scp, ... in the order of the calls; ssh by what it is for."""
+        kinds = {"setup tpu &&": "install", "tar xzf": "install", "setsid": "start", "tail -n": "follow",
+                 "pkill": "stop"}
+        words = [call["words"] for call in self.calls()]
+        return [next((kind for part, kind in kinds.items() if part in w), None) if " ssh " in w else w.split()[4]
+                for w in words]
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen:
+        return subprocess.Popen([ROOT / "launch" / name, *arguments], env=self.env, text=True, cwd=self.home,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def run(self, name: str, *arguments: str, expect: int = 0) -> str:
+        process = self.start(name, *arguments)
+        out, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == expect, out + err
+        return out + (err if expect else "")
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    return Cloud(tmp_path)
+
+
+# Cloud TPU ---------------------------------------------------------------------------------------------------
+
+POD = ("--name", "pod", "--project", "p", "--zone", "z", "--topology", "v6e-16", "--spot", "--poll", "0")
+TRAIN = ("--", "train", "--config", "configs/x.py", "--workdir", "/mnt/a b")
+COMES = ["", 1], ["WAITING_FOR_RESOURCES", 0], ["PROVISIONING", 0], ["ACTIVE", 0]
+ONCE = ["describe", "create", "describe", "describe", "describe", "scp", "install", "start", "follow"]
+
+
+def test_tpu_pod_creates_runs_and_cleans_up(cloud):
+    """The hosts' side really runs: the checkout arrives, the command's words and the flags as they were given."""
+    cloud.answer({"describe": COMES})
+    out = cloud.run("tpu_pod", *POD, *TRAIN)
+    assert cloud.verbs() == [*ONCE, "delete"]
+    assert [line.removeprefix("word ") for line in out.splitlines() if line.startswith("word ")] == [
+        "-m", "lmjax.cli", *TRAIN[1:]]
+    assert f"flags {' '.join(TPU_FLAGS['v6e'])}" in out and "exit code" not in out
+    assert (cloud.home / "hosts/pod/lmjax/launch/tpu_pod").read_bytes() == (ROOT / "launch/tpu_pod").read_bytes()
+    create = next(call["words"] for call in cloud.calls() if " create " in call["words"])
+    for part in ("queued-resources create pod", "--node-id pod", "--accelerator-type v6e-16", "--spot",
+                 "--runtime-version v2-alpha-tpuv6e", "--project p --zone z"):
+        assert part in create
+    assert all("--project p --zone z" in call["words"] for call in cloud.calls())
+
+
+def test_tpu_pod_goes_on_after_a_pre_emption(cloud):
+    """Taken away while the output streams, and once more before the hosts could be reached."""
+    cloud.answer({"describe": [*COMES, ["SUSPENDED", 0], *COMES, ["SUSPENDED", 0], *COMES],
+                  "tail -n": [["step 7", 255], ["done\nlmjax: exit code 0", 0]],
+                  " scp ": [None, *[["", 1]] * 5, None]})
+    out = cloud.run("tpu_pod", *POD, *TRAIN)
+    assert out.split() == ["step", "7", "done"]
+    verbs = cloud.verbs()
+    assert verbs[:11] == [*ONCE, "describe", "delete"] and verbs[-1] == "delete" and verbs.count("create") == 3
+    starts = [call["words"] for call, verb in zip(cloud.calls(), verbs, strict=True) if verb == "start"]
+    assert len(starts) == 2 and starts[0] == starts[1]
+
+
+def test_tpu_pod_finds_the_way_again(cloud):
+    """This machine loses its connection while the pod lives: it shows the rest, from the line that it had reached."""
+    cloud.answer({"describe": COMES, "tail -n": [["step 1\nstep 2", 255], ["step 3\nlmjax: exit code 0", 0]]})
+    assert cloud.run("tpu_pod", *POD, *TRAIN).split() == ["step", "1", "step", "2", "step", "3"]
+    assert cloud.verbs() == [*ONCE, "describe", "follow", "delete"]
+    assert "tail -n +3 " in cloud.calls()[-2]["words"]
+
+
+@pytest.mark.parametrize("code, run", [(2, "exit 2"), (3, "sh -c 'exit 3'; exit $?")])
+def test_tpu_pod_ends_with_the_code_of_a_run_that_failed(cloud, code, run):
+    cloud.answer({"describe": COMES})
+    cloud.env["RUN"] = run
+    cloud.run("tpu_pod", *POD, *TRAIN, expect=code)
+    assert cloud.verbs().count("create") == 1 and cloud.verbs()[-1] == "delete"
+
+
+@pytest.mark.parametrize("answers, word", [
+    ({"describe": [["", 1]], " create ": [["no quota", 1]]}, "could not create"),
+    ({"describe": [["", 1], ["FAILED", 0]]}, "got FAILED"),
+    ({"describe": COMES, "tar xzf": [["", 1]]}, "could not ssh"),
+    ({"describe": COMES, " delete ": [["", 1]]}, "could not delete pod, which may cost"),
+])
+def test_tpu_pod_says_what_gcloud_could_not_do_and_cleans_up(cloud, answers, word):
+    cloud.answer(answers)
+    assert word in cloud.run("tpu_pod", *POD, *TRAIN, expect=1)
+    assert cloud.verbs()[-1] == "delete"
+
+
+@pytest.mark.parametrize("number, keep", [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_tpu_pod_interrupted(cloud, number, keep):
+    """The run is asked to save its step, then the pod is deleted; with --keep both go on."""
+    cloud.answer({"describe": COMES})
+    cloud.env["RUN"] = f"echo running; trap 'echo saved; exit 0' TERM; sleep {PATIENCE} & wait"
+    process = cloud.start("tpu_pod", *POD, *(("--keep",) if keep else ()), *TRAIN)
+    while (line := process.stdout.readline()) != "running\n":
+        assert line, process.stderr.read()
+    process.send_signal(number)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    host = cloud.home / "hosts/pod/lmjax"
+    assert cloud.verbs() == [*ONCE, *([] if keep else ["stop", "delete"])]
+    assert ("saved" in (host / "run.log").read_text()) == (not keep)
+    if keep:  # the same command finds the run, shows it from its first line, and without --keep ends it
+        again = cloud.start("tpu_pod", *POD, *TRAIN)
+        while again.stdout.readline() != "running\n":
+            pass
+        again.send_signal(number)
+        again.communicate(timeout=PATIENCE)
+        assert "create" not in cloud.verbs()[len(ONCE):] and cloud.verbs()[-1] == "delete"
+        assert "saved" in (host / "run.log").read_text()
+
+
+def test_tpu_pod_of_two_slices_and_dry_run(cloud):
+    process = cloud.start("tpu_pod", *POD[:7], "2xv5p-128", "--reserved", "--dry-run", *TRAIN)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0 and not cloud.calls()
+    for part in ("--node-prefix pod --node-count 2 --accelerator-type v5p-128", "--reserved", "ssh pod-0", "ssh pod-1",
+                 "delete pod", *TPU_FLAGS["slices"]):
+        assert part in err
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x8", "v9-8", "cpu"])
+def test_tpu_pod_refuses_a_shape_that_gcloud_does_not_sell(cloud, topology):
+    assert "--topology: expected" in cloud.run("tpu_pod", *POD[:7], topology, *TRAIN, expect=2)
+    assert not cloud.calls()
+
+
+# GKE ---------------------------------------------------------------------------------------------------------
+
+JOB = ("--name", "job", "--image", "here/lmjax:1", "--queue", "tpu", "--volume", "claim:/runs")
+
+
+@pytest.mark.parametrize("topology, slices, hosts, chips", [
+    ("v5e:16x16", 1, 64, 4), ("v5e:2x4", 1, 1, 8), ("v5p-128", 1, 16, 4), ("2xv6e:16x16", 2, 64, 4),
+    ("v4:2x2x1", 1, 1, 4)])
+def test_gke(cloud, topology, slices, hosts, chips):
+    yaml = pytest.importorskip("yaml")
+    text = cloud.run("gke", *JOB, "--topology", topology, "--spot", "--dry-run", *TRAIN)
+    assert not cloud.calls()
+    job = yaml.safe_load(text)
+    assert (job["kind"], job["metadata"]["name"]) == ("JobSet", "job")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "tpu"
+    replicated, = job["spec"]["replicatedJobs"]
+    spec, pod = replicated["template"]["spec"], replicated["template"]["spec"]["template"]["spec"]
+    container, = pod["containers"]
+    assert (replicated["replicas"], spec["parallelism"], spec["completions"]) == (slices, hosts, hosts)
+    assert container["resources"]["limits"] == {"google.com/tpu": chips} and container["args"] == list(TRAIN[1:])
+    assert slices * hosts * chips == parse_topology(topology).chips
+    assert container["env"] == [{"name": "LIBTPU_INIT_ARGS", "value": parse_topology(topology).flags}]
+    selector = pod["nodeSelector"]
+    assert selector["cloud.google.com/gke-tpu-topology"] == "x".join(map(str, parse_topology(topology).shape))
+    assert selector["cloud.google.com/gke-spot"] == "true"
+    assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "claim"}
+    cloud.answer({"kubectl": [["", 3]]})
+    cloud.run("gke", *JOB, "--topology", topology, "--spot", *TRAIN, expect=3)
+    assert cloud.calls() == [{"words": "kubectl apply -f -", "stdin": text}]
+
+
+@pytest.mark.parametrize("wrong", [("--name", "Job"), ("--volume", "claim"), ("--topology", "v5e:3")])
+def test_gke_refuses(cloud, wrong):
+    assert f"{wrong[0]}: expected" in cloud.run("gke", *JOB, "--topology", "v5e:4x4", *wrong, *TRAIN, expect=2)
+    assert not cloud.calls()
+
+
+# Slurm -------------------------------------------------------------------------------------------------------
+
+SRUN = """#!{python}
+import os, re, subprocess, sys
+script = open({script!r}).read()
+nodes, tasks = (int(re.search(rf"--{{name}}=(\\d+)", script)[1]) for name in ("nodes", "ntasks-per-node"))
+env = dict(os.environ, SLURM_JOB_ID="{job}", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=str(nodes * tasks),
+           SLURM_STEP_NUM_TASKS=str(nodes * tasks), SLURM_STEP_NUM_NODES=str(nodes), SLURM_GPUS_ON_NODE="2")
+running = [subprocess.Popen(sys.argv[2:], env=dict(env, SLURM_PROCID=str(i), SLURM_LOCALID=str(i % tasks)))
+           for i in range(nodes * tasks)]
+sys.exit(max(process.wait() for process in running))
+"""
+
+
+def job_id() -> int:
+    """One for which the port that JAX takes under Slurm, by the number of the job, is free."""
+    for job in range(1000, 5000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", 61440 + job % 4096)):
+                return job
+
+
+def test_slurm(cloud, tmp_path):
+    """The script that is submitted really runs: two processes find each other by what Slurm sets, without arguments."""
+    executable(cloud.home / "venv/bin/python", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    cloud.env |= {"LMJAX_VENV": str(cloud.home / "venv"), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu",
+                  "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    options = ("--nodes", "2", "--gpus", "2", "--time", "1:00:00")
+    run = ("--", "train", "--config", "configs/synthetic.py:tiny", "--workdir", str(tmp_path / "a run"),
+           "--config.train.steps=3", "--config.optimizer.warmup_steps=1", "--config.eval.every=0")
+    script = cloud.run("slurm", *options, "--dry-run", *run)
+    assert not cloud.calls() and "JAX_LOCAL_DEVICE_IDS=0,1\n" in script
+    assert "JAX_LOCAL" not in cloud.run("slurm", "--per-gpu", *options, "--dry-run", *run)
+    (tmp_path / "script").write_text(script)
+    executable(cloud.home / "bin/srun", SRUN.format(python=sys.executable, script=str(tmp_path / "script"),
+                                                    job=job_id()))
+    cloud.run("slurm", *options, *run)
+    assert cloud.calls() == [{"words": "sbatch --time 1:00:00", "stdin": script}]
+    assert json.loads((tmp_path / "a run/run.json").read_text())["mesh"]["data"] == 2
+    assert [r["step"] for r in lines(tmp_path / "a run") if "loss" in r] == [1, 2, 3]
+
+
+def test_slurm_refuses(cloud):
+    assert "expected a number behind --nodes" in cloud.run("slurm", "--nodes", "all", *TRAIN, expect=2)
+    assert "expected a command of lmjax" in cloud.run("slurm", "--nodes", "2", expect=2)
+    cloud.env["LMJAX_VENV"] = "/nowhere"
+    assert "expected an environment at /nowhere" in cloud.run("slurm", *TRAIN, expect=2)
+
+
+@pytest.mark.parametrize("environ, expected", [
+    ({}, None),
+    ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}, [0, 1, 2, 3]),
+    ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}, None),
+    ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4",
+      "JAX_LOCAL_DEVICE_IDS": "0"}, None),
+])
+def test_one_process_a_node_takes_all_its_gpus(environ, expected, monkeypatch):
+    from lmjax.runtime import _local_devices
+
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert _local_devices() == expected
+
+
+# Processes of this machine -----------------------------------------------------------------------------------
+
+STUB = """
+import os, signal, sys, time
+me = os.environ["JAX_PROCESS_ID"]
+def end(number, frame):
+    print(f"signal {number}", flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGINT, end); signal.signal(signal.SIGTERM, end)
+print(sys.argv[1], me, os.environ["JAX_NUM_PROCESSES"], os.environ["JAX_COORDINATOR_ADDRESS"], flush=True)
+if sys.argv[1] == "fail" and me == "1":
+    sys.exit(3)
+if sys.argv[1] == "die" and me == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] != "end":
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """Where `python -m lmjax.cli` is a stub, and a function that starts it as three processes."""
+    (tmp_path / "lmjax").mkdir()
+    (tmp_path / "lmjax/__init__.py").touch()
+    (tmp_path / "lmjax/cli.py").write_text(STUB)
+    return lambda what: subprocess.Popen(
+        [sys.executable, ROOT / "launch/processes.py", "--processes", "3", "--patience", "0.3", "--", what],
+        cwd=tmp_path, text=True, stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("what, code", [("end", 0), ("fail", 3), ("die", 128 + signal.SIGKILL)])
+def test_processes_end_together(stub, what, code):
+    process = stub(what)
+    out, _ = process.communicate(timeout=PATIENCE)
+    said = [re.fullmatch(rf"\[(\d)\] {what} \1 3 (127\.0\.0\.1:\d+)", line) for line in out.splitlines()]
+    assert sorted(match[1] for match in said) == ["0", "1", "2"] and len({match[2] for match in said}) == 1
+    assert process.returncode == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_all_processes(stub, number):
+    process = stub("wait")
+    for _ in range(3):
+        process.stdout.readline()
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert sorted(out.split("\n")) == ["", *(f"[{i}] signal {int(number)}" for i in range(3))]
+    assert process.returncode == 0
+
+
+def test_local_runs_processes(cloud):
+    """Of the environment that launch/lib.sh makes; a dry run makes none."""
+    cloud.env["LMJAX_VENV"] = str(cloud.home / "venv")
+    arguments = ("--processes", "2", "--devices-per-process", "4", "--dry-run", "--", "train", "--config", "a b")
+    python = cloud.env.pop("LMJAX_PYTHON")
+    printed = cloud.run("local", *arguments).splitlines()
+    assert len(printed) == 2 and not (cloud.home / "venv").exists()
+    for number, line in enumerate(printed):
+        words = shlex.split(line)
+        assert f"JAX_PROCESS_ID={number}" in words and "JAX_NUM_PROCESSES=2" in words
+        assert words[-4:] == ["lmjax.cli", "train", "--config", "a b"]
+        assert any(w.endswith("--xla_force_host_platform_device_count=4") for w in words)
+    cloud.env |= {"LMJAX_PYTHON": python, "RUN": "true"}
+    host = pathlib.Path(python)
+    host.write_text(host.read_text().replace("esac", '  *processes.py*) shift; echo "$@" ;;\nesac'))
+    assert cloud.run("local", "--processes", "2", "--", "train").split() == ["--processes", "2", "--", "train"]
+
+
+def test_a_coordinator_that_cannot_be_reached(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        began = time.monotonic()
+        printed = finish(tmp_path / "run", expect=2, env={
+            "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1",
+            "LMJAX_JOIN_SECONDS": "2"})
+    assert time.monotonic() - began < 60
+    said = [line for line in printed.splitlines() if line.startswith("lmjax: error: ")]
+    assert len(said) == 1 and f"expected all processes at the coordinator {address} within 2 s, got" in said[0]
+
+
+# A machine with a GPU -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu_check():
+    loader = importlib.machinery.SourceFileLoader("gpu_check", str(ROOT / "launch/gpu_check"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_check", loader))
+    loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name, millions", [("124M", 124), ("350M", 355), ("1B", 1056)])
+def test_gpu_check_times_what_it_says(gpu_check, name, millions):
+    from lmjax.models import build_model
+    from lmjax.tree import num_elements
+
+    recipe = gpu_check.recipe(name)
+    model = build_model(recipe.model, vocab_size=0, platform="gpu", dtype=recipe.train.dtype("gpu"),
+                        seq_len=recipe.data.seq_len)
+    assert round(num_elements(model.shapes) / 1e6) == millions
+    assert model.kernel == "cudnn" and str(model.dtype) == "bfloat16"
+    pytest.importorskip("torch")
+    from lmjax.bench_torch import lacking
+
+    assert not lacking(model.config)
+
+
+@pytest.mark.slow  # PyTorch, and a test run of its own
+def test_gpu_check_goes_its_way_on_a_cpu(tmp_path):
+    pytest.importorskip("torch")
+    done = subprocess.run([ROOT / "launch/gpu_check", "--tiny", "--seconds", "1", "--out", tmp_path / "gpu.json"],
+                          env={**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert re.match(r"\d+ passed", report["tests"])
+    row = report["sizes"]["tiny"]
+    for who in ("lmjax", "PyTorch"):
+        assert row[who]["mfu"] is None and row[who]["model_flops_per_second"] > 0
+        assert row[who]["tokens_per_second"] == pytest.approx(2 * 32 / row[who]["step_seconds"])
+    assert row["rounds"] >= 3 and len(done.stdout.splitlines()) == 4
+
+
+# Chips -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, flops", [
+    ("TPU v5 lite", CHIPS["v5e"].flops), ("TPU v5", CHIPS["v5p"].flops), ("TPU v6 lite", CHIPS["v6e"].flops),
+    ("TPU v4", CHIPS["v4"].flops), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("NVIDIA RTX A1000", None),
+    ("cpu", None)])
+def test_peaks(kind, flops):
+    assert peak_flops(kind) == flops
+
+
+@pytest.mark.slow  # loads the TPU compiler
+@pytest.mark.parametrize("topology", ["v5e:4x4", "2xv6e:4x4", "2xv5p:2x2x2", "v4:2x2x2"])
+def test_the_compiler_takes_the_flags(topology):
+    """It ends the process at one that it does not know."""
+    pytest.importorskip("libtpu")
+    program = f"""
+import os
+from lmjax.chips import parse_topology, tpu_compiler
+topology = parse_topology({topology!r})
+tpu_compiler()
+os.environ["LIBTPU_INIT_ARGS"] = topology.flags + os.environ.get("MORE", "")
+import jax
+from lmjax.plan_compile import _devices
+sharding = jax.sharding.SingleDeviceSharding(_devices(topology)[0])
+x = jax.ShapeDtypeStruct((128, 128), "bfloat16", sharding=sharding)
+print(jax.jit(lambda x: x @ x).lower(x).compile().as_text()[:9])
+"""
+    for more, works in (("", True), (" --xla_no_such_flag=1", False)):
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "MORE": more})
+        assert (done.stdout.strip() == "HloModule") == works, done.stdout + done.stderr

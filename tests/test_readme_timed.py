@@ -1,0 +1,101 @@
+"""Every command and every line of Python in README.md and docs/ runs, in the order in which a reader would type them.
+
+`lmjax` is stood in for by a script that calls the real one with a smaller model, a smaller corpus and fewer steps.
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = {
+    "configs/quickstart.py": ["train.steps=4", "optimizer.warmup_steps=1", "train.batch_size=4", "checkpoint.every=2",
+                              "eval.batches=2", "data.heldout_fraction=0.1", "data.tokenizer.vocab_size=400"],
+    "configs/synthetic.py": ["train.steps=4", "optimizer.warmup_steps=1"],
+    "configs/llama2_7b.py": ["mesh.fsdp=1"],
+    "configs/data/python_stdlib.py": ["data.tokenizer.vocab_size=512", "data.curate.decontaminate.sources=[]"],
+    "configs/bench.py": ["model.embed_dim=32", "model.mlp_dim=32", "train.batch_size=2", "data.seq_len=32"],
+}
+STAND_IN = f"""#!{sys.executable}
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from lmjax.cli import main
+args, small = sys.argv[1:], {SMALL!r}
+given = " ".join(args)
+for config, overrides in small.items():
+    if config in args:
+        args[args.index(config)] = config + ("" if "bench" in config or "data" in config else ":tiny")
+        uri = ["data.sources.0.uri=text:{sysconfig.get_paths()['stdlib']}/json/*.py"]
+        uri = uri if "quickstart" in config and "config.data.sources" not in given else []
+        args += ["--config." + item for item in overrides + uri if "config." + item.split("=")[0] not in given]
+if args[0] == "plan":  # the TPU compiler is not on every machine that runs tests
+    args = [item for item in args if item != "--search"]
+    args[args.index("--topology") + 1] = "cpu"
+if args[0] == "bench":
+    args += ["--seconds", "1"]
+sys.exit(main(args))
+"""
+# A test of its own runs these (tests/test_setup.py), or they need what a test machine has not.
+ELSEWHERE = ("./launch/local", "./launch/test", "pip install")
+
+
+def blocks(page: pathlib.Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory):
+    """A directory like a checkout, with a `lmjax` on the PATH, and a function that runs a script there."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("configs", "docs", "lmjax", "launch", "README.md"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "lmjax").write_text(STAND_IN)
+    (folder / "bin" / "lmjax").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+                   "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+
+    def run(command: list[str], script: str) -> str:
+        import time, resource; t0=time.time(); r0=resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, input=script, cwd=folder, env=environment, capture_output=True, text=True,
+                              timeout=300)
+        r1=resource.getrusage(resource.RUSAGE_CHILDREN)
+        open('/tmp/readme_times.txt','a').write(f"{time.time()-t0:.1f} wall {r1.ru_utime-r0.ru_utime+r1.ru_stime-r0.ru_stime:.1f} cpu: {script[:90]!r}\n")
+        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+    return run
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_runs(page, shell):
+    for script in blocks(page, "bash"):
+        if not script.startswith(ELSEWHERE):
+            shell(["bash", "-eu"], script)
+    for script in blocks(page, "python"):
+        assert shell([sys.executable, "-"], script).strip()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_named_setting_exists(page):
+    from lmjax.recipe import Recipe
+
+    sections = "model|data|optimizer|mesh|train|eval|checkpoint|sample"
+    for section, key in re.findall(rf"`({sections})\.(\w+)`", page.read_text()):
+        group = getattr(Recipe(), section)
+        assert hasattr(group, key), f"{section}.{key}"
+    for path in re.findall(r"--config\.([a-z][\w.]+)=", page.read_text()):
+        found = Recipe()
+        for key in path.split("."):
+            found = found[int(key)] if key.isdigit() else getattr(found, key)
