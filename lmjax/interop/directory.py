@@ -96,7 +96,7 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
     source = source or {"settings": {}, "generation": {}, "dtype": "float32"}
     dtype = dtype or source["dtype"]
     config = model.config
-    if config.positions == "rope":
+    if config.positions in ("rope", "sinusoidal"):
         config = dataclasses.replace(config, max_positions=max(config.max_positions, max_positions))
     ours = write_settings(config, model_type or source["settings"].get("model_type", ""))
     family = FAMILIES[ours["model_type"]]

@@ -34,6 +34,11 @@ BERT = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=
             max_position_embeddings=POSITIONS, initializer_range=0.3)
 T5 = dict(vocab_size=V, d_model=D, d_kv=16, d_ff=F, num_layers=LAYERS, num_decoder_layers=3, num_heads=4,
           relative_attention_num_buckets=8, relative_attention_max_distance=12)
+MODERNBERT = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=4, num_attention_heads=4,
+                  max_position_embeddings=POSITIONS, local_attention=8, pad_token_id=0, initializer_range=0.3)
+MARIAN = dict(vocab_size=V, d_model=D, encoder_layers=LAYERS, decoder_layers=3, encoder_attention_heads=4,
+              decoder_attention_heads=4, encoder_ffn_dim=F, decoder_ffn_dim=F, max_position_embeddings=POSITIONS,
+              pad_token_id=0, decoder_start_token_id=0, init_std=0.3)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=3, moe_intermediate_size=24)
 
 
@@ -66,9 +71,17 @@ MODELS = {
     "bert-pooler": ("BertModel", BERT),
     "roberta": ("RobertaForMaskedLM", BERT | dict(max_position_embeddings=POSITIONS + 2, type_vocab_size=1,
                                                   pad_token_id=1)),
+    "modernbert": ("ModernBertForMaskedLM", MODERNBERT | dict(rope_parameters={
+        "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}})),
+    "modernbert-bare": ("ModernBertModel", MODERNBERT | dict(
+        local_attention=6, layer_types=["sliding_attention", "full_attention"] * 2)),
+    "marian": ("MarianMTModel", MARIAN | dict(activation_function="relu", scale_embedding=True)),
+    "marian-swish": ("MarianMTModel", MARIAN | dict(activation_function="swish")),
     "t5": ("T5ForConditionalGeneration", T5),
     "t5-gated": ("T5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
 }
+BARE = {"bert-pooler": "bert.", "modernbert-bare": "model."}  # without a head
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +97,7 @@ def saved(tmp_path_factory):
         cls = getattr(transformers, head)
         model = cls(cls.config_class(**settings, attn_implementation="eager")).to(getattr(torch, dtype)).eval()
         with torch.no_grad():  # biases and norms that are all 0 or 1 would hide a mix-up
-            for p in model.parameters():
+            for p in [*model.parameters(), *(b for k, b in model.named_buffers() if k == "final_logits_bias")]:
                 p.add_(0.1 * torch.randn(p.shape).to(p.dtype))
         path = tmp_path_factory.mktemp("hf") / f"{name}-{dtype}"
         model.save_pretrained(path, max_shard_size=shard)
@@ -122,7 +135,7 @@ def test_imported_models_compute_what_transformers_computes(name, saved):
     lm = lmjax.load(path)
     batch = batch_of(tokens, length, theirs.config.is_encoder_decoder)
     real = batch["segment_ids"].astype(bool)
-    run = (lambda p, b: lm.model.encode(p, b)[0]) if name == "bert-pooler" else lm.model.logits
+    run = (lambda p, b: lm.model.encode(p, b)[0]) if name in BARE else lm.model.logits
     got = np.asarray(jax.jit(run)(lm.params, batch))
     assert np.abs(got - expected)[real].max() <= 2e-5 * np.abs(expected[real]).max()
     assert np.abs(expected[real]).max() > 1
@@ -135,7 +148,7 @@ def test_there_and_back_is_bit_exact(name, saved, tmp_path):
     assert main(["import-hf", str(path), "--out", str(tmp_path / "ours")]) == 0
     assert main(["export-hf", str(tmp_path / "ours"), "--out", str(tmp_path / "back"), "--max-shard-gb", "2e-5"]) == 0
     before, after = open_tensors(path), open_tensors(tmp_path / "back")
-    prefix = "bert." if name == "bert-pooler" else ""  # a model without a head is written as one that could have one
+    prefix = BARE.get(name, "")  # a model without a head is written as one that could have one
     assert len({entry.file for entry in after.values()}) > 1 and {prefix + n for n in before} == after.keys()
     for tensor, entry in before.items():
         a, b = read_tensor(entry), read_tensor(after[prefix + tensor])
