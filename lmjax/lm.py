@@ -136,9 +136,12 @@ class LM:
         """
         tokenizer = self.need_tokenizer()
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        if (draft or num_beams > 1) and (stream or (draft and num_beams > 1)):
-            raise ValueError("num_beams, draft: expected one way of decoding, and no stream with either, got several; "
-                             "leave all but one out")
+        asked = [name for name, on in (("num_beams", num_beams > 1), ("draft", draft), ("stream", stream)) if on]
+        if len(asked) > 1:  # neither beams nor a draft know an answer's beginning before its end
+            raise ValueError(f"{', '.join(asked)}: expected one of them, got {len(asked)}; leave all but one out")
+        if num_beams > 1 and sampling != Sampling(temperature):
+            raise ValueError("num_beams: expected no top_k, top_p, min_p or repetition_penalty with beams, which take "
+                             "the likeliest answer, got one; leave it out")
         if num_beams > 1:
             ids = beam_search(self._generator, self.params, prompts, max_tokens=max_tokens, num_beams=num_beams,
                               length_penalty=length_penalty)

@@ -153,6 +153,15 @@ def test_greedy_generation_takes_the_likeliest_known_token(lm):
         assert answer == lm.tokenizer.decode(ids[begin : begin + ends])
 
 
+@pytest.mark.parametrize("options, message", [
+    (dict(num_beams=2, stream=print), "num_beams, stream: expected one of them, got 2; leave all but one out"),
+    (dict(draft=True, stream=print), "draft, stream: expected one of them"),
+    (dict(num_beams=2, top_k=3), "num_beams: expected no top_k, .* got one; leave it out")])
+def test_ways_of_decoding_that_do_not_go_together(lm, options, message):
+    with pytest.raises(ValueError, match=message):
+        lm.generate(["of"], **options)
+
+
 def test_padding_of_the_vocabulary_is_never_drawn(lm):
     prompts = [[lm.tokenizer.bos_id, i] for i in range(16)]
     hot = Sampling(temperature=20.0)  # all but uniform

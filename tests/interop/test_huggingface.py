@@ -97,7 +97,8 @@ def saved(tmp_path_factory):
         cls = getattr(transformers, head)
         model = cls(cls.config_class(**settings, attn_implementation="eager")).to(getattr(torch, dtype)).eval()
         with torch.no_grad():  # biases and norms that are all 0 or 1 would hide a mix-up
-            for p in [*model.parameters(), *(b for k, b in model.named_buffers() if k == "final_logits_bias")]:
+            biases = [b for k, b in model.named_buffers() if k == "final_logits_bias"]
+            for p in [*(p for p in model.parameters() if p.requires_grad), *biases]:
                 p.add_(0.1 * torch.randn(p.shape).to(p.dtype))
         path = tmp_path_factory.mktemp("hf") / f"{name}-{dtype}"
         model.save_pretrained(path, max_shard_size=shard)
@@ -325,6 +326,16 @@ def test_bad_input_is_one_line_and_exit_code_2(case, good, tmp_path, capsys):
     assert printed.count("\n") == 1
     assert re.search(message, printed), printed
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_disk_without_room_is_one_line_and_leaves_nothing(small_disk, tmp_path, capsys):
+    written(tmp_path / "hf", replace(CONFIG, vocab_size=20_000))
+    for command in ("import-hf", "export-hf"):
+        capsys.readouterr()
+        assert main([command, str(tmp_path / "hf"), "--out", str(small_disk / "out")]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert re.search("expected .* MB.*, got .*; make room", line), line
+        assert not list(small_disk.iterdir())
 
 
 def test_nothing_is_overwritten(good, tmp_path):
