@@ -1,9 +1,9 @@
 """A trained model in two lines: `lm = lmjax.load(path)`, then `lm.score(texts)` or `lm.generate(prompts)`."""
 
+import contextlib
 import dataclasses
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lmjax.models import Batch, Model, build_model
 from lmjax.nn.module import Params
 from lmjax.pretrained import find
 from lmjax.recipe import Recipe
+from lmjax.runtime import new_directory
 from lmjax.sampling import Sampling
 from lmjax.sharding import Layout, MeshConfig, make_layout, use_layout
 from lmjax.speculative import Draft, speculate
@@ -204,24 +205,13 @@ class LM:
         Raises:
           ValueError: `out` is there already. Nothing is left there by a save that fails.
         """
-        out = Path(out).absolute()
-        if out.exists():
-            raise ValueError(f"--out: expected a directory that does not exist yet, got {out}; choose another")
-        part = out.with_name(f".{out.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            checkpointer = Checkpointer(part / "checkpoints")
+        with new_directory(Path(out)) as part, contextlib.closing(Checkpointer(part / "checkpoints")) as checkpointer:
             checkpointer.save(TrainState(jnp.int32(self.about["step"]), self.params, {}, None), self.about)
-            checkpointer.close()
-            part.rename(out)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
 
     def export(self, out: str | os.PathLike, *, model_type: str = "", dtype: str = "",
                max_shard_bytes: int = 5_000_000_000, log: Callable[[str], None] = print) -> None:
         """Writes a Hugging Face directory: `lmjax.interop.write_directory`, which says what it refuses."""
-        interop.write_directory(Path(out).absolute(), self.model, self.params, self.tokenizer, model_type=model_type,
+        interop.write_directory(Path(out), self.model, self.params, self.tokenizer, model_type=model_type,
                                 dtype=dtype, max_shard_bytes=max_shard_bytes, source=self.about.get("huggingface"),
                                 max_positions=self.recipe.data.seq_len, log=log)
 

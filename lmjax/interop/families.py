@@ -71,7 +71,7 @@ NEUTRAL = frozenset("""
     classifier_dropout dropout dropout_rate n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout
     summary_proj_to_labels summary_type summary_use_proj max_window_layers chunk_size_feed_forward is_decoder
     return_dict problem_type layer_types rope_theta rope_scaling rope_parameters
-    output_router_logits router_aux_loss_coef router_jitter_noise
+    output_router_logits router_aux_loss_coef router_jitter_noise _num_labels
 """.split())
 
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "gelu": "geglu_erf"}
@@ -311,8 +311,9 @@ FAMILIES = {family.model_type: family for family in (
         UNTIED._replace(default=True), Key("decoder_bias", "", True)),
         modernbert_table(), fixed={"norm": "layernorm_no_bias", "embedding_norm": "first"}, prefix="model.",
         config=EncoderConfig, rope={"global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0},
-        neutral=("classifier_pooling", "global_attn_every_n_layers", "initializer_cutoff_factor",
-                 "position_embedding_type", "reference_compile", "repad_logits_with_grad", "sparse_pred_ignore_index"),
+        neutral=("classifier_pooling", "embedding_dropout", "global_attn_every_n_layers", "initializer_cutoff_factor",
+                 "layer_norm_eps", "mlp_dropout", "position_embedding_type", "reference_compile",
+                 "repad_logits_with_grad", "sparse_pred_ignore_index"),
         present={"mlm_head": ("head.dense.weight", True, False)},
         layer_types=lambda s, i: i % s.get("global_attn_every_n_layers", 3) != 0),
     Family("t5", "T5ForConditionalGeneration", (

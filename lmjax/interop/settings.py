@@ -185,7 +185,7 @@ def _ours(key: Key, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: expected {key.theirs} to be one of {', '.join(map(repr, key.only))}, got "
                              f"{value!r}, which lmjax cannot compute; take a model with one of them")
         return key.only[value]
-    if isinstance(value, int) and not isinstance(value, bool) and (key.times, key.plus) != (1, 0):
+    if isinstance(value, int) and (key.times, key.plus) != (1, 0):
         return (value - key.plus) // key.times
     return key.also.get(value, value) if key.also else value
 
@@ -196,7 +196,7 @@ def _theirs(key: Key, value: Any) -> Any:
         raise ValueError(f"{key.ours}={value!r}")
     if isinstance(key.default, int) and isinstance(value, float) and value.is_integer():
         return int(value)  # which transformers insists on
-    return value * key.times + key.plus if key.times != 1 or key.plus else back.get(value, value)
+    return value * key.times + key.plus if (key.times, key.plus) != (1, 0) else back.get(value, value)
 
 
 def _fill(fields: dict[str, Any], settings: Settings) -> None:
