@@ -138,7 +138,7 @@ class LM:
         tokenizer = self.need_tokenizer()
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         asked = [name for name, on in (("num_beams", num_beams > 1), ("draft", draft), ("stream", stream)) if on]
-        if len(asked) > 1:  # neither beams nor a draft know an answer's beginning before its end
+        if len(asked) > 1:  # with beams or a draft an answer is one program's
             raise ValueError(f"{', '.join(asked)}: expected one of them, got {len(asked)}; leave all but one out")
         if num_beams > 1 and sampling != Sampling(temperature):
             raise ValueError("num_beams: expected no top_k, top_p, min_p or repetition_penalty with beams, which take "
@@ -224,8 +224,11 @@ class LM:
                                    softcap=self.model.config.logit_softcap, chunk=chunk)
 
     def _batch(self, pieces: Sequence[Sequence[int]], rows: int, length: int, prompts: Sequence[int]) -> Rows:
-        """A batch of the pieces, of which the first `prompts` tokens each are given (to a prefix-LM: its prefix)."""
-        batch = _padded(pieces, rows, length)
+        """Each piece a row of `length` tokens; its last token is only a target, its first `prompts` tokens are given:
+        to a prefix-LM its prefix."""
+        sizes = np.array([len(p) for p in pieces])
+        batch = fill_rows(np.concatenate(pieces), np.cumsum(sizes) - sizes, sizes - 1, np.arange(len(pieces)), rows,
+                          length)
         if self.model.prefix_lm:
             given_B = np.pad(np.asarray(prompts, np.int32), (0, rows - len(prompts)))
             batch["bidirectional"] = (batch["positions"] < given_B[:, None]).astype(np.int32)
@@ -276,9 +279,3 @@ def _layout(model: Model, count: int, devices: Sequence[jax.Device]) -> Layout:
         except ValueError:
             continue
     return layout
-
-
-def _padded(pieces: Sequence[Sequence[int]], rows: int, length: int) -> Rows:
-    """Each piece a row of `length` tokens; its last token is only a target."""
-    sizes = np.array([len(p) for p in pieces])
-    return fill_rows(np.concatenate(pieces), np.cumsum(sizes) - sizes, sizes - 1, np.arange(len(pieces)), rows, length)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import assert_same_run, finish, lines, start, wait_for
+from processes import assert_same_run, finish, finish_together, lines, losses, start, wait_for
 
 import lmjax
 from lmjax import cli, interop
@@ -135,3 +135,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(source, texts,
         assert len(refusals) == 1 and refusals[0] == printed[-1]
         assert re.search(message, refusals[0]), refusals
         assert not checkpoint_steps(tmp_path / str(i) / "checkpoints") and not (tmp_path / str(i) / "run.json").exists()
+
+
+@pytest.mark.slow
+def test_several_processes_start_from_the_same_weights(source, straight, tmp_path):
+    finish_together(tmp_path / "run", *STEPS, f"train.init_from={source[0]}", "mesh.fsdp=2", config=SYNTHETIC,
+                    processes=2, devices=2)
+    np.testing.assert_allclose(losses(tmp_path / "run")[:4], losses(straight)[:4], rtol=1e-5)

@@ -135,7 +135,7 @@ def test_score_never_holds_all_logits(run, monkeypatch):
         monkeypatch.setattr(lm_module, "SCORE_LOGITS", rows * PADDED * positions)
         lm = lmjax.load(run)
         scores.append([score.log_likelihood for score in lm.score(TEXTS)])
-        program = lm._score.lower(lm.params, lm_module._padded([[1] * (LENGTH + 1)], rows, LENGTH)).compile().as_text()
+        program = lm._score.lower(lm.params, lm._batch([[1] * (LENGTH + 1)], rows, LENGTH, [1])).compile().as_text()
         shapes = [[int(n) for n in dims.split(",")] for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program)]
         assert max(math.prod(shape) for shape in shapes if PADDED in shape) == rows * positions * PADDED
     np.testing.assert_allclose(*scores, rtol=1e-6)

@@ -15,6 +15,7 @@ import pytest
 import lmjax
 from lmjax import interop
 from lmjax.cli import main
+from lmjax.data.tokenizer import TokenizerConfig, train_model
 from lmjax.interop.families import FAMILIES
 from lmjax.interop.tensors import open_tensors, read_tensor
 from lmjax.models import build_model
@@ -305,6 +306,9 @@ BAD = {
              "expected rope_type to be one of .* got 'longrope'"),
     "no size": (lambda f: edit(f, hidden_size="gone"), "expected a value for hidden_size, got none"),
     "bad size": (lambda f: edit(f, hidden_size="wide"), "embed_dim: expected an integer, got 'wide'"),
+    "tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(train_model(
+        TokenizerConfig(vocab_size=300), ["ab abc abcd é 日本 stop here\n"] * 50)),
+                  "expected a tokenizer for an embedding of 64 rows, got one of 300 tokens"),
     "no json": (lambda f: (f / "config.json").write_text("{"), "expected JSON, got"),
 }
 
@@ -334,7 +338,7 @@ def test_a_disk_without_room_is_one_line_and_leaves_nothing(small_disk, tmp_path
         capsys.readouterr()
         assert main([command, str(tmp_path / "hf"), "--out", str(small_disk / "out")]) == 2
         [line] = capsys.readouterr().err.splitlines()
-        assert re.search("expected .* MB.*, got .*; make room", line), line
+        assert re.search("expected .* MB.*, got.*; make room", line), line
         assert not list(small_disk.iterdir())
 
 
