@@ -307,8 +307,8 @@ FAMILIES = {family.model_type: family for family in (
     Family("modernbert", "ModernBertForMaskedLM", (
         *(key for key in MODERN_KEYS if key.ours not in ("num_kv_heads", "norm_eps", "mlp")),
         Key("hidden_activation", "mlp", "gelu", only=GATED), Key("classifier_activation", "", "gelu"),
-        Key("norm_eps", "norm_eps", 1e-5), Key("local_attention", "sliding_window", 128, times=2, plus=-2),
-        UNTIED._replace(default=True), Key("decoder_bias", "", True)),
+        Key("rope_scaling", "", None), Key("local_attention", "sliding_window", 128, times=2, plus=-2),
+        Key("norm_eps", "norm_eps", 1e-5), UNTIED._replace(default=True), Key("decoder_bias", "", True)),
         modernbert_table(), fixed={"norm": "layernorm_no_bias", "embedding_norm": "first"}, prefix="model.",
         config=EncoderConfig, rope={"global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0},
         neutral=("classifier_pooling", "embedding_dropout", "global_attn_every_n_layers", "initializer_cutoff_factor",

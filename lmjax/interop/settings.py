@@ -31,7 +31,7 @@ def family_of(settings: Settings, where: str) -> Family:
                          f"{settings['auto_map']!r}; lmjax never runs a repository's code, use a model type that it "
                          f"knows ({', '.join(FAMILIES)})")
     name = settings.get("model_type")
-    if name not in FAMILIES:
+    if name not in tuple(FAMILIES):
         raise ValueError(f"{where}: expected model_type to be one of {', '.join(FAMILIES)}, got {name!r}; convert it "
                          "to one of them")
     return FAMILIES[name]
@@ -46,6 +46,17 @@ def read_settings(settings: Settings, where: str, present: Mapping[str, Any] | N
       ValueError: a setting that is missing, unknown, or has a value that we would not compute the same with.
     """
     family = family_of(settings, where)
+    try:
+        return build(family.config, _fields(family, settings, where, present or {}), path=where)
+    except ConfigError as error:
+        raise ValueError(f"{error} (config.json, in lmjax's names)") from None
+    except (TypeError, AttributeError) as error:  # a list for a number, say
+        raise ValueError(f"{where}: expected settings as transformers writes them, got one of another type ({error}); "
+                         "fetch it again") from None
+
+
+def _fields(family: Family, settings: Settings, where: str, present: Mapping[str, Any]) -> dict[str, Any]:
+    """Our config as `config.build` takes it."""
     known = NEUTRAL.union(family.neutral, family.rope, (key.theirs for key in family.keys),
                           (key.alias for key in family.keys))
     for name, value in settings.items():
@@ -53,7 +64,7 @@ def read_settings(settings: Settings, where: str, present: Mapping[str, Any] | N
         if name not in known and value not in (None, False, [], {}, ""):
             raise ValueError(f"{where}: expected settings that lmjax computes with, got {name}={value!r}; remove it if "
                              "it does not change what the model computes")
-    fields = dict(family.fixed) | dict(present or {})
+    fields = {**family.fixed, **present}
     for key in family.keys:
         value = settings.get(key.theirs, settings.get(key.alias, key.default))
         if value is REQUIRED:
@@ -78,10 +89,7 @@ def read_settings(settings: Settings, where: str, present: Mapping[str, Any] | N
     for name, value in fields.items():
         group, _, leaf = name.rpartition(".")
         (groups.setdefault(group, {}) if group else groups)[leaf] = value
-    try:
-        return build(family.config, groups, path=where)
-    except ConfigError as error:
-        raise ValueError(f"{error} (config.json, in lmjax's names)") from None
+    return groups
 
 
 def write_settings(config: ModelConfig, model_type: str = "") -> dict[str, Any]:
@@ -216,9 +224,9 @@ def _read_layers(fields: dict[str, Any], family: Family, settings: Settings, whe
     names = {"sliding_attention": "local", "full_attention": "global"}
     listed = settings.get("layer_types")
     if listed:
-        if set(listed) - set(names):
-            raise ValueError(f"{where}: expected layer_types of {', '.join(names)}, got {sorted(set(listed))}, which "
-                             "lmjax cannot compute; take a model with one of them")
+        if set(listed) - set(names) or len(listed) != fields["num_layers"]:
+            raise ValueError(f"{where}: expected layer_types of {', '.join(names)} for {fields['num_layers']} layers, "
+                             f"got {listed!r}, which lmjax cannot compute; take a model with one of them")
         kinds = [names[kind] for kind in listed]
     else:
         count = fields["num_layers"] if isinstance(fields["num_layers"], int) else 0
@@ -237,6 +245,9 @@ def _read_rope(settings: Settings, family: Family, where: str) -> dict[str, Any]
     names = (("rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention"))
     for (ours, kind), (theirs, default) in zip(names, family.rope.items(), strict=False):
         fields[ours] = by_kind.get(kind, {}).get("rope_theta", settings.get(theirs, default))
+    if by_kind.get("sliding_attention", {}).get("rope_type", "default") != "default":
+        raise ValueError(f"{where}: expected rope_type 'default' of sliding_attention, got "
+                         f"{by_kind['sliding_attention']}, which lmjax cannot compute; take a model without it")
     rope = by_kind["full_attention"]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
