@@ -4,9 +4,9 @@ Shape suffixes: B batch, T query sequence, S key sequence, H heads, G kv heads, 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,16 @@ from lmjax.nn.module import Params
 from lmjax.nn.visibility import Visibility
 
 RECORDED = "recorded"
-_MAPS: ContextVar[list[np.ndarray]] = ContextVar("maps")
 
 
-def _record(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: Visibility,
+def _record(maps: list[np.ndarray], q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: Visibility,
             **options: Any) -> jax.Array:
     B, S, G, K = k_BSGK.shape
     eye_SS = jnp.pad(jnp.eye(S, dtype=q_BTHK.dtype), ((0, 0), (0, -S % K)))
     # Attention to the identity is the weights themselves, as many columns at a time as a value has.
     parts = [xla_attention(q_BTHK, k_BSGK, jnp.broadcast_to(eye_SS[None, :, None, at : at + K], (B, S, G, K)),
                            visibility, **options) for at in range(0, S, K)]
-    _MAPS.get().append(np.asarray(jnp.concatenate(parts, axis=-1)[..., :S]).swapaxes(1, 2))
+    maps.append(np.asarray(jnp.concatenate(parts, axis=-1)[..., :S]).swapaxes(1, 2))
     return xla_attention(q_BTHK, k_BSGK, v_BSGK, visibility, **options)
 
 
@@ -42,15 +41,14 @@ def attention_maps(model: Model, params: Params, batch: Batch) -> np.ndarray:
     """
     config = dataclasses.replace(model.config, attention=RECORDED)
     maps: list[np.ndarray] = []
-    token = _MAPS.set(maps)
     # Only while it can work: no config may ask for it.
-    KERNELS[RECORDED] = dataclasses.replace(KERNELS["xla"], run=_record, note="keeps the weights; outside of jit only")
+    KERNELS[RECORDED] = dataclasses.replace(KERNELS["xla"], run=functools.partial(_record, maps),
+                                            note="keeps the weights; outside of jit only")
     try:
         watched = build_model(config, vocab_size=0, platform="cpu", dtype=jnp.float32)
         with jax.disable_jit():  # a scan over layers becomes a loop, whose attention weights are plain arrays
             watched.hidden(params, batch)
     finally:
-        _MAPS.reset(token)
         del KERNELS[RECORDED]
     return np.stack(maps)
 

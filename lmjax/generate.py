@@ -110,19 +110,19 @@ def padded(prompts: Sequence[Sequence[int]]) -> Prompts:
     return Prompts(tokens, lengths, np.arange(B) >= len(prompts))
 
 
-def prefill(model: Model, params: Params, tokens: jax.Array, lengths: jax.Array, slots: int,
-            start_id: int) -> tuple[jax.Array, Any, jax.Array]:
+def prefill(model: Model, params: Params, tokens: jax.Array, lengths: jax.Array, slots: int, start_id: int,
+            rings: bool = True) -> tuple[jax.Array, Any, jax.Array]:
     """Logits [B, V] behind the prompts, the cache with the prompts in it, and which tokens were there, bool [B, V]."""
     B, P = tokens.shape
     real = jnp.arange(P).reshape(1, P) < lengths[:, None]
     if model.config.family == "encdec":
         positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32).reshape(1, P), (B, P))
-        cache = model.init_cache(B, slots, params=params, batch={
+        cache = model.init_cache(B, slots, rings=rings, params=params, batch={
             "encoder_tokens": tokens, "encoder_positions": positions, "encoder_segment_ids": real.astype(jnp.int32)})
         tokens, lengths = jnp.full((B, 1), start_id, jnp.int32), jnp.ones_like(lengths)
         real = jnp.ones((B, 1), jnp.bool_)
     else:
-        cache = model.init_cache(B, slots)
+        cache = model.init_cache(B, slots, rings=rings)
     logits, cache = model.step(params, tokens, cache, lengths - 1)
     seen = jax.vmap(lambda s, t, r: s.at[t].max(r))(jnp.zeros(logits.shape, jnp.bool_), tokens, real)
     return logits, cache, seen

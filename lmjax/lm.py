@@ -1,10 +1,9 @@
 """A trained model in two lines: `lm = lmjax.load(path)`, then `lm.score(texts)` or `lm.generate(prompts)`."""
 
-import base64
+import contextlib
 import dataclasses
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-import lmjax
 from lmjax import interop
 from lmjax.attention_maps import attention_maps, draw_attention
 from lmjax.beam import beam_search
-from lmjax.checkpoint import About, Checkpointer, checkpoint_steps, read_about, restore_params
-from lmjax.config import choice, plain
+from lmjax.checkpoint import About, Checkpointer
+from lmjax.config import choice
 from lmjax.data.packing import Rows, fill_rows
 from lmjax.data.tokenizer import Tokenizer
 from lmjax.generate import Generator, bucket, jit_on
 from lmjax.losses import log_likelihoods
 from lmjax.models import Batch, Model, build_model
 from lmjax.nn.module import Params
-from lmjax.recipe import Recipe, build_recipe
+from lmjax.pretrained import find
+from lmjax.recipe import Recipe
+from lmjax.runtime import new_directory
 from lmjax.sampling import Sampling
 from lmjax.sharding import Layout, MeshConfig, make_layout, use_layout
 from lmjax.speculative import Draft, speculate
@@ -93,8 +92,8 @@ class LM:
         return [Score(n, len(x) - 1, len(t.encode())) for n, x, t in zip(nats, ids, texts, strict=True)]
 
     def continuations(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
-        """For (token ids, n): the log-likelihood of the last n ids behind those before, and whether each of them is
-        the likeliest."""
+        """For (token ids, n): the log-likelihood of the last n ids behind those before (a prefix-LM's prefix), and
+        whether each of them is the likeliest."""
         if self.model.config.family != "decoder":
             raise ValueError(f"expected a decoder, which has likelihoods of texts, got an {self.model.config.family}; "
                              "use lm.embed or lm.model")
@@ -106,7 +105,8 @@ class LM:
             for at in range(0, len(members), SCORE_ROWS):
                 part = members[at : at + SCORE_ROWS]
                 values, best = (np.asarray(x) for x in self._score(
-                    self.params, _padded([rows[i][0] for i in part], SCORE_ROWS, size)))
+                    self.params, self._batch([rows[i][0] for i in part], SCORE_ROWS, size,
+                                             [len(rows[i][0]) - rows[i][1] for i in part])))
                 for row, i in enumerate(part):
                     ids, n = rows[i]
                     span = slice(len(ids) - 1 - n, len(ids) - 1)
@@ -138,9 +138,12 @@ class LM:
         """
         tokenizer = self.need_tokenizer()
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        if (draft or num_beams > 1) and (stream or (draft and num_beams > 1)):
-            raise ValueError("num_beams, draft: expected one way of decoding, and no stream with either, got several; "
-                             "leave all but one out")
+        asked = [name for name, on in (("num_beams", num_beams > 1), ("draft", draft), ("stream", stream)) if on]
+        if len(asked) > 1:  # with beams or a draft an answer is one program's
+            raise ValueError(f"{', '.join(asked)}: expected one of them, got {len(asked)}; leave all but one out")
+        if num_beams > 1 and sampling != Sampling(temperature):
+            raise ValueError("num_beams: expected no top_k, top_p, min_p or repetition_penalty with beams, which take "
+                             "the likeliest answer, got one; leave it out")
         if num_beams > 1:
             ids = beam_search(self._generator, self.params, prompts, max_tokens=max_tokens, num_beams=num_beams,
                               length_penalty=length_penalty)
@@ -170,7 +173,8 @@ class LM:
                 for text in texts]
         out = np.zeros((len(rows), self.model.config.embed_dim), np.float32)
         for i, row in enumerate(rows):
-            x_TD = np.asarray(self._encode(self.params, _padded([[*row, 0]], 1, bucket(len(row), 16))), np.float32)
+            x_TD = np.asarray(self._encode(self.params, self._batch([[*row, 0]], 1, bucket(len(row), 16), [len(row)])),
+                              np.float32)
             out[i] = POOLING[pooling](x_TD[: len(row)])
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12) if normalize else out
 
@@ -182,7 +186,7 @@ class LM:
         """
         tokenizer = self.need_tokenizer()
         ids = [*tokenizer.prefix, *tokenizer.encode(text), *tokenizer.suffix]
-        batch = {k: v[:, : len(ids)] for k, v in _padded([[*ids, 0]], 1, len(ids)).items()}
+        batch = {k: v[:, : len(ids)] for k, v in self._batch([[*ids, 0]], 1, len(ids), [len(ids)]).items()}
         maps = attention_maps(self.model, jax.device_put(self.params, jax.devices()[0]), batch)[:, 0]
         tokens = [tokenizer.decode([i]) or f"[{i}]" for i in ids]
         if picture:
@@ -202,24 +206,13 @@ class LM:
         Raises:
           ValueError: `out` is there already. Nothing is left there by a save that fails.
         """
-        out = Path(out).absolute()
-        if out.exists():
-            raise ValueError(f"--out: expected a directory that does not exist yet, got {out}; choose another")
-        part = out.with_name(f".{out.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            checkpointer = Checkpointer(part / "checkpoints")
+        with new_directory(Path(out)) as part, contextlib.closing(Checkpointer(part / "checkpoints")) as checkpointer:
             checkpointer.save(TrainState(jnp.int32(self.about["step"]), self.params, {}, None), self.about)
-            checkpointer.close()
-            part.rename(out)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
 
     def export(self, out: str | os.PathLike, *, model_type: str = "", dtype: str = "",
                max_shard_bytes: int = 5_000_000_000, log: Callable[[str], None] = print) -> None:
         """Writes a Hugging Face directory: `lmjax.interop.write_directory`, which says what it refuses."""
-        interop.write_directory(Path(out).absolute(), self.model, self.params, self.tokenizer, model_type=model_type,
+        interop.write_directory(Path(out), self.model, self.params, self.tokenizer, model_type=model_type,
                                 dtype=dtype, max_shard_bytes=max_shard_bytes, source=self.about.get("huggingface"),
                                 max_positions=self.recipe.data.seq_len, log=log)
 
@@ -231,10 +224,22 @@ class LM:
             return log_likelihoods(x_BTD, table_VD, batch["targets"], bias_V=bias_V,
                                    softcap=self.model.config.logit_softcap, chunk=chunk)
 
+    def _batch(self, pieces: Sequence[Sequence[int]], rows: int, length: int, prompts: Sequence[int]) -> Rows:
+        """Each piece a row of `length` tokens; its last token is only a target, its first `prompts` tokens are given:
+        to a prefix-LM its prefix."""
+        sizes = np.array([len(p) for p in pieces])
+        batch = fill_rows(np.concatenate(pieces), np.cumsum(sizes) - sizes, sizes - 1, np.arange(len(pieces)), rows,
+                          length)
+        if self.model.prefix_lm:
+            given_B = np.pad(np.asarray(prompts, np.int32), (0, rows - len(prompts)))
+            batch["bidirectional"] = (batch["positions"] < given_B[:, None]).astype(np.int32)
+        return batch
+
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer; a ValueError for a model without one."""
         if self.tokenizer is None:
-            raise ValueError("expected a model with a tokenizer, got one trained on synthetic data; use lm.logits(ids)")
+            raise ValueError("expected a model with a tokenizer, got one of synthetic data, or imported without "
+                             "tokenizer.model and tokenizer.json; use lm.logits(ids)")
         return self.tokenizer
 
 
@@ -249,35 +254,10 @@ def load(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
     Raises:
       ValueError: no checkpoint there, a damaged one, or a model that lmjax does not compute.
     """
-    if "://" not in str(path) and interop.is_hf_directory(Path(path).expanduser()):
-        return _load_huggingface(Path(path).expanduser())
-    where = epath.Path(path)
-    if "://" not in str(path):
-        where = where.expanduser().absolute()  # Orbax takes no relative path
-    where = _find(where, step)
-    about = read_about(where)
-    recipe = build_recipe(about["recipe"])
-    has_ema = "ema" in about["checksums"]
-    if ema and not has_ema:
-        raise ValueError(f"{where}: expected averaged weights, got a run with optimizer.ema_decay=0; leave ema out")
-    model, layout = _placed(recipe)
-    shardings = layout.tree(model.axes, model.shapes)
-    shapes = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), model.shapes, shardings)
-    params = restore_params(where, shapes, name="ema" if (has_ema if ema is None else ema) else "params")
-    tokenizer = Tokenizer.from_bytes(base64.b64decode(about["tokenizer"])) if about["tokenizer"] else None
-    return LM(model, params, layout, tokenizer, recipe, about)
-
-
-def _load_huggingface(path: Path) -> LM:
-    found = interop.read_directory(path)
-    recipe = build_recipe({"model": plain(found.config), "data": {"seq_len": found.config.max_positions}})
-    model, layout = _placed(recipe)
-    params = interop.read_params(found, model, layout.tree(model.axes, model.shapes))
-    tokenizer = found.tokenizer
-    about = {"recipe": plain(recipe), "data": {"fingerprint": "", "next_row": 0, "tokens": {}}, "step": 0,
-             "tokenizer": None if tokenizer is None else base64.b64encode(tokenizer.to_bytes()).decode(),
-             "versions": lmjax.versions(), "huggingface": found.source}
-    return LM(model, params, layout, tokenizer, recipe, about)
+    found = find(path, step=step, ema=ema)
+    model, layout = _placed(found.recipe)
+    params = found.read(model, layout.tree(model.axes, model.shapes))
+    return LM(model, params, layout, found.tokenizer, found.recipe, found.about)
 
 
 def _placed(recipe: Recipe) -> tuple[Model, Layout]:
@@ -286,19 +266,8 @@ def _placed(recipe: Recipe) -> tuple[Model, Layout]:
     platform = devices[0].platform
     model = build_model(recipe.model, vocab_size=recipe.model.vocab_size, platform=platform,
                         dtype=recipe.train.dtype(platform),
-                        seq_len=recipe.data.seq_len)
+                        seq_len=recipe.data.seq_len, prefix_lm=recipe.data.objective.name == "prefix_lm")
     return model, _layout(model, len(devices), devices)
-
-
-def _find(path: epath.Path, step: int | None) -> epath.Path:
-    if (path / "about").exists():
-        return path
-    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = checkpoint_steps(directory)
-    if not steps or (step is not None and step not in steps):
-        raise ValueError(f"{path}: expected {'a checkpoint' if step is None else f'checkpoint {step}'}, got "
-                         f"{steps or 'none'}; pass a run's directory, or one checkpoint of it")
-    return directory / str(steps[-1] if step is None else step)
 
 
 def _layout(model: Model, count: int, devices: Sequence[jax.Device]) -> Layout:
@@ -311,9 +280,3 @@ def _layout(model: Model, count: int, devices: Sequence[jax.Device]) -> Layout:
         except ValueError:
             continue
     return layout
-
-
-def _padded(pieces: Sequence[Sequence[int]], rows: int, length: int) -> Rows:
-    """Each piece a row of `length` tokens; its last token is only a target."""
-    sizes = np.array([len(p) for p in pieces])
-    return fill_rows(np.concatenate(pieces), np.cumsum(sizes) - sizes, sizes - 1, np.arange(len(pieces)), rows, length)

@@ -17,7 +17,7 @@ from lmjax.data.engine import Engine, Stage
 from lmjax.data.order import key_of, permute
 from lmjax.data.pipeline import DataConfig
 from lmjax.data.shards import SHARD_BYTES, Samples, Shard
-from lmjax.data.tokenizer import Tokenizer, make_tokenizer
+from lmjax.data.tokenizer import Tokenizer
 from lmjax.data.words import batches
 
 BATCH_CHARS = 1 << 20  # tokenised at once
@@ -211,6 +211,8 @@ def _check_enough(source: sources.SourceConfig, read: Text, finished: Text) -> N
 
 def _tokenizer(config: DataConfig, engine: Engine, text: Text, bounds: dict[str, int]) -> tuple[Tokenizer, Stage]:
     def build(folder: str) -> dict[str, Any]:
+        from lmjax.pretrained import make_tokenizer  # it reads checkpoints: seconds of imports
+
         texts = [] if config.tokenizer.path else sample(text.parts, bounds, config.tokenizer.train_bytes,
                                                         config.tokenizer.seed)
         tokenizer = make_tokenizer(config.tokenizer, texts)
@@ -224,7 +226,7 @@ def _tokenizer(config: DataConfig, engine: Engine, text: Text, bounds: dict[str,
     stage = engine.stage("8-tokenizer", config.prepared_by()["tokenizer"], inputs, build,
                          describe=lambda facts: f"{facts['vocab_size']:,} tokens, {facts['hash'][:12]}")
     with open(stage.path("tokenizer.model"), "rb") as file:
-        return Tokenizer(file.read()), stage
+        return Tokenizer.from_bytes(file.read()), stage
 
 
 def sample(parts: Sequence[Shard], bounds: dict[str, int], budget: int, seed: int) -> list[str]:

@@ -45,7 +45,8 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     platform = devices[0].platform
     layout = make_layout(recipe.mesh, devices)
     model = build_model(recipe.model, vocab_size=vocab_size, platform=platform, dtype=recipe.train.dtype(platform),
-                        seq_len=recipe.data.seq_len, context=bool(layout.on("seq")))
+                        seq_len=recipe.data.seq_len, context=bool(layout.on("seq")),
+                        prefix_lm=recipe.data.objective.name == "prefix_lm")
     schedule = make_schedule(recipe.optimizer, recipe.train.steps)
     tx = make_optimizer(recipe.optimizer, recipe.train.steps, model.axes)
     spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0)

@@ -27,7 +27,8 @@ class TrainConfig:
     steps: optimizer steps. batch_size: rows a step, over all devices. microbatches: parts that a step's
     batch is computed in, one after the other, to need less memory. compute_dtype: of activations and
     matmuls; auto is bfloat16 on TPU and GPU and float32 on CPU. seed: of parameters and dropout. z_loss:
-    coefficient of log(Z)^2. loss_chunk: positions whose logits exist at a time; 0 is all. log_every: steps
+    coefficient of log(Z)^2. init_from: a run, a checkpoint or a Hugging Face directory whose weights the run starts
+    from; "" for fresh ones. loss_chunk: positions whose logits exist at a time; 0 is all. log_every: steps
     between lines of metrics.jsonl.
     """
 
@@ -37,6 +38,7 @@ class TrainConfig:
     compute_dtype: str = "auto"
     seed: int = 0
     z_loss: float = 0.0
+    init_from: str = ""
     loss_chunk: int = 0
     log_every: int = 1
 

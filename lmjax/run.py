@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 import lmjax
-from lmjax.checkpoint import About, Checkpointer
+from lmjax.checkpoint import About, Checkpointer, checkpoint_steps, checksums
 from lmjax.chips import FLAGS
 from lmjax.config import plain
 from lmjax.data import Tokenizer, open_splits
@@ -24,6 +24,7 @@ from lmjax.generate import Generator
 from lmjax.metrics import human_count
 from lmjax.models import Model
 from lmjax.prepare import prepare
+from lmjax.pretrained import Pretrained, check_start, find
 from lmjax.program import Program, make_program
 from lmjax.recipe import Recipe, blocking_changes, build_recipe, check_schedule
 from lmjax.runtime import agreed
@@ -33,6 +34,7 @@ from lmjax.train_step import StepFn
 from lmjax.tree import num_elements
 
 Log = Callable[[str], None]
+STARTED_FROM = ("init_from", "huggingface")  # what each checkpoint of a run says of the weights that it began with
 
 
 @dataclasses.dataclass
@@ -111,6 +113,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
     """Checks everything that can be checked, prepares data, and makes or restores the state."""
     make_layout(recipe.mesh)  # a mesh that does not fit is refused before data is prepared
     _check_workdir(recipe, workdir, log)
+    source = _source(recipe, workdir)
     directory = _data(recipe, workdir, log)
     train_split, heldout = open_splits(recipe.data, directory)
     tokenizer = None if recipe.data.synthetic else Tokenizer.read(directory)
@@ -127,14 +130,21 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
               Steps([(0, 0, recipe.train.batch_size)]))
     if recipe.sample.every and run.generator:
         run.generator.check(run.prompts, recipe.sample.max_tokens)
-    facts = _tell(run, directory, log) | _restore(run, log)
+    facts = _tell(run, directory, log) | _restore(run, source, log)
     if jax.process_index() == 0:  # only now: a start that is refused leaves the directory as it was
         _write_json(workdir / "run.json", facts)
         _write_json(workdir / "config.json", plain(recipe))
     return run
 
 
-def _restore(run: Run, log: Log) -> dict[str, Any]:
+def _source(recipe: Recipe, workdir: Path) -> Pretrained | None:
+    """What the run starts from, if it says so and has no checkpoint of its own."""
+    if not recipe.train.init_from or agreed(lambda: checkpoint_steps(recipe.checkpoint.path(workdir))):
+        return None
+    return find(recipe.train.init_from)
+
+
+def _restore(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
     """Makes the state, or takes it and the place in the data from the newest checkpoint; facts for run.json."""
 
     def check(about: About) -> None:
@@ -154,11 +164,14 @@ def _restore(run: Run, log: Log) -> dict[str, Any]:
     began = time.monotonic()
     found = run.checkpointer.restore(run.spec, check)
     if found is None:
+        if source:
+            check_start(source, run.model, run.tokenizer)
         facts = _plan(run, log)  # may refuse, so before anything is computed
-        run.state = run.spec.init(run.recipe.train.seed)
+        run.state = run.spec.init(run.recipe.train.seed) if source is None else _start(run, source, log)
         return facts
     run.restore_seconds = time.monotonic() - began
     run.state, about = found
+    run.about |= {key: about[key] for key in STARTED_FROM if key in about}
     data, step, size = about["data"], int(run.state.step), run.recipe.train.batch_size
     before = Steps.restored(data, step)
     run.steps, run.tokens = before.resumed(step, size), data["tokens"]
@@ -167,6 +180,16 @@ def _restore(run: Run, log: Log) -> dict[str, Any]:
         log(f"batch size: {before.changes[-1].size} rows up to step {step}, {size} from there on; learning rate and "
             "other schedules go on by step")
     return _plan(run, log)
+
+
+def _start(run: Run, source: Pretrained, log: Log) -> TrainState:
+    """The state before the first step, with the weights that were found."""
+    params = source.read(run.model, run.spec.shardings.params)
+    run.about["init_from"] = {"path": source.where, "step": source.about["step"], "checksums": checksums(params)}
+    if "huggingface" in source.about:  # what an export goes by
+        run.about["huggingface"] = source.about["huggingface"]
+    log(f"weights: those of {source.where}, step {source.about['step']:,}; the optimizer begins anew")
+    return run.spec.start(params)
 
 
 def _plan(run: Run, log: Log) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""The process: its place among others, its compilation cache, and how it is asked to stop."""
+"""The process: its place among others, its compilation cache, how it is asked to stop, and directories it makes."""
 
 import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -177,6 +178,27 @@ def _local_devices() -> list[int] | None:
                                                                            "GPUS_ON_NODE"))
     alone = tasks == nodes and "JAX_LOCAL_DEVICE_IDS" not in os.environ
     return list(range(int(gpus))) if gpus.isdigit() and alone else None
+
+
+@contextlib.contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `out` when the block is done and goes if it fails.
+
+    Raises:
+      ValueError: `out` is there already.
+    """
+    out = out.expanduser().absolute()
+    if out.exists():
+        raise ValueError(f"--out: expected a directory that does not exist yet, got {out}; choose another")
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def use_compilation_cache() -> None:

@@ -44,17 +44,14 @@ def speculate(generator: Generator, params: Params, draft: Draft, prompts: Seque
     """(answers like those of `Generator`, tokens a row gained with each look of the large model at the text).
 
     Raises:
-      ValueError: another vocabulary, a repetition penalty (it would change between proposal and check), a sliding
-        window, or what `Generator.check` refuses.
+      ValueError: another vocabulary, a repetition penalty (it would change between proposal and check), or what
+        `Generator.check` refuses.
     """
     at_least(1, propose=draft.propose)
     for model in (generator.model, draft.model):
         if model.config.vocab_size < generator.vocab_size:
             raise ValueError(f"draft: expected a model of {generator.vocab_size} tokens, got one of "
                              f"{model.config.vocab_size}; use one trained with the same tokenizer")
-        if model.config.sliding_window:
-            raise ValueError("draft: expected models without a sliding window, got one whose cache forgets what it "
-                             "would have to take back; leave the draft model out")
     if sampling.repetition_penalty != 1:
         raise ValueError(f"repetition_penalty: expected 1 with a draft model, got {sampling.repetition_penalty}; leave "
                          "one of them out")
@@ -129,8 +126,9 @@ def _compiled(model: Model, draft: Model, layout: Layout | None, eos_id: int, vo
                           s.accepted + jnp.where(s.ended, 0, count + 1),
                           checked._replace(slot=kept), cache._replace(slot=kept))
 
-        logits, cache, _ = prefill(model, params, tokens, lengths, slots, start_id)
-        _, draft_cache, _ = prefill(draft, draft_params, tokens, lengths, slots, start_id)
+        # What is refused is taken back, which a ring that holds a window's tokens only cannot.
+        logits, cache, _ = prefill(model, params, tokens, lengths, slots, start_id, rings=False)
+        _, draft_cache, _ = prefill(draft, draft_params, tokens, lengths, slots, start_id, rings=False)
         last, _ = draw(logits, jnp.int32(0))
         zeros = jnp.zeros(B, jnp.int32)
         s = _State(jnp.int32(0), last, jnp.zeros((B, slots), jnp.int32), zeros, unused, zeros, cache, draft_cache)

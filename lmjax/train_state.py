@@ -35,8 +35,14 @@ class StateSpec(NamedTuple):
 
     def init(self, seed: int) -> TrainState:
         """A fresh state, created in place: no device ever holds more than its own shards."""
-        return jax.jit(lambda: _init(self.model, self.tx, seed, self.shapes.ema is not None),
+        return jax.jit(lambda: _init(self.model.init(jax.random.key(seed)), self.tx, self.shapes.ema is not None),
                        out_shardings=self.shardings)()
+
+    def start(self, params: Params) -> TrainState:
+        """The state before the first step from these parameters, placed as `shardings` says."""
+        # Copies: what was read from a file may lie in memory that no step can take over.
+        return jax.jit(lambda params: _init(jax.tree.map(jnp.copy, params), self.tx, self.shapes.ema is not None),
+                       out_shardings=self.shardings)(params)
 
 
 def state_spec(model: Model, tx: optax.GradientTransformation, layout: Layout, *, ema: bool) -> StateSpec:
@@ -45,7 +51,7 @@ def state_spec(model: Model, tx: optax.GradientTransformation, layout: Layout, *
     Raises:
       ValueError: the mesh does not divide a parameter's axis.
     """
-    shapes = jax.eval_shape(lambda: _init(model, tx, 0, ema))
+    shapes = jax.eval_shape(lambda params: _init(params, tx, ema), model.shapes)
     params = layout.tree(model.axes, model.shapes)
     shardings = TrainState(layout.replicated, params,
                            state_shardings(tx, model.shapes, params, layout.mesh), params if ema else None)
@@ -53,8 +59,7 @@ def state_spec(model: Model, tx: optax.GradientTransformation, layout: Layout, *
     return StateSpec(model, tx, with_sharding)
 
 
-def _init(model: Model, tx: optax.GradientTransformation, seed: int, ema: bool) -> TrainState:
-    params = model.init(jax.random.key(seed))
+def _init(params: Params, tx: optax.GradientTransformation, ema: bool) -> TrainState:
     # A copy: the step donates its input, and one buffer cannot be given away twice.
     average = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)

@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import re
+import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -39,6 +40,7 @@ os.environ["MPLBACKEND"] = "agg"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Set here and not in the environment: a process that a test kills could leave half an entry behind.
@@ -52,3 +54,14 @@ LONGEST = ("test_readme.py", "test_distributed.py", "test_refusals_distributed.p
 
 def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MiB, where the machine allows one to be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here (needs root)")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

@@ -292,17 +292,6 @@ def test_a_disk_without_room_is_found_before_writing(tmp_path, capsys, monkeypat
     assert run(workdir, *SHORT) == 0  # room again: it goes on
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 1 MiB, where the machine allows one to be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("cannot mount a small file system here (needs root)")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 @pytest.mark.slow  # and one that upsets other libraries' threads: not in the run that everything depends on
 # Orbax drops the futures of a save that failed without looking at them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

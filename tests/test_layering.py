@@ -17,7 +17,7 @@ LAYERS = [
     {"nn"},
     {"models", "data", "losses", "optim", "sampling"},
     {"recipe", "program", "train_state", "train_step", "checkpoint", "metrics", "goodput", "watch", "adapt", "interop",
-     "tasks"},
+     "tasks", "pretrained"},
     {"cli", "train", "run", "evaluate", "evaluate_tasks", "generate", "beam", "speculative", "stream",
      "attention_maps", "lm", "plan", "plan_*", "report", "report_*", "prepare", "prepare_*", "data_command",
      "bench", "bench_*"},

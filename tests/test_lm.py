@@ -135,7 +135,7 @@ def test_score_never_holds_all_logits(run, monkeypatch):
         monkeypatch.setattr(lm_module, "SCORE_LOGITS", rows * PADDED * positions)
         lm = lmjax.load(run)
         scores.append([score.log_likelihood for score in lm.score(TEXTS)])
-        program = lm._score.lower(lm.params, lm_module._padded([[1] * (LENGTH + 1)], rows, LENGTH)).compile().as_text()
+        program = lm._score.lower(lm.params, lm._batch([[1] * (LENGTH + 1)], rows, LENGTH, [1])).compile().as_text()
         shapes = [[int(n) for n in dims.split(",")] for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program)]
         assert max(math.prod(shape) for shape in shapes if PADDED in shape) == rows * positions * PADDED
     np.testing.assert_allclose(*scores, rtol=1e-6)
@@ -151,6 +151,15 @@ def test_greedy_generation_takes_the_likeliest_known_token(lm):
             ids.append(int(logits(lm, [ids])[0, len(ids) - 1, :KNOWN].argmax()))
         ends = [*ids[begin:], lm.tokenizer.eos_id].index(lm.tokenizer.eos_id)
         assert answer == lm.tokenizer.decode(ids[begin : begin + ends])
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(num_beams=2, stream=print), "num_beams, stream: expected one of them, got 2; leave all but one out"),
+    (dict(draft=True, stream=print), "draft, stream: expected one of them"),
+    (dict(num_beams=2, top_k=3), "num_beams: expected no top_k, .* got one; leave it out")])
+def test_ways_of_decoding_that_do_not_go_together(lm, options, message):
+    with pytest.raises(ValueError, match=message):
+        lm.generate(["of"], **options)
 
 
 def test_padding_of_the_vocabulary_is_never_drawn(lm):

@@ -19,6 +19,7 @@ import pytest
 
 from lmjax import prepare as module
 from lmjax import prepare_stages as stages
+from lmjax import pretrained
 from lmjax.data import DataConfig, SourceConfig, Tokenizer, TokenizerConfig, curate, open_splits, store
 from lmjax.data.curate import CurateConfig, split_key
 from lmjax.data.decontaminate import DecontaminateConfig
@@ -157,7 +158,8 @@ def test_something_else_in_the_way_is_not_touched(texts, tmp_path):
     prepare(make_config(texts), str(tmp_path / "empty"), log=silent)
 
 
-STAGES = [("ingest", "1-ingest", curate), ("clean_shard", "2-clean", curate), ("make_tokenizer", "8-tokenizer", stages),
+STAGES = [("ingest", "1-ingest", curate), ("clean_shard", "2-clean", curate),
+          ("make_tokenizer", "8-tokenizer", pretrained),
           ("write_store", "store", module)]
 
 

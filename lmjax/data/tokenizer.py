@@ -41,8 +41,8 @@ class TokenizerConfig:
     model: bpe or unigram.
     train_bytes: text that the tokenizer is trained on: a sample of whole documents of the training split.
     seed: of the sample.
-    path: an existing SentencePiece model, or a directory with a tokenizer.json, to use instead; vocab_size must then be
-      its own.
+    path: an existing one to use instead: a SentencePiece model, or the directory of a run, a checkpoint, or a Hugging
+      Face model or tokenizer; vocab_size must then be its own.
     """
 
     vocab_size: int = 4096
@@ -95,7 +95,7 @@ class Tokenizer:
         """That of a directory of prepared data."""
         from etils import epath
 
-        return cls((epath.Path(directory) / "tokenizer.model").read_bytes())
+        return cls.from_bytes((epath.Path(directory) / "tokenizer.model").read_bytes())
 
     def to_bytes(self) -> bytes:
         """All of it: a SentencePiece model, or JSON that names its kind."""
@@ -250,27 +250,6 @@ class HuggingFaceTokenizer(Tokenizer):
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(SPACE, " ").encode()
-
-
-def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
-    """The tokenizer of a config: read from `path`, or trained on a sample of `texts`.
-
-    Raises:
-      ValueError: no such model, another vocabulary size, or one that the texts cannot support.
-    """
-    if not config.path:
-        return Tokenizer(train_model(config, texts))
-    from etils import epath
-
-    path = epath.Path(config.path).expanduser()
-    if not path.exists():
-        raise ValueError(f"data.tokenizer.path: expected a SentencePiece model, got {config.path!r}, which "
-                         "does not exist; correct it, or leave it empty to train one")
-    tokenizer = HuggingFaceTokenizer.from_directory(path) if path.is_dir() else Tokenizer(path.read_bytes())
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(f"data.tokenizer.vocab_size: expected {tokenizer.vocab_size}, as {config.path} has, "
-                         f"got {config.vocab_size}; set it to {tokenizer.vocab_size}")
-    return tokenizer
 
 
 def train_model(config: TokenizerConfig, texts: Sequence[str]) -> bytes:

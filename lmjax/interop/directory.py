@@ -1,7 +1,6 @@
 """A Hugging Face directory as a whole: config.json, safetensors, tokenizer."""
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lmjax.interop.weights import Table, check_tensors, read_tree, tensor_getter
 from lmjax.models import Model, ModelConfig, build_model
 from lmjax.nn.layers import MLP_KINDS
 from lmjax.nn.module import Params
+from lmjax.runtime import new_directory
 
 MAX_PADDING = 0.05  # share of an embedding's rows that may be there only to make its size round
 
@@ -91,21 +91,16 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
     Raises:
       ValueError: `out` is there, no family computes this model, or what was written does not compute the same.
     """
-    if out.exists():
-        raise ValueError(f"--out: expected a directory that does not exist yet, got {out}; choose another")
     source = source or {"settings": {}, "generation": {}, "dtype": "float32"}
     dtype = dtype or source["dtype"]
     config = model.config
-    if config.positions == "rope":
+    if config.positions in ("rope", "sinusoidal"):
         config = dataclasses.replace(config, max_positions=max(config.max_positions, max_positions))
     ours = write_settings(config, model_type or source["settings"].get("model_type", ""))
     family = FAMILIES[ours["model_type"]]
     kept = {k: v for k, v in source["settings"].items() if k not in ("rope_parameters", "dtype")}
     ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with new_directory(out) as part:
         write_json(part / "config.json", {**ids, **kept, **ours, "torch_dtype": dtype})
         write_json(part / "generation_config.json", source["generation"] or {**ids, "do_sample": True})
         table = _table(family, model)
@@ -114,10 +109,6 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
         if tokenizer is not None:
             write_tokenizer(part, tokenizer, log=log)
         _check_written(part, model, params, dtype)
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     log(f"{out}: a {family.architecture} in {dtype}, read again with equal logits")
 
 

@@ -22,7 +22,7 @@ class Key(NamedTuple):
     ours: the field of our config ("moe.experts": of a group in it); "" for one
     that must have the value `default`, else we compute something else.
     default: what it is where config.json leaves it out. only: their values -> ours, and no others. also: their
-    values -> ours, others pass as they are. plus: what theirs is more than ours. alias: another name of theirs.
+    values -> ours, others pass as they are. times, plus: theirs is ours * times + plus. alias: another name of theirs.
     """
 
     theirs: str
@@ -30,6 +30,7 @@ class Key(NamedTuple):
     default: Any = REQUIRED
     only: Mapping[Any, Any] | None = None
     also: Mapping[Any, Any] | None = None
+    times: int = 1
     plus: int = 0
     alias: str = ""
 
@@ -40,7 +41,8 @@ class Family:
 
     fixed: switches of ours that all its models have. prefix: what the tensors of a model saved without its head lack.
     ungated: rows of the table for an MLP without a gate. ignore: patterns of tensors that carry nothing. neutral:
-    settings that change nothing. rope: whether it rotates. present: field of ours -> (a tensor, the field's value where
+    settings that change nothing. rope: the settings of the global and of the local theta, if it rotates, with their
+    defaults. present: field of ours -> (a tensor, the field's value where
     it is there, where it is not). layer_types: whether layer i is local, where their settings do not list it.
     """
 
@@ -56,7 +58,7 @@ class Family:
     present: Mapping[str, tuple[str, Any, Any]] = field(default_factory=dict)
     config: type = DecoderConfig
     layer_types: Callable[[Mapping[str, Any], int], bool] | None = None
-    rope: bool = True
+    rope: Mapping[str, float] = field(default_factory=lambda: {"rope_theta": 10_000.0})
 
 
 # Settings that say nothing about what the model computes from ids and weights when it is not being trained.
@@ -69,11 +71,12 @@ NEUTRAL = frozenset("""
     classifier_dropout dropout dropout_rate n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout
     summary_proj_to_labels summary_type summary_use_proj max_window_layers chunk_size_feed_forward is_decoder
     return_dict problem_type layer_types rope_theta rope_scaling rope_parameters
-    output_router_logits router_aux_loss_coef router_jitter_noise
+    output_router_logits router_aux_loss_coef router_jitter_noise _num_labels
 """.split())
 
-GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
-PLAIN = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "gelu": "geglu_erf"}
+PLAIN = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu",
+         "swish": "silu"}
 
 MODERN_KEYS = (
     Key("vocab_size", "vocab_size"),
@@ -191,6 +194,39 @@ def t5_table() -> Table:
     return rows
 
 
+def modernbert_table() -> Table:
+    """ModernBERT's rows: matrices are fused, and the first layer's attention norm is the embedding's."""
+    layer = "model.layers.{}"
+    return joined(
+        {"embedding/table": Row("model.embeddings.tok_embeddings.weight"), "head/table": Row("decoder.weight"),
+         "head_bias": Row("decoder.bias"),
+         f"{BLOCK}attention_norm/scale": Row(f"{layer}.attn_norm.weight", first="model.embeddings.norm.weight")},
+        both("norm", "model.final_norm"), both("transform_norm", "head.norm"),
+        both("transform", "head.dense", "out,in"),
+        *(both(f"{BLOCK}attention/{part}", f"{layer}.attn.Wqkv", "out,in", (i, 3))
+          for i, part in enumerate(("query", "key", "value"))),
+        both(f"{BLOCK}attention/out", f"{layer}.attn.Wo", "out,in2"), both(f"{BLOCK}mlp_norm", f"{layer}.mlp_norm"),
+        *(both(f"{BLOCK}mlp/{part}", f"{layer}.mlp.Wi", "out,in", (i, 2)) for i, part in enumerate(("gate", "up"))),
+        both(f"{BLOCK}mlp/down", f"{layer}.mlp.Wo", "out,in"))
+
+
+def marian_table() -> Table:
+    """The original Transformer's rows, as Marian's models have them."""
+    rows: dict[str, Row] = {"embedding/table": Row("model.shared.weight"), "head/table": Row("lm_head.weight"),
+                            "head_bias": Row("final_logits_bias", "in0,out")}
+    for half in ("encoder", "decoder"):
+        block, layer = f"{half}/layers/block/", f"model.{half}.layers.{{}}"
+        for ours, theirs in (("attention", "self_attn"), ("cross_attention", "encoder_attn")):
+            rows |= attention(block, f"{layer}.{theirs}", ours=ours)
+            rows |= both(f"{block}{ours}/out", f"{layer}.{theirs}.out_proj", "out,in2")
+        for ours, theirs in (("attention_norm", "self_attn_layer_norm"), ("cross_norm", "encoder_attn_layer_norm"),
+                             ("mlp_norm", "final_layer_norm")):
+            rows |= both(f"{block}{ours}", f"{layer}.{theirs}")
+        for ours, theirs in (("up", "fc1"), ("down", "fc2")):
+            rows |= both(f"{block}mlp/{ours}", f"{layer}.{theirs}", "out,in")
+    return rows
+
+
 T5_TABLE = t5_table()
 ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 LLAMA_LIKE = dict(table=LLAMA_TABLE, prefix="model.", ignore=ROTARY_BUFFERS)
@@ -230,7 +266,7 @@ FAMILIES = {family.model_type: family for family in (
     Family("mixtral", "MixtralForCausalLM",
            (*MODERN_KEYS, HEAD_DIM, UNTIED, WINDOW._replace(default=None), Key("num_local_experts", "moe.experts", 8),
             Key("num_experts_per_tok", "moe.per_token", 2)), MIXTRAL_TABLE, prefix="model.",
-           layer_types=lambda s, i: True),
+           rope={"rope_theta": 1e6}, layer_types=lambda s, i: True),
     Family("qwen3_moe", "Qwen3MoeForCausalLM", (*QWEN_KEYS, HEAD_DIM, NO_BIAS[0], *QWEN_MOE_KEYS), QWEN_MOE_TABLE,
            fixed={"qk_norm": True}, **QWEN_LIKE),
     Family("qwen2_moe", "Qwen2MoeForCausalLM",
@@ -243,7 +279,8 @@ FAMILIES = {family.model_type: family for family in (
     Family("gemma3_text", "Gemma3ForCausalLM",
            (*GEMMA_KEYS, Key("attn_logit_softcapping", "", None), Key("final_logit_softcapping", "", None)),
            GEMMA_TABLE, fixed=GEMMA_FIXED | {"qk_norm": True}, prefix="model.",
-           neutral=("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
+           neutral=("sliding_window_pattern", "_sliding_window_pattern"),
+           rope={"rope_theta": 1e6, "rope_local_base_freq": 10_000.0},
            layer_types=lambda s, i: (i + 1) % s.get("sliding_window_pattern", 6) != 0),
     Family("gpt2", "GPT2LMHeadModel", (
         Key("vocab_size", "vocab_size", 50257), Key("n_embd", "embed_dim", 768), Key("n_layer", "num_layers", 12),
@@ -253,20 +290,32 @@ FAMILIES = {family.model_type: family for family in (
         Key("scale_attn_weights", "", True), Key("scale_attn_by_inverse_layer_idx", "", False),
         Key("add_cross_attention", "", False)),
         GPT2_TABLE, fixed={"positions": "learned", "norm": "layernorm", "use_bias": True}, prefix="transformer.",
-        ignore=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",), rope=False),
+        ignore=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",), rope={}),
     Family("bert", "BertForMaskedLM", (*BERT_KEYS, Key("max_position_embeddings", "max_positions", 512)),
            bert_table("bert", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm",
-                      "cls.predictions.bias"), fixed=BERT_FIXED, prefix="bert.", rope=False, config=EncoderConfig,
+                      "cls.predictions.bias"), fixed=BERT_FIXED, prefix="bert.", rope={}, config=EncoderConfig,
            ignore=(r"bert\.embeddings\.position_ids", r"cls\.seq_relationship\..*", r"cls\.predictions\.decoder\..*"),
            present={"mlm_head": ("cls.predictions.transform.dense.weight", True, False),
                     "pooler": ("bert.pooler.dense.weight", True, False)}),
     Family("roberta", "RobertaForMaskedLM",
            (*BERT_KEYS, Key("max_position_embeddings", "max_positions", 514, plus=2), Key("pad_token_id", "", 1)),
            bert_table("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
-           fixed=BERT_FIXED | {"position_offset": 2}, prefix="roberta.", rope=False, config=EncoderConfig,
+           fixed=BERT_FIXED | {"position_offset": 2}, prefix="roberta.", rope={}, config=EncoderConfig,
            ignore=(r"roberta\.embeddings\.position_ids", r"lm_head\.decoder\..*"),
            present={"mlm_head": ("lm_head.dense.weight", True, False),
                     "pooler": ("roberta.pooler.dense.weight", True, False)}),
+    Family("modernbert", "ModernBertForMaskedLM", (
+        *(key for key in MODERN_KEYS if key.ours not in ("num_kv_heads", "norm_eps", "mlp")),
+        Key("hidden_activation", "mlp", "gelu", only=GATED), Key("classifier_activation", "", "gelu"),
+        Key("rope_scaling", "", None), Key("local_attention", "sliding_window", 128, times=2, plus=-2),
+        Key("norm_eps", "norm_eps", 1e-5), UNTIED._replace(default=True), Key("decoder_bias", "", True)),
+        modernbert_table(), fixed={"norm": "layernorm_no_bias", "embedding_norm": "first"}, prefix="model.",
+        config=EncoderConfig, rope={"global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0},
+        neutral=("classifier_pooling", "embedding_dropout", "global_attn_every_n_layers", "initializer_cutoff_factor",
+                 "layer_norm_eps", "mlp_dropout", "position_embedding_type", "reference_compile",
+                 "repad_logits_with_grad", "sparse_pred_ignore_index"),
+        present={"mlm_head": ("head.dense.weight", True, False)},
+        layer_types=lambda s, i: i % s.get("global_attn_every_n_layers", 3) != 0),
     Family("t5", "T5ForConditionalGeneration", (
         Key("vocab_size", "vocab_size"), Key("d_model", "embed_dim"), Key("d_kv", "head_dim"), Key("d_ff", "mlp_dim"),
         Key("num_layers", "num_encoder_layers"), Key("num_decoder_layers", "num_layers", None),
@@ -275,9 +324,25 @@ FAMILIES = {family.model_type: family for family in (
         Key("feed_forward_proj", "mlp", "relu", only={"relu": "relu", "gated-gelu": "geglu", "gated-silu": "swiglu"}),
         Key("is_encoder_decoder", "", True), Key("scale_decoder_outputs", "scale_output", None)), T5_TABLE,
         ungated={ours: row._replace(theirs=row.theirs.replace(".wi_1.", ".wi.")) for ours, row in T5_TABLE.items()},
-        fixed={"positions": "relative", "query_scalar": 1.0}, rope=False, config=EncDecConfig,
+        fixed={"positions": "relative", "query_scalar": 1.0}, rope={}, config=EncDecConfig,
         neutral=("dense_act_fn", "is_gated_act", "tie_word_embeddings", "n_positions"),
         ignore=(r"(encoder|decoder)\.embed_tokens\.weight",
                 r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"),
         present={"tie_embeddings": ("lm_head.weight", False, True)}),
+    Family("marian", "MarianMTModel", (
+        Key("vocab_size", "vocab_size"), Key("decoder_vocab_size", "vocab_size", None), Key("d_model", "embed_dim"),
+        Key("encoder_layers", "num_encoder_layers"), Key("decoder_layers", "num_layers"),
+        Key("encoder_attention_heads", "num_heads"), Key("decoder_attention_heads", "num_heads"),
+        Key("encoder_ffn_dim", "mlp_dim"), Key("decoder_ffn_dim", "mlp_dim"),
+        Key("max_position_embeddings", "max_positions"), Key("activation_function", "mlp", "gelu", only=PLAIN),
+        Key("scale_embedding", "scale_embeddings", False), UNTIED._replace(default=True),
+        Key("is_encoder_decoder", "", True), Key("share_encoder_decoder_embeddings", "", True)),
+        marian_table(), rope={}, config=EncDecConfig, prefix="model.",
+        fixed={"positions": "sinusoidal", "norm": "layernorm", "norm_eps": 1e-5, "norm_position": "post",
+               "use_bias": True},
+        neutral=("activation_dropout", "bad_words_ids", "classif_dropout", "decoder_layerdrop", "encoder_layerdrop",
+                 "extra_pos_embeddings", "forced_eos_token_id", "init_std", "max_length", "num_beams",
+                 "num_hidden_layers", "static_position_embeddings"),
+        ignore=(r"model\.(encoder|decoder)\.embed_(tokens|positions)\.weight",),
+        present={"output_bias": ("final_logits_bias", True, False)}),
 )}

@@ -31,7 +31,7 @@ def family_of(settings: Settings, where: str) -> Family:
                          f"{settings['auto_map']!r}; lmjax never runs a repository's code, use a model type that it "
                          f"knows ({', '.join(FAMILIES)})")
     name = settings.get("model_type")
-    if name not in FAMILIES:
+    if name not in tuple(FAMILIES):
         raise ValueError(f"{where}: expected model_type to be one of {', '.join(FAMILIES)}, got {name!r}; convert it "
                          "to one of them")
     return FAMILIES[name]
@@ -46,20 +46,34 @@ def read_settings(settings: Settings, where: str, present: Mapping[str, Any] | N
       ValueError: a setting that is missing, unknown, or has a value that we would not compute the same with.
     """
     family = family_of(settings, where)
-    known = NEUTRAL.union(family.neutral, (key.theirs for key in family.keys),
+    try:
+        return build(family.config, _fields(family, settings, where, present or {}), path=where)
+    except ConfigError as error:
+        raise ValueError(f"{error} (config.json, in lmjax's names)") from None
+    except (TypeError, AttributeError) as error:  # a list for a number, say
+        raise ValueError(f"{where}: expected settings as transformers writes them, got one of another type ({error}); "
+                         "fetch it again") from None
+
+
+def _fields(family: Family, settings: Settings, where: str, present: Mapping[str, Any]) -> dict[str, Any]:
+    """Our config as `config.build` takes it."""
+    known = NEUTRAL.union(family.neutral, family.rope, (key.theirs for key in family.keys),
                           (key.alias for key in family.keys))
     for name, value in settings.items():
         # What is empty or switched off does nothing; anything else may.
         if name not in known and value not in (None, False, [], {}, ""):
             raise ValueError(f"{where}: expected settings that lmjax computes with, got {name}={value!r}; remove it if "
                              "it does not change what the model computes")
-    fields = dict(family.fixed) | dict(present or {})
+    fields = {**family.fixed, **present}
     for key in family.keys:
         value = settings.get(key.theirs, settings.get(key.alias, key.default))
         if value is REQUIRED:
             raise ValueError(f"{where}: expected a value for {key.theirs}, got none; fetch config.json again")
         if key.ours:
-            fields[key.ours] = _ours(key, value, where)
+            ours = _ours(key, value, where)
+            if ours not in (None, fields.setdefault(key.ours, ours)):  # theirs are two settings, ours is one
+                raise ValueError(f"{where}: expected {key.theirs} to agree with what else gives {key.ours}="
+                                 f"{fields[key.ours]!r}, got {value!r}; take a model whose halves are alike")
         elif value != key.default and value is not None:
             raise ValueError(f"{where}: expected {key.theirs}={key.default!r}, got {value!r}, which lmjax cannot "
                              "compute; take a model without it")
@@ -70,15 +84,12 @@ def read_settings(settings: Settings, where: str, present: Mapping[str, Any] | N
         raise ValueError(f"{where}: expected layer_types of 'full_attention', got {settings['layer_types']!r}, which "
                          "lmjax cannot compute; take a model without it")
     if family.rope:
-        fields |= _read_rope(settings, where)
+        fields |= _read_rope(settings, family, where)
     groups: dict[str, Any] = {}
     for name, value in fields.items():
         group, _, leaf = name.rpartition(".")
         (groups.setdefault(group, {}) if group else groups)[leaf] = value
-    try:
-        return build(family.config, groups, path=where)
-    except ConfigError as error:
-        raise ValueError(f"{error} (config.json, in lmjax's names)") from None
+    return groups
 
 
 def write_settings(config: ModelConfig, model_type: str = "") -> dict[str, Any]:
@@ -98,26 +109,27 @@ def write_settings(config: ModelConfig, model_type: str = "") -> dict[str, Any]:
         try:
             settings = _write(family, config)
             present = {field: getattr(config, field) for field in family.present}
-            differs = different(config, read_settings(settings, name, present))
+            found = difference(config, read_settings(settings, name, present))
+            if found is None:
+                return settings
+            differs = f"{found[0]}={found[1]!r}"
         except (ValueError, AttributeError) as error:
             differs = str(error)
-        if not differs:
-            return settings
         reasons.append(f"{name} (which cannot say {differs})")
     raise ValueError("model: expected one that Hugging Face's " + " or ".join(reasons) + " computes the same, got "
                      "another; choose other switches before training, or keep lmjax's own checkpoint")
 
 
-def different(a: ModelConfig, b: ModelConfig) -> str:
-    """The first field in which two models differ in what they compute, "" if there is none."""
+def difference(a: ModelConfig, b: ModelConfig) -> tuple[str, Any, Any] | None:
+    """The first field in which two models differ in what they compute, with its values; None if there is none."""
     if type(a) is not type(b):
-        return f"family={a.family!r}"
+        return "family", a.family, b.family
     a, b = _resolved(a), _resolved(b)
     for field in dataclasses.fields(a):
         mine, other = getattr(a, field.name), getattr(b, field.name)
         if field.name not in FREE and mine != other:
-            return f"{field.name}={mine!r}"
-    return ""
+            return field.name, mine, other
+    return None
 
 
 def _resolved(config: ModelConfig) -> ModelConfig:
@@ -130,7 +142,7 @@ def _resolved(config: ModelConfig) -> ModelConfig:
         changes |= dict(local_rope_theta=0.0)
     if c.positions != "rope":
         changes |= dict(rope_theta=1.0)
-    if c.positions not in ("learned", "rope"):
+    if c.positions != "learned":
         changes |= dict(max_positions=1)
     if c.positions != "relative":
         changes |= dict(relative_buckets=32, relative_distance=128)
@@ -144,7 +156,7 @@ def _resolved(config: ModelConfig) -> ModelConfig:
 
 
 def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
-    c = _resolved(config)
+    c = dataclasses.replace(_resolved(config), max_positions=config.max_positions)
     settings: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for key in family.keys:
         settings[key.theirs] = _theirs(key, _get(c, key.ours)) if key.ours else key.default
@@ -155,7 +167,8 @@ def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
             settings["use_sliding_window"] = bool(c.sliding_window)
     if family.rope:
         # The older of the two forms, which every version of transformers reads.
-        settings |= {"rope_theta": c.rope_theta, "rope_scaling": None}
+        thetas = (c.rope_theta, c.local_rope_theta or c.rope_theta)
+        settings |= dict(zip(family.rope, thetas, strict=False)) | {"rope_scaling": None}
         s = c.rope_scaling
         if s.kind != "none":
             if s.kind not in SCALING_KEYS:
@@ -163,8 +176,6 @@ def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
             settings["rope_scaling"] = {"rope_type": s.kind} | {k: getattr(s, SCALING[k]) for k in SCALING_KEYS[s.kind]}
             if s.attention_factor:
                 settings["rope_scaling"]["attention_factor"] = s.attention_factor
-        if "rope_local_base_freq" in family.neutral:
-            settings["rope_local_base_freq"] = c.local_rope_theta or c.rope_theta
     if family.model_type == "t5":
         settings["tie_word_embeddings"] = c.scale_output  # which is how older versions of transformers read it
     return settings
@@ -182,8 +193,8 @@ def _ours(key: Key, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: expected {key.theirs} to be one of {', '.join(map(repr, key.only))}, got "
                              f"{value!r}, which lmjax cannot compute; take a model with one of them")
         return key.only[value]
-    if key.plus and isinstance(value, int):
-        return value - key.plus
+    if isinstance(value, int) and (key.times, key.plus) != (1, 0):
+        return (value - key.plus) // key.times
     return key.also.get(value, value) if key.also else value
 
 
@@ -193,16 +204,16 @@ def _theirs(key: Key, value: Any) -> Any:
         raise ValueError(f"{key.ours}={value!r}")
     if isinstance(key.default, int) and isinstance(value, float) and value.is_integer():
         return int(value)  # which transformers insists on
-    return value + key.plus if key.plus else back.get(value, value)
+    return value * key.times + key.plus if (key.times, key.plus) != (1, 0) else back.get(value, value)
 
 
 def _fill(fields: dict[str, Any], settings: Settings) -> None:
     """Defaults of theirs that follow from other settings."""
     if fields.get("mlp_dim", 0) is None:  # GPT-2
         fields["mlp_dim"] = 4 * fields["embed_dim"]
-    if "num_encoder_layers" in fields:  # T5
+    if "num_encoder_layers" in fields:
         fields["num_layers"] = fields["num_layers"] or fields["num_encoder_layers"]
-        if fields["scale_output"] is None:
+        if fields.get("scale_output", True) is None:  # T5
             fields["scale_output"] = settings.get("tie_word_embeddings", True)
     if isinstance(fields.get("query_scalar"), int):
         fields["query_scalar"] = float(fields["query_scalar"])
@@ -213,9 +224,9 @@ def _read_layers(fields: dict[str, Any], family: Family, settings: Settings, whe
     names = {"sliding_attention": "local", "full_attention": "global"}
     listed = settings.get("layer_types")
     if listed:
-        if set(listed) - set(names):
-            raise ValueError(f"{where}: expected layer_types of {', '.join(names)}, got {sorted(set(listed))}, which "
-                             "lmjax cannot compute; take a model with one of them")
+        if set(listed) - set(names) or len(listed) != fields["num_layers"]:
+            raise ValueError(f"{where}: expected layer_types of {', '.join(names)} for {fields['num_layers']} layers, "
+                             f"got {listed!r}, which lmjax cannot compute; take a model with one of them")
         kinds = [names[kind] for kind in listed]
     else:
         count = fields["num_layers"] if isinstance(fields["num_layers"], int) else 0
@@ -227,15 +238,18 @@ def _read_layers(fields: dict[str, Any], family: Family, settings: Settings, whe
         fields["layer_pattern"] = kinds[:period]
 
 
-def _read_rope(settings: Settings, where: str) -> dict[str, Any]:
+def _read_rope(settings: Settings, family: Family, where: str) -> dict[str, Any]:
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    by_kind = {"full_attention": rope} | {k: v for k, v in rope.items() if isinstance(v, Mapping)}
     fields: dict[str, Any] = {}
-    if "sliding_attention" in rope or "rope_local_base_freq" in settings:
-        local = rope.get("sliding_attention", {})
-        fields["local_rope_theta"] = local.get("rope_theta", settings.get("rope_local_base_freq", 10_000.0))
-        rope = rope.get("full_attention", rope)
+    names = (("rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention"))
+    for (ours, kind), (theirs, default) in zip(names, family.rope.items(), strict=False):
+        fields[ours] = by_kind.get(kind, {}).get("rope_theta", settings.get(theirs, default))
+    if by_kind.get("sliding_attention", {}).get("rope_type", "default") != "default":
+        raise ValueError(f"{where}: expected rope_type 'default' of sliding_attention, got "
+                         f"{by_kind['sliding_attention']}, which lmjax cannot compute; take a model without it")
+    rope = by_kind["full_attention"]
     kind = rope.get("rope_type", rope.get("type", "default"))
-    fields["rope_theta"] = rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
     if kind != "default":
         if kind not in SCALING_KEYS:
             raise ValueError(f"{where}: expected rope_type to be one of default, {', '.join(SCALING_KEYS)}, got "

@@ -66,6 +66,7 @@ def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], get: C
 
     A tensor that is larger gets a file of its own. No more than one file's tensors are held at a time.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     choice("dtype", dtype, NAMES)
@@ -75,8 +76,13 @@ def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], get: C
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
                                               for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
-        save_file({name: np.ascontiguousarray(get(name).astype(to)) for name in names}, directory / file,
-                  metadata={"format": "pt"})
+        tensors = {name: np.ascontiguousarray(get(name).astype(to)) for name in names}
+        try:
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # no OSError, whatever the disk has said
+            size = sum(sizes[name] for name in names)
+            raise OSError(f"{directory / file}: expected to write {size / 1e6:.1f} MB, got: {error}; make room, then "
+                          "try again") from None
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})

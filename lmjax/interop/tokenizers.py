@@ -27,7 +27,7 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
     sentencepiece = None
     if (path / SENTENCEPIECE).is_file():
         try:
-            sentencepiece = Tokenizer((path / SENTENCEPIECE).read_bytes())
+            sentencepiece = Tokenizer.from_bytes((path / SENTENCEPIECE).read_bytes())
         except ValueError as error:
             if not (path / HF_FILES[0]).is_file():
                 raise ValueError(f"{path / SENTENCEPIECE}: {error}") from None

@@ -4,7 +4,7 @@ A table says for each of our leaves which of their tensors holds it and how it l
 
   ""         in the same shape
   "flat"     in one dimension
-  "in,out"   as a matrix whose rows are inputs (GPT-2); "in2,out": the first two of our dimensions are inputs
+  "in,out"   as a matrix whose rows are inputs (GPT-2); "in2,out": our first two dimensions are inputs, "in0": none is
   "out,in"   as a matrix whose rows are outputs (torch.nn.Linear); "out,in2" likewise
 
 A part of a fused matrix or bias is one of several equal shares of its outputs. Every {} in their name stands for an
@@ -29,11 +29,18 @@ from lmjax.tree import named_leaves
 
 
 class Row(NamedTuple):
-    """How one of our leaves lies in theirs. part: (i, n) for the i-th of n equal parts."""
+    """How one of our leaves lies in theirs. part: (i, n) for the i-th of n equal parts. first: what layer 0's is
+    called, where that is not by its number."""
 
     theirs: str
     how: str = ""
     part: tuple[int, int] = (0, 1)
+    first: str = ""
+
+    @property
+    def axis(self) -> int:
+        """The dimension of theirs that is in parts: the outputs."""
+        return 0 if self.how.startswith("out") else -1
 
 
 Table = Mapping[str, Row]
@@ -97,7 +104,7 @@ def tensor_getter(params: Params, table: Table) -> Callable[[str], np.ndarray]:
     def get(name: str) -> np.ndarray:
         parts = [_theirs(np.asarray(leaves[slot.leaf][slot.index] if slot.index else leaves[slot.leaf]), slot)
                  for slot in sorted(slots[name], key=lambda slot: slot.row.part)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=slots[name][0].row.axis)
     return get
 
 
@@ -111,7 +118,8 @@ def _slots(shapes: Params, table: Table) -> dict[str, list[_Slot]]:
         row = table[leaf]
         lead = row.theirs.count("{}")
         for index in itertools.product(*map(range, shape.shape[:lead])):
-            found.append((row.theirs.format(*index), _Slot(leaf, index, tuple(shape.shape[lead:]), row)))
+            name = row.first if row.first and not any(index) else row.theirs.format(*index)
+            found.append((name, _Slot(leaf, index, tuple(shape.shape[lead:]), row)))
     out: dict[str, list[_Slot]] = {}
     for name, slot in sorted(found, key=lambda item: item[1].index):
         out.setdefault(name, []).append(slot)
@@ -120,24 +128,25 @@ def _slots(shapes: Params, table: Table) -> dict[str, list[_Slot]]:
 
 def _matrix(slot: _Slot) -> tuple[int, int]:
     """(inputs, outputs) of a matrix kind."""
-    split = 2 if "in2" in slot.row.how else 1
+    split = 2 if "in2" in slot.row.how else 0 if "in0" in slot.row.how else 1
     return math.prod(slot.shape[:split]), math.prod(slot.shape[split:])
 
 
 def _their_shape(slots: Sequence[_Slot]) -> tuple[int, ...]:
     slot = slots[0]
-    shape = slot.shape
+    shape = list(slot.shape)
     if slot.row.how == "flat":
-        shape = (math.prod(shape),)
+        shape = [math.prod(shape)]
     elif slot.row.how:
-        shape = _matrix(slot) if slot.row.how.startswith("in") else _matrix(slot)[::-1]
-    return (*shape[:-1], shape[-1] * slot.row.part[1])
+        shape = list(_matrix(slot) if slot.row.how.startswith("in") else _matrix(slot)[::-1])
+    shape[slot.row.axis] *= slot.row.part[1]
+    return tuple(shape)
 
 
 def _ours(x: np.ndarray, slot: _Slot) -> np.ndarray:
     part, parts = slot.row.part
     if parts > 1:
-        x = np.split(x, parts, axis=-1)[part]
+        x = np.split(x, parts, axis=slot.row.axis)[part]
     return (x.T if slot.row.how.startswith("out") else x).reshape(slot.shape)
 
 

@@ -42,6 +42,7 @@ class Model:
     kernel: str
     kernel_reason: str
     dtype: Any  # of activations and matmuls; parameters are float32
+    prefix_lm: bool = False  # whether the tokens of a prompt see each other, those behind too
 
     @property
     def shapes(self) -> Params:
@@ -79,10 +80,11 @@ class Model:
             model.states(batch, self.dtype))
         return x_BTD, model.pooled(x_BTD) if getattr(self.config, "pooler", False) else None
 
-    def init_cache(self, batch_size: int, slots: int, *, params: Params | None = None,
-                   batch: Batch | None = None) -> Cache:
+    def init_cache(self, batch_size: int, slots: int, *, params: Params | None = None, batch: Batch | None = None,
+                   rings: bool = True) -> Cache:
         """An empty key/value cache for `slots` tokens a row.
 
+        rings: whether local layers keep no more than their window; tokens can only be taken back if they keep all.
         params, batch: what an encoder-decoder makes its encoder's keys and values of: int32 [B, S] `encoder_tokens`,
         `encoder_positions` and `encoder_segment_ids` (0: padding).
 
@@ -91,7 +93,7 @@ class Model:
         """
         if self.config.family == "encoder":
             raise ValueError("model.family: expected a decoder or encdec to generate with, got an encoder; use encode")
-        cache = empty_cache(self.config, batch_size, slots, self.dtype)
+        cache = empty_cache(self.config, batch_size, slots, self.dtype, rings)
         if self.config.family == "decoder":
             return cache
         if params is None or batch is None:
@@ -104,7 +106,8 @@ class Model:
         """Feeds T more tokens a row, each row's from its own position on; logits [B, V] behind one of them.
 
         at_B: which of the T, int32 [B]; the last one by default. Tokens behind it are taken back, so that rows of
-        different lengths can be fed together, padded on the right.
+        different lengths can be fed together, padded on the right. Several at once are a prompt: to a prefix-LM the
+        part of a document that is seen in both directions.
         """
         model = self.functional.bind(self._cast(params))
         B, T = tokens_BT.shape
@@ -112,7 +115,8 @@ class Model:
         positions = cache.slot[:, None] + jnp.arange(T, dtype=jnp.int32).reshape(1, T)
         last_B = cache.slot + at_B
         stay = (positions <= last_B[:, None]).astype(jnp.int32)  # the others are padding: no expert has room for them
-        x_BTD, cache = model.step(tokens_BT, positions, stay, cache, last_B, self.dtype)
+        prompt = {"prefix_BT": stay} if self.prefix_lm and T > 1 else {}
+        x_BTD, cache = model.step(tokens_BT, positions, stay, cache, last_B, self.dtype, **prompt)
         x_B1D = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
         return self._logits(x_B1D, *model.unembedding)[:, 0], cache._replace(slot=last_B + 1)
 
@@ -175,11 +179,11 @@ class Model:
 
 
 def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: Any, seq_len: int = 0,
-                context: bool = False) -> Model:
+                context: bool = False, prefix_lm: bool = False) -> Model:
     """The model of `config` for data with `vocab_size` tokens, run on `platform` ("cpu", "gpu", "tpu").
 
     seq_len: of the rows that it is trained on, where known; attention=auto chooses by it. context: whether rows are
-    split over devices.
+    split over devices. prefix_lm: see `Model`.
 
     Raises:
       ValueError: the config's vocabulary is smaller than the data's, or no kernel can serve the model.
@@ -193,4 +197,5 @@ def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: A
                                    causal=config.family == "decoder", cross=config.family == "encdec", context=context,
                                    head_dim=config.dims.head_dim, seq_len=seq_len, dtype=dtype)
     build = FAMILIES[type(config)]
-    return Model(config, functional(lambda rngs: build(config, kernel, rngs)), kernel, reason, jnp.dtype(dtype))
+    return Model(config, functional(lambda rngs: build(config, kernel, rngs)), kernel, reason, jnp.dtype(dtype),
+                 prefix_lm)

@@ -42,10 +42,14 @@ class Decoder(Trunk):
         return x_BTD, out
 
     def step(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache,
-             last_B: jax.Array, dtype: Any) -> tuple[jax.Array, Cache]:
-        """Hidden states of T more tokens a row, and the cache with those up to position `last` in it."""
+             last_B: jax.Array, dtype: Any, *, prefix_BT: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+        """Hidden states of T more tokens a row, and the cache with those up to position `last` in it.
+
+        prefix: given, all of these see each other.
+        """
         x_BTD = embed(self.config, self.embedding, tokens_BT, dtype)
-        x_BTD, layers, _ = self(x_BTD, positions_BT, segments_BT, cache=cache.layers, last_B=last_B)
+        x_BTD, layers, _ = self(x_BTD, positions_BT, segments_BT, prefix_BT=prefix_BT, cache=cache.layers,
+                                last_B=last_B)
         return x_BTD, cache._replace(layers=layers)
 
     @property

@@ -14,6 +14,7 @@ from flax import nnx
 from lmjax.config import at_least, choice
 from lmjax.models.transformer import Cache, Source, TransformerConfig, Trunk, embed, token_table
 from lmjax.nn.layers import Embedding
+from lmjax.nn.module import param, zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +22,14 @@ class EncDecConfig(TransformerConfig):
     """`TransformerConfig`, and what only encoder-decoders have.
 
     num_layers: of the decoder. num_encoder_layers: 0 takes num_layers. scale_output: hidden states are multiplied by
-    1 / sqrt(embed_dim) before a tied unembedding (T5 v1.0). One table embeds the tokens of both halves.
+    1 / sqrt(embed_dim) before a tied unembedding (T5 v1.0). output_bias: of the logits (Marian). One table embeds the
+    tokens of both halves.
     """
 
     family: str = "encdec"
     num_encoder_layers: int = 0
     scale_output: bool = False
+    output_bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +46,7 @@ class EncDec(nnx.Module):
         self.encoder = Trunk(c, kernel, rngs, causal=False, num_layers=c.num_encoder_layers)
         self.decoder = Trunk(c, kernel, rngs, causal=True, cross=True)
         self.head = None if c.tie_embeddings else token_table(c, rngs)
+        self.head_bias = param(rngs, zeros, (c.vocab_size,), ("norm",)) if c.output_bias else None
 
     def states(self, batch: Mapping[str, jax.Array], dtype: Any, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
         """The encoder's states [B, S, D] in `dtype` of int32 [B, S] `encoder_tokens`, `encoder_positions` and
@@ -83,5 +87,5 @@ class EncDec(nnx.Module):
 
     @property
     def unembedding(self) -> tuple[jax.Array, jax.Array | None]:
-        """The (V, D) matrix whose rows score the vocabulary, and no bias."""
-        return (self.head or self.embedding).table[...], None
+        """The (V, D) matrix whose rows score the vocabulary, and the (V,) bias of the scores, if there is one."""
+        return (self.head or self.embedding).table[...], None if self.head_bias is None else self.head_bias[...]

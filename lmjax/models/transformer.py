@@ -37,7 +37,7 @@ class TransformerConfig:
     norm: rmsnorm, rmsnorm_1p (Gemma's 1 + scale), layernorm, layernorm_no_bias. norm_position: pre (before a branch),
     post (after the sum), both (before and after a branch). embedding_norm: none, own, or first: the first layer's
     attention norm, whose output goes on as the residual stream (ModernBERT). scale_embeddings: by sqrt(embed_dim).
-    mlp: gelu (exact), gelu_tanh, relu; gated: swiglu, geglu (tanh), geglu_erf, reglu. use_bias: in all matrices;
+    mlp: gelu (exact), gelu_tanh, relu, silu; gated: swiglu, geglu (tanh), geglu_erf, reglu. use_bias: in all matrices;
     qkv_bias: of queries, keys and values. query_scalar: scores are divided by its root; 0 takes head_dim.
     sliding_window: tokens that each can look back on, itself included (without causality: as many ahead); 0 is all.
     layer_pattern: of "global" and "local" layers, repeated over the layers; only local ones have the window; empty:
@@ -306,6 +306,8 @@ class Trunk(nnx.Module):
             kv_positions = fed.kv_positions(slots, positions_BT.shape[1])
             # Slots not yet written are hidden by causality, a ring's by their positions.
             kv_segments = (kv_positions >= 0).astype(jnp.int32)
+            if prefix_BT is not None:
+                prefix_BT = (kv_positions <= last_B[:, None]).astype(jnp.int32)
         see = Visibility(positions_BT, kv_positions, segments_BT, kv_segments, causal=self.causal,
                          window=c.window(kind), in_order=slots is None, kv_prefix=prefix_BT)
         rotation = bias = source_see = None
@@ -336,14 +338,14 @@ class Cache(NamedTuple):
     source: Source | None = None
 
 
-def empty_cache(config: TransformerConfig, batch_size: int, slots: int, dtype: Any) -> Cache:
-    """Room for `slots` tokens a row."""
+def empty_cache(config: TransformerConfig, batch_size: int, slots: int, dtype: Any, rings: bool = True) -> Cache:
+    """Room for `slots` tokens a row; with rings local layers have no more than their window."""
     c = config
     kinds, pattern = c.kinds(c.num_layers)
     layers = []
     for i, kind in enumerate(kinds):
         count = sum(pattern[j % len(pattern)] == i for j in range(c.num_layers))
-        shape = (count, batch_size, min(slots, c.window(kind) or slots), c.dims.num_kv_heads, c.dims.head_dim)
+        shape = (count, batch_size, min(slots, rings and c.window(kind) or slots), c.dims.num_kv_heads, c.dims.head_dim)
         layers.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
     return Cache(tuple(layers), jnp.zeros((batch_size,), jnp.int32))
 

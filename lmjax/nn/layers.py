@@ -25,6 +25,7 @@ MLP_KINDS = {
     "gelu": ("gelu", False),
     "gelu_tanh": ("gelu_tanh", False),
     "relu": ("relu", False),
+    "silu": ("silu", False),
     "swiglu": ("silu", True),
     "geglu": ("gelu_tanh", True),
     "geglu_erf": ("gelu", True),

@@ -15,6 +15,7 @@ import pytest
 import lmjax
 from lmjax import interop
 from lmjax.cli import main
+from lmjax.data.tokenizer import TokenizerConfig, train_model
 from lmjax.interop.families import FAMILIES
 from lmjax.interop.tensors import open_tensors, read_tensor
 from lmjax.models import build_model
@@ -34,6 +35,11 @@ BERT = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=
             max_position_embeddings=POSITIONS, initializer_range=0.3)
 T5 = dict(vocab_size=V, d_model=D, d_kv=16, d_ff=F, num_layers=LAYERS, num_decoder_layers=3, num_heads=4,
           relative_attention_num_buckets=8, relative_attention_max_distance=12)
+MODERNBERT = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=4, num_attention_heads=4,
+                  max_position_embeddings=POSITIONS, local_attention=8, pad_token_id=0, initializer_range=0.3)
+MARIAN = dict(vocab_size=V, d_model=D, encoder_layers=LAYERS, decoder_layers=3, encoder_attention_heads=4,
+              decoder_attention_heads=4, encoder_ffn_dim=F, decoder_ffn_dim=F, max_position_embeddings=POSITIONS,
+              pad_token_id=0, decoder_start_token_id=0, init_std=0.3)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=3, moe_intermediate_size=24)
 
 
@@ -66,9 +72,17 @@ MODELS = {
     "bert-pooler": ("BertModel", BERT),
     "roberta": ("RobertaForMaskedLM", BERT | dict(max_position_embeddings=POSITIONS + 2, type_vocab_size=1,
                                                   pad_token_id=1)),
+    "modernbert": ("ModernBertForMaskedLM", MODERNBERT | dict(rope_parameters={
+        "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}})),
+    "modernbert-bare": ("ModernBertModel", MODERNBERT | dict(
+        local_attention=6, layer_types=["sliding_attention", "full_attention"] * 2)),
+    "marian": ("MarianMTModel", MARIAN | dict(activation_function="relu", scale_embedding=True)),
+    "marian-swish": ("MarianMTModel", MARIAN | dict(activation_function="swish")),
     "t5": ("T5ForConditionalGeneration", T5),
     "t5-gated": ("T5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
 }
+BARE = {"bert-pooler": "bert.", "modernbert-bare": "model."}  # without a head
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +98,8 @@ def saved(tmp_path_factory):
         cls = getattr(transformers, head)
         model = cls(cls.config_class(**settings, attn_implementation="eager")).to(getattr(torch, dtype)).eval()
         with torch.no_grad():  # biases and norms that are all 0 or 1 would hide a mix-up
-            for p in model.parameters():
+            biases = [b for k, b in model.named_buffers() if k == "final_logits_bias"]
+            for p in [*(p for p in model.parameters() if p.requires_grad), *biases]:
                 p.add_(0.1 * torch.randn(p.shape).to(p.dtype))
         path = tmp_path_factory.mktemp("hf") / f"{name}-{dtype}"
         model.save_pretrained(path, max_shard_size=shard)
@@ -122,7 +137,7 @@ def test_imported_models_compute_what_transformers_computes(name, saved):
     lm = lmjax.load(path)
     batch = batch_of(tokens, length, theirs.config.is_encoder_decoder)
     real = batch["segment_ids"].astype(bool)
-    run = (lambda p, b: lm.model.encode(p, b)[0]) if name == "bert-pooler" else lm.model.logits
+    run = (lambda p, b: lm.model.encode(p, b)[0]) if name in BARE else lm.model.logits
     got = np.asarray(jax.jit(run)(lm.params, batch))
     assert np.abs(got - expected)[real].max() <= 2e-5 * np.abs(expected[real]).max()
     assert np.abs(expected[real]).max() > 1
@@ -135,7 +150,7 @@ def test_there_and_back_is_bit_exact(name, saved, tmp_path):
     assert main(["import-hf", str(path), "--out", str(tmp_path / "ours")]) == 0
     assert main(["export-hf", str(tmp_path / "ours"), "--out", str(tmp_path / "back"), "--max-shard-gb", "2e-5"]) == 0
     before, after = open_tensors(path), open_tensors(tmp_path / "back")
-    prefix = "bert." if name == "bert-pooler" else ""  # a model without a head is written as one that could have one
+    prefix = BARE.get(name, "")  # a model without a head is written as one that could have one
     assert len({entry.file for entry in after.values()}) > 1 and {prefix + n for n in before} == after.keys()
     for tensor, entry in before.items():
         a, b = read_tensor(entry), read_tensor(after[prefix + tensor])
@@ -291,6 +306,9 @@ BAD = {
              "expected rope_type to be one of .* got 'longrope'"),
     "no size": (lambda f: edit(f, hidden_size="gone"), "expected a value for hidden_size, got none"),
     "bad size": (lambda f: edit(f, hidden_size="wide"), "embed_dim: expected an integer, got 'wide'"),
+    "tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(train_model(
+        TokenizerConfig(vocab_size=300), ["ab abc abcd é 日本 stop here\n"] * 50)),
+                  "expected a tokenizer for an embedding of 64 rows, got one of 300 tokens"),
     "no json": (lambda f: (f / "config.json").write_text("{"), "expected JSON, got"),
 }
 
@@ -312,6 +330,16 @@ def test_bad_input_is_one_line_and_exit_code_2(case, good, tmp_path, capsys):
     assert printed.count("\n") == 1
     assert re.search(message, printed), printed
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_disk_without_room_is_one_line_and_leaves_nothing(small_disk, tmp_path, capsys):
+    written(tmp_path / "hf", replace(CONFIG, vocab_size=20_000))
+    for command in ("import-hf", "export-hf"):
+        capsys.readouterr()
+        assert main([command, str(tmp_path / "hf"), "--out", str(small_disk / "out")]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert re.search("expected .* MB.*, got.*; make room", line), line
+        assert not list(small_disk.iterdir())
 
 
 def test_nothing_is_overwritten(good, tmp_path):

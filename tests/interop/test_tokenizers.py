@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from lmjax.data.tokenizer import HuggingFaceTokenizer, Tokenizer, TokenizerConfig, make_tokenizer, train_model
+from lmjax.data.tokenizer import HuggingFaceTokenizer, Tokenizer, TokenizerConfig, train_model
 from lmjax.interop.tokenizers import PROBES, read_tokenizer, write_tokenizer
+from lmjax.pretrained import make_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install lmjax[hf]")
 TEXTS = ["The cat sat on the mat, 12 times.\n", "def f(x):\n    return x + 1\n", "naïve café — 日本 👩‍💻"] * 40

@@ -13,6 +13,7 @@ from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.encdec import EncDecConfig
 from lmjax.models.encoder import EncoderConfig
+from lmjax.sharding import MeshConfig, make_layout, use_layout
 from lmjax.train_step import next_token_loss
 from lmjax.tree import named_leaves, num_elements
 
@@ -138,6 +139,36 @@ def test_ragged_prefill_then_decoding_equals_the_full_forward(name):
     for i in range(more + 1):
         np.testing.assert_allclose(logits[i], full[[0, 1], lengths - 1 + i], atol=2e-5 * np.abs(full).max(), rtol=0,
                                    err_msg=f"{i} tokens later")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen2-moe", "t5-v1.1"])
+def test_decoding_on_a_mesh_equals_the_full_forward(name):
+    """Local and global layers, experts, an encoder's keys: weights and caches split over data, fsdp and tensor."""
+    config = build(CONFIGS[name], COMMON | FAMILIES[name].ours | dict(num_layers=2, init_std=0.3))
+    model = build_model(config, vocab_size=V, platform="cpu", dtype=jnp.float32)
+    params, batch, lengths, more = jax.jit(model.init)(jax.random.key(0)), batch_of(), np.array([9, 3]), 4
+    expected, tokens = np.asarray(jax.jit(model.logits)(params, batch)), batch["tokens"]
+    layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2, rules={"batch": ("data",)}))
+    placed = jax.device_put(params, layout.tree(model.axes, model.shapes))
+
+    @jax.jit
+    def run(params, prompt, fed):
+        with use_layout(layout):
+            start = dict(params=params, batch=batch) if name in ENCDECS else {}
+            logits, cache = model.step(params, prompt, model.init_cache(2, 24, **start),
+                                       jnp.asarray(lengths - 1, jnp.int32))
+            found = [logits]
+            for tokens_B in fed:
+                logits, cache = model.step(params, tokens_B[:, None], cache)
+                found.append(logits)
+            return jnp.stack(found), cache.layers
+
+    fed = np.stack([tokens[[0, 1], lengths + i] for i in range(more)])
+    logits, caches = run(placed, tokens[:, :9], fed)
+    for i in range(more + 1):
+        np.testing.assert_allclose(logits[i], expected[[0, 1], lengths - 1 + i], atol=2e-5 * np.abs(expected).max(),
+                                   rtol=0, err_msg=f"{i} tokens later")
+    assert all(not cache.is_fully_replicated for cache in jax.tree.leaves(caches))
 
 
 def test_local_layers_keep_no_more_than_their_window():
