@@ -146,7 +146,7 @@ class Source(NamedTuple):
 
     segments: jax.Array
     states: jax.Array | None = None
-    cache: KVCache | None = None  # [layers, B, S, G, K]
+    cache: KVCache | None = None  # [layers, B, G, S, K], or `Apart`
 
 
 class Shared(NamedTuple):
@@ -282,7 +282,7 @@ class Trunk(nnx.Module):
         x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
         first = jnp.arange(num_layers) == 0 if c.embedding_norm == "first" else None
         per_layer = PerLayer(keys, first, None if source is None else source.cache)
-        shared = [self._shared(kind, positions_BT, segments_BT, prefix_BT, cache and cache[i].key.shape[2], last_B,
+        shared = [self._shared(kind, positions_BT, segments_BT, prefix_BT, cache and _slots(cache[i]), last_B,
                                source) for i, kind in enumerate(self.kinds)]
         x_BTD, new, out = self.layers(x_BTD, per_layer, cache or (None,) * len(self.kinds), shared)
         return x_BTD if self.norm is None else self.norm(x_BTD), cache and new, out
@@ -323,10 +323,14 @@ class Trunk(nnx.Module):
                       source_see)
 
 
+def _slots(cache: KVCache) -> int:
+    return jax.tree.leaves(cache)[0].shape[-2]
+
+
 class Cache(NamedTuple):
     """What decoding remembers.
 
-    layers: one a kind of layer, [layers of it, B, S, G, K]; local layers hold no more than their window. slot: the
+    layers: one a kind of layer, [layers of it, B, G, S, K] or as many `Apart`; local layers hold no more than their window. slot: the
     position of each row's next token, int32 [B]. source: an encoder's keys and values, if there is one.
     """
 
@@ -342,7 +346,7 @@ def empty_cache(config: TransformerConfig, batch_size: int, slots: int, dtype: A
     layers = []
     for i, kind in enumerate(kinds):
         count = sum(pattern[j % len(pattern)] == i for j in range(c.num_layers))
-        shape = (count, batch_size, min(slots, c.window(kind) or slots), c.dims.num_kv_heads, c.dims.head_dim)
+        shape = (count, batch_size, c.dims.num_kv_heads, min(slots, c.window(kind) or slots), c.dims.head_dim)
         layers.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
     return Cache(tuple(layers), jnp.zeros((batch_size,), jnp.int32))
 
