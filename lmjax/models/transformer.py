@@ -330,8 +330,9 @@ def _slots(cache: KVCache) -> int:
 class Cache(NamedTuple):
     """What decoding remembers.
 
-    layers: one a kind of layer, [layers of it, B, G, S, K] or as many `Apart`; local layers hold no more than their window. slot: the
-    position of each row's next token, int32 [B]. source: an encoder's keys and values, if there is one.
+    layers: one a kind of layer, [layers of it, B, G, S, K] or as many `Apart`; local layers hold no more than their
+    window. slot: the position of each row's next token, int32 [B]. source: an encoder's keys and values, if there is
+    one.
     """
 
     layers: tuple[KVCache, ...]
