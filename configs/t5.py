@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.objective.update(sentinels=16)
         config.data.tokenizer.update(vocab_size=400, train_bytes=200_000)
         config.optimizer.update(peak_lr=5e-3, warmup_steps=10)
-        config.train.update(steps=150)
-        config.eval.update(every=75, batches=2)
-        config.checkpoint.update(every=75)
+        config.train.update(steps=120)
+        config.eval.update(every=60, batches=2)
+        config.checkpoint.update(every=60)
     return config

@@ -17,6 +17,7 @@ ONE = jax.devices()[:1]
 MISSING = "is not installed, so nothing is compared with it: pip install lmjax[oracle]"
 
 
+@pytest.mark.slow
 def test_generation_beside_transformers_gives_the_same_tokens(monkeypatch, tmp_path, capsys):
     pytest.importorskip("transformers", reason=f"transformers {MISSING}")
     monkeypatch.setattr(jax, "local_devices", lambda *args: ONE)
@@ -49,4 +50,5 @@ def test_the_train_step_beside_ours_is_of_the_same_model(name):
     assert sum(p.numel() for p in theirs.parameters()) == num_elements(model.shapes)
     flat = np.random.default_rng(0).integers(2, 400, 400)
     pieces = Pieces(flat, np.int64([0, 200]), np.int64([50, 50]), np.int64([0, 1]), np.uint64([1, 2]))
-    torch_step(model.config, objective.rows(pieces, 2, (0, 1)), dtype="float32", platform="cpu", compiled=False)(1)
+    rows = objective.rows(pieces, 2, (0, 1), words=(np.ones(400, bool),) * 2)
+    torch_step(model.config, rows, dtype="float32", platform="cpu", compiled=False)(1)

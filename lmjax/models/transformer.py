@@ -300,7 +300,7 @@ class Trunk(nnx.Module):
         c, fed, kv_positions, kv_segments = self.config, None, positions_BT, segments_BT
         kernel = self.kernel if prefix_BT is None else with_prefix(self.kernel)
         if slots is not None:
-            kernel = with_cache(kernel, slots)
+            kernel = with_cache(kernel, positions_BT.shape[1], slots)
             fed = Fed(positions_BT[:, 0], last_B, ring=slots == c.window(kind))
             kv_positions = fed.kv_positions(slots, positions_BT.shape[1])
             # Slots not yet written are hidden by causality, a ring's by their positions.
