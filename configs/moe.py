@@ -36,8 +36,8 @@ def get_config(variant: str = "") -> ConfigDict:
         packing="best_fit",
     )
     config.optimizer = dict(
-        name="adamw",
-        peak_lr=2e-3,
+        name="muon",  # on every expert's matrices, too
+        peak_lr=1e-2,
         schedule="cosine",
         warmup_steps=50,
         weight_decay=0.1,
@@ -51,7 +51,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.moe.update(experts=4)
         config.data.update(seq_len=64)
         config.data.tokenizer.update(vocab_size=400, train_bytes=200_000)
-        config.optimizer.update(peak_lr=1e-2, warmup_steps=5)
+        config.optimizer.update(warmup_steps=5)
         config.train.update(steps=60, batch_size=16)
         config.eval.update(every=30, batches=2)
         config.checkpoint.update(every=30)
