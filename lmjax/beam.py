@@ -63,7 +63,7 @@ def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int,
 
     def search(params: Params, tokens: jax.Array, lengths: jax.Array, unused: jax.Array, max_tokens: jax.Array,
                penalty: jax.Array) -> jax.Array:
-        B = tokens.shape[0]
+        params, B = model.for_decoding(params), tokens.shape[0]
         rows = jnp.repeat(jnp.arange(B), N)
         logits, cache, _ = prefill(model, params, tokens, lengths, slots, start_id)
         empty = jnp.full((B, N, slots), -1, jnp.int32)
@@ -123,7 +123,7 @@ def _extend(s: _Beams, vocab_size: int, eos_id: int, max_tokens: jax.Array, pena
 
 
 def _reorder(cache: Cache, rows: jax.Array) -> Cache:
-    take = functools.partial(jax.tree.map, lambda x: jnp.take(x, rows, axis=1))
+    take = functools.partial(jax.tree.map, lambda x: jnp.take(x, rows, axis=-4))  # of [B, G, S, K], stacked or apart
     source = cache.source
     if source is not None:
         source = source._replace(segments=source.segments[rows], cache=take(source.cache))

@@ -59,24 +59,21 @@ def bench(recipe: Recipe, config: Sequence[str], *, seconds: float = 60.0, out: 
 
 def _contestants(run: Run) -> dict[str, Callable[[int], None]]:
     """name -> a function that runs n steps and returns when they are done; all warmed up."""
-    batch_size, seq_len = run.recipe.train.batch_size, run.recipe.data.seq_len
     found: dict[str, Callable[[int], None]] = {"loop": _loop(run)}
     found["loop"](2)  # compiles
     state = run.spec.init(0)
-    batch = jax.device_put(run.train_split.rows(np.arange(batch_size)), run.layout.sharding(("batch", "seq")))
+    rows = run.train_split.rows(np.arange(run.recipe.train.batch_size))
+    batch = jax.device_put(rows, run.layout.sharding(("batch", "seq")))
     found["bare step"] = repeated(run.compiled, state, batch)
     platform = jax.devices()[0].platform
     try:
-        from lmjax.bench_torch import lacking, torch_step
-    except ImportError:
-        print("PyTorch is not installed: no comparison with it", file=sys.stderr)
-    else:
-        if lacks := lacking(run.model.config):
-            print(f"the PyTorch model has no {', '.join(lacks)}: no comparison with it", file=sys.stderr)
-        for name, compiled in () if lacks else (("torch eager", False), ("torch compiled", True)):
-            step = torch_step(run.model.config, batch_size, seq_len, dtype=str(run.model.dtype), platform=platform,
-                              compiled=compiled)
-            found[name] = lambda n, step=step: step(n)
+        from lmjax.bench_torch import torch_step
+
+        for name, compiled in (("torch eager", False), ("torch compiled", True)):
+            found[name] = torch_step(run.model.config, rows, dtype=str(run.model.dtype), platform=platform,
+                                     compiled=compiled)
+    except (ImportError, ValueError) as error:  # not installed, or a model of which there is no other
+        print(f"no comparison with PyTorch: {error}", file=sys.stderr)
     for name, do in found.items():
         if name != "loop":
             do(2)

@@ -1,11 +1,16 @@
-"""The same decoder in PyTorch, as its users would write it: what `lmjax bench` measures itself against."""
+"""The same model in PyTorch: what `lmjax bench` measures itself against.
 
-from collections.abc import Callable
+A decoder as its users would write it, where that is all that the config asks for; else the class of `transformers`.
+"""
 
+from collections.abc import Callable, Mapping
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lmjax.interop.settings import write_settings
 from lmjax.models import ModelConfig
 from lmjax.models.decoder import DecoderConfig
 
@@ -93,22 +98,59 @@ def lacking(config: ModelConfig) -> list[str]:
             if (value not in VALUES.get(key, (value,)) if key in SPEAKS else value != getattr(plain, key, None))]
 
 
-def torch_step(config: DecoderConfig, batch_size: int, seq_len: int, *, dtype: str, platform: str,
+class _Library(nn.Module):
+    """The class of `transformers` that computes what `config` says, with weights of its own."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        import transformers
+
+        settings = write_settings(config)
+        kind = getattr(transformers, settings["architectures"][0])
+        self.model = kind(transformers.AutoConfig.for_model(**settings))
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+        """The loss; a decoder shifts its own tokens, an encoder-decoder has its encoder's in `others`."""
+        if "encoder_tokens" in others:
+            return self.model(input_ids=others["encoder_tokens"], decoder_input_ids=tokens, labels=targets).loss
+        return self.model(input_ids=tokens, labels=targets).loss
+
+
+def torch_model(config: ModelConfig, seq_len: int, device: str) -> nn.Module:
+    """tokens, targets -> loss, with new weights; in training mode if there is dropout.
+
+    Raises:
+      ValueError: no class of `transformers` computes this model.
+    """
+    model = _Library(config) if lacking(config) else _Decoder(config, seq_len, device)
+    return model.to(device).train(config.dropout > 0)
+
+
+def torch_step(config: ModelConfig, batch: Mapping[str, np.ndarray], *, dtype: str, platform: str,
                compiled: bool) -> Callable[[int], None]:
     """A function that runs n train steps (forward, backward, clipping, fused AdamW) and waits for them.
 
-    dtype: "float32", or "bfloat16" for autocast over float32 weights. platform: "cpu" or "gpu".
+    batch: of our own step; each of its rows is taken for one document. dtype: "float32", or "bfloat16" for autocast
+    over float32 weights. platform: "cpu" or "gpu".
+
+    Raises:
+      ValueError: no class of `transformers` computes this model.
     """
     device = "cuda" if platform == "gpu" else "cpu"
-    model = _Decoder(config, seq_len, device).to(device)
+    arrays = {name: torch.tensor(batch[name], dtype=torch.long, device=device)
+              for name in ("tokens", "targets", "encoder_tokens") if name in batch}
+    if lacking(config):
+        predicted = torch.tensor(batch["loss_mask"], device=device) > 0
+        arrays["targets"] = (arrays["tokens"] if config.family == "decoder" else
+                             arrays["targets"].masked_fill(~predicted, -100))
+    model = torch_model(config, arrays["tokens"].shape[1], device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     run = torch.compile(model) if compiled else model
-    tokens = torch.randint(0, config.vocab_size, (batch_size, seq_len + 1), device=device)
 
     def steps(n: int) -> None:
         for _ in range(n):
             with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-                loss = run(tokens[:, :-1], tokens[:, 1:])
+                loss = run(**arrays)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

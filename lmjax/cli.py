@@ -23,7 +23,7 @@ COMMANDS = {
     "import-hf": "turn a Hugging Face directory into a checkpoint",
     "export-hf": "turn a checkpoint into a Hugging Face directory",
     "report": "write report.html from what a run has recorded so far",
-    "bench": "measure the train loop, the bare step, and PyTorch beside them",
+    "bench": "measure the train loop, the bare step, and PyTorch beside them; or generation, beside transformers",
 }
 
 
@@ -91,6 +91,10 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         act, needs = {"show": (show, ("step",)), "order": (order, ("first", "last"))}[arguments.action]
         act(arguments.workdir, *(getattr(arguments, name) for name in needs))
+    elif command == "bench" and arguments.what == "generate":
+        from lmjax.bench_generate import bench_generate
+
+        bench_generate(build_recipe(load(arguments.config, overrides)), seconds=arguments.seconds, out=arguments.out)
     elif command == "bench":
         from lmjax.bench import bench
 
@@ -192,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     sub["data"].add_argument("--step", type=int, default=1, help="for show: as metrics.jsonl counts, from 1")
     sub["data"].add_argument("--from", type=int, default=0, dest="first", metavar="ROW", help="for order, from 0")
     sub["data"].add_argument("--to", type=int, default=31, dest="last", metavar="ROW", help="for order: the last one")
+    sub["bench"].add_argument("what", nargs="?", choices=("train", "generate"), default="train")
     sub["bench"].add_argument("--seconds", type=float, default=60.0, help="time to measure for, per comparison")
     sub["bench"].add_argument("--out", default="", metavar="FILE", help="write the figures as JSON, too")
     sub["import-hf"].add_argument("checkpoint", metavar="DIR", help="with config.json and safetensors")

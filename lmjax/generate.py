@@ -67,8 +67,9 @@ class Generator:
         """
         self.check(prompts, max_tokens, sampling)
         batch = padded(prompts)
-        start, advance = _compiled(self.model, self.layout, self.eos_id, self.vocab_size, self.start_id,
-                                   bucket(batch.tokens.shape[1] + max_tokens, 32))
+        lay_out, start, advance = _compiled(self.model, self.layout, self.eos_id, self.vocab_size, self.start_id,
+                                            bucket(batch.tokens.shape[1] + max_tokens, 32))
+        params = lay_out(params)
         settings = np.int32(seed % 2**31), Sampling(*(np.asarray(v) for v in sampling))
         state, done = start(params, *batch, *settings), 0
         while True:
@@ -155,8 +156,8 @@ def jit_on(layout: Layout | None, fn: Callable[..., Any], **options: Any) -> Cal
 
 @functools.lru_cache(maxsize=32)
 def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int, start_id: int,
-              slots: int) -> tuple[Callable[..., State], Callable[..., State]]:
-    """(start, advance): the state behind the prompts, and that state some tokens on."""
+              slots: int) -> tuple[Callable[[Params], Params], Callable[..., State], Callable[..., State]]:
+    """(lay_out, start, advance): parameters for the others, the state behind the prompts, that state some tokens on."""
 
     def draw(logits: jax.Array, seen: jax.Array, step: jax.Array, seed: jax.Array, sampling: Sampling) -> jax.Array:
         logits = penalise(known(logits, vocab_size), seen, sampling.repetition_penalty)
@@ -183,4 +184,4 @@ def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int,
 
         return jax.lax.while_loop(more, body, state)
 
-    return jit_on(layout, start), jit_on(layout, advance, donate_argnums=1)
+    return jit_on(layout, model.for_decoding), jit_on(layout, start), jit_on(layout, advance, donate_argnums=1)

@@ -66,7 +66,11 @@ def adjust(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
     """One token id a row, int32 [B], drawn from `adjust(logits)`."""
-    return jax.vmap(jax.random.categorical)(keys_B, adjust(logits_BV, sampling)).astype(jnp.int32)
+    # A random number for each token of the vocabulary costs more than all that a greedy step does here.
+    drawn = jax.lax.cond(sampling.temperature > 0,
+                         lambda: jax.vmap(jax.random.categorical)(keys_B, adjust(logits_BV, sampling)),
+                         lambda: jnp.argmax(logits_BV, axis=-1))
+    return drawn.astype(jnp.int32)
 
 
 def _lowest(scaled_BV: jax.Array, sampling: Sampling) -> jax.Array:

@@ -95,6 +95,7 @@ def _compiled(model: Model, draft: Model, layout: Layout | None, eos_id: int, vo
     def run(params: Params, draft_params: Params, tokens: jax.Array, lengths: jax.Array, unused: jax.Array,
             max_tokens: jax.Array, seed: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array, jax.Array]:
         B = tokens.shape[0]
+        params, draft_params = model.for_decoding(params), draft.for_decoding(draft_params)
 
         def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
             wanted = adjust(known(logits, vocab_size), sampling)

@@ -11,6 +11,7 @@ import pytest
 from lmjax.generate import Generator
 from lmjax.models import Model, build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.nn.moe import MoEConfig
 from lmjax.sampling import Sampling, sample
 from lmjax.sharding import MeshConfig, make_layout
 
@@ -49,8 +50,9 @@ def greedy(model, params, prompt, count):
 
 
 @pytest.mark.parametrize("keys", [
-    {}, dict(positions="learned", max_positions=32, use_bias=True), dict(sliding_window=3)],
-    ids=["rope", "learned", "window"])
+    {}, dict(positions="learned", max_positions=32, use_bias=True), dict(sliding_window=3),
+    dict(num_layers=3, layer_pattern=("local", "global"), sliding_window=3, moe=MoEConfig(experts=4))],
+    ids=["rope", "learned", "window", "pattern-experts"])
 def test_greedy_takes_the_argmax_of_full_forwards(keys):
     model, params = made(**keys)
     answers = Generator(model)(params, PROMPTS, max_tokens=9, sampling=GREEDY)

@@ -41,8 +41,8 @@ if args[0] == "bench":
     args += ["--seconds", "1"]
 sys.exit(main(args))
 """
-# A test of its own runs these (tests/test_setup.py), or they need what a test machine has not.
-ELSEWHERE = ("./launch/local", "./launch/test", "pip install")
+# A test of its own runs these (tests/test_setup.py, tests/test_bench.py), or they need what a test machine has not.
+ELSEWHERE = ("./launch/local", "./launch/test", "pip install", "lmjax bench generate")
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:

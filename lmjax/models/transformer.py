@@ -147,7 +147,7 @@ class Source(NamedTuple):
 
     segments: jax.Array
     states: jax.Array | None = None
-    cache: KVCache | None = None  # [layers, B, S, G, K]
+    cache: KVCache | None = None  # [layers, B, G, S, K], or `Apart`
 
 
 class Shared(NamedTuple):
@@ -283,7 +283,7 @@ class Trunk(nnx.Module):
         x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
         first = jnp.arange(num_layers) == 0 if c.embedding_norm == "first" else None
         per_layer = PerLayer(keys, first, None if source is None else source.cache)
-        shared = [self._shared(kind, positions_BT, segments_BT, prefix_BT, cache and cache[i].key.shape[2], last_B,
+        shared = [self._shared(kind, positions_BT, segments_BT, prefix_BT, cache and _slots(cache[i]), last_B,
                                source) for i, kind in enumerate(self.kinds)]
         x_BTD, new, out = self.layers(x_BTD, per_layer, cache or (None,) * len(self.kinds), shared)
         return x_BTD if self.norm is None else self.norm(x_BTD), cache and new, out
@@ -301,7 +301,7 @@ class Trunk(nnx.Module):
         c, fed, kv_positions, kv_segments = self.config, None, positions_BT, segments_BT
         kernel = self.kernel if prefix_BT is None else with_prefix(self.kernel)
         if slots is not None:
-            kernel = with_cache(kernel, slots)
+            kernel = with_cache(kernel, positions_BT.shape[1], slots)
             fed = Fed(positions_BT[:, 0], last_B, ring=slots == c.window(kind))
             kv_positions = fed.kv_positions(slots, positions_BT.shape[1])
             # Slots not yet written are hidden by causality, a ring's by their positions.
@@ -326,11 +326,16 @@ class Trunk(nnx.Module):
                       source_see)
 
 
+def _slots(cache: KVCache) -> int:
+    return jax.tree.leaves(cache)[0].shape[-2]
+
+
 class Cache(NamedTuple):
     """What decoding remembers.
 
-    layers: one a kind of layer, [layers of it, B, S, G, K]; local layers hold no more than their window. slot: the
-    position of each row's next token, int32 [B]. source: an encoder's keys and values, if there is one.
+    layers: one a kind of layer, [layers of it, B, G, S, K] or as many `Apart`; local layers hold no more than their
+    window. slot: the position of each row's next token, int32 [B]. source: an encoder's keys and values, if there is
+    one.
     """
 
     layers: tuple[KVCache, ...]
@@ -345,7 +350,8 @@ def empty_cache(config: TransformerConfig, batch_size: int, slots: int, dtype: A
     layers = []
     for i, kind in enumerate(kinds):
         count = sum(pattern[j % len(pattern)] == i for j in range(c.num_layers))
-        shape = (count, batch_size, min(slots, rings and c.window(kind) or slots), c.dims.num_kv_heads, c.dims.head_dim)
+        slots_here = min(slots, rings and c.window(kind) or slots)
+        shape = (count, batch_size, c.dims.num_kv_heads, slots_here, c.dims.head_dim)
         layers.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
     return Cache(tuple(layers), jnp.zeros((batch_size,), jnp.int32))
 

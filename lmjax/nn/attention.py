@@ -20,7 +20,7 @@ from lmjax.sharding import constrain
 
 
 class KVCache(NamedTuple):
-    """Keys and values [B, S, G, K] of the tokens seen so far."""
+    """Keys and values [B, G, S, K]: what a matmul over the heads reads as it lies."""
 
     key: jax.Array
     value: jax.Array
@@ -46,18 +46,18 @@ class Fed(NamedTuple):
         fed = self.first[:, None] + jnp.arange(num_fed, dtype=jnp.int32).reshape(1, -1)
         return jnp.concatenate([_ring(self.first - 1, slots), fed], axis=1)
 
-    def extend(self, buffer_BSGK: jax.Array, new_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def extend(self, buffer_BGSK: jax.Array, new_BGTK: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(what the fed tokens look at, the buffer with those of them in it that stay)."""
-        new = new_BTGK.astype(buffer_BSGK.dtype)
-        S, T = buffer_BSGK.shape[1], new.shape[1]
+        new = new_BGTK.astype(buffer_BGSK.dtype)
+        S, T = buffer_BGSK.shape[2], new.shape[2]
         if not self.ring or T == 1:
-            written = _write(buffer_BSGK, new, self.first % S if self.ring else self.first)
+            written = _write(buffer_BGSK, new, self.first % S if self.ring else self.first)
             return written, written
         # Each token has to see those before it that its successors in the same step push out of the ring.
         from_fed = _ring(self.last, S) - self.first[:, None]
-        taken = jnp.take_along_axis(new, jnp.clip(from_fed, 0, T - 1)[:, :, None, None], axis=1)
-        kept = jnp.where((from_fed >= 0)[:, :, None, None], taken, buffer_BSGK)
-        return jnp.concatenate([buffer_BSGK, new], axis=1), kept
+        taken = jnp.take_along_axis(new, jnp.clip(from_fed, 0, T - 1)[:, None, :, None], axis=2)
+        kept = jnp.where((from_fed >= 0)[:, None, :, None], taken, buffer_BGSK)
+        return jnp.concatenate([buffer_BGSK, new], axis=2), kept
 
 
 def _ring(last_B: jax.Array, slots: int) -> jax.Array:
@@ -66,10 +66,10 @@ def _ring(last_B: jax.Array, slots: int) -> jax.Array:
     return last - (last - jnp.arange(slots, dtype=jnp.int32).reshape(1, -1)) % slots
 
 
-def _write(buffer_BSGK: jax.Array, new_BTGK: jax.Array, slot_B: jax.Array) -> jax.Array:
+def _write(buffer_BGSK: jax.Array, new_BGTK: jax.Array, slot_B: jax.Array) -> jax.Array:
     """Puts T new entries of every row at that row's own slot."""
-    put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0, 0)))
-    return put(buffer_BSGK, new_BTGK, slot_B)
+    put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))
+    return put(buffer_BGSK, new_BGTK, slot_B)
 
 
 class Attention(nnx.Module):
@@ -103,12 +103,12 @@ class Attention(nnx.Module):
         return self.look(x_BTD, seen, visibility, rotation, bias_BHTS, kernel=kernel), cache
 
     def keys_values(self, x_BSD: jax.Array, rotation: Rotation | None = None, kernel: str = "xla") -> KVCache:
-        """The keys and values [B, S, G, K] of x, laid out as `kernel` wants them."""
+        """The keys and values of x, placed as `kernel` wants them."""
         k, v = self.key(x_BSD), self.value(x_BSD)
         k = k if self.key_norm is None else self.key_norm(k)
         k = k if rotation is None else apply_rope(k, rotation)
-        return KVCache(constrain(k, "batch", KERNELS[kernel].keys, "act_kv_heads", None),
-                       constrain(v, "batch", KERNELS[kernel].keys, "act_kv_heads", None))
+        return KVCache(*(constrain(x, "batch", KERNELS[kernel].keys, "act_kv_heads", None).swapaxes(1, 2)
+                         for x in (k, v)))
 
     def look(self, x_BTD: jax.Array, seen: KVCache, visibility: Visibility, rotation: Rotation | None = None,
              bias_BHTS: jax.Array | None = None, *, kernel: str) -> jax.Array:
@@ -117,5 +117,6 @@ class Attention(nnx.Module):
         q = q if self.query_norm is None else self.query_norm(q)
         q = q if rotation is None else apply_rope(q, rotation)
         q = constrain(q, "batch", "seq", "act_heads", None)
-        y = attend(q, *seen, visibility, scale=self.scale, softcap=self.softcap, bias=bias_BHTS, kernel=kernel)
+        k, v = (x.swapaxes(1, 2) for x in seen)
+        y = attend(q, k, v, visibility, scale=self.scale, softcap=self.softcap, bias=bias_BHTS, kernel=kernel)
         return self.out(constrain(y, "batch", "seq", "act_heads", None))

@@ -18,6 +18,24 @@ REMAT = {
 }
 
 
+@jax.tree_util.register_pytree_node_class
+class Apart(tuple):
+    """A stacked array taken apart: one array a layer. XLA's CPU backend copies a layer out of a stacked one each time
+    that it is used, and with a loop around copies are most of what decoding would do (docs/speed.md)."""
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        return tuple(self), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, arrays: Sequence[Any]) -> "Apart":
+        return cls(arrays)
+
+
+def is_apart(x: Any) -> bool:
+    """Whether x is a parameter with an array a layer: a leaf, where layers are concerned."""
+    return isinstance(x, Apart)
+
+
 class Stack(nnx.Module):
     """`num_layers` copies of a block; every parameter has a leading "layers" dimension.
 
@@ -25,6 +43,7 @@ class Stack(nnx.Module):
     laid out one after the other, which the compiler can optimise across but must compile one by one.
     kinds: layers may differ in what they are called with (a window, an angle): layer i is of kind
     kinds[i % len(kinds)]. The loop is then over repetitions of `kinds`; layers that are left come after it.
+    Parameters that are `Apart` have their layers laid out in any case, and so are the caches that come back.
     """
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module], num_layers: int, *, scan: bool, remat: str,
@@ -51,7 +70,7 @@ class Stack(nnx.Module):
 
         layers = [layer_of(kind) for kind in range(len(shared))]
 
-        def run(x: jax.Array, part: Any, kinds: Sequence[int]) -> tuple[jax.Array, Any]:
+        def run(x: jax.Array, part: Any, kinds: Sequence[int], join: Any = _stacked) -> tuple[jax.Array, Any]:
             params, per_layer, caches = part
             new, outs = [[] for _ in shared], []
             for i, kind in enumerate(kinds):
@@ -59,9 +78,13 @@ class Stack(nnx.Module):
                 x, cache, out = layers[kind](x, _at(params, i), _at(per_layer, i), cache)
                 new[kind].append(cache)
                 outs.append(out)
-            return x, (tuple(_stacked(n) for n in new), _stacked(outs))
+            return x, (tuple(join(n) for n in new), join(outs))
 
         period = len(self.kinds)
+        if _any_apart(params):
+            kinds = [self.kinds[i % period] for i in range(self.num_layers)]
+            x, (new, outs) = run(x, (params, per_layer, caches), kinds, _apart)
+            return x, new, outs
         rounds, rest = divmod(self.num_layers, period)
         each = [self.kinds.count(kind) for kind in range(len(shared))]
         parts = [_split(params, rounds, period), _split(per_layer, rounds, period),
@@ -78,6 +101,8 @@ class Stack(nnx.Module):
     def map(self, fn: Callable[[Any], Any]) -> Any:
         """`fn(block)` of every layer, stacked."""
         graph, params = split_module(self.block)
+        if _any_apart(params):
+            return _apart([fn(merge_module(graph, _at(params, i))) for i in range(self.num_layers)])
         return jax.lax.map(lambda p: fn(merge_module(graph, p)), params)
 
 
@@ -89,11 +114,19 @@ def _split(tree: Any, rounds: int, each: int) -> tuple[Any, Any]:
 
 
 def _at(tree: Any, i: int) -> Any:
-    return jax.tree.map(lambda a: a[i], tree)
+    return jax.tree.map(lambda a: a[i], tree, is_leaf=is_apart)
 
 
 def _stacked(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *a: jnp.stack(a), *trees) if trees else None
+
+
+def _apart(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *a: Apart(a), *trees)
+
+
+def _any_apart(tree: Any) -> bool:
+    return any(map(is_apart, jax.tree.leaves(tree, is_leaf=is_apart)))
 
 
 def _joined(a: Any, b: Any) -> Any:

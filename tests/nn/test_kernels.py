@@ -287,8 +287,9 @@ def test_a_kernel_asked_for_is_used_or_refused(name, needs, what):
 
 
 def test_a_cache_is_served_by_a_kernel_that_can_and_the_reason_says_so():
-    assert with_cache("xla", 10**6) == "xla" and with_cache("chunked", 8) == "chunked"
-    assert with_cache("splash", 64) == "xla" and with_cache("cudnn", 10**5) == "chunked"
+    assert with_cache("xla", 9, 10**6) == "xla" and with_cache("chunked", 9, 8) == "chunked"
+    assert with_cache("splash", 9, 64) == "xla" and with_cache("cudnn", 9, 10**5) == "chunked"
+    assert {with_cache(name, 1, 10**5) for name in KERNELS} == {"xla"}
     assert "with a key/value cache xla" in choose_kernel("splash", "tpu", head_dim=128)[1]
 
 

@@ -1,0 +1,53 @@
+"""A small T5 v1.1 (Raffel et al. 2019, arXiv:1910.10683) on the text of Python's own standard library.
+
+    lmjax train --config configs/t5.py --workdir runs/t5
+
+Span corruption: the encoder reads rows with runs of tokens hidden, the decoder writes what they hide. Nothing is
+downloaded; some ten minutes on two CPU cores. `configs/t5.py:tiny` is the same recipe shrunk to seconds, for tests.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "tiny"):
+        raise ValueError(f"configs/t5.py: expected no variant or tiny, got {variant!r}; leave it out")
+    config = ConfigDict()
+    config.model = dict(
+        preset="t5-v1.1-base",
+        num_layers=3,  # of either half
+        embed_dim=192,
+        num_heads=6,
+        num_kv_heads=6,
+        head_dim=32,
+        mlp_dim=512,
+        vocab_size=0,  # as large as the tokenizer's
+        scan_layers=False,  # three layers compile fast enough one by one, and run faster on a CPU
+    )
+    config.data = dict(
+        sources=[dict(name="python-stdlib", uri="builtin:python-stdlib")],
+        tokenizer=dict(vocab_size=3996, train_bytes=8_000_000),  # 4096 with the sentinels: divides over a mesh
+        seq_len=256,  # of the encoder; the decoder's follows
+        objective=dict(name="span_corruption", denoisers=[dict(density=0.15, mean_span=3.0)], sentinels=100),
+    )
+    config.optimizer = dict(
+        name="muon",  # the paper's Adafactor saves memory that a small model does not need
+        peak_lr=1e-2,
+        schedule="cosine",
+        warmup_steps=50,
+        weight_decay=0.01,
+        clip_norm=1.0,
+    )
+    config.train = dict(steps=2000, batch_size=16)
+    config.eval = dict(every=200, batches=16)
+    config.checkpoint = dict(every=200)
+    if variant == "tiny":
+        config.model.update(num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=128)
+        config.data.update(seq_len=64)
+        config.data.objective.update(sentinels=16)
+        config.data.tokenizer.update(vocab_size=400, train_bytes=200_000)
+        config.optimizer.update(warmup_steps=10)
+        config.train.update(steps=120)
+        config.eval.update(every=60, batches=2)
+        config.checkpoint.update(every=60)
+    return config
