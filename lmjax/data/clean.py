@@ -74,10 +74,7 @@ def _blank_lines(text: str) -> str:
 
 
 def _boilerplate(text: str) -> str:
-    lower = text.lower()
-    if len(lower) != len(text):  # a letter or two become two in lower case
-        lower = "".join(c if len(c.lower()) > 1 else c.lower() for c in text)
-    starts = set()
+    lower, starts = text.replace("\u0130", "i").lower(), set()  # the one letter that becomes two in lower case
     for hint in _HINTS:
         at = lower.find(hint)
         while at >= 0:
