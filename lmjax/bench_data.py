@@ -1,29 +1,77 @@
-"""How fast one core is at each stage of `lmjax prepare`: python -m lmjax.bench_data
+"""`lmjax bench data`: how fast one core is at each stage of `lmjax prepare`, and this machine at training rows.
 
-The text is the standard library's. Every figure is the median of interleaved rounds. Where `datatrove` and its word
-tokenizer (`spacy`) are installed, its Gopher filters run in the same rounds, on the same documents.
+The text is the standard library's. All that is compared runs in turn, round after round, and a figure is the median of
+its rounds. Other libraries (the extra `compare`) do the same work in the same rounds, the slow ones on a part of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lmjax.data import clean, dedup, filters, sources
+from lmjax.bench_pipeline import Work, pipelines
+from lmjax.data import clean, dedup, filters, shards, sources
+from lmjax.data.engine import Engine
+from lmjax.data.shards import Shard
 from lmjax.data.sources import Document, SourceConfig
 from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, train_model
 from lmjax.data.words import batches
 
 RULES = ("newlines", "control", "nfc", "trailing_spaces", "blank_lines", "boilerplate", "mask_email", "mask_ip")
-SHORT = 400  # characters: documents of the length of a package's description, for the rate of MinHash
+CHARS = 4 << 20  # of the corpus
+LENGTHS = (400, 3000)  # characters: documents as long as a package's description, and as a web page
+PART = 16  # of as many documents, one for those who need seconds for a megabyte
 
 
-def corpus(limit: int = 8 << 20) -> list[str]:
-    """Texts of up to `limit` characters together."""
+def bench_data(*, seconds: float = 60.0, out: str = "") -> dict[str, Any]:
+    """Measures for about `seconds` (three rounds at least), prints a table and returns its figures.
+
+    out: a file for the figures as JSON.
+    """
+    texts = corpus(CHARS)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        print("bench: making the data that is read", file=sys.stderr)
+        work = stages(texts, folder, stack) | pipelines(folder, stack)
+        times = _in_turn(work, seconds)
+    rows = {}
+    for name, one in work.items():
+        middle = statistics.median(times[name])
+        rows[name] = {"mb_per_s": one.bytes / 1e6 / middle, "tokens_per_s": one.tokens / middle,
+                      "documents_per_s": one.documents / middle}
+    report = {"cores": os.cpu_count(), "rounds": len(times["tokenise"]), "rows": rows}
+    print(f"{'':34}{'MB/s':>9}{'tokens/s':>13}{'documents/s':>13}")
+    for name, row in rows.items():
+        print(f"{name:34}{row['mb_per_s']:9.1f}{row['tokens_per_s']:13,.0f}{row['documents_per_s']:13,.0f}")
+    if out:
+        Path(out).write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _in_turn(work: dict[str, Work], seconds: float) -> dict[str, list[float]]:
+    began = time.monotonic()
+    times: dict[str, list[float]] = {name: [] for name in work}
+    while time.monotonic() - began < seconds or len(times["tokenise"]) < 3:
+        for name, one in work.items():
+            at = time.perf_counter()
+            one.run()
+            times[name].append(time.perf_counter() - at)
+            print(f"\rbench: {name}: {times[name][-1]:.2f} s        ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return times
+
+
+def corpus(limit: int) -> list[str]:
+    """Texts of about `limit` characters together."""
     source = SourceConfig(name="stdlib", uri="builtin:python-stdlib")
     texts, size = [], 0
     for files in sources.units(source, 1 << 20):
@@ -34,56 +82,86 @@ def corpus(limit: int = 8 << 20) -> list[str]:
     return texts
 
 
-def stages(texts: Sequence[str]) -> dict[str, Callable[[], object]]:
-    """The work of each stage, without its reading and writing."""
-    raw = [text.encode() for text in texts]
-    short = [text[i : i + SHORT] for text in texts for i in range(0, len(text), SHORT)]
-    gopher = {name: filters.FAMILIES[name]() for name in ("gopher_quality", "gopher_repetition")}
+def stages(texts: Sequence[str], folder: str, stack: contextlib.ExitStack) -> dict[str, Work]:
+    """The work of each stage; dedup with the reading of its shards, the others without."""
     tokenizer = Tokenizer(train_model(TokenizerConfig(train_bytes=2_000_000), texts))
+    gopher = {name: filters.FAMILIES[name]() for name in ("gopher_quality", "gopher_repetition")}
+    tokens = sum(map(len, tokenizer.encode_batch(texts)))
+    engine = stack.enter_context(Engine(folder, workers=1))
 
-    def minhash(documents: Sequence[str]) -> None:
-        sets, bounds = dedup.shingle_sets(documents, 5)
-        dedup.band_keys(sets, bounds, np.flatnonzero(np.diff(bounds)), 0, dedup.DedupConfig())
+    def clean_and_filter() -> None:
+        cleaned = [clean.clean(text, RULES)[0] for text in texts]
+        for _, group in batches(cleaned):
+            batch = filters.Batch(group)
+            filters.reject(batch, gopher)
+            batch.languages  # noqa: B018 - worked out when it is asked for
 
-    work: dict[str, Callable[[], object]] = {
-        "clean": lambda: [clean.clean(text, RULES) for text in texts],
-        "gopher filters": lambda: [filters.reject(filters.Batch(group), gopher) for _, group in batches(texts)],
-        "languages": lambda: [filters.Batch(group).languages for _, group in batches(texts)],
-        "exact dedup": lambda: [dedup.digest(text) for text in raw],
-        "minhash": lambda: minhash(texts),
-        "minhash, short": lambda: minhash(short),
-        "tokenise": lambda: tokenizer.encode_batch(texts, num_threads=1),
-    }
+    def of(run: Any, documents: Sequence[str] = texts) -> Work:
+        size = sum(len(text.encode()) for text in documents)
+        share = sum(map(len, documents)) / sum(map(len, texts))
+        return Work(run, round(tokens * share), size, len(documents))
+
+    found = {"clean and filter": of(clean_and_filter),
+             "gopher filters": of(lambda: [filters.reject(filters.Batch(g), gopher) for _, g in batches(texts)]),
+             "exact dedup": of(_dedup(engine, texts, folder, near=False))}
+    for length in LENGTHS:
+        cut = [text[i : i + length] for text in texts for i in range(0, len(text), length)]
+        found[f"MinHash dedup, {length} characters"] = of(_dedup(engine, cut, folder, near=True), cut)
+    found["tokenise"] = of(lambda: [tokenizer.encode_batch(group, num_threads=1) for _, group in batches(texts)])
+    part = [text[: LENGTHS[1]] for text in texts[::PART]]
+    others = _others(_datatrove, part) | _others(_datasketch, part)
+    return found | {name: of(run, part) for name, run in others.items()}
+
+
+def _dedup(engine: Engine, texts: Sequence[str], folder: str, *, near: bool) -> Any:
+    where = tempfile.mkdtemp(dir=folder)
+    part = Shard(f"{where}/shard", "", 0, len(texts))
+    shards.write(part.path, {"id": [str(i) for i in range(len(texts))], "text": texts})
+    nothing = f"{where}/nothing.npy"
+    np.save(nothing, np.zeros((2, 0), np.uint64))
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory(dir=where) as at:
+            if near:
+                dedup.near(engine, [part], nothing, dedup.DedupConfig(threshold=0.8), at)
+            else:
+                dedup.exact(engine, [part], at)
+
+    return run
+
+
+def _others(add: Any, texts: Sequence[str]) -> dict[str, Any]:
     try:
-        from datatrove.data import Document as Theirs
-        from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+        return add(texts)
+    except ImportError as error:
+        print(f"bench: no comparison with {add.__name__[1:]}: {error}; pip install lmjax[compare]", file=sys.stderr)
+        return {}
 
-        both = (GopherQualityFilter(), GopherRepetitionFilter())
-        both[0].filter(Theirs(text="its tokenizer is a package of its own", id=""))
-    except ImportError:
-        return work
+
+def _datatrove(texts: Sequence[str]) -> dict[str, Any]:
+    from datatrove.data import Document as Theirs
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+    from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+
+    both = GopherQualityFilter(), GopherRepetitionFilter()
+    both[0].filter(Theirs(text="its tokenizer is a package of its own", id=""))
     documents = [Theirs(text=text, id=str(i)) for i, text in enumerate(texts)]
-    return work | {"gopher filters, datatrove": lambda: [f.filter(d) for d in documents for f in both]}
+    minhash = MinhashDedupSignature("unused", config=MinhashConfig(n_grams=5))
+    return {"gopher filters, datatrove": lambda: [f.filter(d) for d in documents for f in both],
+            "MinHash signatures, datatrove": lambda: [
+                minhash.get_signature(found) for text in texts if (found := minhash.get_shingles(text)).size]}
 
 
-def main(rounds: int = 3) -> None:
-    """Prints a JSON line a stage: MB/s and documents/s of one core."""
-    texts = corpus()
-    size = sum(len(text.encode()) for text in texts)
-    short = sum(-(-len(text) // SHORT) for text in texts)
-    work = stages(texts)
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds):
-        for name, run in work.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    for name, times in seconds.items():
-        middle = statistics.median(times)
-        count = short if name.endswith("short") else len(texts)
-        print(json.dumps({"stage": name, "mb_per_s": round(size / 1e6 / middle, 1),
-                          "documents_per_s": round(count / middle)}), flush=True)
+def _datasketch(texts: Sequence[str]) -> dict[str, Any]:
+    import datasketch
 
+    def run() -> None:
+        index = datasketch.MinHashLSH(params=(20, 6), num_perm=120)
+        for i, text in enumerate(texts):
+            words = text.lower().split()
+            sketch = datasketch.MinHash(120)
+            sketch.update_batch([" ".join(words[k : k + 5]).encode() for k in range(max(len(words) - 4, 1))])
+            index.query(sketch)
+            index.insert(str(i), sketch)
 
-if __name__ == "__main__":
-    main()
+    return {"MinHash dedup, datasketch": run}

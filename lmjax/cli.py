@@ -23,7 +23,7 @@ COMMANDS = {
     "import-hf": "turn a Hugging Face directory into a checkpoint",
     "export-hf": "turn a checkpoint into a Hugging Face directory",
     "report": "write report.html from what a run has recorded so far",
-    "bench": "measure the train loop, the bare step, and PyTorch beside them; or generation, beside transformers",
+    "bench": "measure the train loop, generation or the stages of data, beside others that do the same",
 }
 
 
@@ -95,6 +95,10 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         from lmjax.bench_generate import bench_generate
 
         bench_generate(build_recipe(load(arguments.config, overrides)), seconds=arguments.seconds, out=arguments.out)
+    elif command == "bench" and arguments.what == "data":
+        from lmjax.bench_data import bench_data
+
+        bench_data(seconds=arguments.seconds, out=arguments.out)
     elif command == "bench":
         from lmjax.bench import bench
 
@@ -177,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False)
            for name, text in COMMANDS.items()}
     for name in ("train", "plan", "prepare", "bench"):
-        sub[name].add_argument("--config", required=True, metavar="FILE[:VARIANT]",
+        sub[name].add_argument("--config", required=name != "bench", default="", metavar="FILE[:VARIANT]",
                                help="a Python file with get_config(); --config.KEY.PATH=VALUE changes a value of it")
     for name in ("train", "report", "data"):
         sub[name].add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
@@ -196,7 +200,8 @@ def _parser() -> argparse.ArgumentParser:
     sub["data"].add_argument("--step", type=int, default=1, help="for show: as metrics.jsonl counts, from 1")
     sub["data"].add_argument("--from", type=int, default=0, dest="first", metavar="ROW", help="for order, from 0")
     sub["data"].add_argument("--to", type=int, default=31, dest="last", metavar="ROW", help="for order: the last one")
-    sub["bench"].add_argument("what", nargs="?", choices=("train", "generate"), default="train")
+    sub["bench"].add_argument("what", nargs="?", choices=("train", "generate", "data"), default="train",
+                              help="data: the stages of `lmjax prepare` and training rows; it needs no --config")
     sub["bench"].add_argument("--seconds", type=float, default=60.0, help="time to measure for, per comparison")
     sub["bench"].add_argument("--out", default="", metavar="FILE", help="write the figures as JSON, too")
     sub["import-hf"].add_argument("checkpoint", metavar="DIR", help="with config.json and safetensors")

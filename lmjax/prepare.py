@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from etils import epath
 
 from lmjax.data import shards, sources, store
 from lmjax.data.engine import Engine, Log, versions
+from lmjax.data.engine_beam import BeamEngine
 from lmjax.data.pipeline import DataConfig, check_prepared_by
 from lmjax.data.tokenizer import Tokenizer
 from lmjax.prepare_report import write_data_report
@@ -56,8 +58,9 @@ def prepare(config: DataConfig, out: str, *, log: Log = to_stderr) -> str:
         return out
     start = time.monotonic()
     with _workspace(out) as folder:
-        engine = Engine(folder, workers=config.curate.workers, memory_mib=config.curate.memory_mib, log=log)
-        with engine:
+        curate = config.curate
+        make = functools.partial(BeamEngine, options=curate.beam) if curate.beam else Engine
+        with make(folder, workers=curate.workers, memory_mib=curate.memory_mib, log=log) as engine:
             made = run_stages(config, engine)
             inputs = {"tokens": made.tokens.receipt["output"], "text": made.texts[-1].digest}
             built = engine.stage("store", config.prepared_by(), inputs, lambda f: _build(config, made, f, log),

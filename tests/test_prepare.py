@@ -25,6 +25,7 @@ from lmjax.data.curate import CurateConfig, split_key
 from lmjax.data.decontaminate import DecontaminateConfig
 from lmjax.data.dedup import DedupConfig
 from lmjax.data.engine import Engine
+from lmjax.data.engine_beam import BeamEngine
 from lmjax.data.filters import GopherRepetition
 from lmjax.prepare import prepare, trace
 
@@ -92,7 +93,8 @@ ALL = CurateConfig(
     dedup=DedupConfig(threshold=0.5, window=8, line_documents=3, line_chars=5), workers=1)
 
 
-def test_any_number_of_workers_and_any_memory_give_the_same_bytes(tmp_path, monkeypatch):
+def everything(tmp_path, monkeypatch):
+    """A config with every stage at work on many shards."""
     texts = write_texts(tmp_path / "texts", 60)
     for i in range(6):  # near copies, and one that is exact but for spaces
         (texts / f"copy{i}.txt").write_text((texts / f"{i:03}.txt").read_text() + "\nalpha beta 77")
@@ -100,7 +102,11 @@ def test_any_number_of_workers_and_any_memory_give_the_same_bytes(tmp_path, monk
     monkeypatch.setattr(curate, "SHARD_BYTES", 4000)  # many shards, so that workers have something to share
     monkeypatch.setattr(stages, "SHARD_BYTES", 4000)
     evals = DecontaminateConfig(sources=(SourceConfig("e", f"text:{texts}/020.txt"),), words=5)
-    whole = dataclasses.replace(ALL, decontaminate=evals)
+    return texts, dataclasses.replace(ALL, decontaminate=evals)
+
+
+def test_any_number_of_workers_and_any_memory_give_the_same_bytes(tmp_path, monkeypatch):
+    texts, whole = everything(tmp_path, monkeypatch)
     prepare(make_config(texts, curate=whole), str(tmp_path / "a"), log=silent)
     monkeypatch.setattr(Engine, "memory", property(lambda self: 20_000, lambda self, value: None), raising=False)
     prepare(make_config(texts, curate=dataclasses.replace(whole, workers=3)), str(tmp_path / "b"), log=silent)
@@ -121,6 +127,28 @@ def test_any_number_of_workers_and_any_memory_give_the_same_bytes(tmp_path, monk
     assert 0 < found[0]["words"][0] <= found[0]["words"][1]  # some had been cut as repeated windows
     xml.dom.minidom.parse(str(tmp_path / "a/data_report.html"))  # well formed
     assert "near_copy" in (tmp_path / "a/data_report.html").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")  # Beam's own
+def test_apache_beam_gives_the_same_bytes(tmp_path, monkeypatch):
+    pytest.importorskip("apache_beam")
+    texts, whole = everything(tmp_path, monkeypatch)
+    prepare(make_config(texts, curate=whole), str(tmp_path / "a"), log=silent)
+    monkeypatch.setattr(BeamEngine, "memory", property(lambda self: 20_000, lambda self, value: None), raising=False)
+    beam = dataclasses.replace(whole, beam=("--runner=DirectRunner",))
+    prepare(make_config(texts, curate=beam), str(tmp_path / "b"), log=silent)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert len(os.listdir(tmp_path)) == 3  # nothing is left of the work
+    lossy = make_config(texts, curate=beam, sources=(SourceConfig("none", f"text:{tmp_path}/none/*"),))
+    with pytest.raises(ValueError, match="expected files that match, got none"):
+        prepare(lossy, str(tmp_path / "c"), log=silent)
+
+
+def test_without_apache_beam_it_is_asked_for(texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    config = make_config(texts, curate=CurateConfig(beam=("--runner=DirectRunner",)))
+    with pytest.raises(ValueError, match=r"data.curate.beam: expected Apache Beam, .*; pip install lmjax\[beam\]"):
+        prepare(config, str(tmp_path / "out"), log=silent)
 
 
 def test_prepared_data_is_used_again_and_a_changed_source_is_told(tmp_path):

@@ -14,7 +14,7 @@ _BLANK = re.compile(r"\n{4,}")
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff]")
 # Whole lines that say something about the page and nothing of its own: navigation, consent, sharing, rights.
 _BOILERPLATE = re.compile(
-    r"^[ \t]*(?:(?:this (?:site|website)|we) uses? cookies.*|accept(?: all)? cookies|cookie (?:policy|settings)|"
+    r"[ \t]*(?:(?:this (?:site|website)|we) uses? cookies.*|accept(?: all)? cookies|cookie (?:policy|settings)|"
     r"privacy policy|terms (?:of (?:use|service)|and conditions)|(?:copyright|\(c\)|©).{0,80}all rights reserved\.?|"
     r"all rights reserved\.?|(?:share|tweet|follow us)(?: (?:this|on)\b.{0,40})?|skip to (?:main )?content|"
     r"(?:please )?(?:enable|turn on) javascript.*|(?:log|sign) ?(?:in|up|out)|subscribe(?: to our newsletter)?|"
@@ -23,8 +23,8 @@ _BOILERPLATE = re.compile(
     r"点击(?:这里|查看更多)|阅读(?:全文|更多)|"
     r".{0,80}無断(?:転載|複製).{0,20}禁.{0,20}|続きを読む|"
     r"ログイン|プライバシーポリシー|利用規約)"
-    r"[ \t]*(?:\n|\Z)", re.IGNORECASE | re.MULTILINE)
-_HINTS = (  # one of which is in every line that the pattern finds: a search for each is far faster than the pattern
+    r"[ \t]*(?:\n|\Z)", re.IGNORECASE)
+_HINTS = (  # one of which is in every line that the pattern matches: to search for each is far faster
     "cookie", "privacy policy", "terms of ", "terms and conditions", "all rights reserved", "share", "tweet",
     "follow us", "skip to ", "javascript", "log in", "login", "log out", "logout", "log up", "logup", "sign in",
     "signin", "sign out", "signout", "sign up", "signup", "subscribe", "read more", "click here", "back to top",
@@ -35,6 +35,9 @@ _SUSPECT = re.compile("[\u0080-\u052f\u2010-\u2122\u2500-\u259f\ufffd]")
 _SENTENCE_END = tuple(".!?\"'\u201d\u2019\u3002\uff01\uff1f\u300d\u300f\u2026")
 _POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 _EMAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,24}\b")
+_HOST = re.compile(r"@(?<=[A-Za-z0-9._%+-]@)[A-Za-z0-9-]")
+_DOTS = re.compile(r"\.\d{1,3}\.\d{1,3}\.\d")
+_PLUS = re.compile(r"\+\d")
 _IP = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d.])")
 _PHONE = re.compile(r"(?<![\w+])\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){2,5}(?!\w)")
 
@@ -71,8 +74,15 @@ def _blank_lines(text: str) -> str:
 
 
 def _boilerplate(text: str) -> str:
-    lower = text.lower()
-    return _BOILERPLATE.sub("", text) if any(hint in lower for hint in _HINTS) else text
+    lower, starts = text.replace("\u0130", "i").lower(), set()  # the one letter that becomes two in lower case
+    for hint in _HINTS:
+        at = lower.find(hint)
+        while at >= 0:
+            starts.add(text.rfind("\n", 0, at) + 1)
+            at = lower.find(hint, at + 1)
+    for found in filter(None, (_BOILERPLATE.match(text, at) for at in sorted(starts, reverse=True))):
+        text = text[: found.start()] + text[found.end() :]
+    return text
 
 
 def _c4_lines(text: str) -> str:
@@ -88,19 +98,16 @@ def _c4_keeps(line: str) -> bool:
     return len(line.split()) >= 5 or len(_UNSPACED.findall(line)) >= 5
 
 
-def _mask(pattern: re.Pattern[str], sign: str, label: str) -> Callable[[str], str]:
-    return lambda text: pattern.sub(label, text) if sign in text else text
+def _mask(pattern: re.Pattern[str], sign: re.Pattern[str], label: str | Callable) -> Callable[[str], str]:
+    """sign: is in all that `pattern` finds and begins with one certain character, which makes its search fast."""
+    return lambda text: pattern.sub(label, text) if sign.search(text) else text
 
 
-def _mask_ip(text: str) -> str:
-    return _IP.sub(lambda found: "<ip>" if _is_public(found.group()) else found.group(), text) if "." in text else text
-
-
-def _is_public(address: str) -> bool:
+def _public_ip(found: re.Match[str]) -> str:
     try:
-        return ipaddress.ip_address(address).is_global
+        return "<ip>" if ipaddress.ip_address(found.group()).is_global else found.group()
     except ValueError:
-        return False
+        return found.group()
 
 
 # Where there is nothing to change a rule returns an equal text: that is how changes are counted.
@@ -113,9 +120,9 @@ RULES: dict[str, Callable[[str], str]] = {
     "blank_lines": _blank_lines,  # at most two in a row
     "boilerplate": _boilerplate,  # lines of navigation, consent, sharing and rights are dropped
     "c4_lines": _c4_lines,  # only lines that end like a sentence, of five words or more (Raffel et al., 2020)
-    "mask_email": _mask(_EMAIL, "@", "<email>"),
-    "mask_ip": _mask_ip,  # public IPv4 addresses
-    "mask_phone": _mask(_PHONE, "+", "<phone>"),  # international numbers
+    "mask_email": _mask(_EMAIL, _HOST, "<email>"),
+    "mask_ip": _mask(_IP, _DOTS, _public_ip),  # public IPv4 addresses
+    "mask_phone": _mask(_PHONE, _PLUS, "<phone>"),  # international numbers
 }
 
 

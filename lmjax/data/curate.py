@@ -29,8 +29,6 @@ from lmjax.data.shards import SHARD_BYTES, Samples, Shard, excerpt
 from lmjax.data.sources import Broken, SourceConfig
 from lmjax.data.words import batches, split
 
-ASIDE = 100  # broken records of a shard's that are kept to look at
-
 
 @dataclass(frozen=True)
 class CurateConfig:
@@ -41,6 +39,7 @@ class CurateConfig:
     gopher_quality, gopher_repetition, c4, fineweb: published filters, `{}` for their own thresholds; None is off.
     dedup, decontaminate: see there.
     workers: processes; 0 is one for each core. memory_mib: what they may hold together.
+    beam: options of an Apache Beam pipeline that runs the stages instead, such as `--runner=FlinkRunner`.
     """
 
     max_chars: int = 4_000_000
@@ -53,6 +52,7 @@ class CurateConfig:
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     workers: int = 0
     memory_mib: int = 2048
+    beam: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         at_least(0, workers=self.workers)
@@ -63,8 +63,8 @@ class CurateConfig:
             raise ValueError(f"languages: expected some of {', '.join(known)}, got {sorted(unknown)}; correct them")
 
     def decides(self) -> dict[str, Any]:
-        """The part that decides the result: not how many processes there are, nor their memory."""
-        return {key: value for key, value in plain(self).items() if key not in ("workers", "memory_mib")}
+        """The part that decides the result: not what runs it, in how many processes and in what memory."""
+        return {key: value for key, value in plain(self).items() if key not in ("workers", "memory_mib", "beam")}
 
     def families(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in FAMILIES if getattr(self, name) is not None}

@@ -155,16 +155,22 @@ class Engine:
         runs = [os.path.join(folder, f"run-{i:06}.npy") for i in range(len(items))]
         samples = self.map(functools.partial(_emit, emit), list(zip(items, runs, strict=True)))
         size = sum(map(os.path.getsize, runs))
-        parts = -(-size * COPIES * self.workers // self.memory) or 1
-        keys = np.sort(np.concatenate([*samples, np.zeros(0, np.uint64)]))
-        bounds = [int(keys[i * len(keys) // parts]) for i in range(1, parts)] if len(keys) else []
-        bounds = sorted(set(bounds))
-        ranges = [(low, high, os.path.join(folder, f"part-{p:06}.npy"))
-                  for p, (low, high) in enumerate(zip([0, *bounds], [*bounds, None], strict=True))]
+        ranges = self.ranges(samples, size, folder)
         self.map(functools.partial(_reduce, reduce, runs), ranges)
         for run in runs:
             os.remove(run)
         return [path for _, _, path in ranges]
+
+    def ranges(self, samples: Sequence[np.ndarray], size: int, folder: str) -> list[tuple[int, int | None, str]]:
+        """(first key, first of the next, file to be written) of ranges of keys that fit into memory.
+
+        samples: keys of each run of records. size: of all records, in bytes.
+        """
+        parts = -(-size * COPIES * self.workers // self.memory) or 1
+        keys = np.sort(np.concatenate([*samples, np.zeros(0, np.uint64)]))
+        bounds = sorted({int(keys[i * len(keys) // parts]) for i in range(1, parts)} - {0}) if len(keys) else []
+        return [(low, high, os.path.join(folder, f"part-{p:06}.npy"))
+                for p, (low, high) in enumerate(zip([0, *bounds], [*bounds, None], strict=True))]
 
     def sort(self, files: Sequence[str], folder: str, out: str) -> int:
         """Sorts the records of .npy files by key, drops repeated ones, writes one file; returns how many are left."""
@@ -270,8 +276,13 @@ def _emit(emit: Callable, task: tuple[Any, str]) -> np.ndarray:
     rows = emit(item)
     rows = rows[:, np.argsort(rows[0], kind="stable")]
     np.save(path, rows)
-    at = np.linspace(0, rows.shape[1] - 1, min(SAMPLED_KEYS, rows.shape[1])).astype(np.int64)
-    return rows[0][at].astype(np.uint64)
+    return sample_keys(rows[0])
+
+
+def sample_keys(key_N: np.ndarray) -> np.ndarray:
+    """Some of sorted keys, evenly: uint64."""
+    at = np.linspace(0, len(key_N) - 1, min(SAMPLED_KEYS, len(key_N))).astype(np.int64)
+    return key_N[at].astype(np.uint64)
 
 
 def _reduce(reduce: Callable, runs: Sequence[str], task: tuple[int, int | None, str]) -> None:

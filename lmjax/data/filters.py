@@ -13,13 +13,13 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lmjax.data import language
 from lmjax.data.order import mix64
-from lmjax.data.words import LETTER, UNSPACED, Words, classes, ngrams, split
+from lmjax.data.words import LETTER, UNSPACED, Words, classes, split
 
 BULLETS = ("\u2022", "\u2023", "\u25e6", "\u25cf", "\u25cb", "\u25a0", "\u30fb", "\u00b7", "-", "*")
 ELLIPSES = ("...", "\u2026")
@@ -86,12 +86,21 @@ FAMILIES = {"gopher_quality": GopherQuality, "gopher_repetition": GopherRepetiti
 SPACED_ONLY = {"mean_word_chars", "stop_words"}
 
 
+class Repeats(NamedTuple):
+    """N-grams: the first word of each, its hash (of its text, too), how often it is there, whether seen before."""
+
+    first: np.ndarray
+    hash: np.ndarray
+    often: np.ndarray
+    again: np.ndarray
+
+
 class Batch:
     """Texts, and what the features have in common, worked out when it is first asked for."""
 
     def __init__(self, texts: Sequence[str]):
         self.texts, self.size = texts, len(texts)
-        self._dup: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._repeats: dict[int, Repeats] = {}
 
     @functools.cached_property
     def tokens(self) -> Words:
@@ -141,24 +150,32 @@ class Batch:
         """Sums over each text's words."""
         return np.bincount(self.tokens.doc_W, value_W, self.size)
 
-    def repeats(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the n-grams that a text has more than once: (first word, how often, whether seen before) of each."""
-        hash_G, first_G = ngrams(self.tokens, n)
-        if n - 1 in self._dup:  # an n-gram that is repeated begins with an (n-1)-gram that is
-            keep = self._dup[n - 1][0][first_G]
-            hash_G, first_G = hash_G[keep], first_G[keep]
-        key_G = hash_G + mix64(self.tokens.doc_W[first_G])
-        order = np.argsort(key_G)
-        ordered = key_G[order]
+    def repeats(self, n: int) -> Repeats:
+        """The n-grams that a text has more than once."""
+        if n not in self._repeats:
+            self._repeats[n] = self._find_repeats(n)
+        return self._repeats[n]
+
+    def _find_repeats(self, n: int) -> Repeats:
+        hash_W, doc_W = self.tokens.hash_W, self.tokens.doc_W
+        if n == 1:
+            first_G = np.arange(len(hash_W))
+            return Repeats(first_G, hash_W + mix64(doc_W), first_G, first_G > 0)
+        shorter = self.repeats(n - 1)  # an n-gram that is repeated begins with an (n-1)-gram that is
+        inside_G = shorter.first + n - 1 < len(doc_W)
+        first_G, hash_G = shorter.first[inside_G], shorter.hash[inside_G]
+        inside_G = doc_W[first_G] == doc_W[first_G + n - 1]
+        first_G, hash_G = first_G[inside_G], hash_G[inside_G]
+        hash_G = mix64(hash_G + hash_W[first_G + n - 1])
+        order = np.argsort(hash_G)
+        ordered = hash_G[order]
         starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)])
         times = np.diff(starts, append=len(ordered))
         earliest = np.minimum.reduceat(first_G[order], starts) if len(starts) else first_G
         repeated = np.repeat(times > 1, times)
-        first, often = first_G[order][repeated], np.repeat(times, times)[repeated]
-        flag = np.zeros(len(self.tokens.hash_W), bool)
-        flag[first] = True
-        self._dup[n] = (flag, first)
-        return first, often, first != np.repeat(earliest, times)[repeated]
+        chosen = order[repeated]
+        again = first_G[chosen] != np.repeat(earliest, times)[repeated]
+        return Repeats(first_G[chosen], hash_G[chosen], np.repeat(times, times)[repeated], again)
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -225,7 +242,7 @@ def _duplicates(parts: Sequence[Sequence[str]], chars: bool) -> np.ndarray:
 def _top_ngram(n: int) -> Callable[[Batch], np.ndarray]:
     """The share of characters in the most frequent n-gram, the longest of these if there are several."""
     def feature(batch: Batch) -> np.ndarray:
-        first, often, _ = batch.repeats(n)
+        first, _, often, _ = batch.repeats(n)
         sums = np.concatenate([[0], np.cumsum(batch.chars_W)])
         chars = sums[first + n] - sums[first]
         best = np.zeros(batch.size, np.int64)
@@ -237,7 +254,7 @@ def _top_ngram(n: int) -> Callable[[Batch], np.ndarray]:
 def _duplicate_ngrams(n: int) -> Callable[[Batch], np.ndarray]:
     """The share of characters in n-grams that have come before, each character counted once."""
     def feature(batch: Batch) -> np.ndarray:
-        first, _, again = batch.repeats(n)
+        first, _, _, again = batch.repeats(n)
         edge = np.zeros(len(batch.chars_W) + 1, np.int64)
         np.add.at(edge, first[again], 1)
         np.add.at(edge, first[again] + n, -1)

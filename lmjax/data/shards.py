@@ -93,8 +93,6 @@ class Samples:
         return {rule: [value for _, value in values] for rule, values in sorted(self.kept.items())}
 
 
-def excerpt(text: str, around: int = 0) -> str:
-    """A part of a text that is short enough to look at."""
-    start = max(0, around - EXCERPT // 2)
-    cut = text[start : start + EXCERPT]
-    return ("\u2026" if start else "") + cut + ("\u2026" if start + EXCERPT < len(text) else "")
+def excerpt(text: str) -> str:
+    """The beginning of a text, short enough to look at."""
+    return text if len(text) <= EXCERPT else f"{text[:EXCERPT]}\u2026"

@@ -12,9 +12,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ from lmjax.data.packing import ramps
 SPACE = "\u2581"  # SentencePiece's own sign for a space
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 MODELS = ("bpe", "unigram")
+_UNIT = re.compile(r" *(?:[^\W_]+|(?:[^\w\n ]|_)+)|\n| +")  # letters and digits, or signs, with the spaces before
 # The first is needed; the others name the special tokens.
 HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -114,11 +118,22 @@ class Tokenizer:
         return parts[0] + [i for part in parts[1:] for i in [*self._space_ids, *part]]
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[np.ndarray]:
-        """Token ids of many texts, int32 each, on all cores; the result does not depend on their number."""
-        threads = num_threads or os.cpu_count()
-        plain = self._sp.encode(["" if SPACE in t else t for t in texts], num_threads=threads)
-        both = zip(texts, plain, strict=True)
-        return [np.array(self.encode(t) if SPACE in t else ids, np.int32) for t, ids in both]
+        """Token ids of many texts, int32 each, on all cores; the result does not depend on their number.
+
+        Words come again and again: where it makes no difference, each is encoded only once.
+        """
+        units = [_UNIT.findall(text) if self._by_unit else [text] for text in texts]
+        number: defaultdict[str, int] = defaultdict()
+        number.default_factory = number.__len__
+        unit_U = np.fromiter(map(number.__getitem__, itertools.chain(*units)), np.int64)
+        plain = self._sp.encode(["" if SPACE in u else u for u in number], num_threads=num_threads or os.cpu_count())
+        ids = [self.encode(u) if SPACE in u else i for u, i in zip(number, plain, strict=True)]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        flat = np.fromiter(itertools.chain(*ids), np.int32, int(lengths.sum()))
+        length_U = lengths[unit_U]
+        out = flat[ramps((np.cumsum(lengths) - lengths)[unit_U], length_U)]
+        ends = np.concatenate([[0], np.cumsum(length_U)])[np.cumsum([0, *map(len, units)])]
+        return [out[a:b] for a, b in itertools.pairwise(ends.tolist())]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids. Special tokens are nothing; bytes that are no UTF-8 become U+FFFD."""
@@ -142,6 +157,17 @@ class Tokenizer:
         if got == b"".join(raw) and np.array_equal(per_text, [len(r) for r in raw]):
             return None
         return next(n for n, i in enumerate(ids) if self.surface(i)[0] != raw[n])
+
+    @functools.cached_property
+    def _by_unit(self) -> bool:
+        """Whether a text's tokens are those of its units, one after the other: no piece reaches from one into the
+        next, nothing happens to the text before, characters outside the vocabulary are bytes, and it is BPE, which
+        merges by rank (whole scores): a unigram model's sums of scores round differently in a longer text."""
+        sp, ids, probe = self._sp, range(self.vocab_size), "  a\t\ufb01 e\u0301\u3000 "
+        pieces = [i for i in ids if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i))]
+        return (sp.normalize(probe) == probe.replace(" ", SPACE) and any(map(sp.is_byte, ids))
+                and all(sp.get_score(i).is_integer() for i in pieces)
+                and all(_UNIT.fullmatch(sp.id_to_piece(i).replace(SPACE, " ")) for i in pieces))
 
     @functools.cached_property
     def _space_ids(self) -> list[int]:

@@ -1,9 +1,11 @@
 """Tokenizers: every text comes back exactly, whatever is in it."""
 
+import io
 import random
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from lmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer, TokenizerConfig, word_tables
 from lmjax.data.tokenizer import train_model as train
@@ -42,6 +44,20 @@ def test_every_text_comes_back(tokenizer):
     assert tokenizer.lossy(texts, ids) is None
     assert max(int(i.max()) for i in ids if len(i)) < tokenizer.vocab_size
     assert not {PAD_ID, BOS_ID, EOS_ID, 3} & {int(n) for i in ids for n in i}  # spelt out, never meant
+
+
+def test_words_are_encoded_once_where_that_is_the_same_and_only_there(tokenizer):
+    """BPE of one word after the other; not for sums of scores, and not where a piece goes on into the next word."""
+    integers = tokenizer._sp.get_score(tokenizer.vocab_size - 1).is_integer()
+    assert tokenizer._by_unit == integers
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()), model_writer=model, vocab_size=330, model_type="bpe", byte_fallback=True,
+        split_by_whitespace=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=False, minloglevel=2)
+    over = Tokenizer(model.getvalue())
+    assert any("\u2581" in over._sp.id_to_piece(i).strip("\u2581") for i in range(330)) and not over._by_unit
+    assert [i.tolist() for i in over.encode_batch(corpus())] == [over.encode(text) for text in corpus()]
 
 
 def test_our_decoding_is_sentencepieces_own(tokenizer):

@@ -1,0 +1,40 @@
+"""The engine's promise about memory, measured on its worker processes."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from lmjax.data.engine import Engine
+
+ITEMS, RECORDS = 120, 1 << 18  # 4 MiB of records an item
+MEMORY = 64
+
+
+def emit(seed):
+    return np.random.default_rng(seed).integers(0, 2**64, (2, RECORDS), np.uint64)
+
+
+def reduce(rows):
+    return rows[:, rows[0] % np.uint64(2) == 0]
+
+
+def peaks(engine):
+    """The most that each worker has ever held, in MiB."""
+    status = [Path(f"/proc/{process.pid}/status").read_text() for process in engine._started]
+    return [int(re.search(r"VmHWM:\s+(\d+) kB", text)[1]) / 1024 for text in status]
+
+
+def test_records_several_times_as_large_as_the_memory_are_grouped_within_it(tmp_path):
+    with Engine(str(tmp_path), workers=2, memory_mib=MEMORY) as engine:
+        engine.map(len, [(), ()])
+        engine.map(emit, [0, 1])  # what one item takes by itself, which is not the engine's to bound
+        before = peaks(engine)
+        files = engine.group(emit, range(ITEMS), reduce, str(tmp_path / "group"))
+        after = peaks(engine)
+    assert len(after) == len(before) == 2
+    assert ITEMS * RECORDS * 16 > 7 * (MEMORY << 20)
+    assert sum(after) - sum(before) < MEMORY, f"{before} MiB before, {after} MiB after"
+    keys = np.concatenate([np.load(file)[0] for file in files])
+    assert len(files) > 7 and (np.diff(keys.astype(np.float64)) >= 0).all()
+    assert len(keys) == sum(int((emit(i)[0] % np.uint64(2) == 0).sum()) for i in range(ITEMS))
