@@ -17,6 +17,7 @@ from lmjax.nn.kernels import prepare, with_cache, with_prefix
 from lmjax.nn.layers import MLP, MLP_KINDS, NORMS, Embedding, dropout, residual_init
 from lmjax.nn.module import normal
 from lmjax.nn.moe import MoE, MoEConfig, Routing
+from lmjax.nn.pipeline import per_part, split_key
 from lmjax.nn.positions import RopeScaling, Rotation, relative_buckets, rope_rotation, sinusoids
 from lmjax.nn.stack import REMAT, Stack
 from lmjax.nn.visibility import Visibility
@@ -271,14 +272,15 @@ class Trunk(nnx.Module):
 
         positions restart in every document; segments say which tokens belong together (0: none); prefix is 1 on tokens
         that all of their document sees, also what comes before them. cache: one a kind of
-        layer, into which tokens up to position `last` are written. key: switches dropout on.
+        layer, into which tokens up to position `last` are written. key: switches dropout on; [M] keys: those of the
+        parts of a batch in a pipeline.
         """
         c, num_layers = self.config, self.layers.num_layers
         x_BTD = self._enter(x_BTD, positions_BT)
         keys = None
         if key is not None and c.dropout:
-            keys = jax.random.split(key, num_layers + 1)
-            x_BTD, keys = dropout(x_BTD, c.dropout, keys[0]), keys[1:]
+            keys = split_key(key, num_layers + 1)
+            x_BTD, keys = per_part(lambda x, key: dropout(x, c.dropout, key), x_BTD, keys[0]), keys[1:]
         x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
         first = jnp.arange(num_layers) == 0 if c.embedding_norm == "first" else None
         per_layer = PerLayer(keys, first, None if source is None else source.cache)

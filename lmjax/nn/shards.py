@@ -20,13 +20,13 @@ Body = Callable[..., jax.Array]
 def axes_of(name: str) -> tuple[str, ...]:
     """The mesh axes of more than one device that `name` is split over, in the layout that is being traced for."""
     layout = current_layout()
-    return () if layout is None else tuple(a for a in layout.rules[name] if layout.mesh.shape[a] > 1)
+    return () if layout is None else layout.on(name)
 
 
 def ways(name: str) -> int:
     """Into how many parts `name` is split."""
     layout = current_layout()
-    return math.prod(layout.mesh.shape[a] for a in axes_of(name))
+    return 1 if layout is None else layout.ways(name)
 
 
 def per_shard(body: Body, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, see: Visibility, *,
