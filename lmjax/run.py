@@ -216,8 +216,8 @@ def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
         f"({_dtype_reason(run)})")
     if (stages := run.layout.ways("layers")) > 1:
         parts = r.train.microbatches
-        log(f"pipeline: {stages} stages, {parts} microbatches, each stage idle for {(stages - 1) / (parts + stages - 1):.0%} "
-            "of a step (train.microbatches shortens that)")
+        log(f"pipeline: {stages} stages and {parts} microbatches, so that each stage idles for "
+            f"{(stages - 1) / (parts + stages - 1):.0%} of its time; more train.microbatches, less of it")
     log(f"attention: {model.kernel} ({model.kernel_reason})")
     log(f"model: {human_count(parameters)} parameters, of which {human_count(model.embedding_parameters())} in "
         f"embeddings; vocabulary {model.config.vocab_size:,}")

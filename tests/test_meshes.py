@@ -18,8 +18,7 @@ from lmjax.tree import named_leaves
 
 FAMILY = {family.__name__: config for config, family in FAMILIES.items()}
 MOE = dict(experts=4, per_token=2, balance_loss=0.1, z_loss=0.01)
-SMALL = dict(num_layers=4, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=16, vocab_size=32, init_std=0.2,
-             dropout=0.1)
+SMALL = dict(num_layers=4, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=16, vocab_size=32, init_std=0.2)
 
 
 def packed_batch(rows=16, length=8):
@@ -54,9 +53,9 @@ def step(mesh, **keys):
 # What each model has that a mesh could get wrong.
 MODELS = {
     "dense": dict(layer_pattern=("local", "global"), sliding_window=3, qk_norm=True),
-    "dropless": dict(moe=MOE, positions="learned", max_positions=8),
+    "dropless": dict(moe=MOE, dropout=0.1, positions="learned", max_positions=8),
     "capacity": dict(moe=MOE | {"capacity": 1.0}, tie_embeddings=True),
-    "encdec": dict(family="EncDec", positions="relative", num_kv_heads=0),
+    "encdec": dict(family="EncDec", dropout=0.1, positions="relative", num_kv_heads=0),
     "encoder": dict(family="Encoder", norm_position="post", embedding_norm="own"),
 }
 

@@ -57,6 +57,33 @@ def per_shard(body: Body, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Arra
     return run(q_BTHK, k, v, arrays, extra)
 
 
+def balanced(x: jax.Array, *, back: bool = False) -> jax.Array:
+    """x [B, T, ...] with its sequence in the order in which every device of `n` has as much before it: the i-th holds
+    pieces i and 2n - 1 - i of 2n. back: in reading order again.
+
+    One of the two pieces is even and the other odd, so the even ones travel together and the odd ones do.
+    """
+    layout, axes, n = current_layout(), axes_of("seq"), ways("seq")
+    spec = layout.spec(("batch", "seq", *(None,) * (x.ndim - 2)), x.shape)
+    hops = [[(i, min(piece, 2 * n - 1 - piece)) for i, piece in enumerate(range(odd, 2 * n, 2))] for odd in (0, 1)]
+
+    def local(x: jax.Array) -> jax.Array:
+        pieces, even_first = jnp.split(x, 2, axis=1), jax.lax.axis_index(axes) % 2 == 0
+
+        def sorted_by(even_first: jax.Array, a: jax.Array, b: jax.Array) -> list[jax.Array]:
+            return [jnp.where(even_first, a, b), jnp.where(even_first, b, a)]
+
+        if back:
+            pieces = sorted_by(even_first, *pieces)
+            pieces = [jax.lax.ppermute(a, axes, [(j, i) for i, j in hop]) for a, hop in zip(pieces, hops, strict=True)]
+        else:
+            pieces = [jax.lax.ppermute(a, axes, hop) for a, hop in zip(pieces, hops, strict=True)]
+            pieces = sorted_by(even_first, *pieces)
+        return jnp.concatenate(pieces, axis=1)
+
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=spec, out_specs=spec)(x)
+
+
 def padded(multiple: int, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,
            see: Visibility) -> tuple[jax.Array, jax.Array, jax.Array, Visibility]:
     """T and S padded at their end to multiples of `multiple`, with segment 0, which sees and is seen by nothing."""
