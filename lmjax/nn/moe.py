@@ -131,8 +131,9 @@ class MoE(nnx.Module):
         sizes_E = jnp.zeros((E,), jnp.int32).at[chosen_M].add(1, mode="drop")
         own_M1 = (jnp.arange(B * T * k) < jnp.sum(sizes_E))[:, None]
         x_MD = jnp.where(own_M1, x_BTD.reshape(B * T, -1)[order_M // k], 0)
+        dot = _staged_dot if axes_of("layers") else lax.ragged_dot
         # Rows beyond the last group: what a grouped matmul makes of them is left open.
-        y_MD = jnp.where(own_M1, self._apply(x_MD, kernels, lambda x, w: _ragged_dot(x, w, sizes_E)), 0)
+        y_MD = jnp.where(own_M1, self._apply(x_MD, kernels, lambda x, w: dot(x, w, sizes_E)), 0)
         y_NkD = jnp.zeros_like(y_MD).at[order_M].set(y_MD, unique_indices=True).reshape(B, T, k, -1)
         y_BTD = jnp.einsum("BTkD,BTk->BTD", y_NkD, weights_BTk.astype(y_MD.dtype))
         y_BTD = lax.psum_scatter(y_BTD, group, tiled=True) if group else y_BTD
@@ -174,11 +175,17 @@ class Experts(nnx.Module):
         self.kernel = param(rngs, init, shape, axes)
 
 
-def _ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """`lax.ragged_dot`; under the `vmap` of a pipeline, which it has no rule for, one stage at a time: a device has
-    just one."""
-    dot = jax.custom_batching.sequential_vmap(lax.ragged_dot) if axes_of("layers") else lax.ragged_dot
-    return dot(x, w, sizes)
+@jax.custom_batching.custom_vmap
+def _staged_dot(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """`lax.ragged_dot` inside a pipeline, for whose `vmap` over stages it has no rule."""
+    return lax.ragged_dot(x_MD, w_EDF, sizes_E)
+
+
+@_staged_dot.def_vmap
+def _each_stage(stages: int, batched: list[bool], *args: jax.Array) -> tuple[jax.Array, bool]:
+    """One stage after the other: a device has just one."""
+    assert all(batched), batched
+    return lax.map(lambda of_stage: lax.ragged_dot(*of_stage), args), True
 
 
 def _routing(logits_BTE: jax.Array, probs_BTE: jax.Array, experts_BTk: jax.Array, real_BT: jax.Array,
