@@ -99,24 +99,26 @@ def candidates(recipe: Recipe, topology: Topology) -> Iterator[Candidate]:
     sizes = [2**i for i in range(chips.bit_length()) if chips % 2**i == 0]
     kv_heads = c.num_kv_heads or c.num_heads
     per_slice = chips // topology.slices
+    expert, stage = max(recipe.mesh.expert, 1), max(recipe.mesh.stage, 1)
+    as_asked = expert * stage
     for tensor, context, replicas in itertools.product(sizes, sizes, sizes):
         data = replicas * topology.slices
-        if per_slice % (tensor * context * replicas) or recipe.data.seq_len % context:
+        if per_slice % (tensor * context * replicas * as_asked) or recipe.data.seq_len % context:
             continue
-        if any(n % tensor for n in (c.num_heads, kv_heads, c.mlp_dim, c.vocab_size or tensor)):
+        if any(n % tensor for n in (c.num_heads, kv_heads, c.mlp_dim, (c.vocab_size or tensor * stage) // stage)):
             continue
-        fsdp = per_slice // (tensor * context * replicas)
-        if c.embed_dim % fsdp:
+        fsdp = per_slice // (tensor * context * replicas * as_asked)
+        if c.embed_dim % (fsdp * expert):
             continue
         mesh = dataclasses.replace(recipe.mesh, data=data, fsdp=fsdp, context=context, tensor=tensor)
         for remat, times, micro in itertools.product(REMAT, BATCHES, MICROBATCHES):
             batch = int(recipe.train.batch_size * times)
-            if batch != recipe.train.batch_size * times or batch % (micro * data * fsdp):
+            if batch != recipe.train.batch_size * times or batch % (micro * data * fsdp * expert):
                 continue
             changed = dataclasses.replace(
                 recipe, mesh=mesh, model=dataclasses.replace(c, remat=remat),
                 train=dataclasses.replace(recipe.train, batch_size=batch, microbatches=micro),
-                eval=dataclasses.replace(recipe.eval, batch_size=data * fsdp))
+                eval=dataclasses.replace(recipe.eval, batch_size=data * fsdp * expert))
             yield Candidate(changed, _overrides(changed), guess(changed, topology))
 
 
@@ -130,13 +132,15 @@ def guess(recipe: Recipe, topology: Topology) -> Guess:
     """
     c, chip, mesh, train = recipe.model, topology.chip, recipe.mesh, recipe.train
     layer, table = weights(c)
-    batch_ways = mesh.data * mesh.fsdp
-    split = mesh.tensor * (batch_ways if "data" in mesh.rules.get("embed", ()) else mesh.fsdp)
+    stages, expert = max(mesh.stage, 1), max(mesh.expert, 1)
+    batch_ways = mesh.data * mesh.fsdp * expert
+    split = stages * mesh.tensor * (batch_ways if "data" in mesh.rules.get("embed", ()) else mesh.fsdp * expert)
     total = c.num_layers * layer + table
     rows = train.batch_size // train.microbatches / batch_ways
     tokens = rows * recipe.data.seq_len / mesh.context  # of a microbatch on a chip
     kept = c.num_layers * (KEPT_EMBED.get(c.remat, 8.0) * c.embed_dim
                            + KEPT_MATMULS.get(c.remat, 4.0) * layer / c.embed_dim / mesh.tensor)
+    kept *= train.microbatches / stages if stages > 1 else 1  # all that are on their way through the stages
     logits = 6.0 * (c.vocab_size or recipe.data.tokenizer.vocab_size) / mesh.tensor
     loss_tokens = min(1.0, (train.loss_chunk or recipe.data.seq_len) / recipe.data.seq_len) * tokens
     memory = (16 + 2) * total / split + tokens * kept + loss_tokens * logits + 4 * 2 * layer / mesh.tensor
@@ -151,8 +155,8 @@ def guess(recipe: Recipe, topology: Topology) -> Guess:
     waits = c.num_layers * (passes + 1) * 2 * tokens * c.embed_dim * 2.0 * 2 * (mesh.tensor > 1) / chip.ici
     waits += c.num_layers * passes * 4.0 * tokens * mesh.context * c.embed_dim * (mesh.context > 1) / chip.ici
     once = 2 * 4.0 * total / split * (mesh.data > 1) / (chip.dcn if topology.slices > 1 else chip.ici)
-    seconds = max(compute, within) + waits + once / train.microbatches
-    return Guess(memory, seconds / (tokens / mesh.tensor))
+    seconds = (max(compute, within) + waits) * (1 + (stages - 1) / train.microbatches) / stages
+    return Guess(memory, (seconds + once / train.microbatches) / (tokens / (mesh.tensor * stages)))
 
 
 def weights(c: DecoderConfig) -> tuple[float, float]:
@@ -173,7 +177,7 @@ def what_would(recipe: Recipe, topology: Topology) -> str:
                 break
             shrunk = dataclasses.replace(
                 recipe, model=dataclasses.replace(recipe.model, remat="full"),
-                mesh=dataclasses.replace(recipe.mesh, data=1, fsdp=chips, context=1, tensor=1),
+                mesh=dataclasses.replace(recipe.mesh, data=1, stage=1, fsdp=chips, expert=1, context=1, tensor=1),
                 train=dataclasses.replace(recipe.train, batch_size=chips, microbatches=1))
             one = Topology(chip, (chips,) + (1,) * (chip.dims - 1))
             if guess(shrunk, one).memory < chip.hbm:

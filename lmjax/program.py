@@ -44,6 +44,9 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     """
     platform = devices[0].platform
     layout = make_layout(recipe.mesh, devices)
+    if layout.mesh.shape["expert"] > 1 and not recipe.model.moe.experts:
+        raise ValueError(f"config.mesh.expert: expected 1 for a model without experts, got {recipe.mesh.expert}; use "
+                         "fsdp, which splits the batch and all weights alike")
     model = build_model(recipe.model, vocab_size=vocab_size, platform=platform, dtype=recipe.train.dtype(platform),
                         seq_len=recipe.data.seq_len, context=bool(layout.on("seq")),
                         prefix_lm=recipe.data.objective.name == "prefix_lm")
@@ -57,7 +60,8 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     rows, sharding = recipe.train.batch_size, layout.sharding(("batch", "seq"))
     batch = {name: jax.ShapeDtypeStruct((rows, length), dtype_of(name), sharding=sharding)
              for name, length in fields.items()}
-    return Program(layout, model, spec, step_fn.trace(spec.shapes, batch), make_eval_step(loss_fn, layout), batch)
+    return Program(layout, model, spec, step_fn.trace(spec.shapes, batch),
+                   make_eval_step(loss_fn, layout, recipe.train.microbatches), batch)
 
 
 def _check_batch(recipe: Recipe, layout: Layout) -> None:

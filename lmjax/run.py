@@ -250,6 +250,10 @@ def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
     log(f"device: {devices.size} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} process(es)")
     log(f"mesh: {', '.join(f'{a}={n}' for a, n in shape.items())}; computing in {model.dtype} "
         f"({_dtype_reason(run)})")
+    if (stages := run.layout.ways("layers")) > 1:
+        parts = r.train.microbatches
+        log(f"pipeline: {stages} stages and {parts} microbatches, so that each stage idles for "
+            f"{(stages - 1) / (parts + stages - 1):.0%} of its time; more train.microbatches, less of it")
     log(f"attention: {model.kernel} ({model.kernel_reason})")
     log(f"model: {human_count(parameters)} parameters, of which {human_count(model.embedding_parameters())} in "
         f"embeddings; vocabulary {model.config.vocab_size:,}")

@@ -19,29 +19,33 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lmjax.config import at_least
 
 # Order is outermost (slowest links) to innermost: `tensor` collectives are the most frequent.
-MESH_AXES = ("data", "fsdp", "context", "tensor")
+MESH_AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
-    "vocab": ("tensor",),
-    "layers": (),
-    "experts": (),
+    "vocab": ("tensor", "stage"),  # all stages share the work of the loss
+    "layers": ("stage",),
+    "experts": ("expert",),
+    "expert_embed": ("fsdp",),  # `embed` of the experts' matrices, which `experts` splits already
+    "router": (),
     "norm": (),  # scales and biases: too small to be worth an all-gather
     "positions": (),
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "seq": ("context",),
     "kv_seq": (),
     "act_embed": (),
     "act_mlp": ("tensor",),
     "act_heads": ("tensor",),
     "act_kv_heads": ("tensor",),
-    "act_vocab": ("tensor",),
+    "act_vocab": ("tensor", "stage"),
+    "act_experts": ("expert",),
+    "expert_batch": ("data", "fsdp"),  # rows that are with the experts that they chose
 }
 
 
@@ -50,14 +54,18 @@ class MeshConfig:
     """Devices along each mesh axis; -1 (at most once) takes what the others leave.
 
     data: replicas of the weights, each with its share of the batch.
+    stage: the layers are split along this axis, a pipeline through which the step's microbatches go.
     fsdp: the batch and the weights are both split along this axis (ZeRO-3).
+    expert: the experts are split along this axis, and everything else as along fsdp.
     context: the sequence is split along this axis.
     tensor: heads, MLP and vocabulary are split along this axis.
     rules: rows that replace those of `RULES`, e.g. {"kv_heads": []} when there are fewer than `tensor`.
     """
 
     data: int = -1
+    stage: int = 1
     fsdp: int = 1
+    expert: int = 1
     context: int = 1
     tensor: int = 1
     rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -80,9 +88,13 @@ class Layout:
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]]
 
-    def on(self, name: str) -> tuple[str, ...]:
+    def on(self, name: str | None) -> tuple[str, ...]:
         """The mesh axes of more than one device that `name` is split over, outermost first."""
-        return tuple(axis for axis in self.rules[name] if self.mesh.shape[axis] > 1)
+        return tuple(axis for axis in self.rules[name] if self.mesh.shape[axis] > 1) if name else ()
+
+    def ways(self, name: str | None) -> int:
+        """Into how many parts `name` is split."""
+        return math.prod(self.mesh.shape[axis] for axis in self.on(name))
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
         """The `PartitionSpec` of an array whose dimensions are named `axes` (None: not sharded).
@@ -98,8 +110,7 @@ class Layout:
         for i, name in enumerate(axes):
             if name is not None and name not in self.rules:
                 raise ValueError(f"axis {name!r}: expected one of {', '.join(self.rules)}; add a row to RULES")
-            on = self.on(name) if name else ()
-            ways = math.prod(self.mesh.shape[a] for a in on)
+            on, ways = self.on(name), self.ways(name)
             if shape is not None and shape[i] % ways:
                 raise ValueError(f"mesh: expected {'*'.join(on)}={ways} to divide {name}={shape[i]}, got a remainder "
                                  f"of {shape[i] % ways}; change the mesh or map {name!r} elsewhere in mesh.rules")
@@ -142,7 +153,7 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     # Explicit axis types became JAX's default; lmjax constrains by name and lets the compiler propagate.
     mesh = Mesh(_placed(tuple(sizes.values()), devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     # An activation follows the parameter axis that it comes from, unless it has a row of its own.
-    names = ("mlp", "heads", "kv_heads", "vocab")
+    names = ("mlp", "heads", "kv_heads", "vocab", "experts")
     follow = {f"act_{name}": axes for name, axes in config.rules.items() if name in names}
     return Layout(mesh, {**RULES, **follow, **config.rules})
 
@@ -162,21 +173,29 @@ def _placed(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray
 
 
 _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
+_MICROBATCHES: ContextVar[int] = ContextVar("microbatches", default=1)
 
 
 @contextlib.contextmanager
-def use_layout(layout: Layout | None) -> Iterator[None]:
-    """While tracing inside, `constrain` places activations by `layout`."""
-    token = _LAYOUT.set(layout)
+def use_layout(layout: Layout | None, microbatches: int = 1) -> Iterator[None]:
+    """While tracing inside, `constrain` places activations by `layout`, and the layers, where they are split over
+    stages, take a batch in `microbatches` parts."""
+    tokens = _LAYOUT.set(layout), _MICROBATCHES.set(microbatches)
     try:
         yield
     finally:
-        _LAYOUT.reset(token)
+        _LAYOUT.reset(tokens[0])
+        _MICROBATCHES.reset(tokens[1])
 
 
 def current_layout() -> Layout | None:
     """The layout that is being traced for, if any."""
     return _LAYOUT.get()
+
+
+def current_microbatches() -> int:
+    """The parts in which the batch that is being traced for goes through the stages; 1 without stages."""
+    return _MICROBATCHES.get()
 
 
 def platform() -> str:
@@ -220,7 +239,7 @@ def sum_where_it_lies(contract: Callable[[jax.Array, jax.Array], jax.Array], a: 
     over = [axis for on in lead for axis in on]
     inner = [tuple(axis for axis in side if axis not in over) for side in own]  # split before the sum as well
     mixed = any(split and split != side for split, side in zip(inner, own, strict=True))
-    ways = [math.prod(layout.mesh.shape[axis] for axis in on) for on in lead]
+    ways = [layout.ways(name) for name in rows]
     ragged = any(size % n for size, n in zip(a.shape[:2], ways, strict=True))
     if mixed or ragged or not over:  # the pieces would come in another order, or be of different sizes
         return contract(a, b)

@@ -36,7 +36,8 @@ def layout_of(**keys):
 
 def test_make_layout_orders_the_axes_and_fills_in_the_rest():
     mesh = layout_of(fsdp=2, tensor=2).mesh
-    assert mesh.axis_names == MESH_AXES and dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    assert mesh.axis_names == MESH_AXES and dict(mesh.shape) == dict.fromkeys(MESH_AXES, 1) | {
+        "data": 2, "fsdp": 2, "tensor": 2}
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert dict(layout_of(data=1, fsdp=-1).mesh.shape)["fsdp"] == 8
     one = make_layout(MeshConfig(), jax.devices()[:1])

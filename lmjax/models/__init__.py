@@ -141,7 +141,8 @@ class Model:
         share = (encoder_len or seq_len) / seq_len
         total = float(c.vocab_size * c.embed_dim)
         for (name, leaf), axes in zip(named_leaves(self.shapes), self._leaves()[1], strict=True):
-            if "embed" in axes and not {"vocab", "positions"} & set(axes) and not name.startswith("pooler/"):
+            table = {"vocab", "positions"} & set(axes)
+            if {"embed", "expert_embed"} & set(axes) and not table and not name.startswith("pooler/"):
                 computed = c.moe.per_token / c.moe.experts if "experts" in axes and "mlp" in axes else 1.0
                 of_source = both and ("encoder/" in name or "cross_attention/key" in name or
                                       "cross_attention/value" in name)

@@ -15,6 +15,7 @@ from lmjax.config import at_least, choice
 from lmjax.models.transformer import Cache, Source, TransformerConfig, Trunk, embed, token_table
 from lmjax.nn.layers import Embedding
 from lmjax.nn.module import param, zeros
+from lmjax.nn.pipeline import split_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class EncDec(nnx.Module):
 
         A decoder token sees the encoder tokens that have its segment id.
         """
-        keys = (None, None) if key is None else jax.random.split(key)
+        keys = (None, None) if key is None else split_key(key, 2)
         states, encoder_out = self.states(batch, dtype, keys[0])
         x_BTD = embed(self.config, self.embedding, batch["tokens"], dtype)
         x_BTD, _, out = self.decoder(x_BTD, batch["positions"], batch["segment_ids"], key=keys[1],

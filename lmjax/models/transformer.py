@@ -17,7 +17,9 @@ from lmjax.nn.kernels import prepare, with_cache, with_prefix
 from lmjax.nn.layers import MLP, MLP_KINDS, NORMS, Embedding, dropout, residual_init
 from lmjax.nn.module import normal
 from lmjax.nn.moe import MoE, MoEConfig, Routing
+from lmjax.nn.pipeline import per_part, split_key
 from lmjax.nn.positions import RopeScaling, Rotation, relative_buckets, rope_rotation, sinusoids
+from lmjax.nn.shards import balanced, ways
 from lmjax.nn.stack import REMAT, Stack
 from lmjax.nn.visibility import Visibility
 from lmjax.sharding import constrain
@@ -272,20 +274,28 @@ class Trunk(nnx.Module):
 
         positions restart in every document; segments say which tokens belong together (0: none); prefix is 1 on tokens
         that all of their document sees, also what comes before them. cache: one a kind of
-        layer, into which tokens up to position `last` are written. key: switches dropout on.
+        layer, into which tokens up to position `last` are written. key: switches dropout on; [M] keys: those of the
+        parts of a batch in a pipeline.
         """
         c, num_layers = self.config, self.layers.num_layers
         x_BTD = self._enter(x_BTD, positions_BT)
         keys = None
         if key is not None and c.dropout:
-            keys = jax.random.split(key, num_layers + 1)
-            x_BTD, keys = dropout(x_BTD, c.dropout, keys[0]), keys[1:]
+            keys = split_key(key, num_layers + 1)
+            x_BTD, keys = per_part(lambda x, key: dropout(x, c.dropout, key), x_BTD, keys[0]), keys[1:]
         x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
+        T, index_BT = x_BTD.shape[1], None
+        spread = self.kernel == "ring" and self.causal and cache is None and prefix_BT is None and not c.moe.capacity
+        spread = spread and ways("seq") > 1 and T % (2 * ways("seq")) == 0
+        if spread:  # all that follows goes token by token, or asks where they stand
+            at_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], positions_BT.shape)
+            x_BTD, positions_BT, segments_BT, index_BT = map(balanced, (x_BTD, positions_BT, segments_BT, at_BT))
         first = jnp.arange(num_layers) == 0 if c.embedding_norm == "first" else None
         per_layer = PerLayer(keys, first, None if source is None else source.cache)
         shared = [self._shared(kind, positions_BT, segments_BT, prefix_BT, cache and _slots(cache[i]), last_B,
-                               source) for i, kind in enumerate(self.kinds)]
+                               source, index_BT) for i, kind in enumerate(self.kinds)]
         x_BTD, new, out = self.layers(x_BTD, per_layer, cache or (None,) * len(self.kinds), shared)
+        x_BTD = balanced(x_BTD, back=True) if spread else x_BTD
         return x_BTD if self.norm is None else self.norm(x_BTD), cache and new, out
 
     def _enter(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -297,7 +307,8 @@ class Trunk(nnx.Module):
         return x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
 
     def _shared(self, kind: str, positions_BT: jax.Array, segments_BT: jax.Array, prefix_BT: jax.Array | None,
-                slots: int | None, last_B: jax.Array | None, source: Source | None) -> Shared:
+                slots: int | None, last_B: jax.Array | None, source: Source | None,
+                index_BT: jax.Array | None) -> Shared:
         c, fed, kv_positions, kv_segments = self.config, None, positions_BT, segments_BT
         kernel = self.kernel if prefix_BT is None else with_prefix(self.kernel)
         if slots is not None:
@@ -309,7 +320,7 @@ class Trunk(nnx.Module):
             if prefix_BT is not None:
                 prefix_BT = (kv_positions <= last_B[:, None]).astype(jnp.int32)
         see = Visibility(positions_BT, kv_positions, segments_BT, kv_segments, causal=self.causal,
-                         window=c.window(kind), in_order=slots is None, kv_prefix=prefix_BT)
+                         window=c.window(kind), in_order=slots is None, kv_prefix=prefix_BT, index=index_BT)
         rotation = bias = source_see = None
         if c.positions == "rope":
             local = kind == "local" and c.local_rope_theta

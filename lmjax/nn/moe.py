@@ -7,7 +7,7 @@ expert and row, D embed_dim, F mlp_dim.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,12 @@ from jax import lax
 from lmjax.config import at_least
 from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, Dense
 from lmjax.nn.module import Initializer, param
+from lmjax.nn.shards import axes_of
+from lmjax.sharding import constrain, current_layout
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]  # rows and the experts' matrices [E, in, out] -> rows
+Kernels = tuple[jax.Array | None, jax.Array, jax.Array]  # gate, up, down
+INTO, OUT = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +75,10 @@ class MoE(nnx.Module):
         self.activation, gated = MLP_KINDS[kind]
         hidden = c.mlp_dim or hidden
         into, out = (c.experts, dim, hidden), (c.experts, hidden, dim)
-        self.router = Dense((dim,), (c.experts,), ("embed", "experts"), use_bias=False, init=init, rngs=rngs)
-        self.gate = Experts(into, ("experts", "embed", "mlp"), init, rngs) if gated else None
-        self.up = Experts(into, ("experts", "embed", "mlp"), init, rngs)
-        self.down = Experts(out, ("experts", "mlp", "embed"), out_init, rngs)
+        self.router = Dense((dim,), (c.experts,), ("embed", "router"), use_bias=False, init=init, rngs=rngs)
+        self.gate = Experts(into, INTO, init, rngs) if gated else None
+        self.up = Experts(into, INTO, init, rngs)
+        self.down = Experts(out, OUT, out_init, rngs)
         self.shared = MLP(dim, c.shared_dim, kind=kind, use_bias=False, init=init, out_init=out_init,
                           rngs=rngs) if c.shared_dim else None
         self.shared_gate = (Dense((dim,), (1,), ("embed", None), use_bias=False, init=init, rngs=rngs)
@@ -96,14 +100,44 @@ class MoE(nnx.Module):
 
     def _dropless(self, x_BTD: jax.Array, weights_BTk: jax.Array, experts_BTk: jax.Array,
                   real_BT: jax.Array) -> tuple[jax.Array, None]:
-        """Choices sorted by expert, then one matmul with as many rows for each expert as chose it."""
-        B, T, k = experts_BTk.shape
-        x_ND, chosen_M = x_BTD.reshape(B * T, -1), experts_BTk.reshape(-1)
+        """Each device sorts the choices of its own rows and of those of the devices that it shares the experts with."""
+        arrays = x_BTD, weights_BTk, experts_BTk
+        layout, kernels = current_layout(), self._kernels(x_BTD.dtype)
+        if layout is None or layout.mesh.size == 1:
+            return self._sorted(*arrays, kernels), None
+        rows = [layout.spec(("batch", "seq", None), a.shape) for a in arrays]
+        sides = [k if k is None else layout.spec(axes, k.shape)
+                 for k, axes in zip(kernels, (INTO, INTO, OUT), strict=True)]
+        run = jax.shard_map(self._sorted, mesh=layout.mesh, in_specs=(*rows, tuple(sides)), out_specs=rows[0])
+        return run(*arrays, kernels), None
+
+    def _sorted(self, x_BTD: jax.Array, weights_BTk: jax.Array, experts_BTk: jax.Array, kernels: Kernels) -> jax.Array:
+        """Choices sorted by expert, then one matmul with as many rows for each expert as chose it.
+
+        On a mesh the arguments are a device's own: its matrices are made whole along `expert_embed`, and what its
+        experts make of all rows of their group goes back, summed, to where the rows came from.
+        """
+        group, halves, across = axes_of("experts"), axes_of("mlp"), axes_of("expert_embed")
+        if across:
+            kernels = tuple(k if k is None else lax.all_gather(k, across, axis=side, tiled=True)
+                            for k, side in zip(kernels, (1, 1, 2), strict=True))
+        if group:
+            x_BTD, weights_BTk, experts_BTk = (lax.all_gather(a, group, tiled=True)
+                                               for a in (x_BTD, weights_BTk, experts_BTk))
+        (B, T, k), E = experts_BTk.shape, kernels[1].shape[0]
+        chosen_M = experts_BTk.reshape(-1) - (lax.axis_index(group) * E if group else 0)
+        chosen_M = jnp.where((chosen_M >= 0) & (chosen_M < E), chosen_M, E)  # those of other devices' experts go last
         order_M = jnp.argsort(chosen_M, stable=True)
-        sizes_E = jnp.zeros((self.config.experts,), jnp.int32).at[chosen_M].add(1)
-        y_MD = self._apply(x_ND[order_M // k], lambda x, w: lax.ragged_dot(x, w, sizes_E))
+        sizes_E = jnp.zeros((E,), jnp.int32).at[chosen_M].add(1, mode="drop")
+        own_M1 = (jnp.arange(B * T * k) < jnp.sum(sizes_E))[:, None]
+        x_MD = jnp.where(own_M1, x_BTD.reshape(B * T, -1)[order_M // k], 0)
+        dot = _staged_dot if axes_of("layers") else lax.ragged_dot
+        # Rows beyond the last group: what a grouped matmul makes of them is left open.
+        y_MD = jnp.where(own_M1, self._apply(x_MD, kernels, lambda x, w: dot(x, w, sizes_E)), 0)
         y_NkD = jnp.zeros_like(y_MD).at[order_M].set(y_MD, unique_indices=True).reshape(B, T, k, -1)
-        return jnp.einsum("BTkD,BTk->BTD", y_NkD, weights_BTk.astype(y_MD.dtype)), None
+        y_BTD = jnp.einsum("BTkD,BTk->BTD", y_NkD, weights_BTk.astype(y_MD.dtype))
+        y_BTD = lax.psum_scatter(y_BTD, group, tiled=True) if group else y_BTD
+        return lax.psum(y_BTD, halves) if halves else y_BTD
 
     def _within_capacity(self, x_BTD: jax.Array, weights_BTk: jax.Array, experts_BTk: jax.Array,
                          real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -117,15 +151,21 @@ class MoE(nnx.Module):
         put_BkTEC = chosen_BkTE[..., None] * jax.nn.one_hot(slot_BkT, C)[..., None, :]
         into_BTEC = jnp.sum(put_BkTEC, axis=1).astype(x_BTD.dtype)
         back_BTEC = jnp.einsum("BkTEC,BTk->BTEC", put_BkTEC, weights_BTk).astype(x_BTD.dtype)
-        x_EBCD = jnp.einsum("BTEC,BTD->EBCD", into_BTEC, x_BTD)
-        y_EBCD = self._apply(x_EBCD, lambda x, w: jnp.einsum("EBCD,EDF->EBCF", x, w))
+        # Where the experts are split, the two placements make the compiler exchange rows by all-to-all.
+        with_rows, with_experts = (None, "batch", None, None), ("act_experts", "expert_batch", None, None)
+        x_EBCD = constrain(jnp.einsum("BTEC,BTD->EBCD", into_BTEC, x_BTD), *with_rows)
+        y_EBCD = self._apply(constrain(x_EBCD, *with_experts), self._kernels(x_BTD.dtype),
+                             lambda x, w: jnp.einsum("EBCD,EDF->EBCF", x, w))
+        y_EBCD = constrain(constrain(y_EBCD, *with_experts), *with_rows)
         return jnp.einsum("BTEC,EBCD->BTD", back_BTEC, y_EBCD), jnp.sum(put_BkTEC)
 
-    def _apply(self, x: jax.Array, dot: Dot) -> jax.Array:
+    def _kernels(self, dtype: Any) -> Kernels:
+        return tuple(None if e is None else e.kernel[...].astype(dtype) for e in (self.gate, self.up, self.down))
+
+    def _apply(self, x: jax.Array, kernels: Kernels, dot: Dot) -> jax.Array:
         """The experts' MLP on rows that are already with them."""
-        act = ACTIVATIONS[self.activation]
-        h = act(self.up(x, dot)) if self.gate is None else act(self.gate(x, dot)) * self.up(x, dot)
-        return self.down(h, dot)
+        (gate, up, down), act = kernels, ACTIVATIONS[self.activation]
+        return dot(act(dot(x, up)) if gate is None else act(dot(x, gate)) * dot(x, up), down)
 
 
 class Experts(nnx.Module):
@@ -134,8 +174,18 @@ class Experts(nnx.Module):
     def __init__(self, shape: tuple[int, int, int], axes: tuple[str, ...], init: Initializer, rngs: nnx.Rngs):
         self.kernel = param(rngs, init, shape, axes)
 
-    def __call__(self, x: jax.Array, dot: Dot) -> jax.Array:
-        return dot(x, self.kernel[...].astype(x.dtype))
+
+@jax.custom_batching.custom_vmap
+def _staged_dot(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """`lax.ragged_dot` inside a pipeline, for whose `vmap` over stages it has no rule."""
+    return lax.ragged_dot(x_MD, w_EDF, sizes_E)
+
+
+@_staged_dot.def_vmap
+def _each_stage(stages: int, batched: list[bool], *args: jax.Array) -> tuple[jax.Array, bool]:
+    """One stage after the other: a device has just one."""
+    assert all(batched), batched
+    return lax.map(lambda of_stage: lax.ragged_dot(*of_stage), args), True
 
 
 def _routing(logits_BTE: jax.Array, probs_BTE: jax.Array, experts_BTk: jax.Array, real_BT: jax.Array,

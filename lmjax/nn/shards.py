@@ -20,13 +20,13 @@ Body = Callable[..., jax.Array]
 def axes_of(name: str) -> tuple[str, ...]:
     """The mesh axes of more than one device that `name` is split over, in the layout that is being traced for."""
     layout = current_layout()
-    return () if layout is None else tuple(a for a in layout.rules[name] if layout.mesh.shape[a] > 1)
+    return () if layout is None else layout.on(name)
 
 
 def ways(name: str) -> int:
     """Into how many parts `name` is split."""
     layout = current_layout()
-    return math.prod(layout.mesh.shape[a] for a in axes_of(name))
+    return 1 if layout is None else layout.ways(name)
 
 
 def per_shard(body: Body, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, see: Visibility, *,
@@ -55,6 +55,33 @@ def per_shard(body: Body, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Arra
     run = jax.shard_map(local, mesh=layout.mesh, out_specs=at_q, check_vma=False,
                         in_specs=(at_q, at_k, at_k, (rows_q, rows_k, rows_q, rows_k), extra_spec))
     return run(q_BTHK, k, v, arrays, extra)
+
+
+def balanced(x: jax.Array, *, back: bool = False) -> jax.Array:
+    """x [B, T, ...] with its sequence in the order in which every device of `n` has as much before it: the i-th holds
+    pieces i and 2n - 1 - i of 2n. back: in reading order again.
+
+    One of the two pieces is even and the other odd, so the even ones travel together and the odd ones do.
+    """
+    layout, axes, n = current_layout(), axes_of("seq"), ways("seq")
+    spec = layout.spec(("batch", "seq", *(None,) * (x.ndim - 2)), x.shape)
+    hops = [[(i, min(piece, 2 * n - 1 - piece)) for i, piece in enumerate(range(odd, 2 * n, 2))] for odd in (0, 1)]
+
+    def local(x: jax.Array) -> jax.Array:
+        pieces, even_first = jnp.split(x, 2, axis=1), jax.lax.axis_index(axes) % 2 == 0
+
+        def sorted_by(even_first: jax.Array, a: jax.Array, b: jax.Array) -> list[jax.Array]:
+            return [jnp.where(even_first, a, b), jnp.where(even_first, b, a)]
+
+        if back:
+            pieces = sorted_by(even_first, *pieces)
+            pieces = [jax.lax.ppermute(a, axes, [(j, i) for i, j in hop]) for a, hop in zip(pieces, hops, strict=True)]
+        else:
+            pieces = [jax.lax.ppermute(a, axes, hop) for a, hop in zip(pieces, hops, strict=True)]
+            pieces = sorted_by(even_first, *pieces)
+        return jnp.concatenate(pieces, axis=1)
+
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=spec, out_specs=spec)(x)
 
 
 def padded(multiple: int, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lmjax.nn.module import merge_module, split_module, stack_modules
+from lmjax.nn.module import Params, merge_module, split_module, stack_modules
 from lmjax.nn.ops import MATMUL
+from lmjax.nn.pipeline import pipeline
+from lmjax.nn.shards import axes_of
 
 # What the backward pass finds saved of a layer's forward pass; the rest it computes again.
 REMAT = {
@@ -58,7 +60,16 @@ class Stack(nnx.Module):
         per_layer: a tree of arrays with a leading dimension of all layers, or None. caches: one such tree a kind, with
         a leading dimension of the layers of that kind, or None. Returns x, the new caches, and the outs, stacked.
         """
-        graph, params = split_module(self.block)
+        if axes_of("layers") and not any(caches):
+            x, outs = pipeline(self._loop, split_module(self.block), x, per_layer, shared, period=len(self.kinds))
+            return x, caches, outs
+        return self._loop(split_module(self.block), x, per_layer, caches, shared)
+
+    def _loop(self, block: tuple[Any, Params], x: jax.Array, per_layer: Any, caches: Sequence[Any],
+              shared: Sequence[Any]) -> tuple[jax.Array, Sequence[Any], Any]:
+        """`__call__` of as many layers as `block`, taken apart, has parameters of."""
+        graph, params = block
+        num_layers = jax.tree.leaves(params)[0].shape[0]
         policy = REMAT[self.remat]
 
         def layer_of(kind: int) -> Callable[..., Any]:
@@ -82,10 +93,10 @@ class Stack(nnx.Module):
 
         period = len(self.kinds)
         if _any_apart(params):
-            kinds = [self.kinds[i % period] for i in range(self.num_layers)]
+            kinds = [self.kinds[i % period] for i in range(num_layers)]
             x, (new, outs) = run(x, (params, per_layer, caches), kinds, _apart)
             return x, new, outs
-        rounds, rest = divmod(self.num_layers, period)
+        rounds, rest = divmod(num_layers, period)
         each = [self.kinds.count(kind) for kind in range(len(shared))]
         parts = [_split(params, rounds, period), _split(per_layer, rounds, period),
                  tuple(_split(c, rounds, n) for c, n in zip(caches, each, strict=True))]

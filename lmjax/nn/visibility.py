@@ -25,6 +25,7 @@ class Visibility(NamedTuple):
     # Whether queries and keys are the same rows, each document in one piece and in reading order, so that two tokens of
     # a document are as far apart as their indices: what kernels that go by index need. Not so with a cache.
     in_order: bool = False
+    index: jax.Array | None = None  # int32 [B, T]: where each token stands in reading order, if not where it lies
     made: jax.Array | None = None  # the dense mask, where `kernels.prepare` made it for all layers
 
     def by_index(self) -> "Visibility":
@@ -32,12 +33,12 @@ class Visibility(NamedTuple):
         if not self.in_order:
             return self
         B, T = self.q_positions.shape
-        index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+        index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T)) if self.index is None else self.index
         return self._replace(q_positions=index, kv_positions=index)
 
     def only_before(self) -> bool:
-        """Whether no query sees a key of a higher index."""
-        return self.causal and self.in_order and self.kv_prefix is None
+        """Whether no query sees a key that lies behind it."""
+        return self.causal and self.in_order and self.index is None and self.kv_prefix is None
 
     def any_seen(self) -> jax.Array:
         """bool [B, T]: whether the query sees any key, from the segments alone."""
