@@ -17,7 +17,7 @@ from lmjax.chips import Chip, parse_topology
 Result = dict[str, Any]
 
 # Pallas kernels carry no cycles. Attention: the matmuls of a visited tile, at half of peak. Grouped matmuls: 70%.
-ATTENTION_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}
+ATTENTION_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4, "dq, dkv": 5}
 ATTENTION_SHARE, GROUPED_SHARE = 0.5, 0.7
 
 
@@ -127,11 +127,15 @@ def _collective_rows(collectives: Sequence[hlo.Collective], slices: Sequence[int
 
 
 def attention_role(call: hlo.Call) -> str:
-    """Which pass of an attention kernel a Pallas call is (fwd, dq, dkv), by its name; "" for anything else."""
+    """Which pass of an attention kernel a Pallas call is, of `ATTENTION_MATMULS`, by its name; "" for anything else.
+
+    A dkv that makes three arrays makes dq as well, of scores that a dq of its own would compute once more."""
     name = call.op_name.lower()
     if "attention" not in name and "splash" not in name and "flash" not in name and "mha" not in name:
         return ""
-    return "dkv" if "dkv" in name else "dq" if "dq" in name else "fwd"
+    if "dkv" in name:
+        return "dq, dkv" if len(call.results) == 3 else "dkv"
+    return "dq" if "dq" in name else "fwd"
 
 
 def attention_flops(call: hlo.Call, window: int) -> float:

@@ -101,7 +101,8 @@ def test_wrong_types_without_a_command_line_form():
 
 @pytest.mark.parametrize("override, parts", [
     ("model.norm=batchnorm", ("rmsnorm, rmsnorm_1p, layernorm", "'batchnorm'")),
-    ("model.remat=ful", ("none, full, dots",)),
+    ("model.remat=ful", ("none, full, attention, dots", "'ful'")),
+    ("model.remat=query+host:kee", ("key", "correct 'kee'")),
     ("model.num_heads=7", ("divisor of embed_dim=64", "7")),
     ("model.num_kv_heads=3", ("divisor of num_heads=4", "3")),
     ("model.head_dim=5", ("even", "5")),

@@ -18,7 +18,7 @@ LAYERS = [
     {"models", "data", "losses", "optim", "sampling"},
     {"recipe", "program", "train_state", "train_step", "checkpoint", "metrics", "adapt", "interop", "tasks"},
     {"cli", "train", "run", "evaluate", "evaluate_tasks", "generate", "beam", "speculative", "stream",
-     "attention_maps", "lm", "plan", "plan_*", "report", "report_*", "prepare", "prepare_*", "data_command",
+     "attention_maps", "lm", "pods", "plan", "plan_*", "report", "report_*", "prepare", "prepare_*", "data_command",
      "bench", "bench_*"},
 ]
 MAX_FILE_LINES = 400

@@ -10,12 +10,37 @@ from flax import nnx
 from lmjax.nn.module import merge_module, split_module, stack_modules
 from lmjax.nn.ops import MATMUL
 
+save = jax.checkpoint_policies.save_only_these_names
 # What the backward pass finds saved of a layer's forward pass; the rest it computes again.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(MATMUL),
+    "attention": save("query", "key", "value", "kernel", "out"),  # all but the MLP
+    "dots": save(MATMUL),
 }
+NAMES = ("query", "key", "value", "kernel", "out", "gate", "up")  # that `remat` may list
+
+
+def remat_policy(remat: str) -> Any:
+    """What `jax.checkpoint` takes for a row of `REMAT`, or for some of `NAMES` joined by +, of which those written
+    host:NAME are kept in the host's memory; None: keep everything.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if remat in REMAT:
+        return REMAT[remat]
+    parts = remat.split("+")
+    host = [part.removeprefix("host:") for part in parts if part.startswith("host:")]
+    device = [part for part in parts if not part.startswith("host:")]
+    if unknown := set(host + device) - set(NAMES):
+        raise ValueError(f"remat: expected one of {', '.join(REMAT)}, or names of {', '.join(NAMES)} joined by + "
+                         f"(host:NAME: kept in the host's memory), got {remat!r}; correct {sorted(unknown)[0]!r}")
+    if not host:
+        return save(*device)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=device, names_which_can_be_offloaded=host, offload_src="device",
+        offload_dst="pinned_host")
 
 
 class Stack(nnx.Module):
@@ -40,7 +65,7 @@ class Stack(nnx.Module):
         a leading dimension of the layers of that kind, or None. Returns x, the new caches, and the outs, stacked.
         """
         graph, params = split_module(self.block)
-        policy = REMAT[self.remat]
+        policy = remat_policy(self.remat)
 
         def layer_of(kind: int) -> Callable[..., Any]:
             def layer(x: jax.Array, params: Any, per_layer: Any, cache: Any) -> tuple[jax.Array, Any, Any]:
