@@ -2,6 +2,7 @@
 
     lmjax train --config configs/llama3_70b.py --workdir /mnt/runs/llama3_70b
     lmjax plan --config configs/llama3_70b.py --topology v5p-512
+    lmjax plan --config configs/llama3_70b.py:v6e --topology v6e-256
 
 `configs/llama3_70b.py:v6e` is the same on v6e-256.
 """
