@@ -95,12 +95,13 @@ class Collective(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A custom call: what it calls, from where, on arrays of which shapes, and how often a step."""
+    """A custom call: what it calls, from where, on arrays of which shapes, how often a step, and what it makes."""
 
     target: str
     op_name: str
     operands: tuple[tuple[str, tuple[int, ...]], ...]
     times: int
+    results: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclasses.dataclass
@@ -354,7 +355,7 @@ def _call(instruction: Instruction, computation: dict[str, Instruction], times: 
     target = TARGET.search(instruction.attributes)
     operands = tuple(array for name in instruction.operands if name in computation
                      for array in arrays(computation[name].shape))
-    return Call(target[1] if target else "", instruction.op_name, operands, times)
+    return Call(target[1] if target else "", instruction.op_name, operands, times, tuple(arrays(instruction.shape)))
 
 
 def _numbers(attributes: str, key: str) -> Sequence[int]:

@@ -80,7 +80,7 @@ def measure(recipe: Recipe, topology: Topology | str) -> tuple[Result, str]:
     """The same in this process, not kept. For TPU its environment must have been set by `chips.tpu_compiler`.
 
     Raises:
-      ValueError: the recipe does not fit the devices.
+      ValueError: the recipe does not fit the devices, or the compiler failed.
     """
     devices = _devices(topology)
     began = time.monotonic()
@@ -98,7 +98,8 @@ def measure(recipe: Recipe, topology: Topology | str) -> tuple[Result, str]:
         step = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if (needs := _needed(str(error))) is None:
-            raise
+            raise ValueError(f"--topology {topology}: expected the step to compile, got {_first_line(error)}; change "
+                             "the mesh, model.remat or LIBTPU_INIT_ARGS") from None
         return result | {"needs": needs}, ""
     seconds = {"trace": traced - began, "compile": time.monotonic() - traced}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

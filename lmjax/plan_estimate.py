@@ -17,7 +17,7 @@ from lmjax.chips import Chip, parse_topology
 Result = dict[str, Any]
 
 # Pallas kernels carry no cycles. Attention: the matmuls of a visited tile, at half of peak. Grouped matmuls: 70%.
-ATTENTION_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}
+ATTENTION_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4, "dq, dkv": 5}
 ATTENTION_SHARE, GROUPED_SHARE = 0.5, 0.7
 
 
@@ -127,11 +127,15 @@ def _collective_rows(collectives: Sequence[hlo.Collective], slices: Sequence[int
 
 
 def attention_role(call: hlo.Call) -> str:
-    """Which pass of an attention kernel a Pallas call is (fwd, dq, dkv), by its name; "" for anything else."""
+    """Which pass of an attention kernel a Pallas call is, of `ATTENTION_MATMULS`, by its name; "" for anything else.
+
+    A dkv that makes three arrays makes dq as well, of scores that a dq of its own would compute once more."""
     name = call.op_name.lower()
     if "attention" not in name and "splash" not in name and "flash" not in name and "mha" not in name:
         return ""
-    return "dkv" if "dkv" in name else "dq" if "dq" in name else "fwd"
+    if "dkv" in name:
+        return "dq, dkv" if len(call.results) == 3 else "dkv"
+    return "dq" if "dq" in name else "fwd"
 
 
 def attention_flops(call: hlo.Call, window: int) -> float:
@@ -173,12 +177,12 @@ def _add_kernels(seconds: dict[str, float], calls: Sequence[hlo.Call], result: R
     """Charges Pallas calls to `seconds`; returns the names of those that it cannot."""
     unknown = []
     for call in calls:
-        if call.target != "tpu_custom_call":
-            continue  # buffers and the like: no work
+        if call.target != "tpu_custom_call" or call.op_name == "ragged-dot-metadata":
+            continue  # buffers, tables of group sizes and the like: no work
         kind, flops, share = "attention", 0.0, ATTENTION_SHARE
         if attention_role(call):
             flops = attention_flops(call, result["window"])
-        elif "gmm" in call.op_name.lower():
+        elif "gmm" in call.op_name.lower() or "ragged-dot" in call.op_name:
             kind, flops, share = "grouped", grouped_flops(call), GROUPED_SHARE
         if not flops:
             unknown.append(call.op_name or call.target)
@@ -187,14 +191,14 @@ def _add_kernels(seconds: dict[str, float], calls: Sequence[hlo.Call], result: R
 
 
 def grouped_flops(call: hlo.Call) -> float:
-    """FLOPs of a grouped matmul, rows [M, K] each by one of the matrices [E, K, N], or of its transpose, [K, M] by
-    [M, N]: both multiply M rows."""
+    """FLOPs of a grouped matmul, rows [M, K] each by one of the matrices [E, K, N] or [E, N, K], or of its transpose,
+    [K, M] or [M, K] by [M, N]: all multiply M rows."""
     floats = [dims for dtype, dims in call.operands if dtype in ("bf16", "f32", "f16", "s8") and len(dims) >= 2]
     if len(floats) < 2:
         return 0.0
     a, b = floats[:2]
-    rows = max(set(a) & set(b), default=1) if len(b) == 2 else 1
-    return 2.0 * math.prod(a) * (b[2] if len(b) == 3 else math.prod(b) / rows)
+    shared = max(set(a) & set(b), default=1) if len(b) == 2 else a[-1]
+    return 2.0 * math.prod(a) * math.prod(b[-2:]) / shared
 
 
 def span(values: tuple[float, float], form: Callable[[float], str]) -> str:

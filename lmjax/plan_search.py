@@ -26,9 +26,9 @@ MATMUL_SHARE = 0.75  # of peak, for a large matmul
 OVERHEAD = 0.15  # of the matmuls' time: norms, activations, the optimizer
 # Of a layer's forward FLOPs, how much the backward pass computes again; and what is kept, in bytes a token: of width
 # embed_dim, and of all matmuls' results. An unknown policy is taken for the heaviest of each.
-AGAIN = {"none": 0.0, "dots": 0.1, "full": 1.0}
-KEPT_EMBED = {"none": 8.0, "dots": 2.0, "full": 2.0}
-KEPT_MATMULS = {"none": 4.0, "dots": 2.0, "full": 0.0}
+AGAIN = {"none": 0.0, "dots": 0.1, "attention": 0.5, "full": 1.0}
+KEPT_EMBED = {"none": 8.0, "dots": 2.0, "attention": 12.0, "full": 2.0}
+KEPT_MATMULS = {"none": 4.0, "dots": 2.0, "attention": 0.0, "full": 0.0}
 
 
 class Guess(NamedTuple):

@@ -226,7 +226,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def sum_where_it_lies(contract: Callable[[jax.Array, jax.Array], jax.Array], a: jax.Array, b: jax.Array,
                       rows: tuple[str, str], sides: tuple[str, str]) -> jax.Array:
-    """`contract` of a [B, T, D] and b [B, T, F] over B and T (named by `rows`) to [D, F], laid out by its `sides`.
+    """`contract` of a [B, T, D, ...] and b [B, T, F, ...] over B and T (named by `rows`) to [D, ..., F, ...], laid out
+    by D and F, which `sides` names.
 
     Each device contracts its own rows, and the sum over devices is a reduce-scatter along every mesh axis that a side
     is split over, one after the other. Left alone, TPU's compiler sums all of it everywhere before it takes each
@@ -246,7 +247,7 @@ def sum_where_it_lies(contract: Callable[[jax.Array, jax.Array], jax.Array], a: 
 
     def local(a: jax.Array, b: jax.Array) -> jax.Array:
         total = contract(a, b)
-        for dim, side in enumerate(own):
+        for dim, side in zip((0, a.ndim - 2), own, strict=True):
             for axis in side:
                 if axis in over:
                     total = jax.lax.psum_scatter(total, axis, scatter_dimension=dim, tiled=True)
@@ -254,5 +255,5 @@ def sum_where_it_lies(contract: Callable[[jax.Array, jax.Array], jax.Array], a: 
         return jax.lax.psum(total, rest) if rest else total
 
     specs = tuple(PartitionSpec(*(on or None for on in (*lead, side))) for side in inner)
-    return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=PartitionSpec(*(on or None for on in own)),
-                         check_vma=False)(a, b)
+    out = PartitionSpec(own[0] or None, *[None] * (a.ndim - 3), own[1] or None)
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=out, check_vma=False)(a, b)

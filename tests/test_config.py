@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import runpy
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
+from lmjax.chips import parse_topology
 from lmjax.config import Text, build, load, plain, to_json
+from lmjax.models import build_model
 from lmjax.recipe import Recipe, blocking_changes, build_recipe, check_schedule
-from lmjax.sharding import MeshConfig
+from lmjax.sharding import MESH_AXES, Layout, MeshConfig, make_layout
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SYNTHETIC = str(ROOT / "configs" / "synthetic.py")
@@ -101,7 +105,8 @@ def test_wrong_types_without_a_command_line_form():
 
 @pytest.mark.parametrize("override, parts", [
     ("model.norm=batchnorm", ("rmsnorm, rmsnorm_1p, layernorm", "'batchnorm'")),
-    ("model.remat=ful", ("none, full, dots",)),
+    ("model.remat=ful", ("none, full, attention, dots", "'ful'")),
+    ("model.remat=query+host:kee", ("key", "correct 'kee'")),
     ("model.num_heads=7", ("divisor of embed_dim=64", "7")),
     ("model.num_kv_heads=3", ("divisor of num_heads=4", "3")),
     ("model.head_dim=5", ("even", "5")),
@@ -226,6 +231,27 @@ def test_shipped_configs_survive_json(path, variant):
     # and a ConfigDict is taken as it is
     get_config = runpy.run_path(str(path))["get_config"]
     assert build_recipe(get_config(variant) if variant else get_config()) == recipe
+
+
+PLANNED = [found for path in sorted({path for path, _ in SHIPPED})
+           for found in re.findall(r"lmjax plan --config (\S+) --topology (\S+)", path.read_text())]
+
+
+@pytest.mark.parametrize("spec, topology", PLANNED, ids=[" ".join(found) for found in PLANNED])
+def test_recipes_divide_evenly_over_the_pods_that_they_name(spec, topology):
+    """Weights, rows and heads; whether they fit into memory is in the docstring, from compiling them."""
+    recipe, chips = build_recipe(load(str(ROOT / spec))), parse_topology(topology).chips
+    sizes = {axis: getattr(recipe.mesh, axis) for axis in MESH_AXES}
+    left = chips // -math.prod(sizes.values())
+    sizes = {axis: left if n == -1 else n for axis, n in sizes.items()}
+    assert math.prod(sizes.values()) == chips
+    rules = make_layout(MeshConfig(rules=recipe.mesh.rules)).rules
+    layout = Layout(AbstractMesh(tuple(sizes.values()), tuple(sizes)), rules)
+    model = build_model(recipe.model, vocab_size=recipe.data.tokenizer.vocab_size, platform="tpu",
+                        dtype=recipe.train.dtype("tpu"), seq_len=recipe.data.seq_len)
+    layout.tree(model.axes, model.shapes)
+    layout.spec(("batch", "seq"), (recipe.train.batch_size // recipe.train.microbatches, recipe.data.seq_len))
+    assert recipe.optimizer.warmup_steps < recipe.train.steps / 10
 
 
 def test_json_is_json():

@@ -19,7 +19,7 @@ LAYERS = [
     {"recipe", "program", "train_state", "train_step", "checkpoint", "metrics", "goodput", "watch", "adapt", "interop",
      "tasks", "pretrained"},
     {"cli", "train", "run", "evaluate", "evaluate_tasks", "generate", "beam", "speculative", "stream",
-     "attention_maps", "lm", "plan", "plan_*", "report", "report_*", "prepare", "prepare_*", "data_command",
+     "attention_maps", "lm", "pods", "plan", "plan_*", "report", "report_*", "prepare", "prepare_*", "data_command",
      "bench", "bench_*"},
 ]
 MAX_FILE_LINES = 400

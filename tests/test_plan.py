@@ -64,9 +64,12 @@ def test_flops_of_kernels():
     tile = 2 * 3 * 8 * 16 * 32 * 16  # heads, a tile of 16 by 32, head_dim
     for name, matmuls in (("splash_mha_fwd", 2), ("splash_mha_dq", 3), ("splash_mha_dkv", 4)):
         assert attention_flops(Call("tpu_custom_call", name, operands, 1), 0) == matmuls * tile * 6
+    both = Call("tpu_custom_call", "splash_mha_dkv", operands, 1, (arrays,) * 3)  # makes dq, too
+    assert attention_flops(both, 0) == 5 * tile * 6
     gmm = Call("tpu_custom_call", "gmm", (("s32", (4,)), ("bf16", (96, 8)), ("bf16", (4, 8, 16))), 1)
+    back = Call("tpu_custom_call", "ragged-dot-none", (("s32", (4,)), ("bf16", (96, 16)), ("bf16", (4, 8, 16))), 1)
     tgmm = Call("tpu_custom_call", "tgmm", (("bf16", (8, 96)), ("bf16", (96, 16))), 1)
-    assert grouped_flops(gmm) == grouped_flops(tgmm) == 2 * 96 * 8 * 16
+    assert grouped_flops(gmm) == grouped_flops(back) == grouped_flops(tgmm) == 2 * 96 * 8 * 16
 
 
 # --- the devices that are here

@@ -59,7 +59,8 @@ def shell(tmp_path_factory):
     (folder / "bin" / "lmjax").write_text(STAND_IN)
     (folder / "bin" / "lmjax").chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
-                   "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+                   "XLA_FLAGS": "--xla_backend_optimization_level=0",
+                   "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
 
     def run(command: list[str], script: str) -> str:
         done = subprocess.run(command, input=script, cwd=folder, env=environment, capture_output=True, text=True,

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.nn import ops, positions
 from lmjax.optim import OptimizerConfig, make_optimizer
 from lmjax.sharding import MESH_AXES, RULES, MeshConfig, constrain, make_layout, use_layout
 from lmjax.train_state import state_spec
@@ -166,7 +167,16 @@ def gradients(mesh):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_computes_what_one_device_does(mesh):
-    loss, grads = gradients(mesh)
+    agree(*gradients(mesh))
+
+
+def test_so_do_the_matmuls_and_rotations_that_are_made_for_tpu(monkeypatch):
+    for module in (ops, positions):
+        monkeypatch.setattr(module, "platform", lambda: "tpu")
+    agree(*gradients.__wrapped__("data=2,fsdp=2,tensor=2"))
+
+
+def agree(loss, grads):
     one_loss, one_grads = gradients("one")
     assert loss == pytest.approx(one_loss, rel=1e-5)
     for (name, a), b in zip(named_leaves(grads), jax.tree.leaves(one_grads), strict=True):

@@ -20,7 +20,7 @@ from lmjax.nn.moe import MoE, MoEConfig, Routing
 from lmjax.nn.pipeline import per_part, split_key
 from lmjax.nn.positions import RopeScaling, Rotation, relative_buckets, rope_rotation, sinusoids
 from lmjax.nn.shards import balanced, ways
-from lmjax.nn.stack import REMAT, Stack
+from lmjax.nn.stack import Stack, remat_policy
 from lmjax.nn.visibility import Visibility
 from lmjax.sharding import constrain
 
@@ -44,7 +44,8 @@ class TransformerConfig:
     sliding_window: tokens that each can look back on, itself included (without causality: as many ahead); 0 is all.
     layer_pattern: of "global" and "local" layers, repeated over the layers; only local ones have the window; empty:
     all of them. attention_softcap, logit_softcap: cap * tanh(x / cap); 0 is off. attention: kernel name, or auto.
-    remat: what the backward pass computes again (none, dots, full). dropout: after the embeddings and each residual
+    remat: what the backward pass computes again (none, dots, full), or what it finds saved, such as kernel+out (see
+    `stack.remat_policy`). dropout: after the embeddings and each residual
     branch. moe: experts in the place of the MLP. embedding_std: of the token table; 0 takes init_std.
     """
 
@@ -87,9 +88,10 @@ class TransformerConfig:
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        for key, options in (("positions", POSITIONS), ("norm", NORMS), ("mlp", MLP_KINDS), ("remat", REMAT),
+        for key, options in (("positions", POSITIONS), ("norm", NORMS), ("mlp", MLP_KINDS),
                              ("norm_position", ("pre", "post", "both")), ("embedding_norm", ("none", "own", "first"))):
             choice(key, getattr(self, key), options)
+        remat_policy(self.remat)
         for kind in self.layer_pattern:
             choice("layer_pattern", kind, LAYER_KINDS)
         at_least(1, num_layers=self.num_layers, embed_dim=self.embed_dim, num_heads=self.num_heads,

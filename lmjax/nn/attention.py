@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.nn.kernels import KERNELS, attend
 from lmjax.nn.layers import Dense
@@ -107,8 +108,8 @@ class Attention(nnx.Module):
         k, v = self.key(x_BSD), self.value(x_BSD)
         k = k if self.key_norm is None else self.key_norm(k)
         k = k if rotation is None else apply_rope(k, rotation)
-        return KVCache(*(constrain(x, "batch", KERNELS[kernel].keys, "act_kv_heads", None).swapaxes(1, 2)
-                         for x in (k, v)))
+        k, v = (constrain(x, "batch", KERNELS[kernel].keys, "act_kv_heads", None) for x in (k, v))
+        return KVCache(checkpoint_name(k, "key").swapaxes(1, 2), checkpoint_name(v, "value").swapaxes(1, 2))
 
     def look(self, x_BTD: jax.Array, seen: KVCache, visibility: Visibility, rotation: Rotation | None = None,
              bias_BHTS: jax.Array | None = None, *, kernel: str) -> jax.Array:
@@ -116,7 +117,7 @@ class Attention(nnx.Module):
         q = self.query(x_BTD)
         q = q if self.query_norm is None else self.query_norm(q)
         q = q if rotation is None else apply_rope(q, rotation)
-        q = constrain(q, "batch", "seq", "act_heads", None)
+        q = checkpoint_name(constrain(q, "batch", "seq", "act_heads", None), "query")
         k, v = (x.swapaxes(1, 2) for x in seen)
         y = attend(q, k, v, visibility, scale=self.scale, softcap=self.softcap, bias=bias_BHTS, kernel=kernel)
-        return self.out(constrain(y, "batch", "seq", "act_heads", None))
+        return checkpoint_name(self.out(constrain(y, "batch", "seq", "act_heads", None)), "out")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding, PartitionSpec
@@ -17,7 +18,8 @@ from lmjax.nn.visibility import Visibility
 from lmjax.sharding import current_layout, device_kind, platform
 
 LANES = 128  # a tile's sides are multiples of the chip's vector width
-RESIDUALS = "attention"  # what remat policies know the kernel's output and log-sums by
+RESIDUALS = "kernel"  # what remat policies know the kernel's output and log-sums by
+PARTIAL = 4  # up to so many tiles of keys, dq comes from the kernel of dk and dv: a partial sum of each tile
 
 
 class Tiles(NamedTuple):
@@ -58,10 +60,13 @@ def splash_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, vi
         spec = kernel.manual_sharding_spec(NamedSharding(layout.mesh, PartitionSpec(None, axes_of("seq") or None)))
 
     def body(q: jax.Array, k: jax.Array, v: jax.Array, see: Visibility, kernel: Any) -> jax.Array:
-        q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
+        # To the kernel padding is a document too: its values have to be 0, since it sees nothing else.
+        v = jnp.where((see.kv_segments > 0)[:, :, None, None], v, 0)
+        named = (("query", q * jnp.asarray(scale, q.dtype)), ("key", k), ("value", v))
+        q, k, v = (checkpoint_name(x.swapaxes(1, 2), name) for name, x in named)  # as the backward pass reads them
         y = jax.vmap(kernel)(q, k, v, splash.SegmentIds(see.q_segments, see.kv_segments)).swapaxes(1, 2)
-        # To the kernel padding is a document too, and what it makes of no keys at all is not 0.
-        return jnp.where(see.any_seen()[:, :, None, None], y, 0)
+        # A query sees itself, if it is in the keys; else what the kernel makes of no keys at all is not 0.
+        return y if see.in_order else jnp.where(see.any_seen()[:, :, None, None], y, 0)
 
     return per_shard(body, q_BTHK, k_BSGK, v_BSGK, see, extra=kernel, extra_spec=spec)[:, :length]
 
@@ -83,10 +88,12 @@ def make_kernel(T: int, S: int, heads: int, causal: bool, window: int, softcap: 
     back = window - 1 if window else None
     mask = (masks.LocalMask((T, S), (back, 0 if causal else back), 0) if window else
             masks.CausalMask((T, S)) if causal else masks.FullMask((T, S)))
+    fused = S // tiles.dkv_keys <= PARTIAL
+    dq = {} if fused else dict(block_q_dq=tiles.dq_queries, block_kv_dq=tiles.dq_keys)
     sizes = splash.BlockSizes(
-        block_q=tiles.queries, block_kv=tiles.keys, block_kv_compute=tiles.compute, block_q_dq=tiles.dq_queries,
-        block_kv_dq=tiles.dq_keys, block_q_dkv=tiles.dkv_queries, block_kv_dkv=tiles.dkv_keys,
-        block_kv_dkv_compute=tiles.dkv_compute)
+        block_q=tiles.queries, block_kv=tiles.keys, block_kv_compute=tiles.compute, **dq,
+        block_q_dkv=tiles.dkv_queries, block_kv_dkv=tiles.dkv_keys, block_kv_dkv_compute=tiles.dkv_compute,
+        use_fused_bwd_kernel=fused)
     with jax.ensure_compile_time_eval():  # constants, also where the first call is being traced
         return splash.make_splash_mha(masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1,
                                       q_seq_shards=query_shards, attn_logits_soft_cap=softcap or None,

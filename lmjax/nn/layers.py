@@ -9,9 +9,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.nn.module import Initializer, normal, ones, param, zeros
-from lmjax.nn.ops import matmul, rms_norm
+from lmjax.nn.ops import barrier, matmul, rms_norm
 from lmjax.sharding import constrain
 
 ACTIVATIONS = {
@@ -48,9 +49,7 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
-        lead, out = x.shape[: x.ndim - self.num_in], kernel.shape[self.num_in:]
-        rows = math.prod(kernel.shape[: self.num_in])
-        y = matmul(x.reshape(*lead, rows), kernel.reshape(rows, -1), self.sides).reshape(*lead, *out)
+        y = matmul(x, kernel, self.sides, self.num_in)
         return y if self.bias is None else y + _along_last(self.bias[...].astype(x.dtype), y.ndim)
 
 
@@ -130,8 +129,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]
-        h_BTF = act(self.up(x_BTD)) if self.gate is None else act(self.gate(x_BTD)) * self.up(x_BTD)
-        return self.down(constrain(h_BTF, "batch", "seq", "act_mlp"))
+        h_BTF = checkpoint_name(self.up(x_BTD), "up")
+        h_BTF = act(h_BTF) if self.gate is None else act(checkpoint_name(self.gate(x_BTD), "gate")) * h_BTF
+        return self.down(barrier(constrain(h_BTF, "batch", "seq", "act_mlp"), "tpu"))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -6,6 +6,7 @@ TPU and GPU, where that fusion is what one wants, it does nothing. docs/speed.md
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -19,9 +20,9 @@ Dims = Any  # the dimension numbers of lax.dot_general
 MATMUL = "matmul"  # what remat policies know the results by: they do not see into a custom_vjp
 
 
-def barrier(x: jax.Array) -> jax.Array:
-    """x, kept out of its consumers' fusions on a CPU."""
-    return lax.optimization_barrier(x) if platform() == "cpu" else x
+def barrier(x: jax.Array, *on: str) -> jax.Array:
+    """x, kept out of its consumers' fusions on a CPU and on the other platforms named."""
+    return lax.optimization_barrier(x) if platform() in ("cpu", *on) else x
 
 
 def dot(a: jax.Array, b: jax.Array, dims: Dims) -> jax.Array:
@@ -50,36 +51,42 @@ def dot_rows(a: jax.Array, b: jax.Array, batch_dims: int = 0, *, dtype: Any = No
     return lax.dot_general(left, b, dims, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def matmul(x: jax.Array, w: jax.Array, axes: tuple[str, str] | None = None) -> jax.Array:
-    """x [..., D] @ w [D, F] -> [..., F].
+def matmul(x: jax.Array, w: jax.Array, axes: tuple[str, str], num_in: int = 1) -> jax.Array:
+    """x [..., *in] by w [*in, *out] -> [..., *out], where w has `num_in` dimensions in.
 
-    axes: the names that the two dimensions of w are placed by, from which the sharding of its gradient is known.
+    axes: what the first dimension in and the first out are placed by, from which the sharding of w's gradient is known.
     """
-    if num_devices() > 1:  # merged dimensions could not keep their separate shardings
-        y = _matmul(x, w, axes)
-    else:
-        y = _matmul(x.reshape(-1, x.shape[-1]), w, None).reshape(*x.shape[:-1], w.shape[-1])
-    return checkpoint_name(y, MATMUL)
+    lead, out = x.shape[:x.ndim - num_in], w.shape[num_in:]
+    if platform() == "tpu":  # whose matmuls take apart and merge dimensions that others would copy
+        return checkpoint_name(_matmul(x, w, axes, num_in), MATMUL)
+    x, w = x.reshape(*lead, -1), w.reshape(math.prod(w.shape[:num_in]), -1)
+    if num_devices() == 1:  # else merged dimensions could not keep their separate shardings
+        x = x.reshape(-1, x.shape[-1])
+    return checkpoint_name(_matmul(x, w, axes, 1).reshape(*lead, *out), MATMUL)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, w: jax.Array, axes: tuple[str, str] | None) -> jax.Array:
-    return dot(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x: jax.Array, w: jax.Array, axes: tuple[str, str], num_in: int) -> jax.Array:
+    return dot(x, w, ((tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))), ((), ())))
 
 
-def _matmul_forward(x: jax.Array, w: jax.Array,
-                    axes: tuple[str, str] | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _matmul(x, w, axes), (x, w)
+def _matmul_forward(x: jax.Array, w: jax.Array, axes: tuple[str, str],
+                    num_in: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _matmul(x, w, axes, num_in), (x, w)
 
 
-def _matmul_backward(axes: tuple[str, str] | None, saved: tuple[jax.Array, jax.Array],
+def _matmul_backward(axes: tuple[str, str], num_in: int, saved: tuple[jax.Array, jax.Array],
                      g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    (x, w), g = saved, barrier(g)
-    if axes is None or x.ndim != 3:
-        d_w = dot_rows(x, g)
-    else:
-        d_w = sum_where_it_lies(dot_rows, x, g, ("batch", "seq"), axes)
-    return dot(g, w, (((g.ndim - 1,), (1,)), ((), ()))), d_w
+    (x, w), g = saved, barrier(g, "tpu")  # else TPU makes g anew in each of the two matmuls
+    rows = tuple(range(x.ndim - num_in))
+
+    def contract(x: jax.Array, g: jax.Array) -> jax.Array:
+        if x.ndim == g.ndim == len(rows) + 1:
+            return dot_rows(x, g)
+        return lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=x.dtype)
+
+    d_w = sum_where_it_lies(contract, x, g, ("batch", "seq"), axes) if len(rows) == 2 else contract(x, g)
+    return dot(g, w, ((tuple(range(len(rows), g.ndim)), tuple(range(num_in, w.ndim))), ((), ()))), d_w
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -11,8 +11,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lmjax.config import at_least, choice
+from lmjax.sharding import platform
 
 # cos and sin, each float32 [B, T, head_dim / 2]
 Rotation = tuple[jax.Array, jax.Array]
@@ -106,8 +108,27 @@ def rope_rotation(positions_BT: jax.Array, head_dim: int, theta: float,
 def apply_rope(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotates the pairs (x_i, x_{i + head_dim/2}) of every head, in float32."""
     cos, sin = (r[:, :, None, :] for r in rotation)
+    if platform() == "tpu":
+        return _rope_by_matmul(x_BTHK, *(jnp.concatenate([r, r], axis=-1) for r in (cos, sin)))
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+@jax.custom_vjp
+def _rope_by_matmul(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x * cos + (x turned by a right angle) * sin. Halves of a vector register cannot be swapped cheaply; a matmul
+    with a signed permutation swaps them, without rounding, and fuses with what follows."""
+    half = x_BTHK.shape[-1] // 2
+    turn = np.roll(np.eye(2 * half), half, axis=1)
+    turn[half:] *= -1
+    exact = lax.Precision.HIGHEST if x_BTHK.dtype == jnp.float32 else None
+    turned = lax.dot_general(x_BTHK, jnp.asarray(turn, x_BTHK.dtype), (((3,), (0,)), ((), ())), precision=exact,
+                             preferred_element_type=jnp.float32)
+    return (x_BTHK.astype(jnp.float32) * cos + turned * sin).astype(x_BTHK.dtype)
+
+
+_rope_by_matmul.defvjp(lambda x, cos, sin: (_rope_by_matmul(x, cos, sin), (cos, sin)),
+                       lambda saved, g: (_rope_by_matmul(g, saved[0], -saved[1]), None, None))
 
 
 def sinusoids(positions_BT: jax.Array, dim: int) -> jax.Array:

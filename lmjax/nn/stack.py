@@ -12,12 +12,37 @@ from lmjax.nn.ops import MATMUL
 from lmjax.nn.pipeline import pipeline
 from lmjax.nn.shards import axes_of
 
+save = jax.checkpoint_policies.save_only_these_names
 # What the backward pass finds saved of a layer's forward pass; the rest it computes again.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(MATMUL),
+    "attention": save("query", "key", "value", "kernel", "out"),  # all but the MLP
+    "dots": save(MATMUL),
 }
+NAMES = ("query", "key", "value", "kernel", "out", "gate", "up")  # that `remat` may list
+
+
+def remat_policy(remat: str) -> Any:
+    """What `jax.checkpoint` takes for a row of `REMAT`, or for some of `NAMES` joined by +, of which those written
+    host:NAME are kept in the host's memory; None: keep everything.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if remat in REMAT:
+        return REMAT[remat]
+    parts = remat.split("+")
+    host = [part.removeprefix("host:") for part in parts if part.startswith("host:")]
+    device = [part for part in parts if not part.startswith("host:")]
+    if unknown := set(host + device) - set(NAMES):
+        raise ValueError(f"remat: expected one of {', '.join(REMAT)}, or names of {', '.join(NAMES)} joined by + "
+                         f"(host:NAME: kept in the host's memory), got {remat!r}; correct {sorted(unknown)[0]!r}")
+    if not host:
+        return save(*device)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=device, names_which_can_be_offloaded=host, offload_src="device",
+        offload_dst="pinned_host")
 
 
 @jax.tree_util.register_pytree_node_class
@@ -70,19 +95,19 @@ class Stack(nnx.Module):
         """`__call__` of as many layers as `block`, taken apart, has parameters of."""
         graph, params = block
         num_layers = jax.tree.leaves(params)[0].shape[0]
-        policy = REMAT[self.remat]
+        policy = remat_policy(self.remat)
 
-        def layer_of(kind: int) -> Callable[..., Any]:
+        def layer_of(kind: int, looped: bool) -> Callable[..., Any]:
             def layer(x: jax.Array, params: Any, per_layer: Any, cache: Any) -> tuple[jax.Array, Any, Any]:
                 return merge_module(graph, params)(x, per_layer, cache, shared[kind])
 
             # Inside a scan the loop itself keeps XLA from undoing the recomputation.
-            return layer if policy is None else jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan)
+            return layer if policy is None else jax.checkpoint(layer, policy=policy, prevent_cse=not looped)
 
-        layers = [layer_of(kind) for kind in range(len(shared))]
-
-        def run(x: jax.Array, part: Any, kinds: Sequence[int], join: Any = _stacked) -> tuple[jax.Array, Any]:
+        def run(x: jax.Array, part: Any, kinds: Sequence[int], join: Any = _stacked,
+                looped: bool = False) -> tuple[jax.Array, Any]:
             params, per_layer, caches = part
+            layers = [layer_of(kind, looped) for kind in range(len(shared))]
             new, outs = [[] for _ in shared], []
             for i, kind in enumerate(kinds):
                 cache = _at(caches[kind], len(new[kind]))
@@ -101,7 +126,8 @@ class Stack(nnx.Module):
         parts = [_split(params, rounds, period), _split(per_layer, rounds, period),
                  tuple(_split(c, rounds, n) for c, n in zip(caches, each, strict=True))]
         first, last = ((p[i], q[i], tuple(c[i] for c in cs)) for i in (0, 1) for p, q, cs in [parts])
-        x, done = jax.lax.scan(lambda x, part: run(x, part, self.kinds), x, first, length=rounds,
+        looped = self.scan and rounds > 1  # a loop of one round is inlined
+        x, done = jax.lax.scan(lambda x, part: run(x, part, self.kinds, looped=looped), x, first, length=rounds,
                                unroll=1 if self.scan else rounds)
         new, outs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), done)
         if rest:

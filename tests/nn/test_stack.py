@@ -114,12 +114,13 @@ def test_remat_saves_less():
     """What the policies are for: residuals between the passes get fewer from none to dots to full."""
     batch = rows([documents(0)] * 4)
     saved = {}
-    for remat in REMAT:
+    for remat in (*REMAT, "query+key"):
         model = model_of(remat=remat, num_layers=6)
         params = initial(model.config)
         _, pull = jax.vjp(lambda p, m=model: next_token_loss(m)(p, batch, None).total, params)
         saved[remat] = sum(x.size for x in jax.tree.leaves(pull))
-    assert saved["full"] < saved["dots"] < saved["none"], saved
+    assert saved["full"] < saved["attention"] < saved["dots"] < saved["none"], saved
+    assert saved["full"] < saved["query+key"] < saved["attention"], saved
 
 
 def test_every_layer_has_weights_of_its_own():

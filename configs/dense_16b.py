@@ -1,0 +1,15 @@
+"""A dense decoder of 16B parameters (32 layers of 4096, 64 heads of 128, SwiGLU of 28,672) on a slice of TPU v5e-256,
+6 x 2048 tokens a chip.
+
+    lmjax train --config configs/dense_16b.py --workdir /mnt/runs/dense_16b
+    lmjax plan --config configs/dense_16b.py --topology v5e-256
+"""
+
+from ml_collections import ConfigDict
+
+from lmjax.pods import pod
+
+
+def get_config() -> ConfigDict:
+    return pod("llama2-7b", batch_size=1536, seq_len=2048, tokens=1e12, remat="kernel", num_heads=64, head_dim=128,
+               num_kv_heads=64, mlp_dim=28672, mesh=dict(data=16, fsdp=-1, rules=dict(embed=("data", "fsdp"))))

@@ -1,0 +1,29 @@
+"""Llama 3 8B (Grattafiori et al. 2024, arXiv:2407.21783) on a slice of TPU v5e-256, 8192 tokens a chip.
+
+    lmjax train --config configs/llama3_8b.py --workdir /mnt/runs/llama3_8b
+    lmjax plan --config configs/llama3_8b.py --topology v5e-256
+    lmjax plan --config configs/llama3_8b.py:v5p --topology v5p-128
+    lmjax plan --config configs/llama3_8b.py:long --topology v5p-128
+
+`configs/llama3_8b.py:v5p` is the same on v5p-128 (64 chips), 4 x 8192 tokens a chip, and `configs/llama3_8b.py:long`
+Llama 3.1 8B on v5p-128 with rows of 131,072 tokens, each over eight chips.
+"""
+
+from ml_collections import ConfigDict
+
+from lmjax.pods import pod
+
+TOKENS = 15e12  # of the paper
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "v5p", "long"):
+        raise ValueError(f"configs/llama3_8b.py: expected no variant, v5p or long, got {variant!r}; leave it out")
+    if variant == "v5p":
+        return pod("llama3-8b", batch_size=256, seq_len=8192, tokens=TOKENS, mesh=dict(data=4, fsdp=-1),
+                   remat="attention", loss_chunk=2048)
+    if variant == "long":  # the later part of a run, in which rows grow; its rate is where that of the first part ended
+        return pod("llama3.1-8b", batch_size=16, seq_len=131072, tokens=1e11, peak_lr=3e-5,
+                   mesh=dict(data=1, fsdp=-1, context=8), remat="full", loss_chunk=2048)
+    return pod("llama3-8b", batch_size=256, seq_len=8192, tokens=TOKENS, remat="kernel+out", loss_chunk=2048,
+               mesh=dict(data=16, fsdp=-1, rules=dict(embed=("data", "fsdp"))))

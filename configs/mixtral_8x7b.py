@@ -1,0 +1,18 @@
+"""Mixtral 8x7B (Jiang et al. 2024, arXiv:2401.04088) on a slice of TPU v5p-128 (64 chips), 4 x 4096 tokens a chip.
+
+    lmjax train --config configs/mixtral_8x7b.py --workdir /mnt/runs/mixtral_8x7b
+    lmjax plan --config configs/mixtral_8x7b.py --topology v5p-128
+
+On twice the chips (`--topology v5p-256`), give it twice the rows: `--config.train.batch_size=512`.
+"""
+
+from ml_collections import ConfigDict
+
+from lmjax.pods import pod
+
+
+def get_config() -> ConfigDict:
+    # Replicas along one side of the torus, weights split over the other two: over all three, this compiler gathers
+    # them by all-reduce. What replicas sum is only a shard of the gradients.
+    return pod("mixtral-8x7b", batch_size=256, seq_len=4096, tokens=2e12, remat="attention",
+               mesh=dict(data=4, fsdp=-1))
