@@ -110,6 +110,19 @@ def test_collectives_are_those_of_the_mesh(here):
     assert sum(sent.values()) < 40 * made.memory["parameters"] * 4  # weights and gradients, not logits or scores
 
 
+@pytest.mark.parametrize("mesh, most", [("data=8", 4 * 115_008 + 64), ("data=2 tensor=4", 8 * 64 * 256 * 4 - 1)])
+def test_replicas_sum_gradients_and_tensor_parallelism_sums_activations(mesh, most):
+    """Nothing is gathered, exchanged or resharded. data: each gradient is summed once; tensor: no array that is summed
+    is as large as the logits of a device's rows."""
+    _, text = measure(recipe_of("mesh.data=1", "mesh.fsdp=1", *(f"mesh.{axis}" for axis in mesh.split())), "cpu")
+    found = costs(parse(text), 8).collectives
+    assert {c.kind for c in found} == {"all-reduce"}
+    total = sum(c.times * c.bytes for c in found)
+    assert max(c.bytes for c in found) <= most and total > 4 * 115_008
+    if mesh == "data=8":
+        assert total <= most
+
+
 def test_gradients_of_layers_are_reduce_scattered(here):
     """Over fsdp, which splits the weights; what is then summed over data is a quarter of them."""
     found = [c for c in costs(parse(here[2]), 8).collectives if "shard_map" in c.op_name]
