@@ -67,7 +67,7 @@ def test_the_fast_kernel_equals_the_reference(name):
         assert error < 0.015, (what, error)
 
 
-def losses(attention, dtype, steps=8):
+def losses(attention, dtype, steps=4):
     recipe = build_recipe({
         "model": dict(num_layers=2, embed_dim=128, num_heads=2, mlp_dim=256, attention=attention),
         "data": {"sources": [{"name": "chain", "uri": "synthetic:64"}], "tokenizer": {"vocab_size": 64},
