@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterable
 
+import jax
+
 from lmjax.data.pipeline import Split
 from lmjax.losses import Loss
 from lmjax.models import Batch
@@ -17,7 +19,10 @@ def evaluate(eval_step: Callable[[Params, Batch], Loss], params: Params, batches
       ValueError: no token in them.
     """
     # Summed on the host in float64, in the order of the batches: the result does not depend on timing.
-    sums = [eval_step(params, batch) for batch in batches]
+    sums: list[Loss] = []
+    for batch in batches:
+        sums.append(eval_step(params, batch))
+        jax.block_until_ready(sums[max(len(sums) - 3, 0)])  # two ahead, so that batches do not pile up
     tokens = sum(float(s.weight) for s in sums)
     if not tokens:
         raise ValueError("eval: expected held-out tokens, got none; raise data.heldout_fraction or set eval.every=0")

@@ -102,6 +102,8 @@ def _reached(run: Run) -> str:
 def _compared(run: Run) -> str:
     """How the newest held-out loss stands to the n-gram baselines, which predict the same tokens."""
     loss = last(run.heldout, "loss")
+    if run.config.get("data", {}).get("objective", {}).get("name", "causal_lm") != "causal_lm":
+        return ""  # other tokens are predicted, or from both sides
     known = [(b["name"], b["loss"]) for b in run.baselines if math.isfinite(b.get("loss", math.nan))]
     if math.isnan(loss) or not known:
         return ""

@@ -52,6 +52,7 @@ class Run:
     about: dict[str, Any]
     steps: Steps
     tokens: int = 0  # trained on before this start
+    unfinished: bool = False  # the newest step was saved before it was evaluated
     restore_seconds: float = 0.0  # that making the state took, if it was read from a checkpoint
     state: TrainState | None = None
     compiled: StepFn | None = None  # the train step, once the loop has started
@@ -171,6 +172,7 @@ def _restore(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
         return facts
     run.restore_seconds = time.monotonic() - began
     run.state, about = found
+    run.unfinished = about.get("unfinished", False)
     run.about |= {key: about[key] for key in STARTED_FROM if key in about}
     data, step, size = about["data"], int(run.state.step), run.recipe.train.batch_size
     before = Steps.restored(data, step)

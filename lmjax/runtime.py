@@ -220,12 +220,18 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: int | None = None
         self.deferred = False  # set once there is a step to save: until then a signal ends the process at once
+        self._calls, self._due = 0, False
 
-    def due(self, step: int) -> bool:
-        """True on every process at the same step. Call it once a step."""
-        if jax.process_count() > 1:  # the distributed runtime holds SIGTERM and agrees on a step
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.received is not None
+    def due(self) -> bool:
+        """True on every process at the same call, and from then on. Call it as often on each of them."""
+        if self._due:
+            return True
+        self._calls += 1
+        if jax.process_count() > 1:  # the distributed runtime holds SIGTERM and agrees on a call
+            self._due = multihost_utils.reached_preemption_sync_point(self._calls)
+        else:
+            self._due = self.received is not None
+        return self._due
 
 
 @contextlib.contextmanager
@@ -239,7 +245,7 @@ def stop_signal() -> Iterator[StopSignal]:
         if number == signal.SIGINT and (stop.received == number or not stop.deferred):
             raise KeyboardInterrupt
         if not stop.deferred:
-            raise SystemExit(0)
+            raise SystemExit(128 + number)  # nothing is saved: who waits for the run must not think it done
         stop.received = number
         if several:  # the distributed runtime, which holds that signal, tells the others
             os.kill(os.getpid(), signal.SIGTERM)

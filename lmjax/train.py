@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lmjax.data import eval_batches, make_batches
 from lmjax.evaluate import bits_per_byte, evaluate
 from lmjax.goodput import FILE, KINDS, Ledger, account, goodput_line
 from lmjax.metrics import MetricsWriter, Progress, human_count, read_jsonl
+from lmjax.models import Batch
 from lmjax.recipe import Recipe
 from lmjax.report import write_report
 from lmjax.run import Log, Run, claimed, set_up
@@ -59,6 +60,10 @@ def train(recipe: Recipe, workdir: str | Path, log: Log = _to_stderr) -> str:
     return outcome
 
 
+class _Stopped(Exception):
+    """The run was told to stop in the middle of an evaluation."""
+
+
 class Loop:
     """The training loop. Step k is dispatched before the metrics of step k-1 are read."""
 
@@ -71,27 +76,28 @@ class Loop:
         self.slow, self.saved = Outliers(), 0  # saved: the newest step that is being
         devices = run.layout.mesh.devices
         self.peak = (peak_flops(devices.flat[0].device_kind) or math.nan) * devices.size  # FLOP/s of all, if known
-        self.newest = (0.0, 0.0)  # loss and parameter norm of the newest reported step
         self.tokens = run.tokens
         self.began = self.last = time.monotonic()  # last: when the newest reported step was done
 
     def run(self, start: int, end: int, stop: StopSignal) -> str:
         """Runs steps [start, end) and leaves the state in the run. "done", or "stopped" and saved."""
         run, recipe = self.run_, self.run_.recipe
-        if start >= end:
+        if start >= end and not run.unfinished:
             return "done"
-        stop.deferred = True
+        self.stop, stop.deferred = stop, True
         steps, state = recipe.train.steps, run.state
         run.state = None  # the step donates it
         batches = make_batches(run.train_split, batch_size=recipe.train.batch_size, start_row=run.steps.rows(start),
-                               steps=end - start, sharding=run.layout.sharding(("batch", "seq")))
+                               steps=max(end - start, 1), sharding=run.layout.sharding(("batch", "seq")))
         trace = Trace(recipe.watch.profile, run.workdir)
         watchdog = self.watchdog = Watchdog(recipe.watch.stall_seconds, run.workdir)
         with (contextlib.closing(batches), contextlib.closing(_progress(steps)) as self.progress,
               contextlib.closing(trace), contextlib.ExitStack() as watched):
-            if run.compiled is None:  # while the first batches are made in the background
+            if run.compiled is None and start < end:  # while the first batches are made in the background
                 self._timed(start, "compile", lambda: _compile(run))
             watched.enter_context(watchdog)  # only now: nothing moves while it compiles
+            if run.unfinished and not self._figures(start, state):
+                return "stopped"
             self.last = time.monotonic()
             for step in range(start + 1, end + 1):
                 watchdog.at(step, "waiting for data")
@@ -105,11 +111,11 @@ class Loop:
                 self.pending = (step, metrics, waited)
                 if trace.after(step, metrics):
                     self.progress.log(f"step {step}: the trace is in {run.workdir / 'profile'}")
-                stopping = stop.due(step)
+                stopping, complete = stop.due(), True
                 if self._due(step) or stopping or step == steps:
-                    self._milestone(step, state, stopping)
+                    complete = self._milestone(step, state, stopping)
                     self.last = time.monotonic()
-                if stopping and step < steps:
+                if (stopping and step < steps) or not complete:
                     self.progress.log(f"stopped and saved at step {step}; the same command goes on from there")
                     return "stopped"
             self._report()
@@ -120,33 +126,39 @@ class Loop:
         r = self.run_.recipe
         return any(every and step % every == 0 for every in (r.eval.every, r.checkpoint.every, r.sample.every))
 
-    def _milestone(self, step: int, state: TrainState, stopping: bool) -> None:
-        """Everything of this step, then its checkpoint: a run resumed from it need repeat none of it."""
-        r, final = self.run_.recipe, step == self.run_.recipe.train.steps
+    def _milestone(self, step: int, state: TrainState, stopping: bool) -> bool:
+        """Everything of this step, then its checkpoint: a run resumed from it need repeat none of it.
+
+        False if it was told to stop meanwhile: the next start then makes the figures of this step.
+        """
         self._report()
-        if final or (r.eval.every and step % r.eval.every == 0):
-            self._timed(step, "eval", lambda: self._evaluate(step, state, whole=final))
-        if (r.sample.every and (final or step % r.sample.every == 0)):
-            self._timed(step, "sample", lambda: self._sample(step, state))
-        if final or stopping or step % r.checkpoint.every == 0:
-            self._check_finite(step)
+        complete = self._figures(step, state)
+        if step == self.run_.recipe.train.steps or stopping or not complete or (
+                step % self.run_.recipe.checkpoint.every == 0):
             self.writer.flush()
-            about = {**self.run_.about, "data": self.run_.data_state(step) | {"tokens": self.tokens}}
+            about = {**self.run_.about, "data": self.run_.data_state(step) | {"tokens": self.tokens},
+                     "unfinished": not complete}
             self._timed(step, "checkpoint", lambda: self.run_.checkpointer.save(state, about))
             self.ledger.row()
             self.saved = step
+        return complete
+
+    def _figures(self, step: int, state: TrainState) -> bool:
+        """The evaluation and the samples that are due after `step`; False if it was told to stop meanwhile."""
+        r, final = self.run_.recipe, step == self.run_.recipe.train.steps
+        try:
+            if final or (r.eval.every and step % r.eval.every == 0):
+                self._timed(step, "eval", lambda: self._evaluate(step, state, whole=final))
+        except _Stopped:
+            return False
+        if r.sample.every and (final or step % r.sample.every == 0):
+            self._timed(step, "sample", lambda: self._sample(step, state))
+        return True
 
     def finish(self) -> None:
         """Returns once what was saved is on the disk."""
         if self.saved:
             self._timed(self.saved, "checkpoint", self.run_.checkpointer.wait)
-
-    def _check_finite(self, step: int) -> None:
-        """A diverged state must not push the last good checkpoints out."""
-        if not all(map(math.isfinite, self.newest)):
-            raise ValueError(f"step {step}: expected finite loss and weights, got loss {self.newest[0]} and weight "
-                             f"norm {self.newest[1]}; lower optimizer.peak_lr or clip_norm in another --workdir "
-                             "(the checkpoints so far are kept)")
 
     def _report(self) -> None:
         """Reads the metrics of the step before, which waits for that step, not for the one just dispatched."""
@@ -155,7 +167,10 @@ class Loop:
         (step, metrics, waited), self.pending = self.pending, None
         r = self.run_.recipe.train
         weight = int(metrics["weight"])  # returns when the step is done
-        self.newest = (float(metrics["loss"]), float(metrics["param_norm"]))
+        loss, norm = float(metrics["loss"]), float(metrics["param_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):  # it must not push the last good checkpoints out
+            raise ValueError(f"step {step}: expected finite loss and weights, got loss {loss} and weight norm {norm}; "
+                             "lower optimizer.peak_lr or clip_norm in another --workdir (the checkpoints are kept)")
         seconds, self.last = time.monotonic() - self.last, time.monotonic()
         self.tokens += weight
         waited = min(waited, seconds)
@@ -167,10 +182,11 @@ class Loop:
         values = {name: float(value) for name, value in metrics.items()
                   if name != "weight" and not value.ndim}
         bits = bits_per_byte(values["loss"], self.run_.train_split)
-        rate, share = weight / seconds, waited / seconds
+        rate, share = r.batch_size * self.run_.recipe.data.seq_len / seconds, waited / seconds
         epoch = max(self.run_.train_split.epochs(self.run_.steps.rows(step)).values())
         self.writer.train(step, {**values, "bits_per_byte": bits, "tokens": self.tokens, "epoch": epoch})
-        flops = self.run_.model.flops_per_token(self.run_.recipe.data.seq_len) * rate
+        flops = self.run_.model.flops_per_token(self.run_.recipe.data.seq_len,
+                                                self.run_.train_split.fields.get("encoder_tokens", 0)) * rate
         mfu = {} if math.isnan(self.peak) else {"mfu": flops / self.peak}
         self.writer.timing(step, {"seconds": self.writer.seconds_before + time.monotonic() - self.began,
                                   "step_seconds": seconds, "tokens_per_second": rate, "data_wait_share": share,
@@ -194,11 +210,16 @@ class Loop:
             batches = eval_batches(run.heldout, batch_size, run.layout.sharding(("batch", "seq")),
                                    most=0 if whole else r.eval.batches)
             with contextlib.closing(batches):
-                result = evaluate(run.program.eval_fn, params, self.watchdog.each(batches, step, KINDS["eval"]),
-                                  run.heldout)
+                result = evaluate(run.program.eval_fn, params, self._until_stopped(batches, step), run.heldout)
             self.writer.eval(step, {f"{name}/{key}": value for key, value in result.items()})
             self.progress.log(f"step {step}: {name} loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits/byte,"
                               f" perplexity {result['perplexity']:.1f} over {human_count(result['tokens'])} tokens")
+
+    def _until_stopped(self, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
+        for batch in self.watchdog.each(batches, step, KINDS["eval"]):
+            if self.stop.due():
+                raise _Stopped
+            yield batch
 
     def _sample(self, step: int, state: TrainState) -> None:
         run, c = self.run_, self.run_.recipe.sample

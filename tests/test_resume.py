@@ -71,6 +71,36 @@ def test_sigterm_saves_the_step_and_exits_cleanly(straight, tmp_path):
     assert_same_run(straight, workdir, ["metrics.jsonl"])
 
 
+TOLD_WHILE_EVALUATING = """
+import os, signal, lmjax.train as train
+evaluate = train.evaluate
+def told(step, params, batches, split):
+    def watched():
+        for i, batch in enumerate(batches):
+            if i == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+    return evaluate(step, params, watched(), split)
+train.evaluate = told
+"""
+
+
+def test_sigterm_in_an_evaluation_saves_the_step_and_the_next_start_evaluates_it(straight, tmp_path):
+    workdir = tmp_path / "run"
+    for step in (8, 16):
+        assert start(workdir, *FAST, first=TOLD_WHILE_EVALUATING).wait(timeout=200) == 0
+        assert committed(workdir)[-1] == step and f"stopped and saved at step {step}" in pathlib.Path(
+            f"{workdir}.log").read_text()
+        assert not [r for r in lines(workdir) if r["step"] == step and "eval/loss" in r]
+        if step == 8:  # evaluated by a start of its own, which is told to stop right behind
+            process = start(workdir, *FAST)
+            wait_for(process, lambda: any("eval/loss" in r for r in lines(workdir)))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 0
+    finish(workdir, *FAST)
+    assert_same_run(straight, workdir, ["metrics.jsonl"])
+
+
 def test_on_text_through_tf_data_with_samples_and_ema(tmp_path):
     import sysconfig
 
