@@ -31,12 +31,13 @@ def get_config(variant: str = "") -> ConfigDict:
         objective=dict(name="span_corruption", denoisers=[dict(density=0.15, mean_span=3.0)], sentinels=100),
     )
     config.optimizer = dict(
-        name="muon",  # the paper's Adafactor saves memory that a small model does not need
-        peak_lr=1e-2,
-        schedule="cosine",
-        warmup_steps=50,
+        name="adamw",  # the paper's Adafactor saves memory that a small model does not need
+        peak_lr=2e-3,
+        b2=0.98,  # steps are few: a longer memory would still be of the beginning when they end
         weight_decay=0.01,
         clip_norm=1.0,
+        schedule="cosine",
+        warmup_steps=100,
     )
     config.train = dict(steps=2000, batch_size=16)
     config.eval = dict(every=200, batches=16)
@@ -46,8 +47,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.update(seq_len=64)
         config.data.objective.update(sentinels=16)
         config.data.tokenizer.update(vocab_size=400, train_bytes=200_000)
-        config.optimizer.update(warmup_steps=10)
-        config.train.update(steps=120)
-        config.eval.update(every=60, batches=2)
-        config.checkpoint.update(every=60)
+        config.optimizer.update(peak_lr=5e-3, warmup_steps=10)
+        config.train.update(steps=150)
+        config.eval.update(every=75, batches=2)
+        config.checkpoint.update(every=75)
     return config

@@ -108,6 +108,9 @@ class _Library(nn.Module):
         settings = write_settings(config)
         kind = getattr(transformers, settings["architectures"][0])
         self.model = kind(transformers.AutoConfig.for_model(**settings))
+        if not config.tie_embeddings:  # T5's class ties its head until it reads weights that have one
+            head = self.model.get_output_embeddings()
+            head.weight = nn.Parameter(head.weight.detach().clone())
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
         """The loss; a decoder shifts its own tokens, an encoder-decoder has its encoder's in `others`."""

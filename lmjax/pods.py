@@ -8,11 +8,11 @@ from lmjax.models.presets import PRESETS
 
 
 def pod(preset: str, *, batch_size: int, seq_len: int, tokens: float, mesh: dict[str, Any], peak_lr: float = 3e-4,
-        reserved: int = 0, **model: Any) -> ConfigDict:
+        reserved: int = 0, loss_chunk: int = 0, **model: Any) -> ConfigDict:
     """A recipe that trains `preset`, with the switches of `model` changed, on `tokens` tokens.
 
     batch_size: rows of seq_len tokens a step, over all chips. mesh: as in `MeshConfig`. reserved: ids of the model's
-    vocabulary that the tokenizer leaves to the objective or to padding.
+    vocabulary that the tokenizer leaves to the objective or to padding. loss_chunk: as in `TrainConfig`.
     """
     config = ConfigDict()
     config.model = dict(preset=preset, **model)
@@ -23,7 +23,7 @@ def pod(preset: str, *, batch_size: int, seq_len: int, tokens: float, mesh: dict
     )
     config.mesh = dict(mesh)
     config.optimizer = dict(name="adamw", peak_lr=peak_lr, warmup_steps=2000, b2=0.95, weight_decay=0.1, clip_norm=1.0)
-    config.train = dict(batch_size=batch_size, steps=int(tokens / batch_size / seq_len))
+    config.train = dict(batch_size=batch_size, loss_chunk=loss_chunk, steps=int(tokens / batch_size / seq_len))
     config.eval = dict(every=1000, batches=16)
     config.checkpoint = dict(every=1000, keep_last=2)
     return config

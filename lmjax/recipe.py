@@ -179,6 +179,7 @@ OBJECTIVE = {"encoder": "masked_lm", "encdec": "span_corruption"}  # of families
 def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
     """The strict `Recipe` of a config file's plain dict; `model.preset` stands for that preset's keys, and where the
     objective has no name it is the family's own."""
+    mapping = mapping if isinstance(mapping, Mapping) else plain(mapping)  # a ConfigDict is no Mapping
     model = mapping.get("model")
     if isinstance(model, Mapping):
         model = with_preset(model)

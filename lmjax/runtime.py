@@ -39,8 +39,9 @@ def together(explain: Explain) -> Iterator[None]:
     Without others there is just the block.
 
     Raises:
-      ValueError: the environment names a coordinator and does not say who this process is, or not all of them came
-        together within LMJAX_JOIN_SECONDS (300).
+      ValueError: the environment names a coordinator and does not say who this process is.
+
+    When not all of them have come together after LMJAX_JOIN_SECONDS (300), it says so and exits with code 2.
     """
     if not _join():
         yield
@@ -152,14 +153,19 @@ def _join() -> bool:
     seconds = os.environ.get("LMJAX_JOIN_SECONDS", "300")
     if not seconds.isdigit():
         raise ValueError(f"LMJAX_JOIN_SECONDS: expected whole seconds, got {seconds!r}; set a number such as 300")
-    try:
-        jax.distributed.initialize(**named, local_device_ids=_local_devices(), initialization_timeout=int(seconds))
-    except (RuntimeError, OSError) as error:  # JAX's own is a RuntimeError
+    def give_up() -> None:
         where = global_state.coordinator_address or address or "the address that the cluster names"
-        global_state.client = global_state.service = None  # whose shutdown would wait for the others again
-        raise ValueError(f"expected all processes at the coordinator {where} within {seconds} s, got "
-                         f"{' '.join(str(error).split())[:200]}; start all of them, process 0 on that host, and let "
-                         "its port through") from None
+        print(f"lmjax: error: expected all processes at the coordinator {where} within {seconds} s, got no answer; "
+              "start all of them, process 0 on that host, and let its port through", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    patience = threading.Timer(int(seconds), give_up)  # JAX, when its own is at an end, aborts without the address
+    patience.daemon = True
+    patience.start()
+    try:
+        jax.distributed.initialize(**named, local_device_ids=_local_devices(), initialization_timeout=int(seconds) + 30)
+    finally:
+        patience.cancel()
     return True
 
 

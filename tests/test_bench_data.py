@@ -3,10 +3,13 @@
 import json
 import sys
 
+import pytest
+
 from lmjax import bench_data, bench_pipeline
 from lmjax.cli import main
 
 
+@pytest.mark.slow
 def test_every_stage_and_every_objective_is_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_data, "CHARS", 200_000)
     monkeypatch.setattr(bench_pipeline, "DOCUMENTS", 60)

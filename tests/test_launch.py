@@ -390,7 +390,7 @@ def test_a_coordinator_that_cannot_be_reached(tmp_path):
             "LMJAX_JOIN_SECONDS": "2"})
     assert time.monotonic() - began < 60
     said = [line for line in printed.splitlines() if line.startswith("lmjax: error: ")]
-    assert len(said) == 1 and f"expected all processes at the coordinator {address} within 2 s, got" in said[0]
+    assert len(said) == 1 and f"all processes at the coordinator {address} within 2 s, got no answer" in said[0]
 
 
 # A machine with a GPU -----------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def test_apache_beam_gives_the_same_bytes(tmp_path, monkeypatch):
     texts, whole = everything(tmp_path, monkeypatch)
     prepare(make_config(texts, curate=whole), str(tmp_path / "a"), log=silent)
     monkeypatch.setattr(BeamEngine, "memory", property(lambda self: 20_000, lambda self, value: None), raising=False)
-    beam = dataclasses.replace(whole, beam=("--runner=DirectRunner",))
+    beam = dataclasses.replace(whole, beam=("--runner=FnApiRunner",))
     prepare(make_config(texts, curate=beam), str(tmp_path / "b"), log=silent)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert len(os.listdir(tmp_path)) == 3  # nothing is left of the work
@@ -146,7 +146,7 @@ def test_apache_beam_gives_the_same_bytes(tmp_path, monkeypatch):
 
 def test_without_apache_beam_it_is_asked_for(texts, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    config = make_config(texts, curate=CurateConfig(beam=("--runner=DirectRunner",)))
+    config = make_config(texts, curate=CurateConfig(beam=("--runner=FnApiRunner",)))
     with pytest.raises(ValueError, match=r"data.curate.beam: expected Apache Beam, .*; pip install lmjax\[beam\]"):
         prepare(config, str(tmp_path / "out"), log=silent)
 

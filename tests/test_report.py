@@ -115,7 +115,7 @@ def test_says_everything(tmp_path):
         "It took 3m21s on 8 CPU devices (Some CPU).",
         "finished", "20.0k", "900G", "8,412,345", "data=2, fsdp=4", "no flash kernel for a CPU", "0.10.2",
         "3f2a9c", "exact duplicate", "1,234", "2,310", "3.50", '"note": "a < b & c"',
-        "training steps that count 3m00s 83.3%", "evaluating 10s 4.6%", "Of 3m36s in all. 1 step took over 1.5 times",
+        "training steps that count 3m00s83.3%", "evaluating 10s4.6%", "Of 3m36s in all. 1 step took over 1.5 times",
     ):  # fmt: skip
         assert fact in text, fact
     assert "diverged" not in text

@@ -292,7 +292,7 @@ def _reduce(reduce: Callable, runs: Sequence[str], task: tuple[int, int | None, 
         rows = np.load(run, mmap_mode="r")
         first = np.searchsorted(rows[0], np.uint64(low))
         last = rows.shape[1] if high is None else np.searchsorted(rows[0], np.uint64(high))
-        pieces.append(rows[:, first:last])
+        pieces.append(np.array(rows[:, first:last]))  # a copy: pages of every run that was searched would add up
     rows = np.concatenate(pieces, axis=1)
     np.save(path, reduce(rows[:, np.argsort(rows[0], kind="stable")]))
 

@@ -32,7 +32,7 @@ from lmjax.data.packing import ramps
 SPACE = "\u2581"  # SentencePiece's own sign for a space
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 MODELS = ("bpe", "unigram")
-_UNIT = re.compile(r" *(?:[^\W_]+|(?:[^\w\n ]|_)+)|\n| +")  # letters and digits, or signs, with the spaces before
+_UNIT = re.compile(r" *[^ \n]+|\n| +")  # a word with the spaces before it
 # The first is needed; the others name the special tokens.
 HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 

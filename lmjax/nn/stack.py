@@ -94,7 +94,7 @@ class Stack(nnx.Module):
               shared: Sequence[Any]) -> tuple[jax.Array, Sequence[Any], Any]:
         """`__call__` of as many layers as `block`, taken apart, has parameters of."""
         graph, params = block
-        num_layers = jax.tree.leaves(params)[0].shape[0]
+        num_layers = len(jax.tree.leaves(params, is_leaf=is_apart)[0])
         policy = remat_policy(self.remat)
 
         def layer_of(kind: int, looped: bool) -> Callable[..., Any]:
