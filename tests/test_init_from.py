@@ -98,7 +98,7 @@ def texts(tmp_path_factory):
     return folder, [*options, f"data.sources.0.uri=text:{folder}/b/*.txt"]
 
 
-@pytest.mark.parametrize("kind", ["run", "hugging face"])
+@pytest.mark.parametrize("kind", [pytest.param("run", marks=pytest.mark.slow), "hugging face"])
 def test_other_text_is_read_with_the_tokenizer_of_the_source(kind, texts, tmp_path):
     folder, options = texts
     lm, where = lmjax.load(folder / "a-run"), folder / "a-run"

@@ -50,8 +50,8 @@ def read_settings(settings: Settings, where: str, present: Mapping[str, Any] | N
         return build(family.config, _fields(family, settings, where, present or {}), path=where)
     except ConfigError as error:
         raise ValueError(f"{error} (config.json, in lmjax's names)") from None
-    except (TypeError, AttributeError) as error:  # a list for a number, say
-        raise ValueError(f"{where}: expected settings as transformers writes them, got one of another type ({error}); "
+    except (TypeError, AttributeError, ZeroDivisionError) as error:  # a list for a number, say
+        raise ValueError(f"{where}: expected settings as transformers writes them, got one that is none ({error}); "
                          "fetch it again") from None
 
 

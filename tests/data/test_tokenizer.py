@@ -106,7 +106,7 @@ def test_runs_of_spaces_are_one_token():
 @pytest.mark.parametrize("config, message", [
     (TokenizerConfig(vocab_size=100), "vocab_size: expected .* got 100 .*smaller than required_chars"),
     (TokenizerConfig(vocab_size=9000), "vocab_size: expected .* got 9000 .*too high"),
-    (TokenizerConfig(path="/no/such.model"), "path: expected a SentencePiece model, got '/no/such.model'"),
+    (TokenizerConfig(path="/no/such.model"), "path: expected a SentencePiece model, .* got '/no/such.model'"),
 ])
 def test_a_tokenizer_that_cannot_be_made(config, message):
     with pytest.raises(ValueError, match=message):
