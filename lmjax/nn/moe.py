@@ -136,9 +136,10 @@ class MoE(nnx.Module):
         x_MD = jnp.where(own_M1, x_BTD.reshape(B * T, -1)[order_M // k], 0)
         dot = _staged_dot if axes_of("layers") else lax.ragged_dot
         # Rows beyond the last group: what a grouped matmul makes of them is left open.
-        y_MD = jnp.where(own_M1, self._apply(x_MD, kernels, lambda x, w: dot(x, w, sizes_E)), 0)
+        weights_M = weights_BTk.reshape(-1)[order_M]
+        y_MD = jnp.where(own_M1, self._apply(x_MD, kernels, lambda x, w: dot(x, w, sizes_E), weights_M), 0)
         y_NkD = jnp.zeros_like(y_MD).at[order_M].set(y_MD, unique_indices=True).reshape(B, T, k, -1)
-        y_BTD = jnp.einsum("BTkD,BTk->BTD", y_NkD, weights_BTk.astype(y_MD.dtype))
+        y_BTD = jnp.sum(y_NkD, axis=2)
         y_BTD = lax.psum_scatter(y_BTD, group, tiled=True) if group else y_BTD
         return lax.psum(y_BTD, halves) if halves else y_BTD
 
@@ -165,10 +166,14 @@ class MoE(nnx.Module):
     def _kernels(self, dtype: Any) -> Kernels:
         return tuple(None if e is None else e.kernel[...].astype(dtype) for e in (self.gate, self.up, self.down))
 
-    def _apply(self, x: jax.Array, kernels: Kernels, dot: Dot) -> jax.Array:
-        """The experts' MLP on rows that are already with them."""
+    def _apply(self, x: jax.Array, kernels: Kernels, dot: Dot, weights: jax.Array | None = None) -> jax.Array:
+        """The experts' MLP on rows that are already with them, each times its weight.
+
+        The weight goes on before the last matmul: behind it, its gradient would need that matmul's result again.
+        """
         (gate, up, down), act = kernels, ACTIVATIONS[self.activation]
-        return dot(act(dot(x, up)) if gate is None else act(dot(x, gate)) * dot(x, up), down)
+        hidden = act(dot(x, up)) if gate is None else act(dot(x, gate)) * dot(x, up)
+        return dot(hidden if weights is None else hidden * weights[:, None].astype(hidden.dtype), down)
 
 
 class Experts(nnx.Module):
