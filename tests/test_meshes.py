@@ -105,7 +105,7 @@ def test_the_other_families_are_pipelines_too(model):
 
 
 def test_stages_that_would_cut_the_pattern_are_refused():
-    with pytest.raises(ValueError, match="mesh.stage: expected 4 stages of whole repetitions of the 2 layers .*; change"):
+    with pytest.raises(ValueError, match="mesh.stage: expected 4 stages of whole repetitions .*; change"):
         step({"stage": 4}, **MODELS["dense"])
 
 
