@@ -44,6 +44,7 @@ REFUSED = {
     "nan": (["optimizer.peak_lr=nan"], ["optimizer.peak_lr", "finite"]),
     "string for a number": (["train.steps=many"], ["train.steps", "integer", "many"]),
     "1e4 for an integer": (["train.steps=1e4"], ["train.steps", "integer", "write 10000"]),
+    "experts without any": (["mesh.expert=2"], ["mesh.expert", "without experts", "use fsdp"]),
     "mesh and devices": (["mesh.data=3"], ["mesh", "8 devices", "data=3"]),
     "mesh and heads": (["mesh.tensor=8"], ["tensor=8", "heads=4"]),
     "mesh and kv_heads": (["mesh.tensor=4", "model.num_kv_heads=2"], ["tensor=4", "kv_heads=2"]),

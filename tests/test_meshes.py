@@ -98,6 +98,17 @@ def test_three_axes_at_a_time_compute_what_one_device_does(a, b, c, model, keys)
     assert_same({a: 2, b: 2, c: 2}, model, **keys)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["encdec", "encoder"])
+def test_the_other_families_are_pipelines_too(model):
+    assert_same({"stage": 2, "data": 2}, model)
+
+
+def test_stages_that_would_cut_the_pattern_are_refused():
+    with pytest.raises(ValueError, match="mesh.stage: expected 4 stages of whole repetitions .*; change"):
+        step({"stage": 4}, **MODELS["dense"])
+
+
 # --- what is sent
 
 STRATEGIES = {  # mesh, model, keys -> collectives that there have to be, and those that there must not
