@@ -51,6 +51,7 @@ def moved(tmp_path_factory):
     return workdir, saved
 
 
+@pytest.mark.long
 def test_every_row_is_seen_once_over_a_kill_and_other_batch_sizes(moved):
     workdir, saved = moved
     about = read_about(workdir / "checkpoints" / str(STEPS))

@@ -39,6 +39,7 @@ def test_two_processes_compute_what_one_does(one, tmp_path):
     assert [r["step"] for r in lines(tmp_path / "run")] == [r["step"] for r in lines(one)]
 
 
+@pytest.mark.long
 def test_two_processes_read_text_as_one_does(tmp_path):
     text = (f"data.sources.0.uri=text:{sysconfig.get_paths()['stdlib']}/email/*.py", "train.steps=6", "eval.every=3",
             "checkpoint.every=6", "sample.every=0", "optimizer.warmup_steps=2", "data.heldout_fraction=0.2")

@@ -211,7 +211,7 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_in(finished, tmp_path, capsys,
 
 
 def test_a_finished_run_started_again_changes_nothing(finished, capsys):
-    told = ("timing.jsonl", "events.out", "run.json", "report.html")  # of each start, or of the machine
+    told = ("timing.jsonl", "ledger.jsonl", "events.out", "run.json", "report.html")  # of each start, or of the machine
     before = {k: v for k, v in snapshot(finished).items() if not any(name in k for name in told)}
     assert run(finished, *SHORT) == 0
     assert {k: v for k, v in snapshot(finished).items() if k in before} == before

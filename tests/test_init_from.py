@@ -20,6 +20,8 @@ from lmjax.models.decoder import DecoderConfig
 from lmjax.recipe import build_recipe
 from lmjax.train_step import next_token_loss
 
+pytestmark = pytest.mark.long
+
 SYNTHETIC, TEXT = "configs/synthetic.py:tiny", "configs/quickstart.py:tiny"
 MISSING = "is not installed, so nothing is compared with it: pip install lmjax[oracle]"
 STEPS = ("train.steps=24", "checkpoint.every=4", "eval.every=24", "optimizer.ema_decay=0.9", "optimizer.warmup_steps=1")

@@ -268,6 +268,7 @@ def job_id() -> int:
                 return job
 
 
+@pytest.mark.long
 def test_slurm(cloud, tmp_path):
     """The script that is submitted really runs: two processes find each other by what Slurm sets, without arguments."""
     executable(cloud.home / "venv/bin/python", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')

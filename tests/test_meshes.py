@@ -17,6 +17,8 @@ from lmjax.train_state import state_spec
 from lmjax.train_step import make_train_step, next_token_loss
 from lmjax.tree import named_leaves
 
+pytestmark = pytest.mark.long
+
 FAMILY = {family.__name__: config for config, family in FAMILIES.items()}
 MOE = dict(experts=4, per_token=2, balance_loss=0.1, z_loss=0.01)
 SMALL = dict(num_layers=4, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=16, vocab_size=32, init_std=0.2)

@@ -70,7 +70,9 @@ def shell(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [
+    pytest.param(page, marks=() if page.name == "README.md" else pytest.mark.long) for page in PAGES],
+    ids=lambda page: page.name)
 def test_every_command_runs(page, shell):
     for script in blocks(page, "bash"):
         if not script.startswith(ELSEWHERE):

@@ -12,6 +12,8 @@ from lmjax.metrics import read_jsonl
 from lmjax.runtime import Place
 from lmjax.watch import Outliers, late
 
+pytestmark = pytest.mark.long
+
 SHORT = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=2", "eval.every=3", "eval.batches=1")
 
 

@@ -289,6 +289,7 @@ def train_model(config: TokenizerConfig, texts: Sequence[str]) -> bytes:
         "byte_fallback": True, "normalization_rule_name": "identity",  # nothing is lost
         "add_dummy_prefix": False, "remove_extra_whitespaces": False,  # nor are spaces added or removed
         "split_digits": True, "allow_whitespace_only_pieces": True, "user_defined_symbols": ["\n"],
+        "required_chars": SPACE,  # which a text of Chinese may lack, and whose bytes mean the sign itself
         "max_sentence_length": 1 << 30,  # longer lines would be left out in silence (default: 4192)
         "num_threads": 2,  # pinned: the model may depend on it
         "minloglevel": 2,

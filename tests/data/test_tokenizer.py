@@ -134,3 +134,10 @@ def test_words_end_where_letters_do(tokenizer):
     words = {tokenizer.decode(part).strip() for part in np.split(ids, np.flatnonzero(cut)[1:])}
     assert {"return", "self", "alpha42", "beta", "e\u0301t\u00e9", "x"} <= words
     assert begins[[PAD_ID, BOS_ID, EOS_ID]].all() and ends[[PAD_ID, BOS_ID, EOS_ID]].all()
+
+
+def test_spaces_come_back_that_the_training_text_did_not_have():
+    tokenizer = Tokenizer(train(TokenizerConfig(vocab_size=300), ["学而时习之不亦说乎有朋自远方来"]))
+    text = "  a b\u2581 c "
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode_batch([text])[0].tolist() == tokenizer.encode(text)

@@ -175,7 +175,7 @@ def test_local_layers_keep_no_more_than_their_window():
     model = build_model(build(DecoderConfig, COMMON | DECODERS["gemma3"].ours), vocab_size=V, platform="cpu",
                         dtype=jnp.bfloat16)
     shapes = [layer.key.shape for layer in jax.eval_shape(lambda: model.init_cache(2, 24)).layers]
-    assert shapes == [(2, 2, 5, 2, 16), (1, 2, 24, 2, 16)]
+    assert shapes == [(2, 2, 2, 5, 16), (1, 2, 2, 24, 16)]
 
 
 def test_a_prefix_is_seen_by_all_of_its_document():
