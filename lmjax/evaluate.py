@@ -22,7 +22,7 @@ def evaluate(eval_step: Callable[[Params, Batch], Loss], params: Params, batches
     sums: list[Loss] = []
     for batch in batches:
         sums.append(eval_step(params, batch))
-        jax.block_until_ready(sums[max(len(sums) - 3, 0)])  # two ahead, so that batches do not pile up
+        jax.block_until_ready(sums[:-2][-1:])  # two ahead, so that batches do not pile up
     tokens = sum(float(s.weight) for s in sums)
     if not tokens:
         raise ValueError("eval: expected held-out tokens, got none; raise data.heldout_fraction or set eval.every=0")

@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from lmjax.config import MAX_FLOAT32
+
 # Numbers for people ---------------------------------------------------------------------------------------
 
 
@@ -284,9 +286,10 @@ class _EventFile:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Rounded to float32, which is what the format holds."""
-        summary, limit = b"", 3.4028234663852886e38  # struct.pack refuses what rounds beyond; NaN and inf pass
+        summary = b""
         for tag, value in values.items():
-            value = max(-limit, min(limit, value)) if math.isfinite(value) else value
+            if math.isfinite(value):  # struct.pack refuses what rounds beyond; NaN and inf pass
+                value = max(-MAX_FLOAT32, min(MAX_FLOAT32, value))
             summary += _field(1, _field(1, tag) + struct.pack("<Bf", 2 << 3 | 5, value))
         self._write(step, _field(5, summary))
 

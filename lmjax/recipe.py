@@ -163,7 +163,7 @@ class Recipe:
 
 
 # What may differ when a run is resumed: where it runs, what is kept of it, and what the rows to come are.
-MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "watch", "watch.", "data.directory", "data.memory_limit_mib",
+MAY_CHANGE = ("mesh.", "eval.", "checkpoint.", "sample.", "watch.", "data.directory", "data.memory_limit_mib",
               "data.stages", "data.max_epochs.", "train.batch_size",  # rows trained on stay: see `run._restore`
               "data.curate.workers", "data.curate.memory_mib",
               "train.microbatches", "train.log_every", "model.attention", "model.remat", "model.scan_layers",

@@ -1,6 +1,7 @@
 """What goes wrong ends in one line that says expected, got and fix, with exit code 2, and loses nothing saved."""
 
 import errno
+import json
 import pathlib
 import shutil
 import subprocess
@@ -208,6 +209,19 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_in(finished, tmp_path, capsys,
         assert snapshot(tmp_path / "run") == before
     assert run(tmp_path / "run", *SHORT, "train.compute_dtype=float32") == 0
     assert "computing in float32 (asked for)" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_that_began_before_a_key_was_there(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    older = json.loads(file.read_text())
+    del older["watch"], older["model"]["qk_norm"], older["checkpoint"]["directory"]
+    file.write_text(json.dumps(older))
+    capsys.readouterr()
+    assert run(tmp_path / "run", *SHORT) == 0
+    assert "changed since" not in capsys.readouterr().err
+    file.write_text(json.dumps(older | {"model": older["model"] | {"gone": 1}}))
+    assert run(tmp_path / "run", *SHORT) == 2 and "model.gone: 1 -> null" in one_line(capsys)
 
 
 def test_a_finished_run_started_again_changes_nothing(finished, capsys):
