@@ -33,7 +33,7 @@ def moved(tmp_path_factory):
     running = [start(workdir, *RUN, "train.batch_size=16", "mesh.data=4", devices=2, env={
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)})
         for i in range(2)]
-    wait_for(running[0], lambda: len(lines(workdir)) >= 6)
+    wait_for(running[0], lambda: checkpoint_steps(workdir / "checkpoints"))
     running[1].send_signal(signal.SIGKILL)
     assert running[1].wait() == -signal.SIGKILL
     try:

@@ -70,7 +70,9 @@ case "$*" in
   *lmjax.cli*) echo "flags $LIBTPU_INIT_ARGS"; for word; do echo "word $word"; done; eval "$RUN" ;;
 esac
 """)
-        self.env = {**os.environ, "PATH": f"{home}/bin:{os.environ['PATH']}", "LMJAX_PYTHON": str(host), "RUN": "true"}
+        # Without what ./launch/test was told: a host must not install into the environment that runs the tests.
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("LMJAX_")}
+        self.env = {**kept, "PATH": f"{home}/bin:{os.environ['PATH']}", "LMJAX_PYTHON": str(host), "RUN": "true"}
         self.answer({})
 
     def answer(self, answers: dict[str, list[list | None]]) -> None:
