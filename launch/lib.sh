@@ -65,7 +65,8 @@ setup() {
   [[ -n "$constraints" ]] || say "no pinned versions for Python $version: taking the newest"
   rm -f "$stamp"
   log="$venv/install.log"
-  "$python" -m pip install --quiet --disable-pip-version-check --no-input \
+  # Compiling every module takes a minute; Python compiles those that it imports.
+  "$python" -m pip install --quiet --no-compile --disable-pip-version-check --no-input \
     ${constraints:+--constraint "$constraints"} --editable "$root${extras:+[$extras]}" >"$log" 2>&1 ||
     { cat "$log" >&2; die "the installation failed; its output is above and in $log"; }
   printf '%s\n%s\n' "$state" "$extras" >"$stamp"

@@ -45,10 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
-        if os.environ.get("LMJAX_TRACEBACK"):
+    except Exception as error:
+        code, line = _explain(error)
+        if code == 1 or os.environ.get("LMJAX_TRACEBACK"):
             raise
-        return _refuse(_explain(error)[1])
+        return _refuse(line)
     except KeyboardInterrupt:
         return 130
 
@@ -238,11 +239,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
-    """The exit code of an error that ended a command, and its one line."""
+    """The exit code of an error that ended a command, and its one line.
+
+    2: what was asked cannot be. Such errors say what was expected; a ValueError that does not is a fault, 1.
+    """
     message = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and message.startswith("RESOURCE_EXHAUSTED"):
+        return 2, (f"expected what was asked to fit in the device's memory, got {message:.300}; lower the batch size, "
+                   "raise train.microbatches, set model.remat=full, or split weights over more devices (mesh.fsdp); "
+                   "`lmjax plan` tells beforehand")
     if isinstance(error, OSError) and "expected" not in message:
         message = f"expected to read and write files, got {message}; make room or check the path, then try again"
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, ValueError | OSError) and "expected" in message:
         return 2, message
     return 130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {message}"[:500]
 

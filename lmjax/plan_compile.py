@@ -10,7 +10,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import re
 import resource
@@ -31,7 +30,7 @@ from lmjax.config import plain
 from lmjax.data.objectives import Objective
 from lmjax.program import Program, make_program
 from lmjax.recipe import Recipe, build_recipe
-from lmjax.tree import num_elements
+from lmjax.tree import num_elements, shard_bytes
 
 Result = dict[str, Any]
 Log = Callable[[str], None]
@@ -122,13 +121,9 @@ def _memory(program: Program, step: jax.stages.Compiled) -> dict[str, int]:
     arguments, temporary = said.argument_size_in_bytes, said.temp_size_in_bytes
     fresh = max(said.output_size_in_bytes - said.alias_size_in_bytes, 0)  # the step's input is donated
     code = said.generated_code_size_in_bytes
-    return {"parameters": _shard_bytes(shapes.params), "optimizer": _shard_bytes(shapes.opt_state),
-            "average": _shard_bytes(shapes.ema), "batch": _shard_bytes(program.batch), "arguments": arguments,
+    return {"parameters": shard_bytes(shapes.params), "optimizer": shard_bytes(shapes.opt_state),
+            "average": shard_bytes(shapes.ema), "batch": shard_bytes(program.batch), "arguments": arguments,
             "temporaries": temporary, "outputs": fresh, "code": code, "peak": arguments + temporary + fresh + code}
-
-
-def _shard_bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _devices(topology: Topology | str) -> Sequence[jax.Device]:

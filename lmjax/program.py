@@ -9,11 +9,12 @@ from lmjax.data.packing import dtype_of
 from lmjax.losses import Loss
 from lmjax.models import Batch, Model, build_model
 from lmjax.nn.module import Params
+from lmjax.nn.quantized import check_matmul_dtype, matmuls_in
 from lmjax.optim import make_optimizer, make_schedule
 from lmjax.recipe import Recipe
 from lmjax.sharding import Layout, make_layout
 from lmjax.train_state import StateSpec, state_spec
-from lmjax.train_step import make_eval_step, make_train_step, next_token_loss
+from lmjax.train_step import LossFn, make_eval_step, make_train_step, next_token_loss
 
 
 class Program(NamedTuple):
@@ -47,6 +48,7 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     if layout.mesh.shape["expert"] > 1 and not recipe.model.moe.experts:
         raise ValueError(f"config.mesh.expert: expected 1 for a model without experts, got {recipe.mesh.expert}; use "
                          "fsdp, which splits the batch and all weights alike")
+    check_matmul_dtype(recipe.train.matmul_dtype, platform)
     model = build_model(recipe.model, vocab_size=vocab_size, platform=platform, dtype=recipe.train.dtype(platform),
                         seq_len=recipe.data.seq_len, context=bool(layout.on("seq")),
                         prefix_lm=recipe.data.objective.name == "prefix_lm")
@@ -55,13 +57,23 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0)
     _check_batch(recipe, layout)
     loss_fn = next_token_loss(model, z_loss=recipe.train.z_loss, chunk=recipe.train.loss_chunk)
-    step_fn = make_train_step(loss_fn, spec, layout, schedule, seed=recipe.train.seed,
+    step_fn = make_train_step(_in(recipe.train.matmul_dtype, loss_fn), spec, layout, schedule, seed=recipe.train.seed,
                               microbatches=recipe.train.microbatches, ema_decay=recipe.optimizer.ema_decay)
     rows, sharding = recipe.train.batch_size, layout.sharding(("batch", "seq"))
     batch = {name: jax.ShapeDtypeStruct((rows, length), dtype_of(name), sharding=sharding)
              for name, length in fields.items()}
     return Program(layout, model, spec, step_fn.trace(spec.shapes, batch),
                    make_eval_step(loss_fn, layout, recipe.train.microbatches), batch)
+
+
+def _in(matmul_dtype: str, loss_fn: LossFn) -> LossFn:
+    """`loss_fn` with its layers' matmuls, and those of its gradient, in `matmul_dtype`."""
+
+    def quantised(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
+        with matmuls_in(matmul_dtype):
+            return loss_fn(params, batch, key)
+
+    return quantised
 
 
 def _check_batch(recipe: Recipe, layout: Layout) -> None:

@@ -15,6 +15,7 @@ from lmjax.data.objectives import KINDS
 from lmjax.models import ModelConfig
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.presets import with_preset
+from lmjax.nn.quantized import KINDS as KINDS_OF_MATMUL
 from lmjax.optim import OptimizerConfig, make_schedule
 from lmjax.sampling import Sampling
 from lmjax.sharding import MeshConfig
@@ -24,18 +25,19 @@ from lmjax.sharding import MeshConfig
 class TrainConfig:
     """The loop.
 
-    steps: optimizer steps. batch_size: rows a step, over all devices. microbatches: parts that a step's
-    batch is computed in, one after the other, to need less memory. compute_dtype: of activations and
-    matmuls; auto is bfloat16 on TPU and GPU and float32 on CPU. seed: of parameters and dropout. z_loss:
-    coefficient of log(Z)^2. init_from: a run, a checkpoint or a Hugging Face directory whose weights the run starts
-    from; "" for fresh ones. loss_chunk: positions whose logits exist at a time; 0 is all. log_every: steps
-    between lines of metrics.jsonl.
+    steps: optimizer steps. batch_size: rows a step, over all devices. microbatches: parts that a step's batch is
+    computed in, one after the other, to need less memory. compute_dtype: of activations and matmuls; auto is bfloat16
+    on TPU and GPU and float32 on CPU. matmul_dtype: int8 or fp8 for the layers' matmuls in training, or auto, the
+    compute dtype. seed: of parameters and dropout. z_loss: coefficient of log(Z)^2. init_from: a run, a checkpoint or
+    a Hugging Face directory whose weights the run starts from; "" for fresh ones. loss_chunk: positions whose logits
+    exist at a time; 0 is all. log_every: steps between lines of metrics.jsonl.
     """
 
     steps: int = 1000
     batch_size: int = 16
     microbatches: int = 1
     compute_dtype: str = "auto"
+    matmul_dtype: str = "auto"
     seed: int = 0
     z_loss: float = 0.0
     init_from: str = ""
@@ -49,6 +51,7 @@ class TrainConfig:
             raise ValueError(f"seed: expected less than 2^32, got {self.seed}; lower it")
         at_least(0, seed=self.seed, z_loss=self.z_loss, loss_chunk=self.loss_chunk)
         choice("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
+        choice("matmul_dtype", self.matmul_dtype, ("auto", *KINDS_OF_MATMUL))
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches: expected a divisor of batch_size={self.batch_size}, got "
                              f"{self.microbatches}; change one of them")

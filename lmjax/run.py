@@ -15,7 +15,7 @@ import jax
 
 import lmjax
 from lmjax.checkpoint import About, Checkpointer, checkpoint_steps, checksums
-from lmjax.chips import FLAGS
+from lmjax.chips import FLAGS, GIB
 from lmjax.config import plain
 from lmjax.data import Tokenizer, open_splits
 from lmjax.data.order import Steps
@@ -27,11 +27,11 @@ from lmjax.prepare import prepare
 from lmjax.pretrained import Pretrained, check_start, find
 from lmjax.program import Program, make_program
 from lmjax.recipe import Recipe, blocking_changes, build_recipe, check_schedule
-from lmjax.runtime import agreed
+from lmjax.runtime import agreed, device_memory
 from lmjax.sharding import Layout, make_layout
 from lmjax.train_state import StateSpec, TrainState
 from lmjax.train_step import StepFn
-from lmjax.tree import num_elements
+from lmjax.tree import num_elements, shard_bytes
 
 Log = Callable[[str], None]
 STARTED_FROM = ("init_from", "huggingface")  # what each checkpoint of a run says of the weights that it began with
@@ -119,6 +119,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
     train_split, heldout = open_splits(recipe.data, directory)
     tokenizer = None if recipe.data.synthetic else Tokenizer.read(directory)
     program = make_program(recipe, jax.devices(), vocab_size=train_split.vocab_size, fields=train_split.fields)
+    _check_memory(program.spec)
     layout, model = program.layout, program.model
     about = {"recipe": plain(recipe) | {"model": plain(model.config)},
              "tokenizer": None if tokenizer is None else base64.b64encode(tokenizer.to_bytes()).decode(),
@@ -136,6 +137,15 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
         _write_json(workdir / "run.json", facts)
         _write_json(workdir / "config.json", plain(recipe))
     return run
+
+
+def _check_memory(spec: StateSpec) -> None:
+    """Refuses a state that alone is more than a device holds; what a step needs besides, `lmjax plan` tells."""
+    needs, has = shard_bytes(spec.shapes), device_memory()
+    if needs > has:
+        raise ValueError(f"config.model: expected weights and optimizer state within the {has / GIB:.1f} GiB of a "
+                         f"device, got {needs / GIB:.1f} GiB; use a smaller model or split it over more devices "
+                         "(mesh.fsdp)")
 
 
 def _source(recipe: Recipe, workdir: Path) -> Pretrained | None:

@@ -214,6 +214,14 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def device_memory() -> int:
+    """Bytes that each device of this process may use: of CPU devices, a share of the machine's."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit", sys.maxsize)  # not every plugin says
+
+
 class StopSignal:
     """Whether this run was asked to stop: SIGTERM (pre-emption) or SIGINT (Ctrl-C)."""
 

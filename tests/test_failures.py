@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore
@@ -63,6 +64,7 @@ REFUSED = {
     "warm-up": (["optimizer.warmup_steps=60"], ["config.optimizer.warmup_steps", "shorten"]),
     "attention": (["model.attention=splash"], ["attention", "splash", "platform cpu (only tpu)"]),
     "loss chunk": (["train.loss_chunk=7"], ["loss_chunk", "divisor", "7"]),
+    "weights and memory": (["model.mlp_dim=1000000000000"], ["optimizer state within", "GiB", "mesh.fsdp"]),
     "missing corpus": (["data.sources.0.uri=text:/nowhere/*.txt"], ["/nowhere/*.txt", "got"]),
 }
 
@@ -74,6 +76,21 @@ def test_refused_in_one_line_before_compiling(name, tmp_path, capsys, never_comp
     message = one_line(capsys)
     assert all(word in message for word in [*words, "expected", "got"]), message
     assert not list((tmp_path / "run").glob("*.json*"))
+
+
+def test_a_device_without_room_is_told_with_what_helps(monkeypatch, capsys):
+    with pytest.raises(RuntimeError) as found:
+        jax.jit(lambda: jnp.zeros(1 << 44))().block_until_ready()  # 64 TiB
+    monkeypatch.setattr(cli, "_run", lambda *args: (_ for _ in ()).throw(found.value))
+    assert cli.main(["train", "--config", CONFIG, "--workdir", "x"]) == 2
+    line = one_line(capsys)
+    assert all(word in line for word in ("Out of memory", "train.microbatches", "model.remat=full"))
+
+
+def test_a_fault_is_not_taken_for_a_mistake_of_the_user(monkeypatch):
+    monkeypatch.setattr(cli, "_run", lambda *args: np.zeros((2,)) @ np.zeros((3,)))
+    with pytest.raises(ValueError, match="mismatch"):
+        cli.main(["train", "--config", CONFIG, "--workdir", "x"])
 
 
 def test_an_unknown_option_is_refused(capsys):

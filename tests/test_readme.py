@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = {
     "configs/quickstart.py": ["train.steps=4", "optimizer.warmup_steps=1", "train.batch_size=4", "checkpoint.every=2",
-                              "eval.batches=2", "data.heldout_fraction=0.1", "data.tokenizer.vocab_size=400"],
+                              "eval.batches=2", "sample.every=0", "data.heldout_fraction=0.1",
+                              "data.tokenizer.vocab_size=400"],
     "configs/synthetic.py": ["train.steps=4", "optimizer.warmup_steps=1"],
     "configs/llama2_7b.py": ["mesh.fsdp=1"],
     "configs/data/python_stdlib.py": ["data.tokenizer.vocab_size=512", "data.curate.decontaminate.sources=[]"],

@@ -17,6 +17,7 @@ from jax import lax
 from lmjax.config import at_least
 from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, Dense
 from lmjax.nn.module import Initializer, param
+from lmjax.nn.quantized import matmuls_in
 from lmjax.nn.shards import axes_of
 from lmjax.sharding import constrain, current_layout
 
@@ -86,7 +87,8 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, Routing]:
         """x [B, T, D] and which tokens are not padding, bool [B, T] -> what the experts made of x, and how."""
-        logits_BTE = self.router(x_BTD).astype(jnp.float32)
+        with matmuls_in("auto"):
+            logits_BTE = self.router(x_BTD).astype(jnp.float32)
         probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         weights_BTk, experts_BTk = lax.top_k(probs_BTE, self.config.per_token)
         if self.config.normalize:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from lmjax.nn import quantized
+from lmjax.nn.quantized import EightBits, current_matmuls
 from lmjax.sharding import num_devices, platform, sum_where_it_lies
 
 Dims = Any  # the dimension numbers of lax.dot_general
@@ -57,25 +59,27 @@ def matmul(x: jax.Array, w: jax.Array, axes: tuple[str, str], num_in: int = 1) -
     axes: what the first dimension in and the first out are placed by, from which the sharding of w's gradient is known.
     """
     lead, out = x.shape[:x.ndim - num_in], w.shape[num_in:]
+    low = current_matmuls()
     if platform() == "tpu":  # whose matmuls take apart and merge dimensions that others would copy
-        return checkpoint_name(_matmul(x, w, axes, num_in), MATMUL)
+        return checkpoint_name(_matmul(x, w, axes, num_in, low), MATMUL)
     x, w = x.reshape(*lead, -1), w.reshape(math.prod(w.shape[:num_in]), -1)
     if num_devices() == 1:  # else merged dimensions could not keep their separate shardings
         x = x.reshape(-1, x.shape[-1])
-    return checkpoint_name(_matmul(x, w, axes, 1).reshape(*lead, *out), MATMUL)
+    return checkpoint_name(_matmul(x, w, axes, 1, low).reshape(*lead, *out), MATMUL)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _matmul(x: jax.Array, w: jax.Array, axes: tuple[str, str], num_in: int) -> jax.Array:
-    return dot(x, w, ((tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))), ((), ())))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _matmul(x: jax.Array, w: jax.Array, axes: tuple[str, str], num_in: int, low: EightBits | None) -> jax.Array:
+    dims = ((tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))), ((), ()))
+    return quantized.dot(x, w, dims, (low.values, low.values)) if low else dot(x, w, dims)
 
 
-def _matmul_forward(x: jax.Array, w: jax.Array, axes: tuple[str, str],
-                    num_in: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _matmul(x, w, axes, num_in), (x, w)
+def _matmul_forward(x: jax.Array, w: jax.Array, axes: tuple[str, str], num_in: int,
+                    low: EightBits | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _matmul(x, w, axes, num_in, low), (x, w)
 
 
-def _matmul_backward(axes: tuple[str, str], num_in: int, saved: tuple[jax.Array, jax.Array],
+def _matmul_backward(axes: tuple[str, str], num_in: int, low: EightBits | None, saved: tuple[jax.Array, jax.Array],
                      g: jax.Array) -> tuple[jax.Array, jax.Array]:
     (x, w), g = saved, barrier(g, "tpu")  # else TPU makes g anew in each of the two matmuls
     rows = tuple(range(x.ndim - num_in))
@@ -86,7 +90,8 @@ def _matmul_backward(axes: tuple[str, str], num_in: int, saved: tuple[jax.Array,
         return lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=x.dtype)
 
     d_w = sum_where_it_lies(contract, x, g, ("batch", "seq"), axes) if len(rows) == 2 else contract(x, g)
-    return dot(g, w, ((tuple(range(len(rows), g.ndim)), tuple(range(num_in, w.ndim))), ((), ()))), d_w
+    dims = ((tuple(range(len(rows), g.ndim)), tuple(range(num_in, w.ndim))), ((), ()))
+    return quantized.dot(g, w, dims, (low.gradients, low.values)) if low else dot(g, w, dims), d_w
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
