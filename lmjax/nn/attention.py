@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lmjax.nn.kernels import KERNELS, attend
 from lmjax.nn.layers import Dense
 from lmjax.nn.module import Initializer
+from lmjax.nn.ops import gradient_barrier
 from lmjax.nn.positions import Rotation, apply_rope
 from lmjax.nn.visibility import Visibility
 from lmjax.sharding import constrain
@@ -120,4 +121,5 @@ class Attention(nnx.Module):
         q = checkpoint_name(constrain(q, "batch", "seq", "act_heads", None), "query")
         k, v = (x.swapaxes(1, 2) for x in seen)
         y = attend(q, k, v, visibility, scale=self.scale, softcap=self.softcap, bias=bias_BHTS, kernel=kernel)
+        y = gradient_barrier(y)
         return checkpoint_name(self.out(constrain(y, "batch", "seq", "act_heads", None)), "out")

@@ -27,6 +27,17 @@ def barrier(x: jax.Array, *on: str) -> jax.Array:
     return lax.optimization_barrier(x) if platform() in ("cpu", *on) else x
 
 
+@jax.custom_vjp
+def gradient_barrier(x: jax.Array) -> jax.Array:
+    """x, whose gradient has an array of its own on a TPU: fused into the matmul that makes it, what comes next (a norm's
+    backward pass, the row sums of attention's) takes longer than alone."""
+    return x
+
+
+gradient_barrier.defvjp(lambda x: (x, None),
+                        lambda _, g: (lax.optimization_barrier(g) if platform() == "tpu" else g,))
+
+
 def dot(a: jax.Array, b: jax.Array, dims: Dims) -> jax.Array:
     """`lax.dot_general` in the dtype of a, accumulated in float32."""
     # XLA's fast bfloat16 matmul on a CPU is the one with float32 results. Elsewhere the hardware
@@ -97,9 +108,13 @@ def _matmul_backward(axes: tuple[str, str], num_in: int, low: EightBits | None, 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@jax.custom_vjp
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last dimension, in float32; scale has the rank of x."""
+    return gradient_barrier(_rms_norm(x, scale, eps))
+
+
+@jax.custom_vjp
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return _rms_forward(x, scale, eps)[0]
 
 
@@ -118,4 +133,4 @@ def _rms_backward(saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array
     return (gs * inverse - x32 * along).astype(x.dtype), d_scale, None
 
 
-rms_norm.defvjp(_rms_forward, _rms_backward)
+_rms_norm.defvjp(_rms_forward, _rms_backward)
