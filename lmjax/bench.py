@@ -143,7 +143,7 @@ def matmul_rate(dtype: str = "float32", repeats: int = 5) -> float:
 
 def _figures(run: Run, times: dict[str, list[float]]) -> Report:
     tokens = run.recipe.train.batch_size * run.recipe.data.seq_len
-    flops = run.model.flops_per_token(run.recipe.data.seq_len)
+    flops = run.model.flops_per_row(run.train_split.fields) / run.recipe.data.seq_len
     devices = jax.device_count() if jax.devices()[0].platform != "cpu" else 1  # forced CPU devices share the cores
     peak = matmul_rate(str(run.model.dtype)) * devices
     bare = times["bare step"]

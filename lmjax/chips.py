@@ -99,13 +99,15 @@ def parse_topology(text: str) -> Topology:
     if not found or (name := ALIASES.get(found[2], found[2])) not in CHIPS:
         raise wrong(repr(text))
     chip, slices = CHIPS[name], int(found[1] or 1)
+    if slices < 1:
+        raise wrong(f"{text!r}, which has no slice")
     if found[4]:
         shape = _shape(int(found[4]) / chip.cores, chip.dims)
         if shape is None:
             raise wrong(f"{text!r}, whose {found[4]} is no power of two or too large for one slice")
     else:
         shape = tuple(int(n) for n in found[3].split("x"))
-        if len(shape) != chip.dims or not 1 <= min(shape) <= max(shape) <= LARGEST[chip.dims] or slices < 1:
+        if len(shape) != chip.dims or not 1 <= min(shape) <= max(shape) <= LARGEST[chip.dims]:
             raise wrong(f"{text!r}, but {name} has {chip.dims} dimensions of 1 to {LARGEST[chip.dims]} chips")
     return Topology(chip, shape, slices)
 
@@ -118,7 +120,7 @@ def peak_flops(device_kind: str) -> float | None:
 def _shape(chips: float, dims: int) -> tuple[int, ...] | None:
     """The most cubic torus of a power of two of chips, as slices are sold; None where there is none."""
     bits = int(chips).bit_length() - 1
-    if chips != 2**bits or bits > 4 * dims:
+    if bits < 0 or chips != 2**bits or bits > 4 * dims:
         return None
     shape = [2 ** (bits // dims + (i >= dims - bits % dims)) for i in range(dims)]
     if shape == [1, 2, 2]:

@@ -106,11 +106,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def to_json(value: Any) -> str:
-    """A dataclass config as indented JSON, the form that `build(cls, json.loads(...))` reads back."""
-    return json.dumps(plain(value), indent=2)
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
     """`key: old -> new` for every leaf that differs between two plain configs."""
     out = []

@@ -48,6 +48,9 @@ class EvalModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]],
                               **kwargs: Any) -> list[tuple[float, bool]]:
+        if long := [len(continuation) for *_, continuation in requests if len(continuation) > self.max_length]:
+            raise ValueError(f"expected continuations of at most data.seq_len={self.max_length} tokens, got one of "
+                             f"{max(long)}; use tasks with shorter answers or a model of longer rows")
         # As much of the context as there is room for; the continuation's last token is only predicted.
         kept = [(both[-self.max_length - 1:], len(continuation)) for both, continuation in
                 (([*context, *continuation], continuation) for _, context, continuation in requests)]

@@ -7,7 +7,6 @@ computation carries the compiler's own `estimated_cycles`; on other platforms cy
 import dataclasses
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -365,13 +364,3 @@ def _numbers(attributes: str, key: str) -> Sequence[int]:
 
 def _bits(dtype: str) -> int:
     return 8 if dtype.startswith("f8") else BITS.get(dtype, 0)  # 0: tokens, opaque
-
-
-def collective_table(collectives: Sequence[Collective]) -> dict[tuple[str, bool], tuple[int, float]]:
-    """(kind, asynchronous) -> (executions a step, bytes that a chip sends), largest first."""
-    table: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0.0])
-    for c in collectives:
-        row = table[c.kind, c.asynchronous]
-        row[0] += c.times
-        row[1] += c.times * c.traffic
-    return {key: (int(n), b) for key, (n, b) in sorted(table.items(), key=lambda item: -item[1][1])}

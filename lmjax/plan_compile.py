@@ -28,6 +28,7 @@ from lmjax.bench import matmul_rate
 from lmjax.chips import FLAGS, Topology, parse_topology, tpu_compiler
 from lmjax.config import plain
 from lmjax.data.objectives import Objective
+from lmjax.models import ModelConfig
 from lmjax.program import Program, make_program
 from lmjax.recipe import Recipe, build_recipe
 from lmjax.tree import num_elements, shard_bytes
@@ -107,11 +108,19 @@ def measure(recipe: Recipe, topology: Topology | str) -> tuple[Result, str]:
                      "matmul_flops_per_second": rate}, step.as_text()
 
 
+def window_of(config: ModelConfig) -> int:
+    """The window of every layer; 0 where some have none, so that no kernel is charged less than it does."""
+    kinds, _ = config.kinds(config.num_layers)
+    windows = {config.window(kind) for kind in kinds}
+    return windows.pop() if len(windows) == 1 else 0
+
+
 def _about(recipe: Recipe, program: Program) -> Result:
-    model = program.model
+    model, fields = program.model, {name: leaf.shape[1] for name, leaf in program.batch.items()}
     return {"parameters": num_elements(model.shapes), "tokens": recipe.train.batch_size * recipe.data.seq_len,
-            "seq_len": recipe.data.seq_len, "window": model.config.sliding_window,
-            "flops_per_token": model.flops_per_token(recipe.data.seq_len), "compute_dtype": str(model.dtype),
+            "seq_len": recipe.data.seq_len, "window": window_of(model.config),
+            "causal": model.config.family == "decoder",
+            "flops_per_token": model.flops_per_row(fields) / recipe.data.seq_len, "compute_dtype": str(model.dtype),
             "attention": {"kernel": model.kernel, "reason": model.kernel_reason}}
 
 

@@ -138,7 +138,7 @@ def attention_role(call: hlo.Call) -> str:
     return "dq" if "dq" in name else "fwd"
 
 
-def attention_flops(call: hlo.Call, window: int) -> float:
+def attention_flops(call: hlo.Call, window: int, causal: bool = True) -> float:
     """FLOPs of a Pallas attention call on one device, over the tiles that it visits.
 
     Read off its operands: q is the first array of floats [..., H, T, K], k the next with the same K; a mask table
@@ -153,23 +153,26 @@ def attention_flops(call: hlo.Call, window: int) -> float:
               and dims[1] != T and dims[2] != S]  # those are segment ids
     tiles_T, tiles_S = (max(t[i] for t in tables) for i in (1, 2)) if tables else (-(-T // 512), -(-S // 512))
     bq, bk = -(-T // tiles_T), -(-S // tiles_S)
-    visited = visited_tiles(T, S, bq, bk, window)
+    visited = visited_tiles(T, S, bq, bk, window, causal)
     return ATTENTION_MATMULS[attention_role(call)] * 2.0 * math.prod(q[:-2]) * visited * bq * bk * K
 
 
-def visited_tiles(T: int, S: int, bq: int, bk: int, window: int = 0) -> int:
-    """Tiles of bq queries and bk keys in which a causal query sees a key, at most `window` back (0: all)."""
+def visited_tiles(T: int, S: int, bq: int, bk: int, window: int = 0, causal: bool = True) -> int:
+    """Tiles of bq queries and bk keys in which a query sees a key: at most `window` - 1 away (0: all), and not behind
+    it if it is causal."""
     count = 0
     for i in range(-(-T // bq)):
         first, last = i * bq + S - T, min((i + 1) * bq, T) - 1 + S - T  # queries end where keys end
         low = max(first - window + 1, 0) // bk if window else 0
+        if not causal:
+            last = last + window - 1 if window else S - 1
         count += max(min(last, S - 1) // bk - low + 1, 0)
     return count
 
 
 def kernels_flops(calls: Sequence[hlo.Call], result: Result) -> float:
     """FLOPs a step of all Pallas attention calls on one device."""
-    return sum(call.times * attention_flops(call, result["window"]) for call in calls
+    return sum(call.times * attention_flops(call, result["window"], result["causal"]) for call in calls
                if call.target == "tpu_custom_call" and attention_role(call))
 
 
@@ -181,7 +184,7 @@ def _add_kernels(seconds: dict[str, float], calls: Sequence[hlo.Call], result: R
             continue  # buffers, tables of group sizes and the like: no work
         kind, flops, share = "attention", 0.0, ATTENTION_SHARE
         if attention_role(call):
-            flops = attention_flops(call, result["window"])
+            flops = attention_flops(call, result["window"], result["causal"])
         elif "gmm" in call.op_name.lower() or "ragged-dot" in call.op_name:
             kind, flops, share = "grouped", grouped_flops(call), GROUPED_SHARE
         if not flops:

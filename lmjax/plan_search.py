@@ -5,6 +5,7 @@ anew by what the compiler says. The model need only be right enough not to lose 
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
 from collections import Counter
@@ -12,11 +13,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lmjax.chips import CHIPS, GIB, Topology
-from lmjax.models.decoder import DecoderConfig
+from lmjax.models import ModelConfig, build_model
 from lmjax.nn.stack import REMAT
 from lmjax.plan_compile import Log, compiled
 from lmjax.plan_estimate import Estimate, estimate, span
 from lmjax.recipe import Recipe
+from lmjax.tree import num_elements
 
 COMPILED = 4  # how many of the best to compile; as many again may turn out not to fit
 ALIKE = 2  # of one mesh and remat policy, so that others get their turn
@@ -131,11 +133,10 @@ def guess(recipe: Recipe, topology: Topology) -> Guess:
     gradients scattered) and behind which the activations' collectives of `tensor` and `context` wait.
     """
     c, chip, mesh, train = recipe.model, topology.chip, recipe.mesh, recipe.train
-    layer, table = weights(c)
+    total, active, layer = weights(dataclasses.replace(c, remat="none"), recipe.data.tokenizer.vocab_size)
     stages, expert = max(mesh.stage, 1), max(mesh.expert, 1)
     batch_ways = mesh.data * mesh.fsdp * expert
     split = stages * mesh.tensor * (batch_ways if "data" in mesh.rules.get("embed", ()) else mesh.fsdp * expert)
-    total = c.num_layers * layer + table
     rows = train.batch_size // train.microbatches / batch_ways
     tokens = rows * recipe.data.seq_len / mesh.context  # of a microbatch on a chip
     kept = c.num_layers * (KEPT_EMBED.get(c.remat, 8.0) * c.embed_dim
@@ -147,7 +148,7 @@ def guess(recipe: Recipe, topology: Topology) -> Guess:
 
     again = AGAIN.get(c.remat, 1.0)
     attention = 2.0 * c.dims.num_heads * c.dims.head_dim * recipe.data.seq_len * c.num_layers  # causal, forward
-    flops = tokens * mesh.context * ((6 + 2 * again) * total + (3 + again) * attention) / mesh.context / mesh.tensor
+    flops = tokens * mesh.context * ((6 + 2 * again) * active + (3 + again) * attention) / mesh.context / mesh.tensor
     compute = flops / (chip.flops * MATMUL_SHARE) * (1 + OVERHEAD)
     passes = 2 + (again > 0.5)  # gathers of each layer's weights, bfloat16
     weights_sent = (passes + 1) * 2.0 * total / mesh.tensor * (mesh.fsdp > 1)
@@ -159,12 +160,13 @@ def guess(recipe: Recipe, topology: Topology) -> Guess:
     return Guess(memory, (seconds + once / train.microbatches) / (tokens / (mesh.tensor * stages)))
 
 
-def weights(c: DecoderConfig) -> tuple[float, float]:
-    """Parameters of a layer's matrices, and of the embedding tables."""
-    heads, kv_heads, head_dim = c.dims
-    gated = c.mlp in ("swiglu", "geglu")
-    layer = c.embed_dim * (head_dim * (2 * heads + 2 * kv_heads) + c.mlp_dim * (3 if gated else 2))
-    return float(layer), float(c.vocab_size * c.embed_dim * (1 if c.tie_embeddings else 2))
+@functools.lru_cache(maxsize=8)
+def weights(c: ModelConfig, vocab_size: int) -> tuple[float, float, float]:
+    """Parameters; those that a token is multiplied by; and of the latter, those of one layer."""
+    model = build_model(dataclasses.replace(c, attention="auto"), vocab_size=vocab_size, platform="cpu",
+                        dtype="float32")
+    active = model.flops_per_token(1) / 6
+    return num_elements(model.shapes), active, (active - model.config.vocab_size * c.embed_dim) / c.num_layers
 
 
 def what_would(recipe: Recipe, topology: Topology) -> str:

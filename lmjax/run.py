@@ -279,8 +279,8 @@ def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
              "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": int(devices.size)},
              "mesh": dict(mesh.shape), "attention": {"kernel": model.kernel, "reason": model.kernel_reason},
              "parameters": parameters, "embedding_parameters": model.embedding_parameters(), "tokens_per_step": tokens,
-             "flops_per_token": model.flops_per_token(r.data.seq_len), "compute_dtype": str(model.dtype),
-             "steps": r.train.steps,
+             "flops_per_token": model.flops_per_row(run.train_split.fields) / r.data.seq_len,
+             "compute_dtype": str(model.dtype), "steps": r.train.steps,
              "data": {"fingerprint": run.train_split.fingerprint, "directory": directory}}
 
 

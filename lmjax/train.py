@@ -185,8 +185,7 @@ class Loop:
         rate, share = r.batch_size * self.run_.recipe.data.seq_len / seconds, waited / seconds
         epoch = max(self.run_.train_split.epochs(self.run_.steps.rows(step)).values())
         self.writer.train(step, {**values, "bits_per_byte": bits, "tokens": self.tokens, "epoch": epoch})
-        flops = self.run_.model.flops_per_token(self.run_.recipe.data.seq_len,
-                                                self.run_.train_split.fields.get("encoder_tokens", 0)) * rate
+        flops = self.run_.model.flops_per_row(self.run_.train_split.fields) * r.batch_size / seconds
         mfu = {} if math.isnan(self.peak) else {"mfu": flops / self.peak}
         self.writer.timing(step, {"seconds": self.writer.seconds_before + time.monotonic() - self.began,
                                   "step_seconds": seconds, "tokens_per_second": rate, "data_wait_share": share,

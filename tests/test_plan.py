@@ -41,7 +41,8 @@ def test_topologies_by_name(text, shape, chips):
     assert parse_topology(str(found)) == found
 
 
-@pytest.mark.parametrize("text", ["v7x-8", "v5e", "v5e:16", "v5e:17x1", "v5p-12", "v5e-512", "0xv5e:2x2", "tpu v5e-8"])
+@pytest.mark.parametrize("text", ["v7x-8", "v5e", "v5e:16", "v5e:17x1", "v5p-12", "v5e-512", "0xv5e:2x2", "0xv5e-16", "v5p-1",
+                                  "tpu v5e-8"])
 def test_topologies_that_do_not_exist(text):
     with pytest.raises(ValueError, match="--topology: expected one such as .*, got .*; correct it"):
         parse_topology(text)
@@ -52,10 +53,11 @@ def test_topologies_that_do_not_exist(text):
 
 @pytest.mark.parametrize("T, S, bq, bk, window", [(64, 64, 16, 16, 0), (64, 64, 16, 32, 0), (64, 64, 16, 8, 20),
                                                   (32, 64, 16, 16, 0), (64, 64, 64, 64, 0), (96, 96, 16, 32, 33)])
-def test_visited_tiles_are_those_with_a_visible_pair(T, S, bq, bk, window):
+@pytest.mark.parametrize("causal", [True, False])
+def test_visited_tiles_are_those_with_a_visible_pair(T, S, bq, bk, window, causal):
     seen = {(t // bq, s // bk) for t in range(T) for s in range(S)
-            if s <= t + S - T and (not window or t + S - T - s < window)}
-    assert visited_tiles(T, S, bq, bk, window) == len(seen)
+            if (s <= t + S - T or not causal) and (not window or abs(t + S - T - s) < window)}
+    assert visited_tiles(T, S, bq, bk, window, causal) == len(seen)
 
 
 def test_flops_of_kernels():

@@ -153,6 +153,11 @@ class Model:
             pairs += share * (c.num_layers * seq_len + encoder)
         return 6.0 * total + 12.0 * c.dims.num_heads * c.dims.head_dim * pairs
 
+    def flops_per_row(self, fields: Mapping[str, int]) -> float:
+        """Model FLOPs of training on one row, whose arrays have the lengths `fields`."""
+        length = fields["tokens"]
+        return length * self.flops_per_token(length, fields.get("encoder_tokens", 0))
+
     def _visible(self, num_layers: int, seq_len: int, causal: bool) -> float:
         """Keys that an average query sees, over all layers: fewer at the ends of the row."""
         kinds, pattern = self.config.kinds(num_layers)
@@ -207,7 +212,7 @@ def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: A
     kernel, reason = choose_kernel(config.attention, platform, softcap=config.attention_softcap,
                                    bias=config.positions == "relative", window=config.sliding_window,
                                    causal=config.family == "decoder", cross=config.family == "encdec", context=context,
-                                   head_dim=config.dims.head_dim, seq_len=seq_len, dtype=dtype)
+                                   prefix=prefix_lm, head_dim=config.dims.head_dim, seq_len=seq_len, dtype=dtype)
     build = FAMILIES[type(config)]
     return Model(config, functional(lambda rngs: build(config, kernel, rngs)), kernel, reason, jnp.dtype(dtype),
                  prefix_lm)

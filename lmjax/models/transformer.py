@@ -13,7 +13,7 @@ from flax import nnx
 
 from lmjax.config import at_least, choice
 from lmjax.nn.attention import Attention, Fed, KVCache
-from lmjax.nn.kernels import prepare, with_cache, with_prefix
+from lmjax.nn.kernels import prepare, with_cache
 from lmjax.nn.layers import MLP, MLP_KINDS, NORMS, Embedding, dropout, residual_init
 from lmjax.nn.module import normal
 from lmjax.nn.moe import MoE, MoEConfig, Routing
@@ -312,7 +312,7 @@ class Trunk(nnx.Module):
                 slots: int | None, last_B: jax.Array | None, source: Source | None,
                 index_BT: jax.Array | None) -> Shared:
         c, fed, kv_positions, kv_segments = self.config, None, positions_BT, segments_BT
-        kernel = self.kernel if prefix_BT is None else with_prefix(self.kernel)
+        kernel = self.kernel
         if slots is not None:
             kernel = with_cache(kernel, positions_BT.shape[1], slots)
             fed = Fed(positions_BT[:, 0], last_B, ring=slots == c.window(kind))

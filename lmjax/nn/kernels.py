@@ -102,22 +102,16 @@ def with_cache(kernel: str, T: int, S: int) -> str:
     return "xla" if T == 1 else kernel if "cache" in KERNELS[kernel].can else _by_size(S)
 
 
-def with_prefix(kernel: str) -> str:
-    """What runs instead of `kernel` when some tokens are seen against causality: itself, if it can."""
-    return kernel if "prefix" in KERNELS[kernel].can else "xla"
-
-
 def choose_kernel(name: str, platform: str, *, softcap: float = 0.0, bias: bool = False, window: int = 0,
-                  causal: bool = True, cross: bool = False, context: bool = False, head_dim: int = 0, seq_len: int = 0,
-                  dtype: Any = None) -> tuple[str, str]:
+                  causal: bool = True, cross: bool = False, context: bool = False, prefix: bool = False,
+                  head_dim: int = 0, seq_len: int = 0, dtype: Any = None) -> tuple[str, str]:
     """(kernel, why it was chosen) for a model on `platform`; zeros and None: not known.
 
     Raises:
       ValueError: `name` asks for a kernel that does not exist or cannot honour the model.
     """
     needs = {"segments": True, "softcap": bool(softcap), "bias": bias, "window": window > 0, "cross": cross,
-             "context": context,
-             "two_sided_window": window > 0 and not causal}
+             "context": context, "prefix": prefix, "two_sided_window": window > 0 and not causal}
     if name != "auto":
         if name not in KERNELS:
             raise ValueError(f"attention: expected one of auto, {', '.join(KERNELS)}, got {name!r}; choose one of them")
@@ -129,7 +123,7 @@ def choose_kernel(name: str, platform: str, *, softcap: float = 0.0, bias: bool 
         if not lacking:
             return fast, _reason(f"auto: on {platform}", fast)
         why = f", where {fast} has no {lacking}"
-    name = "xla" if bias else _by_size(seq_len)
+    name = "xla" if bias or prefix else _by_size(seq_len)
     rows = f", rows of {seq_len}" if seq_len else ""
     return name, _reason(f"auto: on {platform}{why}{rows}", name)
 

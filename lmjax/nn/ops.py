@@ -29,8 +29,8 @@ def barrier(x: jax.Array, *on: str) -> jax.Array:
 
 @jax.custom_vjp
 def gradient_barrier(x: jax.Array) -> jax.Array:
-    """x, whose gradient has an array of its own on a TPU: fused into the matmul that makes it, what comes next (a norm's
-    backward pass, the row sums of attention's) takes longer than alone."""
+    """x, whose gradient has an array of its own on a TPU: fused into the matmul that makes it, what comes next (a
+    norm's backward pass, the row sums of attention's) takes longer than alone."""
     return x
 
 

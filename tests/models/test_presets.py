@@ -80,6 +80,16 @@ def test_flops_are_six_a_weight_that_is_multiplied_with(name, active):
     assert model_of(name).flops_per_token(1) == pytest.approx(6 * active, rel=2e-3)
 
 
+def test_flops_of_a_row_of_an_encoder_decoder():
+    """By hand: the encoder's weights for each of its tokens, the decoder's and the logits for each of its own."""
+    model = model_of("t5-base")
+    layer = 4 * 768 * 768 + 2 * 768 * 3072
+    encoder, decoder, sees = 12 * layer, 12 * (layer + 2 * 768 * 768) + 32128 * 768, 12 * 2 * 768 * 768
+    pairs = 12 * (512 * 512 + 114 * 114 / 2 + 114 * 512)
+    want = 6 * (512 * (encoder + sees) + 114 * decoder) + 12 * 768 * pairs
+    assert model.flops_per_row({"tokens": 114, "encoder_tokens": 512}) == pytest.approx(want, rel=0.01)
+
+
 def test_flops_of_attention_grow_with_the_keys_that_are_seen():
     """12 FLOPs a query and key, head and head_dim, over training's three passes."""
     for name, layers_keys in (("bert-base", 12 * 512), ("gemma3-1b", 22 * 512 * (1 - 512 / 8192) + 4 * 2048),
