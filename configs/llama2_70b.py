@@ -12,5 +12,5 @@ from lmjax.pods import pod
 def get_config() -> ConfigDict:
     # Replicas along one side of the torus, weights split over the other two: over all three, this compiler gathers
     # them by all-reduce. What replicas sum is only a shard of the gradients.
-    return pod("llama2-70b", batch_size=2048, seq_len=4096, tokens=2e12, peak_lr=1.5e-4, remat="kernel",
+    return pod("llama2-70b", batch_size=2048, seq_len=4096, tokens=2e12, peak_lr=1.5e-4, remat="query+key+value+kernel",
                mesh=dict(data=8, fsdp=-1))

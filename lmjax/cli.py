@@ -249,7 +249,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
                    "raise train.microbatches, set model.remat=full, or split weights over more devices (mesh.fsdp); "
                    "`lmjax plan` tells beforehand")
     if isinstance(error, OSError) and "expected" not in message:
-        message = f"expected to read and write files, got {message}; make room or check the path, then try again"
+        fix = "check the path" if isinstance(error, FileNotFoundError) else "make room or check the path"
+        message = f"expected to read and write files, got {message}; {fix}"
     if isinstance(error, ValueError | OSError) and "expected" in message:
         return 2, message
     return 130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {message}"[:500]

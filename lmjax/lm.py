@@ -82,6 +82,8 @@ class LM:
         A text longer than the rows that the model was trained on is read in rows of that length, each
         seeing only itself, as in training and in evaluation: every token counts once.
         """
+        if isinstance(texts, str):
+            raise ValueError("texts: expected a list of texts, got one text; write [text]")
         tokenizer, length = self.need_tokenizer(), self.recipe.data.seq_len
         ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
         pieces = [(i, x[at : at + length + 1]) for i, x in enumerate(ids) for at in range(0, len(x) - 1, length)]
@@ -195,7 +197,10 @@ class LM:
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
         """float32 logits [B, T, V] behind every one of the token ids int32 [B, T], for scripts of your own."""
-        tokens = jnp.asarray(tokens_BT, jnp.int32)
+        tokens, size = jnp.asarray(tokens_BT, jnp.int32), self.model.config.vocab_size
+        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+            raise ValueError(f"tokens: expected ids of 0 to {size - 1:,}, got {int(tokens.min()):,} to "
+                             f"{int(tokens.max()):,}; encode with lm.tokenizer")
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
         batch = {"tokens": tokens, "positions": positions, "segment_ids": jnp.ones_like(tokens)}
         return self._logits(self.params, batch)

@@ -61,7 +61,7 @@ def compiled(recipe: Recipe, topology: Topology | str, log: Log) -> tuple[Result
     request = {"recipe": plain(recipe), "topology": str(topology), "flags": flags}
     if isinstance(topology, Topology) and importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"--topology {topology}: expected the TPU compiler, got no libtpu; install it with "
-                         "pip install 'jax[tpu]' (it needs no TPU)")
+                         "pip install 'lmjax[tpu]', from a checkout -e '.[tpu]' (it needs no TPU)")
     home = cache_directory() / _key(request)
     if not (home / "result.json").exists():
         home.parent.mkdir(parents=True, exist_ok=True)

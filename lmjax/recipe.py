@@ -213,4 +213,5 @@ def check_schedule(old: Recipe, new: Recipe, step: int) -> None:
     if not np.array_equal(before, now):
         changed = [c for c in differences(plain(old), plain(new)) if c.split(":")[0] in SCHEDULE]
         raise ValueError(f"expected the learning rates that the first {step} steps had, got {'; '.join(changed)}, "
-                         "which changes them; undo that or use another --workdir")
+                         "which changes them; undo that, or go on in another --workdir with "
+                         "train.init_from")

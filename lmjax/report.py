@@ -325,7 +325,7 @@ def _model(run: Run) -> str:
         ["epochs planned", f"{facts['epochs']:.2f}" if "epochs" in facts else ""],
         ["data fingerprint", facts.get("data", {}).get("fingerprint", "")],
         ["lmjax", facts.get("lmjax", "")],
-        *([name, version] for name, version in facts.get("versions", {}).items()),
+        *([name, version] for name, version in facts.get("versions", {}).items() if name != "lmjax"),
     ]
     rows = [row for row in rows if row[1] not in ("", None)]
     return html.card("Model and machine", html.table((), rows)) if rows else ""

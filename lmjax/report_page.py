@@ -29,7 +29,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers_from: int 
 
     body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in rows)
     top = f"<thead><tr>{cells('th', head)}</tr></thead>" if head else ""
-    return f'<div class="scroll"><table>{top}<tbody>\n{body}</tbody></table></div>'
+    kind = "" if head else ' class="facts"'
+    return f'<div class="scroll"><table{kind}>{top}<tbody>\n{body}</tbody></table></div>'
 
 
 def card(title: str, body: str, note: str = "", wide: bool = False) -> str:
@@ -123,6 +124,8 @@ th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--grid); vertical
 th:last-child, td:last-child { padding-right: 0; }
 tbody tr:last-child td { border-bottom: 0; }
 .number { text-align: right; white-space: nowrap; }
+.facts td:first-child { white-space: nowrap; color: var(--muted); }
+.facts .number { white-space: normal; }
 .bar { margin-top: 17px; font-size: 14px; }
 .bar > div:first-child { display: flex; gap: 8px; align-items: baseline; }
 .bar span { flex: 1; font-size: 13px; }

@@ -22,7 +22,8 @@ from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture, Split
 from lmjax.generate import Generator
 from lmjax.metrics import human_count
-from lmjax.models import Model
+from lmjax.models import Model, build_model
+from lmjax.optim import make_schedule
 from lmjax.prepare import prepare
 from lmjax.pretrained import Pretrained, check_start, find
 from lmjax.program import Program, make_program
@@ -112,7 +113,7 @@ def _lock(workdir: Path, held: contextlib.ExitStack) -> None:
 
 def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
     """Checks everything that can be checked, prepares data, and makes or restores the state."""
-    make_layout(recipe.mesh)  # a mesh that does not fit is refused before data is prepared
+    _check_early(recipe)
     _check_workdir(recipe, workdir, log)
     source = _source(recipe, workdir)
     directory = _data(recipe, workdir, log)
@@ -137,6 +138,16 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
         _write_json(workdir / "run.json", facts)
         _write_json(workdir / "config.json", plain(recipe))
     return run
+
+
+def _check_early(recipe: Recipe) -> None:
+    """What can be refused before data is prepared, which may take hours: mesh, schedule, attention."""
+    layout = make_layout(recipe.mesh)
+    make_schedule(recipe.optimizer, recipe.train.steps)
+    platform = layout.mesh.devices.flat[0].platform
+    build_model(recipe.model, vocab_size=recipe.model.vocab_size or recipe.data.tokenizer.vocab_size, platform=platform,
+                dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len, context=bool(layout.on("seq")),
+                prefix_lm=recipe.data.objective.name == "prefix_lm")
 
 
 def _check_memory(spec: StateSpec) -> None:
@@ -185,6 +196,9 @@ def _restore(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
     run.unfinished = about.get("unfinished", False)
     run.about |= {key: about[key] for key in STARTED_FROM if key in about}
     data, step, size = about["data"], int(run.state.step), run.recipe.train.batch_size
+    if step > run.recipe.train.steps:
+        raise ValueError(f"config.train.steps: expected at least the {step:,} steps that {run.workdir} has done, got "
+                         f"{run.recipe.train.steps:,}; raise it, or use another --workdir")
     before = Steps.restored(data, step)
     run.steps, run.tokens = before.resumed(step, size), data["tokens"]
     log(f"resuming at step {step}, from row {data['next_row']:,} of the data")

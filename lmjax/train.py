@@ -45,18 +45,28 @@ def train(recipe: Recipe, workdir: str | Path, log: Log = _to_stderr) -> str:
         with stop_signal() as stop:
             run = set_up(recipe, workdir, log)
             start = int(run.state.step)
-            writer = MetricsWriter(workdir, start) if jax.process_index() == 0 else _Silent()
-            with contextlib.closing(run.checkpointer), contextlib.closing(writer):
-                seconds = time.monotonic() - began
-                writer.event(start, "resume" if start else "start", seconds)
-                loop = Loop(run, writer)
-                with contextlib.closing(loop.ledger):
-                    loop.ledger.start(start, seconds, restore=run.restore_seconds)
-                    outcome = loop.run(start, recipe.train.steps, stop)
-                    loop.finish()
+            with contextlib.closing(run.checkpointer):
+                if start == recipe.train.steps and not run.unfinished:  # such a start is not recorded
+                    log(f"finished: all {start:,} steps are done; raise train.steps to go on")
+                    outcome = "done"
+                else:
+                    outcome = _go(run, start, time.monotonic() - began, stop)
         if jax.process_index() == 0 and (workdir / "metrics.jsonl").stat().st_size:
             log(goodput_line(account(read_jsonl(workdir / FILE))))
             log(f"report: {write_report(workdir)}")
+    return outcome
+
+
+def _go(run: Run, start: int, seconds: float, stop: StopSignal) -> str:
+    """The steps from `start` on, with their records; `seconds` went into setting up."""
+    writer = MetricsWriter(run.workdir, start) if jax.process_index() == 0 else _Silent()
+    with contextlib.closing(writer):
+        writer.event(start, "resume" if start else "start", seconds)
+        loop = Loop(run, writer)
+        with contextlib.closing(loop.ledger):
+            loop.ledger.start(start, seconds, restore=run.restore_seconds)
+            outcome = loop.run(start, run.recipe.train.steps, stop)
+            loop.finish()
     return outcome
 
 

@@ -65,6 +65,8 @@ REFUSED = {
     "attention": (["model.attention=splash"], ["attention", "splash", "platform cpu (only tpu)"]),
     "loss chunk": (["train.loss_chunk=7"], ["loss_chunk", "divisor", "7"]),
     "weights and memory": (["model.mlp_dim=1000000000000"], ["optimizer state within", "GiB", "mesh.fsdp"]),
+    "fewer steps than the warm-up, before data": (
+        ["train.steps=5", "data.sources.0.uri=text:/nowhere/*.txt"], ["config.optimizer.warmup_steps", "shorten"]),
     "missing corpus": (["data.sources.0.uri=text:/nowhere/*.txt"], ["/nowhere/*.txt", "got"]),
 }
 

@@ -41,8 +41,8 @@ def test_topologies_by_name(text, shape, chips):
     assert parse_topology(str(found)) == found
 
 
-@pytest.mark.parametrize("text", ["v7x-8", "v5e", "v5e:16", "v5e:17x1", "v5p-12", "v5e-512", "0xv5e:2x2", "0xv5e-16", "v5p-1",
-                                  "tpu v5e-8"])
+@pytest.mark.parametrize("text", ["v7x-8", "v5e", "v5e:16", "v5e:17x1", "v5p-12", "v5e-512", "0xv5e:2x2", "0xv5e-16",
+                                  "v5p-1", "tpu v5e-8"])
 def test_topologies_that_do_not_exist(text):
     with pytest.raises(ValueError, match="--topology: expected one such as .*, got .*; correct it"):
         parse_topology(text)

@@ -92,7 +92,8 @@ class DataConfig:
                              f"{self.broken_budget}; use e.g. 0.02")
         names = [source.name for source in self.sources]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"sources: expected one or more with different names, got {names}; rename them")
+            raise ValueError(f"sources: expected one or more with different names, got {names}; "
+                             f"{'rename them' if names else 'name one'}")
         if 0 < sum(map(is_synthetic, self.sources)) < len(self.sources):
             raise ValueError("sources: expected all or none to be synthetic, got a mixture; "
                              "train on them separately")
@@ -333,4 +334,5 @@ def check_prepared_by(config: DataConfig, manifest: dict[str, Any], directory: s
     for key in expected:
         if got.get(key) != expected[key]:
             raise ValueError(f"{directory}: expected data prepared with {key} = {canonical(expected[key])}, "
-                             f"got {canonical(got.get(key))}; use another directory, or delete this one")
+                             f"got {canonical(got.get(key))}; repeat the config.data settings that it was "
+                             "prepared with, or use another directory")

@@ -95,7 +95,8 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
     dtype = dtype or source["dtype"]
     config = model.config
     if config.positions in ("rope", "sinusoidal"):
-        config = dataclasses.replace(config, max_positions=max(config.max_positions, max_positions))
+        known = max(config.max_positions, max_positions) if config.positions == "learned" or source else max_positions
+        config = dataclasses.replace(config, max_positions=known)  # no more than it was trained on
     ours = write_settings(config, model_type or source["settings"].get("model_type", ""))
     family = FAMILIES[ours["model_type"]]
     kept = {k: v for k, v in source["settings"].items() if k not in ("rope_parameters", "dtype")}

@@ -79,6 +79,7 @@ def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], get: C
         tensors = {name: np.ascontiguousarray(get(name).astype(to)) for name in names}
         try:
             save_file(tensors, directory / file, metadata={"format": "pt"})
+            (directory / file).chmod(directory.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
         except SafetensorError as error:  # no OSError, whatever the disk has said
             size = sum(sizes[name] for name in names)
             raise OSError(f"{directory / file}: expected to write {size / 1e6:.1f} MB, got: {error}; make room, then "
