@@ -4,10 +4,10 @@
     lmjax plan --config configs/llama2_7b.py --topology v5e-256
     lmjax plan --config configs/llama2_7b.py:v5p --topology v5p-128
 
-Its plan (jax 0.12.0.1, libtpu 0.0.52): 2.49 .. 2.83 s a step, MFU 60.6% .. 68.8%, 14.4 of 15.75 GiB.
+Its plan (jax 0.12.0.1, libtpu 0.0.52): 2.44 .. 2.83 s a step, MFU 60.7% .. 70.3%, 14.4 of 15.75 GiB.
 
-`configs/llama2_7b.py:v5p` is the same on v5p-128 (64 chips), 4 x 4096 tokens a chip: 2.23 .. 2.63 s, MFU
-58.1% .. 68.7%, 56.9 of 95.74 GiB.
+`configs/llama2_7b.py:v5p` is the same on v5p-128 (64 chips), 4 x 4096 tokens a chip: 2.16 .. 2.60 s, MFU
+59.0% .. 70.9%, 56.9 of 95.74 GiB.
 `configs/llama2_7b.py:tiny` is the recipe shrunk to seconds, for tests.
 """
 

@@ -92,6 +92,8 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         act, needs = {"show": (show, ("step",)), "order": (order, ("first", "last"))}[arguments.action]
         act(arguments.workdir, *(getattr(arguments, name) for name in needs))
+    elif command == "bench" and not arguments.seconds > 0:
+        raise ValueError(f"--seconds: expected more than 0, got {arguments.seconds}; leave it out for 60")
     elif command == "bench" and arguments.what == "generate":
         from lmjax.bench_generate import bench_generate
 
