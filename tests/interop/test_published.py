@@ -71,7 +71,8 @@ PUBLISHED = {
         relative_attention_max_distance=128, tie_word_embeddings=False)),
     "modernbert-base": ("modernbert", dict(
         attention_bias=False, attention_dropout=0.0, bos_token_id=1, classifier_activation="gelu",
-        classifier_bias=False, classifier_dropout=0.0, classifier_pooling="mean", cls_token_id=1, decoder_bias=True, embedding_dropout=0.0,
+        classifier_bias=False, classifier_dropout=0.0, classifier_pooling="mean", cls_token_id=1, decoder_bias=True,
+        embedding_dropout=0.0,
         deterministic_flash_attn=False, eos_token_id=2, global_attn_every_n_layers=3, global_rope_theta=160000.0,
         gradient_checkpointing=False, hidden_activation="gelu", hidden_size=D, initializer_cutoff_factor=2.0,
         intermediate_size=F, layer_norm_eps=1e-5, local_attention=128, local_rope_theta=10000.0, mlp_bias=False,
