@@ -1,10 +1,13 @@
 """Encoder-decoders of our own behind `lmjax.LM`: they read what they were trained on, and are exported as that."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lmjax
 from lmjax.data.objectives import START_ID, Objective, Pieces
 from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, train_model
 from lmjax.lm import LM
@@ -104,3 +107,17 @@ def test_an_export_is_what_transformers_computes(lm, tokenizer, tmp_path):
     maps, tokens = lm.attention_maps(TEXT)
     assert tokens[:3] == ["1", "2", "3"] and len(tokens) == len(source)
     np.testing.assert_allclose(maps, torch.cat(expected.encoder_attentions).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("settings, generation, start_id", [
+    ({}, {}, START_ID), ({"decoder_start_token_id": 5}, {}, 5),
+    ({"decoder_start_token_id": 5}, {"decoder_start_token_id": 7}, 7)])
+def test_an_import_begins_and_reads_as_its_own_files_say(lm, tokenizer, tmp_path, settings, generation, start_id):
+    lm.export(tmp_path / "hf", log=lambda line: None)
+    for name, keys in (("config.json", settings), ("generation_config.json", generation)):
+        told = json.loads((tmp_path / "hf" / name).read_text())
+        del told["decoder_start_token_id"]
+        (tmp_path / "hf" / name).write_text(json.dumps(told | keys))
+    found = lmjax.load(tmp_path / "hf")
+    assert (found._generator.start_id, found._generator.vocab_size) == (start_id, KNOWN)
+    assert found._ids(TEXT) == [*tokenizer.prefix, *tokenizer.encode(TEXT), *tokenizer.suffix]
