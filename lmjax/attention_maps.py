@@ -37,7 +37,8 @@ def _record(maps: list[np.ndarray], q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK
 def attention_maps(model: Model, params: Params, batch: Batch) -> np.ndarray:
     """float32 [layers, B, H, T, S]: how much each token looks at each, in every head; rows of tokens sum to 1.
 
-    batch: of a decoder or an encoder, as `Model.hidden` takes it. Runs operation by operation, for a few texts.
+    batch: as `Model.encode` takes it; an encoder-decoder's layers are its encoder's. Runs operation by operation, for a
+    few texts.
     """
     config = dataclasses.replace(model.config, attention=RECORDED)
     maps: list[np.ndarray] = []
@@ -47,7 +48,7 @@ def attention_maps(model: Model, params: Params, batch: Batch) -> np.ndarray:
     try:
         watched = build_model(config, vocab_size=0, platform="cpu", dtype=jnp.float32)
         with jax.disable_jit():  # a scan over layers becomes a loop, whose attention weights are plain arrays
-            watched.hidden(params, batch)
+            watched.encode(params, batch)
     finally:
         del KERNELS[RECORDED]
     return np.stack(maps)

@@ -154,8 +154,9 @@ def read_about(path: str | os.PathLike) -> About:
     try:
         about = json.loads(file.read_text())
         recorded = about.pop("sha256")
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{file}: expected JSON, got {_first_line(error)}; the file is damaged") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or no object
+        raise ValueError(f"{file}: expected a JSON object with its sha256, got {_first_line(error)}; the file is "
+                         "damaged") from None
     if _digest(about) != recorded:
         raise ValueError(f"{file}: expected sha256 {recorded}, got {_digest(about)}; the file is damaged")
     if about["format"] != FORMAT:

@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -154,8 +155,12 @@ def _use(arguments: argparse.Namespace) -> None:
         _generate(lm, arguments)
         return
     for file in arguments.file:
-        with open(file, encoding="utf-8") as text:
-            score = lm.score([text.read()])[0]
+        try:
+            with open(file, encoding="utf-8") as opened:
+                text = opened.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: expected UTF-8 text, got {error}; convert it, `iconv -t UTF-8` say") from None
+        score = lm.score([text])[0]
         print(f"{file}: {score.bits_per_byte:.4f} bits/byte, perplexity {score.perplexity:.2f}, {score.tokens} tokens")
 
 
@@ -243,17 +248,19 @@ def _parser() -> argparse.ArgumentParser:
 def _explain(error: BaseException) -> tuple[int, str]:
     """The exit code of an error that ended a command, and its one line.
 
-    2: what was asked cannot be. Such errors say what was expected; a ValueError that does not is a fault, 1.
+    2: what was asked cannot be. Such errors say what was expected and what was got; a ValueError that does not is a
+    fault, 1.
     """
     message = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and message.startswith("RESOURCE_EXHAUSTED"):
         return 2, (f"expected what was asked to fit in the device's memory, got {message:.300}; lower the batch size, "
                    "raise train.microbatches, set model.remat=full, or split weights over more devices (mesh.fsdp); "
                    "`lmjax plan` tells beforehand")
-    if isinstance(error, OSError) and "expected" not in message:
+    told = re.search(r"\bexpected\b.*\bgot\b", message)
+    if isinstance(error, OSError) and not told:
         fix = "check the path" if isinstance(error, FileNotFoundError) else "make room or check the path"
         message = f"expected to read and write files, got {message}; {fix}"
-    if isinstance(error, ValueError | OSError) and "expected" in message:
+    if isinstance(error, OSError) or isinstance(error, ValueError) and told:
         return 2, message
     return 130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {message}"[:500]
 

@@ -12,6 +12,7 @@ from lmjax.data import DataConfig, Tokenizer, open_splits
 from lmjax.data.objectives import Objective
 from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture
+from lmjax.data.tokenizer import NamedIds
 from lmjax.recipe import Recipe, build_recipe
 
 CHUNK = 1024  # rows located at once
@@ -100,12 +101,5 @@ def make_reader(config: DataConfig, directory: str) -> Callable[[np.ndarray], st
     if config.synthetic:
         return lambda ids: " ".join(map(str, ids))
     tokenizer = Tokenizer.read(directory)
-    size = tokenizer.vocab_size
-    extra = Objective(config.objective, seq_len=config.seq_len, vocab_size=size).extra
-
-    def text(ids: np.ndarray) -> str:
-        runs = np.split(ids, np.flatnonzero(np.diff(ids >= size)) + 1)  # of the tokenizer's ids and of others, in turn
-        return "".join("".join(extra[i - size] for i in run) if (run >= size).any() else tokenizer.decode(run)
-                       for run in runs)
-
-    return text
+    objective = Objective(config.objective, seq_len=config.seq_len, vocab_size=tokenizer.vocab_size)
+    return NamedIds(tokenizer, objective.extra).decode

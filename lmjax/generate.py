@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.config import at_least
 from lmjax.models import Model
 from lmjax.nn.module import Params
 from lmjax.sampling import PLAIN, Sampling, penalise, sample
@@ -88,9 +89,11 @@ class Generator:
         """The length of the longest prompt.
 
         Raises:
-          ValueError: no or an empty prompt, more positions than a learned table has, or sampling settings out of range.
+          ValueError: no or an empty prompt, less than one token to add, more positions than a learned table has, or
+            sampling settings out of range.
         """
         sampling.check()
+        at_least(1, max_tokens=max_tokens)
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("prompts: expected one or more, each of at least one token, got an empty one; begin it "
                              "with bos_id")

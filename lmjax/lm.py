@@ -16,9 +16,10 @@ from lmjax import interop
 from lmjax.attention_maps import attention_maps, draw_attention
 from lmjax.beam import beam_search
 from lmjax.checkpoint import About, Checkpointer
-from lmjax.config import choice
+from lmjax.config import at_least, choice
+from lmjax.data.objectives import ENCODER, START_ID, Objective
 from lmjax.data.packing import Rows, fill_rows
-from lmjax.data.tokenizer import Tokenizer
+from lmjax.data.tokenizer import NamedIds, Tokenizer
 from lmjax.generate import Generator, bucket, jit_on
 from lmjax.losses import log_likelihoods
 from lmjax.models import Batch, Model, build_model
@@ -32,7 +33,8 @@ from lmjax.speculative import Draft, speculate
 from lmjax.stream import Watch, cut
 from lmjax.train_state import TrainState
 
-SCORE_ROWS = 16  # scored at a time
+SCORE_ROWS = 16  # scored at a time, of long rows fewer:
+SCORE_TOKENS = SCORE_ROWS * 1024  # as many as these are of
 SCORE_LENGTH = 16  # positions of the shortest row that a program is compiled for
 SCORE_LOGITS = 1 << 24  # float32 logits held at a time, 64 MiB (of one position of each row at least)
 POOLING = {"mean": lambda x_TD: x_TD.mean(0), "first": lambda x_TD: x_TD[0], "last": lambda x_TD: x_TD[-1]}
@@ -68,9 +70,10 @@ class LM:
                  about: About):
         self.model, self.params, self.layout = model, params, layout
         self.tokenizer, self.recipe, self.about = tokenizer, recipe, about
-        self._generator = (None if tokenizer is None else
-                           Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size,
-                                     start_id=tokenizer.pad_id))
+        if tokenizer is not None:
+            self._names, self._prefix, self._suffix, start_id = self._reading(tokenizer)
+            self._generator = Generator(model, layout, eos_id=tokenizer.eos_id, vocab_size=self._names.vocab_size,
+                                        start_id=start_id)
         self._score = jax.jit(self._token_log_likelihoods, out_shardings=layout.replicated)
         self._logits = jit_on(layout, model.logits)
         self._encode = jax.jit(lambda params, batch: model.encode(params, batch)[0][0],
@@ -104,10 +107,11 @@ class LM:
             by_size.setdefault(bucket(len(ids) - 1, SCORE_LENGTH), []).append(i)
         out = [(0.0, True)] * len(rows)
         for size, members in sorted(by_size.items()):
-            for at in range(0, len(members), SCORE_ROWS):
-                part = members[at : at + SCORE_ROWS]
+            count = max(1, min(SCORE_ROWS, SCORE_TOKENS // size))  # by the size alone, so that no row's place matters
+            for at in range(0, len(members), count):
+                part = members[at : at + count]
                 values, best = (np.asarray(x) for x in self._score(
-                    self.params, self._batch([rows[i][0] for i in part], SCORE_ROWS, size,
+                    self.params, self._batch([rows[i][0] for i in part], count, size,
                                              [len(rows[i][0]) - rows[i][1] for i in part])))
                 for row, i in enumerate(part):
                     ids, n = rows[i]
@@ -116,12 +120,12 @@ class LM:
         return out
 
     def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
-        """The text that follows each prompt (without it); for the options see `generate_ids`."""
-        tokenizer = self.need_tokenizer()
-        # A model that was never shown a beginning sees one where it would see nothing.
-        suffix = tokenizer.suffix if self.model.config.family == "encdec" else ()
-        ids = [[*tokenizer.prefix, *tokenizer.encode(prompt), *suffix] or [tokenizer.bos_id] for prompt in prompts]
-        return self.generate_ids(ids, **options)
+        """The text that follows each prompt (without it), or that a decoder writes for what its encoder reads; for the
+        options see `generate_ids`. An encoder-decoder's objective has ids of its own: prompts and answers name them,
+        <extra_id_0> and so on."""
+        self.need_tokenizer()
+        whole = self.model.config.family == "encdec"
+        return self.generate_ids([self._ids(prompt, end=whole) for prompt in prompts], **options)
 
     def generate_ids(self, prompts: Sequence[Sequence[int]], *, max_tokens: int = 64, temperature: float = 0.8,
                      top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
@@ -140,6 +144,9 @@ class LM:
         """
         tokenizer = self.need_tokenizer()
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        at_least(1, num_beams=num_beams)
+        # An encoder-decoder's answer is a text by itself.
+        before = [()] * len(prompts) if self.model.config.family == "encdec" else prompts
         asked = [name for name, on in (("num_beams", num_beams > 1), ("draft", draft), ("stream", stream)) if on]
         if len(asked) > 1:  # with beams or a draft an answer is one program's
             raise ValueError(f"{', '.join(asked)}: expected one of them, got {len(asked)}; leave all but one out")
@@ -156,23 +163,22 @@ class LM:
             ids, _ = speculate(self._generator, self.params, Draft(draft.model, draft.params), prompts,
                                max_tokens=max_tokens, sampling=sampling, seed=seed)
         else:
-            watch = Watch(tokenizer, prompts, stop, stream) if stop or stream else None
+            watch = Watch(self._names, before, stop, stream) if stop or stream else None
             ids = self._generator(self.params, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed,
                                   watch=watch)
             if watch:
                 return watch.finish(ids)
-        return [cut(tokenizer.continuation(p, i), stop)[0] for p, i in zip(prompts, ids, strict=True)]
+        return [cut(self._names.continuation(b, i), stop)[0] for b, i in zip(before, ids, strict=True)]
 
     def embed(self, texts: Sequence[str], *, pooling: str = "mean", normalize: bool = True) -> np.ndarray:
-        """float32 [texts, D]: a vector a text, from an encoder's last states or a decoder's.
+        """float32 [texts, D]: a vector a text, from an encoder's last states or a decoder's (of both: the encoder's).
 
         pooling: the mean over its tokens, its "first" or its "last". Texts longer than a row are cut.
         """
         choice("pooling", pooling, POOLING)
-        tokenizer, length = self.need_tokenizer(), self.recipe.data.seq_len
-        room = length - len(tokenizer.prefix) - len(tokenizer.suffix)
-        rows = [[*tokenizer.prefix, *tokenizer.encode(text)[:room], *tokenizer.suffix] or [tokenizer.bos_id]
-                for text in texts]
+        self.need_tokenizer()
+        room = self.recipe.data.seq_len - len(self._prefix) - len(self._suffix)
+        rows = [self._ids(text, room) for text in texts]
         out = np.zeros((len(rows), self.model.config.embed_dim), np.float32)
         for i, row in enumerate(rows):
             x_TD = np.asarray(self._encode(self.params, self._batch([[*row, 0]], 1, bucket(len(row), 16), [len(row)])),
@@ -182,21 +188,29 @@ class LM:
 
     def attention_maps(self, text: str, *, picture: str | os.PathLike = "",
                        layer: int = -1) -> tuple[np.ndarray, list[str]]:
-        """float32 [layers, heads, T, T] and the text's T tokens: how much each looks at each.
+        """float32 [layers, heads, T, T] and the text's T tokens: how much each looks at each, in an encoder-decoder's
+        encoder.
 
         picture: a file (.png, .svg) for a drawing of one layer.
         """
-        tokenizer = self.need_tokenizer()
-        ids = [*tokenizer.prefix, *tokenizer.encode(text), *tokenizer.suffix]
+        self.need_tokenizer()
+        ids = self._ids(text)
         batch = {k: v[:, : len(ids)] for k, v in self._batch([[*ids, 0]], 1, len(ids), [len(ids)]).items()}
         maps = attention_maps(self.model, jax.device_put(self.params, jax.devices()[0]), batch)[:, 0]
-        tokens = [tokenizer.decode([i]) or f"[{i}]" for i in ids]
+        tokens = [self._names.decode([i]) or f"[{i}]" for i in ids]
         if picture:
             draw_attention(maps, tokens, picture, layer=layer)
         return maps, tokens
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
-        """float32 logits [B, T, V] behind every one of the token ids int32 [B, T], for scripts of your own."""
+        """float32 logits [B, T, V] behind every one of the token ids int32 [B, T], for scripts of your own.
+
+        Raises:
+          ValueError: the model is an encoder-decoder, whose logits are of two rows of ids.
+        """
+        if self.model.config.family == "encdec":
+            raise ValueError("expected a decoder or an encoder, which reads one row of ids, got an encdec; use "
+                             "lm.model.logits(lm.params, batch) with encoder_tokens and tokens")
         tokens, size = jnp.asarray(tokens_BT, jnp.int32), self.model.config.vocab_size
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
             raise ValueError(f"tokens: expected ids of 0 to {size - 1:,}, got {int(tokens.min()):,} to "
@@ -221,6 +235,26 @@ class LM:
                                 dtype=dtype, max_shard_bytes=max_shard_bytes, source=self.about.get("huggingface"),
                                 max_positions=self.recipe.data.seq_len, log=log)
 
+    def _reading(self, tokenizer: Tokenizer) -> tuple[NamedIds, tuple[int, ...], tuple[int, ...], int]:
+        """What is read and written besides the tokenizer's ids, what stands before and behind a text that is read, and
+        what an encoder-decoder's decoder begins with: as in training, or as the import says."""
+        imported = self.about.get("huggingface")
+        if imported:
+            told = [imported[part].get("decoder_start_token_id") for part in ("generation", "settings")]
+            start_id = next((i for i in told if i is not None), tokenizer.pad_id)
+            return NamedIds(tokenizer), tokenizer.prefix, tokenizer.suffix, start_id
+        if self.model.config.family != "encdec":
+            return NamedIds(tokenizer), tokenizer.prefix, tokenizer.suffix, START_ID
+        data = self.recipe.data
+        objective = Objective(data.objective, seq_len=data.seq_len, vocab_size=tokenizer.vocab_size)
+        return NamedIds(tokenizer, objective.extra), (), (tokenizer.eos_id,), START_ID
+
+    def _ids(self, text: str, room: int | None = None, *, end: bool = True) -> list[int]:
+        """A text, cut to `room` tokens, as the model reads it. One that was never shown a beginning sees one where it
+        would see nothing."""
+        ids = [*self._prefix, *self._names.encode(text)[:room], *(self._suffix if end else ())]
+        return ids or [self.tokenizer.bos_id]
+
     def _token_log_likelihoods(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         with use_layout(self.layout):
             x_BTD, table_VD, bias_V, _ = self.model.hidden(params, batch)
@@ -238,6 +272,8 @@ class LM:
         if self.model.prefix_lm:
             given_B = np.pad(np.asarray(prompts, np.int32), (0, rows - len(prompts)))
             batch["bidirectional"] = (batch["positions"] < given_B[:, None]).astype(np.int32)
+        if self.model.config.family == "encdec":
+            batch |= {name: batch[name.removeprefix("encoder_")] for name in ENCODER}
         return batch
 
     def need_tokenizer(self) -> Tokenizer:
@@ -269,8 +305,8 @@ def _placed(recipe: Recipe) -> tuple[Model, Layout]:
     """The recipe's model and where it goes on the devices of this process."""
     devices = jax.local_devices()
     platform = devices[0].platform
-    model = build_model(recipe.model, vocab_size=recipe.model.vocab_size, platform=platform,
-                        dtype=recipe.train.dtype(platform),
+    config = dataclasses.replace(recipe.model, attention="auto")  # the run's kernel may be of other devices than these
+    model = build_model(config, vocab_size=config.vocab_size, platform=platform, dtype=recipe.train.dtype(platform),
                         seq_len=recipe.data.seq_len, prefix_lm=recipe.data.objective.name == "prefix_lm")
     return model, _layout(model, len(devices), devices)
 

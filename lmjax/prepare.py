@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -23,6 +22,7 @@ from typing import Any
 
 from etils import epath
 
+from lmjax.claim import claim
 from lmjax.data import shards, sources, store
 from lmjax.data.engine import Engine, Log, versions
 from lmjax.data.engine_beam import BeamEngine
@@ -175,7 +175,7 @@ def _workspace(out: str) -> Iterator[str]:
         raise ValueError(f"{out}: expected a prepared directory, an empty one or none, got something else; "
                          "use another directory, or move that away")
     folder = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.partial")
-    lock = _claim(folder, out)
+    lock = claim(folder, out)
     try:
         with _room(out):
             yield folder
@@ -208,18 +208,3 @@ def _publish(folder: str, out: str) -> None:
         target = epath.Path(out) / file
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(epath.Path(folder, file).read_bytes())
-
-
-def _claim(temporary: str, out: str) -> int:
-    """Makes `temporary`, or finds it, and holds it for this process alone: a lock on it dies with its process."""
-    os.makedirs(temporary, exist_ok=True)
-    lock = os.open(temporary, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(lock), os.stat(temporary)):
-            raise BlockingIOError  # the other process has just finished, and renamed it
-    except (BlockingIOError, FileNotFoundError):
-        os.close(lock)
-        raise ValueError(f"{out}: expected nobody else at work there, got another process that is preparing "
-                         "it; wait until it has ended") from None
-    return lock

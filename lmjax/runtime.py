@@ -20,6 +20,8 @@ from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax._src.distributed import global_state  # its client is the key-value store, which has no public name
 from jax.experimental import multihost_utils
 
+from lmjax.claim import claim
+
 T = TypeVar("T")
 Explain = Callable[[BaseException], tuple[int, str]]  # the exit code and the line of an error
 WEEK_MS = 7 * 24 * 3600 * 1000  # longer than any preparation: what fails meanwhile ends the wait
@@ -188,23 +190,30 @@ def _local_devices() -> list[int] | None:
 
 @contextlib.contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `out` when the block is done and goes if it fails.
+    """An empty directory to write into, which becomes `out` when the block is done and goes if it fails.
 
     Raises:
-      ValueError: `out` is there already.
+      ValueError: `out` is there already, or another process is making it.
     """
     out = out.expanduser().absolute()
-    if out.exists():
-        raise ValueError(f"--out: expected a directory that does not exist yet, got {out}; choose another")
     part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    lock = claim(part, out)
     try:
-        part.mkdir(parents=True)
+        if out.exists():
+            raise ValueError(f"--out: expected a directory that does not exist yet, got {out}; choose another")
+        _empty(part)  # of what a killed process has left
         yield part
         part.rename(out)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def use_compilation_cache() -> None:

@@ -109,7 +109,8 @@ class Layout:
         entries, used = [], []
         for i, name in enumerate(axes):
             if name is not None and name not in self.rules:
-                raise ValueError(f"axis {name!r}: expected one of {', '.join(self.rules)}; add a row to RULES")
+                raise ValueError(f"axis {name!r}: expected one of {', '.join(self.rules)}, got a name without a rule; "
+                                 "add a row to RULES")
             on, ways = self.on(name), self.ways(name)
             if shape is not None and shape[i] % ways:
                 raise ValueError(f"mesh: expected {'*'.join(on)}={ways} to divide {name}={shape[i]}, got a remainder "

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from lmjax.data.tokenizer import Tokenizer
+from lmjax.data.tokenizer import NamedIds, Tokenizer
 
 
 def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
@@ -14,7 +14,7 @@ def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
 class Watch:
     """Looks at a generator's answers as they grow: hands out their text, and says which have met a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stop: Sequence[str],
+    def __init__(self, tokenizer: Tokenizer | NamedIds, prompts: Sequence[Sequence[int]], stop: Sequence[str],
                  stream: Callable[[int, str], None] | None):
         self.tokenizer, self.prompts, self.stop, self.stream = tokenizer, prompts, stop, stream
         self.shown = [0] * len(prompts)

@@ -3,6 +3,7 @@
 import errno
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -248,6 +249,17 @@ def test_a_finished_run_started_again_changes_nothing(finished, capsys):
     before = {k: v for k, v in snapshot(finished).items() if not any(name in k for name in told)}
     assert run(finished, *SHORT) == 0
     assert {k: v for k, v in snapshot(finished).items() if k in before} == before
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (ValueError("seq_len: expected 8,\n got 9; lower it"), 2, "seq_len: expected 8, got 9; lower it"),
+    (ValueError("an unexpected word was gotten"), 1, "ValueError: an unexpected word was gotten"),
+    (UnicodeDecodeError("utf-8", b"\xe4", 0, 1, "unexpected end of data"), 1, "UnicodeDecodeError: 'utf-8' codec .*"),
+    (FileNotFoundError(2, "nothing there", "a/b"), 2, "expected to read and write files, got .*nothing there.*"),
+    (OSError(28, "expected room, got none; make some"), 2, r"\[Errno 28\] expected room, got none; make some")])
+def test_only_what_says_expected_and_got_is_the_users(error, code, line):
+    found = cli._explain(error)
+    assert found[0] == code and re.fullmatch(line, found[1]), found
 
 
 def flip_arrays(item: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lmjax"
 
 # A module may import from its own layer and from those below. A new module needs a row here.
 LAYERS = [
-    {"sharding", "config", "tree", "runtime", "hlo", "chips"},
+    {"sharding", "config", "tree", "claim", "runtime", "hlo", "chips"},
     {"nn"},
     {"models", "data", "losses", "optim", "sampling"},
     {"recipe", "program", "train_state", "train_step", "checkpoint", "metrics", "goodput", "watch", "adapt", "interop",

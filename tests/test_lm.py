@@ -17,6 +17,7 @@ from lmjax import cli
 from lmjax import lm as lm_module
 from lmjax.data import open_splits
 from lmjax.generate import Generator, Sampling
+from lmjax.lm import LM
 
 KNOWN, PADDED = 300, 384  # ids of the tokenizer, rows of the table
 LENGTH = 64  # of a training row
@@ -90,6 +91,29 @@ def test_averaged_weights_are_taken_where_there_are_any(run, synthetic, lm):
         lmjax.load(synthetic, ema=True)
 
 
+def test_a_run_with_another_platforms_kernel_is_loaded(lm, tmp_path):
+    about = json.loads(json.dumps(lm.about))
+    about["recipe"]["model"]["attention"] = "splash"  # a TPU's
+    LM(lm.model, lm.params, lm.layout, lm.tokenizer, lm.recipe, about).save(tmp_path / "run")
+    found = lmjax.load(tmp_path / "run")
+    assert found.recipe.model.attention == "splash" and found.model.kernel == lm.model.kernel and same(found, lm)
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '{"a": 1}', "{"])
+def test_a_damaged_about_is_one_line(text, tmp_path):
+    (tmp_path / "about").mkdir()
+    (tmp_path / "about" / "metadata").write_text(text)
+    with pytest.raises(ValueError, match="metadata: expected a JSON object with its sha256, got .*; the file is"):
+        lmjax.load(tmp_path)
+
+
+def test_a_file_that_is_no_text_is_one_line(run, tmp_path, capsys):
+    (tmp_path / "latin").write_bytes("na\u00efve".encode("latin-1"))
+    assert cli.main(["score", str(run), str(tmp_path / "latin")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(f"{tmp_path}/latin: expected UTF-8 text, got .* 0xef in position 2.*; convert it", line)
+
+
 def test_what_is_not_there_is_refused(run, tmp_path, capsys):
     for path, step, words in ((tmp_path / "nowhere", None, "expected a checkpoint, got none; pass"),
                               (tmp_path, None, "expected a checkpoint, got none; pass"),
@@ -127,6 +151,18 @@ def test_score_is_the_log_softmax_of_the_logits(lm):
     assert lm.score(TEXTS[1:2]) == scores[1:2]  # whatever it is scored beside
 
 
+def test_long_rows_are_scored_fewer_at_a_time(lm, monkeypatch):
+    """So many as their length alone says: the same values, whatever there is beside them."""
+    expected, shapes, score = lm.score(TEXTS * 3), [], lm._score
+    monkeypatch.setattr(lm, "_score", lambda p, batch: shapes.append(batch["tokens"].shape) or score(p, batch))
+    for tokens, rows in ((2 * LENGTH, 2), (1, 1)):
+        monkeypatch.setattr(lm_module, "SCORE_TOKENS", tokens)
+        shapes.clear()
+        for got, wanted in zip(lm.score(TEXTS * 3), expected, strict=True):
+            assert got.log_likelihood == pytest.approx(wanted.log_likelihood, rel=1e-6)
+        assert (rows, LENGTH) in shapes and all(shape[0] <= max(tokens // shape[1], 1) for shape in shapes)
+
+
 def test_score_never_holds_all_logits(run, monkeypatch):
     """The same values in smaller pieces, from a program in which no array is as large as all logits."""
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
@@ -156,8 +192,11 @@ def test_greedy_generation_takes_the_likeliest_known_token(lm):
 @pytest.mark.parametrize("options, message", [
     (dict(num_beams=2, stream=print), "num_beams, stream: expected one of them, got 2; leave all but one out"),
     (dict(draft=True, stream=print), "draft, stream: expected one of them"),
-    (dict(num_beams=2, top_k=3), "num_beams: expected no top_k, .* got one; leave it out")])
-def test_ways_of_decoding_that_do_not_go_together(lm, options, message):
+    (dict(num_beams=2, top_k=3), "num_beams: expected no top_k, .* got one; leave it out"),
+    (dict(num_beams=0), "num_beams: expected at least 1, got 0; raise it"),
+    (dict(max_tokens=-5), "max_tokens: expected at least 1, got -5; raise it"),
+    (dict(max_tokens=0, num_beams=2), "max_tokens: expected at least 1, got 0; raise it")])
+def test_ways_of_decoding_that_are_refused(lm, options, message):
     with pytest.raises(ValueError, match=message):
         lm.generate(["of"], **options)
 

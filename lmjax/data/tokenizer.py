@@ -229,7 +229,11 @@ class HuggingFaceTokenizer(Tokenizer):
     @classmethod
     def from_directory(cls, path: Path) -> HuggingFaceTokenizer:
         """Reads the files of a directory."""
-        files = {name: (path / name).read_text(encoding="utf-8") for name in HF_FILES if (path / name).is_file()}
+        try:
+            files = {name: (path / name).read_text(encoding="utf-8") for name in HF_FILES if (path / name).is_file()}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected {HF_FILES[0]} and what belongs to it in UTF-8, got {error}; fetch the "
+                             "directory again") from None
         return cls(json.dumps({"kind": "huggingface", "files": files}).encode())
 
     def encode(self, text: str) -> list[int]:
@@ -276,6 +280,33 @@ class HuggingFaceTokenizer(Tokenizer):
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(SPACE, " ").encode()
+
+
+class NamedIds:
+    """A tokenizer and names for the ids behind its own: names[i] stands for vocab_size + i, in a text as in an answer.
+
+    vocab_size: with those.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, names: Sequence[str] = ()):
+        self.tokenizer, self.names, self.vocab_size = tokenizer, names, tokenizer.vocab_size + len(names)
+        self._ids = {name: tokenizer.vocab_size + i for i, name in enumerate(names)}
+        self._name = re.compile(f"({'|'.join(map(re.escape, names))})")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text and of the names in it."""
+        parts = self._name.split(text) if self.names else [text]
+        return [i for part in parts for i in ([self._ids[part]] if part in self._ids else self.tokenizer.encode(part))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, and the names of the others."""
+        size = self.tokenizer.vocab_size
+        return "".join("".join(self.names[i - size] for i in run) if named else self.tokenizer.decode(run)
+                       for named, run in itertools.groupby(ids, lambda i: i >= size))
+
+    def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of `ids` where they follow `before`."""
+        return self.decode(ids) if self.names else self.tokenizer.continuation(before, ids)
 
 
 def train_model(config: TokenizerConfig, texts: Sequence[str]) -> bytes:

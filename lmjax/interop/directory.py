@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.data.objectives import START_ID
 from lmjax.data.tokenizer import Tokenizer
 from lmjax.interop.families import FAMILIES, Family
 from lmjax.interop.settings import family_of, read_settings, write_settings
@@ -73,10 +74,11 @@ def read_params(found: Found, model: Model, shardings: Params) -> Params:
     ignore = family.ignore
     table = _table(family, model)
     tied = table.get("head/table")
-    if model.config.tie_embeddings and tied and tied.theirs in found.entries:
+    twice = bool(model.config.tie_embeddings and tied and tied.theirs in found.entries)
+    check_tensors(found.entries, model.shapes, table, where=str(found.path),
+                  ignore=(*ignore, tied.theirs) if twice else ignore)
+    if twice:
         _check_tied(found, tied.theirs, table["embedding/table"].theirs)
-        ignore += (tied.theirs,)
-    check_tensors(found.entries, model.shapes, table, where=str(found.path), ignore=ignore)
     return read_tree(found.entries, model.shapes, shardings, table)
 
 
@@ -101,6 +103,8 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
     family = FAMILIES[ours["model_type"]]
     kept = {k: v for k, v in source["settings"].items() if k not in ("rope_parameters", "dtype")}
     ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if config.family == "encdec" and not source["settings"]:  # as the objectives have it
+        ids |= {"pad_token_id": START_ID, "decoder_start_token_id": START_ID}
     with new_directory(out) as part:
         write_json(part / "config.json", {**ids, **kept, **ours, "torch_dtype": dtype})
         write_json(part / "generation_config.json", source["generation"] or {**ids, "do_sample": True})

@@ -71,7 +71,11 @@ NEUTRAL = frozenset("""
     classifier_dropout dropout dropout_rate n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout
     summary_proj_to_labels summary_type summary_use_proj max_window_layers chunk_size_feed_forward is_decoder
     return_dict problem_type layer_types rope_theta rope_scaling rope_parameters
-    output_router_logits router_aux_loss_coef router_jitter_noise _num_labels
+    output_router_logits router_aux_loss_coef router_jitter_noise _num_labels num_labels cache_implementation
+    predict_special_tokens max_sequence_length is_llama_config transformers.js_config
+    do_sample early_stopping length_penalty max_length min_length num_beam_groups num_beams num_return_sequences
+    no_repeat_ngram_size repetition_penalty temperature top_k top_p typical_p diversity_penalty bad_words_ids
+    forced_bos_token_id forced_eos_token_id
 """.split())
 
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "gelu": "geglu_erf"}
@@ -275,11 +279,11 @@ FAMILIES = {family.model_type: family for family in (
     Family("gemma2", "Gemma2ForCausalLM",
            (*GEMMA_KEYS, Key("attn_logit_softcapping", "attention_softcap", 50.0, also={None: 0.0}),
             Key("final_logit_softcapping", "logit_softcap", 30.0, also={None: 0.0})), GEMMA_TABLE, fixed=GEMMA_FIXED,
-           prefix="model.", layer_types=lambda s, i: i % 2 == 0),
+           prefix="model.", layer_types=lambda s, i: i % 2 == 0, neutral=("hidden_act", "sliding_window_size")),
     Family("gemma3_text", "Gemma3ForCausalLM",
            (*GEMMA_KEYS, Key("attn_logit_softcapping", "", None), Key("final_logit_softcapping", "", None)),
            GEMMA_TABLE, fixed=GEMMA_FIXED | {"qk_norm": True}, prefix="model.",
-           neutral=("sliding_window_pattern", "_sliding_window_pattern"),
+           neutral=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern"),
            rope={"rope_theta": 1e6, "rope_local_base_freq": 10_000.0},
            layer_types=lambda s, i: (i + 1) % s.get("sliding_window_pattern", 6) != 0),
     Family("gpt2", "GPT2LMHeadModel", (
@@ -295,6 +299,8 @@ FAMILIES = {family.model_type: family for family in (
            bert_table("bert", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm",
                       "cls.predictions.bias"), fixed=BERT_FIXED, prefix="bert.", rope={}, config=EncoderConfig,
            ignore=(r"bert\.embeddings\.position_ids", r"cls\.seq_relationship\..*", r"cls\.predictions\.decoder\..*"),
+           neutral=("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
+                    "pooler_size_per_head", "pooler_type"),
            present={"mlm_head": ("cls.predictions.transform.dense.weight", True, False),
                     "pooler": ("bert.pooler.dense.weight", True, False)}),
     Family("roberta", "RobertaForMaskedLM",
@@ -340,9 +346,8 @@ FAMILIES = {family.model_type: family for family in (
         marian_table(), rope={}, config=EncDecConfig, prefix="model.",
         fixed={"positions": "sinusoidal", "norm": "layernorm", "norm_eps": 1e-5, "norm_position": "post",
                "use_bias": True},
-        neutral=("activation_dropout", "bad_words_ids", "classif_dropout", "decoder_layerdrop", "encoder_layerdrop",
-                 "extra_pos_embeddings", "forced_eos_token_id", "init_std", "max_length", "num_beams",
-                 "num_hidden_layers", "static_position_embeddings"),
+        neutral=("activation_dropout", "classif_dropout", "decoder_layerdrop", "encoder_layerdrop",
+                 "extra_pos_embeddings", "init_std", "num_hidden_layers", "static_position_embeddings"),
         ignore=(r"model\.(encoder|decoder)\.embed_(tokens|positions)\.weight",),
         present={"output_bias": ("final_logits_bias", True, False)}),
 )}

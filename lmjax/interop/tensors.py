@@ -34,7 +34,10 @@ def open_tensors(directory: Path) -> dict[str, Entry]:
     """
     index = directory / INDEX
     if index.exists():
-        where = read_json(index).get("weight_map", {})
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict):
+            raise ValueError(f"{index}: expected weight_map to name each tensor's file, got {where!r:.40}; fetch it "
+                             "again")
         files = sorted({directory / str(file) for file in where.values()})
         if any(file.parent != directory for file in files):
             raise ValueError(f"{index}: expected files of this directory, got a path out of it; correct the index")

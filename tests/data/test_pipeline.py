@@ -125,7 +125,7 @@ def test_the_fingerprint_names_all_that_decides_the_rows(directory, change):
 
 
 def test_other_data_than_the_config_says_is_refused(directory, tmp_path):
-    with pytest.raises(ValueError, match=r"expected data prepared with min_chars = 5, got 32; repeat the config.data settings"):
+    with pytest.raises(ValueError, match=r"expected data prepared with min_chars = 5, got 32; repeat the config"):
         open_splits(make_config(min_chars=5), directory)
     with pytest.raises(ValueError, match="no manifest.json"):
         open_splits(make_config(), str(tmp_path))

@@ -20,6 +20,7 @@ from lmjax.interop.families import FAMILIES
 from lmjax.interop.tensors import open_tensors, read_tensor
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.runtime import new_directory
 from lmjax.sharding import MeshConfig, make_layout
 from lmjax.tree import named_leaves
 
@@ -309,6 +310,12 @@ BAD = {
     "tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(train_model(
         TokenizerConfig(vocab_size=300), ["ab abc abcd é 日本 stop here\n"] * 50)),
                   "expected a tokenizer for an embedding of 64 rows, got one of 300 tokens"),
+    "tied, no table": (lambda f: (edit(f, tie_word_embeddings=True), retensor(f, lambda t: t.pop(EMBED))),
+                       rf"expected tensor {EMBED} \[64, 16\], got none"),
+    "no index": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'),
+                 r"expected weight_map to name each tensor's file, got \[\]"),
+    "no text": (lambda f: (f / "tokenizer.json").write_bytes(b'{"\xff": 0}'),
+                "expected tokenizer.json .*in UTF-8, got"),
     "no json": (lambda f: (f / "config.json").write_text("{"), "expected JSON, got"),
 }
 
@@ -347,6 +354,17 @@ def test_nothing_is_overwritten(good, tmp_path):
     for command in ("import-hf", "export-hf"):
         assert main([command, str(good), "--out", str(tmp_path / "there")]) == 2
     assert not list((tmp_path / "there").iterdir())
+
+
+def test_two_at_work_on_one_directory_do_no_harm(good, tmp_path, capsys):
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part" / "left by a process that was killed").write_text("")
+    with new_directory(tmp_path / "out") as part:
+        (part / "first").write_text("")
+        assert main(["export-hf", str(good), "--out", str(tmp_path / "out")]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert re.search(r"/out: expected nobody else at work there, got another process .*; wait", line)
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["out", "out/first"]
 
 
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path):
