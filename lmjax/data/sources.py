@@ -213,7 +213,7 @@ def _field(record: Any, source: SourceConfig) -> str | bytes | Broken:
         return got
     keys = sorted(record) if isinstance(record, dict) else type(record).__name__
     what = "nothing" if got is None else type(got).__name__
-    return Broken("", f"{what} under {source.text_field!r} (it has {keys})", str(record)[:200])
+    return Broken("", f"{what} under {source.text_field!r} (it has {keys})", ascii(record)[:200])
 
 
 def _parquet(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, str | bytes | Broken]]:

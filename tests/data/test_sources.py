@@ -91,11 +91,15 @@ def test_the_standard_library_is_there_without_what_is_installed():
     ('{"text": 3}', "int under 'text'"),
     ("[1]", r"nothing under 'text' \(it has list\)"),
     ("[" * 100_000, "no JSON: "),
+    (r'"half a pair: \ud800"', r"nothing under 'text' \(it has str\)"),
+    (r'{"\ud800": "\udc00"}', "nothing under 'text'"),
+    (r'{"text": "\ud800"}', "no UTF-8: "),
 ])
 def test_a_broken_record_is_set_aside_and_over_the_budget_an_error(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n" + '{"text": "too"}\n')
     documents, broken = read(f"jsonl:{tmp_path}/a.jsonl", budget=0.5)
     assert [d.data for d in documents] == ["fine", "too"] and [b.id for b in broken] == ["a.jsonl:2"]
+    assert broken[0].raw.encode() and broken[0].reason.encode()  # what is kept of it is written as UTF-8
     with pytest.raises(ValueError, match=f"at most 20.0% of broken .*got 1 of 3 .first: a.jsonl:2: {message}") as error:
         read(f"jsonl:{tmp_path}/a.jsonl", budget=0.2)
     assert "\n" not in str(error.value)
