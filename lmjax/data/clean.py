@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff]")  # C0 but tab and newline, DEL, byte-order mark
 _TRAILING = re.compile(r"(?<![ \t])[ \t]+$", re.MULTILINE)  # looked for at the beginning of a run only
+# Pieces that are composed apart: each ends before a character that joins no earlier one, if there is one at all.
+_PIECE = re.compile("(?s).{1,1024}[^\x00-\x7f\u3041-\u3096\u3400-\u9fff]{0,1024}")
 _BLANK = re.compile(r"\n{4,}")
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff]")
 # Whole lines that say something about the page and nothing of its own: navigation, consent, sharing, rights.
@@ -52,7 +54,10 @@ def _control(text: str) -> str:
 
 
 def _nfc(text: str) -> str:
-    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+    if text.isascii():
+        return text
+    # By pieces: what it takes grows with the square of the number of accents in a row.
+    return "".join([unicodedata.normalize("NFC", piece) for piece in _PIECE.findall(text)])
 
 
 def _ftfy(text: str) -> str:

@@ -1,7 +1,9 @@
 """Cleaning, filters, languages and evaluation examples, on texts in English, Chinese and Japanese."""
 
+import random
 import sysconfig
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -106,7 +108,16 @@ def test_cleaning_rules(rule, before, after):
     assert clean.clean(before, [rule]) == (after, {rule: (before, after)} if before != after else {})
 
 
-LONG = [" ", "\t", "\n", "1", ".", "-", "a", "@", "+1", "a@", "1.", "share ", "share\n", "\u00e9", "\u6625"]
+def test_long_texts_are_composed_as_a_whole():
+    rng = random.Random(0)
+    units = ["e\u0301", "e\u0316\u0301", "\u1112\u1161\u11ab", "\u304b\u3099", "\u6625", "\u0e01\u0e48", "\u0958", " "]
+    for common in units:  # of which most of the text is
+        text = "".join(rng.choices([*units, *[common] * 20], k=9000))
+        assert clean.clean(text, ["nfc"])[0] == unicodedata.normalize("NFC", text)
+
+
+LONG = [" ", "\t", "\n", "1", ".", "-", "a", "@", "+1", "a@", "1.", "share ", "share\n", "\u00e9", "\u6625",
+        "\u0301\u0316"]
 
 
 def seconds(text):
