@@ -79,9 +79,9 @@ def ingest(config: DataConfig, engine: Engine) -> Text:
                     for fact in found]
             broken = sum(fact["removed"].get("broken", [0])[0] for fact in mine)
             samples = [sample for fact in mine for _, sample in fact["samples"].get("broken", [])]
-            first = [samples[0]["id"], samples[0]["note"]] if samples else []
+            example = [samples[0]["id"], samples[0]["note"]] if samples else []
             sources.check_budget(source, documents=sum(fact["documents"] for fact in mine), broken=broken,
-                                 first=first, budget=config.broken_budget)
+                                 example=example, budget=config.broken_budget)
             facts += mine
         return _merge(facts)
 
@@ -153,8 +153,8 @@ def _evals(config: DataConfig, engine: Engine) -> Stage:
         for source in settings.sources:
             found = list(sources.read(source, [f for unit in sources.units(source, 1 << 60) for f in unit]))
             bad = [item for item in found if isinstance(item, sources.Broken)]
-            sources.check_budget(source, documents=len(found) - len(bad), broken=len(bad), first=bad[0] if bad else (),
-                                 budget=config.broken_budget)
+            sources.check_budget(source, documents=len(found) - len(bad), broken=len(bad),
+                                 example=bad[0] if bad else (), budget=config.broken_budget)
             examples += [(source.name, item) for item in found if not isinstance(item, sources.Broken)]
             broken += len(bad)
         rules = [rule for rule in ("newlines", "control", "nfc") if rule in config.clean]

@@ -229,7 +229,7 @@ def test_evaluation_sets_that_cannot_be_read_are_refused(texts, tmp_path):
     """Or nothing would be kept out of the corpus, and nobody would know."""
     (tmp_path / "e.jsonl").write_text('{"question": "alpha beta gamma alpha beta"}\n' * 3)
     evals = DecontaminateConfig(sources=(SourceConfig("e", f"jsonl:{tmp_path}/e.jsonl"),), words=5)
-    with pytest.raises(ValueError, match=r"source e .*got 3 of 3 \(first: e.jsonl:1: nothing under 'text' \(it has "
+    with pytest.raises(ValueError, match=r"source e .*got 3 of 3 \(such as e.jsonl:1: nothing under 'text' \(it has "
                                          r"\['question'\]\)\); repair"):
         prepare(make_config(texts, curate=CurateConfig(decontaminate=evals)), str(tmp_path / "out"), log=silent)
 
