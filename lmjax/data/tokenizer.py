@@ -229,7 +229,10 @@ class HuggingFaceTokenizer(Tokenizer):
     @classmethod
     def from_directory(cls, path: Path) -> HuggingFaceTokenizer:
         """Reads the files of a directory."""
-        files = {name: (path / name).read_text(encoding="utf-8") for name in HF_FILES if (path / name).is_file()}
+        try:
+            files = {name: (path / name).read_text(encoding="utf-8") for name in HF_FILES if (path / name).is_file()}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected tokenizer files in UTF-8, got {error}; fetch them again") from None
         return cls(json.dumps({"kind": "huggingface", "files": files}).encode())
 
     def encode(self, text: str) -> list[int]:
