@@ -3,7 +3,8 @@
     lmjax train --config configs/mixtral_8x7b.py --workdir /mnt/runs/mixtral_8x7b
     lmjax plan --config configs/mixtral_8x7b.py --topology v5p-128
 
-On twice the chips (`--topology v5p-256`), give it twice the rows: `--config.train.batch_size=512`.
+On twice the chips (`--topology v5p-256`), give it twice the rows: `--config.train.batch_size=512`. Its plan
+there (jax 0.12.0.1, libtpu 0.0.52): 4.99 .. 6.40 s a step, MFU 44.4% .. 57.0%, 48.7 of 95.74 GiB.
 """
 
 from ml_collections import ConfigDict

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
 from lmjax.nn.module import Params
-from lmjax.runtime import agreed
+from lmjax.runtime import agreed, when_full
 from lmjax.train_state import StateSpec, TrainState
 from lmjax.tree import named_leaves, num_bytes
 
@@ -68,7 +68,7 @@ class Checkpointer:
         agreed(lambda: self._check_room(num_bytes(trees), step))
         about = {**about, "format": FORMAT, "step": step, "checksums": {k: checksums(v) for k, v in trees.items()}}
         about["sha256"] = _digest(about)
-        with _readable_disk_errors(self.directory):
+        with _when_full(self.directory):
             self.manager.save(step, args=ocp.args.Composite(
                 about=ocp.args.JsonSave(about), **{k: ocp.args.StandardSave(v) for k, v in trees.items()}), force=True)
 
@@ -98,7 +98,7 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns when everything saved is complete on disk."""
-        with _readable_disk_errors(self.directory):
+        with _when_full(self.directory):
             self.manager.wait_until_finished()
 
     def close(self) -> None:
@@ -298,18 +298,6 @@ def _first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
-class _readable_disk_errors:
-    """Turns a full disk, however a library words it, into one OSError that says what to do."""
-
-    def __init__(self, directory: epath.Path):
-        self.directory = directory
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if error is not None and (full or "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)):
-            raise OSError(errno.ENOSPC, f"{self.directory}: expected room for a checkpoint, got a full disk; make "
-                                        "room and run the same command again, it goes on from the last complete one"
-                          ) from error
+def _when_full(directory: epath.Path) -> contextlib.AbstractContextManager[None]:
+    return when_full(OSError(errno.ENOSPC, f"{directory}: expected room for a checkpoint, got a full disk; make room "
+                                           "and run the same command again, it goes on from the last complete one"))

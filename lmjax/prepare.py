@@ -8,7 +8,6 @@ gs:// and s3:// the stages are in a temporary directory of this machine, and the
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -31,6 +30,7 @@ from lmjax.data.tokenizer import Tokenizer
 from lmjax.prepare_report import write_data_report
 from lmjax.prepare_stages import Prepared, run_stages
 from lmjax.prepare_store import baselines, contamination, write_store
+from lmjax.runtime import when_full
 
 
 def to_stderr(line: str) -> None:
@@ -167,7 +167,7 @@ def _manifest(config: DataConfig, tokenizer: Tokenizer, entries: dict[str, Any])
 def _workspace(out: str) -> Iterator[str]:
     """The directory that the stages are written into, for this process alone."""
     if store.is_remote(out):
-        with tempfile.TemporaryDirectory(prefix="lmjax-prepare-") as folder, _room(out):
+        with tempfile.TemporaryDirectory(prefix="lmjax-prepare-") as folder, _when_full(out):
             yield folder
         return
     out = _local(out)
@@ -177,22 +177,16 @@ def _workspace(out: str) -> Iterator[str]:
     folder = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.partial")
     lock = claim(folder, out)
     try:
-        with _room(out):
+        with _when_full(out):
             yield folder
         shutil.rmtree(folder)
     finally:
         os.close(lock)
 
 
-@contextlib.contextmanager
-def _room(out: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-            raise ValueError(f"{out}: expected room for the prepared data, got a full disk; free some space and start "
-                             "again (finished stages are kept), or use another directory") from error
-        raise
+def _when_full(out: str) -> contextlib.AbstractContextManager[None]:
+    return when_full(ValueError(f"{out}: expected room for the prepared data, got a full disk; free some space and "
+                                "start again (finished stages are kept), or use another directory"))
 
 
 def _local(out: str) -> str:

@@ -79,9 +79,9 @@ def ingest(config: DataConfig, engine: Engine) -> Text:
                     for fact in found]
             broken = sum(fact["removed"].get("broken", [0])[0] for fact in mine)
             samples = [sample for fact in mine for _, sample in fact["samples"].get("broken", [])]
-            first = [samples[0]["id"], samples[0]["note"]] if samples else []
+            example = [samples[0]["id"], samples[0]["note"]] if samples else []
             sources.check_budget(source, documents=sum(fact["documents"] for fact in mine), broken=broken,
-                                 first=first, budget=config.broken_budget)
+                                 example=example, budget=config.broken_budget)
             facts += mine
         return _merge(facts)
 
@@ -149,21 +149,30 @@ def _evals(config: DataConfig, engine: Engine) -> Stage:
     settings = config.curate.decontaminate
 
     def build(folder: str) -> dict[str, Any]:
-        examples = [(source.name, document) for source in settings.sources
-                    for document in sources.read(source, [f for unit in sources.units(source, 1 << 60) for f in unit])
-                    if not isinstance(document, sources.Broken)]
+        examples, broken = [], 0
+        for source in settings.sources:
+            found = list(sources.read(source, [f for unit in sources.units(source, 1 << 60) for f in unit]))
+            bad = [item for item in found if isinstance(item, sources.Broken)]
+            sources.check_budget(source, documents=len(found) - len(bad), broken=len(bad),
+                                 example=bad[0] if bad else (), budget=config.broken_budget)
+            examples += [(source.name, item) for item in found if not isinstance(item, sources.Broken)]
+            broken += len(bad)
         rules = [rule for rule in ("newlines", "control", "nfc") if rule in config.clean]
         texts = [clean.clean(document.data, rules)[0] for _, document in examples]
         counts = decontaminate.build_index(texts, settings, folder)
         shards.write(os.path.join(folder, "examples.arrow"), {
             "set": [name for name, _ in examples], "id": [document.id for _, document in examples], "text": texts,
             **counts})
-        return {"examples": len(examples), "too_short": sum(not any(n) for n in zip(*counts.values(), strict=True))}
+        return {"examples": len(examples), "broken": broken,
+                "too_short": sum(not any(n) for n in zip(*counts.values(), strict=True))}
+
+    def describe(facts: dict[str, Any]) -> str:
+        return (f"{facts['examples']:,} examples to keep out, {facts['too_short']:,} too short to look for, "
+                f"{facts['broken']:,} broken")
 
     inputs = {source.name: sources.identity(source) for source in settings.sources}
-    return engine.stage("6-evals", [config.curate.decides()["decontaminate"], config.clean], inputs, build,
-                        describe=lambda facts: f"{facts['examples']:,} examples to keep out, "
-                                               f"{facts['too_short']:,} too short to look for")
+    return engine.stage("6-evals", [config.curate.decides()["decontaminate"], config.clean, config.broken_budget],
+                        inputs, build, describe=describe)
 
 
 def _finish(config: DataConfig, engine: Engine, text: Text, removed: dict[str, Stage], cuts: Stage | None,
@@ -177,7 +186,7 @@ def _finish(config: DataConfig, engine: Engine, text: Text, removed: dict[str, S
             index=evals.folder if evals else "")
         facts = engine.map(work, text.parts)
         os.remove(_nothing(folder))
-        return _merge(_with_sources(facts, text)) | {"lowest": [fact["lowest"] for fact in facts]}
+        return _merge(_with_sources(facts, text)) | {"keys": [fact["keys"] for fact in facts]}
 
     stages = {**removed, **({"cuts": cuts} if cuts else {}), **({"evals": evals} if evals else {})}
     inputs = {"text": text.digest} | {name: stage.receipt["output"] for name, stage in stages.items()}
@@ -192,12 +201,13 @@ def _nothing(folder: str) -> str:
 
 
 def _bounds(config: DataConfig, text: Text) -> dict[str, int]:
-    """Under which split key the documents of each source are held out: never none of them."""
-    bounds = dict.fromkeys((source.name for source in config.sources), int(config.heldout_fraction * 2.0**64))
-    lowest = text.stage.facts["lowest"]
-    for name in bounds:
-        mine = min(low for low, part in zip(lowest, text.parts, strict=True) if part.source == name)
-        bounds[name] = max(bounds[name], mine + 1)
+    """Under which split key the documents of each source are held out: never none of them, and never all."""
+    bounds = {}
+    for source in config.sources:
+        keys = [key for key, part in zip(text.stage.facts["keys"], text.parts, strict=True)
+                if part.source == source.name]
+        lowest, highest = min(low for low, _ in keys), max(high for _, high in keys)
+        bounds[source.name] = min(max(int(config.heldout_fraction * 2.0**64), lowest + 1), highest)
     return bounds
 
 
@@ -271,7 +281,7 @@ def _tokens(engine: Engine, text: Text, bounds: dict[str, int], trained: Stage) 
 @functools.lru_cache(maxsize=1)
 def _load_tokenizer(path: str, hash: str) -> Tokenizer:
     with open(path, "rb") as file:
-        return Tokenizer(file.read())
+        return Tokenizer.from_bytes(file.read())
 
 
 def tokenise(part: Shard, model: str, bounds: dict[str, int], folder: str) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """The process: its place among others, its compilation cache, how it is asked to stop, and directories it makes."""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -186,6 +188,18 @@ def _local_devices() -> list[int] | None:
                                                                            "GPUS_ON_NODE"))
     alone = tasks == nodes and "JAX_LOCAL_DEVICE_IDS" not in os.environ
     return list(range(int(gpus))) if gpus.isdigit() and alone else None
+
+
+@contextlib.contextmanager
+def when_full(say: Exception) -> Iterator[None]:
+    """Raises `say` where the block meets a full disk, however a library words that (TensorStore, NumPy)."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if full or re.search(r"No space left|RESOURCE_EXHAUSTED|^\d+ requested and \d+ written", str(error)):
+            raise say from error
+        raise
 
 
 @contextlib.contextmanager

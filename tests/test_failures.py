@@ -18,6 +18,7 @@ from processes import assert_same_run, finish, lines, start
 from lmjax import checkpoint, cli, train
 from lmjax import run as run_module
 from lmjax.checkpoint import checkpoint_steps
+from lmjax.data import shards, store
 from lmjax.recipe import TrainConfig
 
 CONFIG = "configs/synthetic.py:tiny"
@@ -371,8 +372,18 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
         first.wait()
 
 
-def test_errno_of_a_full_disk_is_kept(tmp_path):
-    with pytest.raises(OSError) as caught, checkpoint._readable_disk_errors(tmp_path):
-        raise RuntimeError("write failed: No space left on device")
+WRITERS = {
+    "file": lambda path, data: path.write_bytes(data),
+    "numpy": lambda path, data: np.save(path, data),
+    "arrow": lambda path, data: shards.write(str(path), {"text": [data.tobytes().hex()]}),
+    "tensorstore": lambda path, data: store.write_array(str(path), [data], size=len(data), dtype=data.dtype),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_known_however_a_library_words_it(name, small_disk):
+    data = np.random.default_rng(0).integers(0, 2**16, 1 << 20, np.uint16)
+    with pytest.raises(OSError, match="make room and run the same command again") as caught:
+        with checkpoint._when_full(small_disk):
+            WRITERS[name](small_disk / "data", data)
     assert caught.value.errno == errno.ENOSPC
-    assert jax.process_count() == 1

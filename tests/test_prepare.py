@@ -225,6 +225,15 @@ def test_bad_input_is_refused_in_one_line(tmp_path, make, message):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_evaluation_sets_that_cannot_be_read_are_refused(texts, tmp_path):
+    """Or nothing would be kept out of the corpus, and nobody would know."""
+    (tmp_path / "e.jsonl").write_text('{"question": "alpha beta gamma alpha beta"}\n' * 3)
+    evals = DecontaminateConfig(sources=(SourceConfig("e", f"jsonl:{tmp_path}/e.jsonl"),), words=5)
+    with pytest.raises(ValueError, match=r"source e .*got 3 of 3 \(such as e.jsonl:1: nothing under 'text' \(it has "
+                                         r"\['question'\]\)\); repair"):
+        prepare(make_config(texts, curate=CurateConfig(decontaminate=evals)), str(tmp_path / "out"), log=silent)
+
+
 def test_a_very_long_line_is_a_counted_skip(tmp_path):
     texts = write_texts(tmp_path / "texts", 10)
     (texts / "long.txt").write_text("x" * 50_000_000)
@@ -318,10 +327,11 @@ def test_the_split_is_by_hash_and_never_empty(texts, tmp_path):
     config = make_config(texts, heldout_fraction=1e-9)
     manifest = store.read_manifest(prepare(config, str(tmp_path / "out"), log=silent))
     assert manifest["sources"]["texts"]["heldout"]["documents"] == 1
-    few = write_texts(tmp_path / "two", 2)
-    manifest = store.read_manifest(prepare(make_config(few, tokenizer=TokenizerConfig(vocab_size=290)),
-                                           str(tmp_path / "few"), log=silent))
-    assert [manifest["sources"]["texts"][split]["documents"] for split in ("train", "heldout")] == [1, 1]
+    two = write_texts(tmp_path / "two", 2)
+    for fraction in (1e-9, 0.1, 1 - 1e-9):  # of one of them all the same
+        config = make_config(two, tokenizer=TokenizerConfig(vocab_size=290), heldout_fraction=fraction)
+        manifest = store.read_manifest(prepare(config, str(tmp_path / f"two-{fraction}"), log=silent))
+        assert [manifest["sources"]["texts"][split]["documents"] for split in ("train", "heldout")] == [1, 1]
 
 
 def test_two_sources_keep_apart_and_copies_are_found_across_them(tmp_path):

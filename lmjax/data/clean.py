@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import re
@@ -9,7 +10,9 @@ import unicodedata
 from collections.abc import Callable, Iterable
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff]")  # C0 but tab and newline, DEL, byte-order mark
-_TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
+_TRAILING = re.compile(r"(?<![ \t])[ \t]+$", re.MULTILINE)  # looked for at the beginning of a run only
+# Pieces that are composed apart: each ends before a character that joins no earlier one, if there is one at all.
+_PIECE = re.compile("(?s).{1,1024}[^\x00-\x7f\u3041-\u3096\u3400-\u9fff]{0,1024}")
 _BLANK = re.compile(r"\n{4,}")
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff]")
 # Whole lines that say something about the page and nothing of its own: navigation, consent, sharing, rights.
@@ -18,7 +21,7 @@ _BOILERPLATE = re.compile(
     r"privacy policy|terms (?:of (?:use|service)|and conditions)|(?:copyright|\(c\)|©).{0,80}all rights reserved\.?|"
     r"all rights reserved\.?|(?:share|tweet|follow us)(?: (?:this|on)\b.{0,40})?|skip to (?:main )?content|"
     r"(?:please )?(?:enable|turn on) javascript.*|(?:log|sign) ?(?:in|up|out)|subscribe(?: to our newsletter)?|"
-    r"read more\W*|click here\W*|back to top|loading\W*|advertisement|"
+    r"(?:read more|click here|loading)[^\w\n]*+|back to top|advertisement|"
     r"(?:版权所有|版權所有).{0,80}|上一篇.{0,80}|下一篇.{0,80}|"
     r"点击(?:这里|查看更多)|阅读(?:全文|更多)|"
     r".{0,80}無断(?:転載|複製).{0,20}禁.{0,20}|続きを読む|"
@@ -51,7 +54,10 @@ def _control(text: str) -> str:
 
 
 def _nfc(text: str) -> str:
-    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+    if text.isascii():
+        return text
+    # By pieces: what it takes grows with the square of the number of accents in a row.
+    return "".join([unicodedata.normalize("NFC", piece) for piece in _PIECE.findall(text)])
 
 
 def _ftfy(text: str) -> str:
@@ -79,10 +85,13 @@ def _boilerplate(text: str) -> str:
         at = lower.find(hint)
         while at >= 0:
             starts.add(text.rfind("\n", 0, at) + 1)
-            at = lower.find(hint, at + 1)
-    for found in filter(None, (_BOILERPLATE.match(text, at) for at in sorted(starts, reverse=True))):
-        text = text[: found.start()] + text[found.end() :]
-    return text
+            end = text.find("\n", at)
+            at = lower.find(hint, end) if end >= 0 else -1
+    pieces, at = [], 0
+    for found in filter(None, map(functools.partial(_BOILERPLATE.match, text), sorted(starts))):
+        pieces.append(text[at : found.start()])
+        at = found.end()
+    return "".join([*pieces, text[at:]])
 
 
 def _c4_lines(text: str) -> str:

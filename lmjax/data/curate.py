@@ -199,8 +199,8 @@ def finish_shard(part: Shard, config: CurateConfig, min_chars: int, removed: Map
         "id": [hit["id"] for hit in hits], "kind": [hit["kind"] for hit in hits],
         "example": np.array([hit["example"] for hit in hits], np.int64),
         "run": np.array([hit["run"] for hit in hits], np.uint64)})
-    lowest = int(min(columns["key"], default=2**64 - 1))
-    return tally.write(os.path.join(folder, part.name), columns, file=part.name, lowest=lowest)
+    keys = [int(min(columns["key"], default=2**64 - 1)), int(max(columns["key"], default=0))]
+    return tally.write(os.path.join(folder, part.name), columns, file=part.name, keys=keys)
 
 
 def _cut(name: str, text: str, number: int, places: Mapping[str, np.ndarray], config: DedupConfig,

@@ -119,7 +119,8 @@ class Engine:
         receipt = made_of | {
             "key": key, "facts": facts, "seconds": round(seconds, 3), "workers": self.workers,
             "bytes": sum(os.path.getsize(os.path.join(temporary, file)) for file in files),
-            "peak_mib": _peak_mib(), "output": hashlib.sha256(canonical([files, digests]).encode()).hexdigest(),
+            "peak_mib": _peak_mib(self._started),
+            "output": hashlib.sha256(canonical([files, digests]).encode()).hexdigest(),
         }
         with open(os.path.join(temporary, "receipt.json"), "w") as out:
             json.dump(receipt, out, indent=1, ensure_ascii=False)
@@ -176,16 +177,14 @@ class Engine:
         """Sorts the records of .npy files by key, drops repeated ones, writes one file; returns how many are left."""
         parts = self.group(np.load, files, _unique, folder)
         loaded = [np.load(part, mmap_mode="r") for part in parts]
-        total = sum(part.shape[1] for part in loaded)
-        shape = (loaded[0].shape[0], total)
-        if not total:
-            np.save(out, np.zeros(shape, loaded[0].dtype))
-            return 0
-        target, at = np.lib.format.open_memmap(out, "w+", loaded[0].dtype, shape), 0
-        for part in loaded:
-            target[:, at : at + part.shape[1]] = part
-            at += part.shape[1]
-        target.flush()
+        total, columns = sum(part.shape[1] for part in loaded), loaded[0].shape[0]
+        with open(out, "wb") as file:  # not through a memory map: a disk that is full then kills the process
+            np.lib.format.write_array_header_1_0(file, {
+                "descr": np.lib.format.dtype_to_descr(loaded[0].dtype), "fortran_order": False,
+                "shape": (columns, total)})
+            for column in range(columns):
+                for part in loaded:
+                    file.write(np.ascontiguousarray(part[column]))
         return total
 
     def _call(self, function: Callable[[Any], Any], item: Any) -> Any:
@@ -260,10 +259,20 @@ def _start_worker() -> subprocess.Popen:
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
-def _peak_mib() -> int:
-    """The most memory that this process and the largest of its workers have held so far."""
-    kib = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return max(kib) >> 10
+def _peak_mib(workers: Sequence[subprocess.Popen]) -> int:
+    """The most memory that any one process has held so far, this one or one of its workers.
+
+    Where there is no /proc, workers that still live are not counted.
+    """
+    try:
+        return max(_held_kib(process) for process in ("self", *(worker.pid for worker in workers))) >> 10
+    except OSError:
+        return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) >> 10
+
+
+def _held_kib(process: int | str) -> int:
+    with open(f"/proc/{process}/status") as file:
+        return next((int(line.split()[1]) for line in file if line.startswith("VmHWM:")), 0)  # a zombie has none
 
 
 def _digest(path: str) -> str:

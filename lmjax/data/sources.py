@@ -114,14 +114,14 @@ def read(source: SourceConfig, files: Sequence[tuple[str, str]]) -> Iterator[Doc
                 yield Broken(where, f"no UTF-8: {error.reason}", start.decode(errors="backslashreplace"))
 
 
-def check_budget(source: SourceConfig, *, documents: int, broken: int, first: Sequence[str], budget: float) -> None:
+def check_budget(source: SourceConfig, *, documents: int, broken: int, example: Sequence[str], budget: float) -> None:
     """Raises a ValueError if a source has no record at all, or more broken ones than its share."""
     total = documents + broken
     if not total:
         raise _problem(source, "at least one document", "none", "correct the uri")
     if broken > budget * total:
-        raise _problem(source, f"at most {budget:.1%} of broken records", f"{broken} of {total} (first: {first[0]}: "
-                       f"{first[1]})", "repair them, or raise data.broken_budget")
+        raise _problem(source, f"at most {budget:.1%} of broken records", f"{broken} of {total} (such as "
+                       f"{example[0]}: {example[1]})", "repair them, or raise data.broken_budget")
 
 
 def identity(source: SourceConfig) -> str:
@@ -213,7 +213,7 @@ def _field(record: Any, source: SourceConfig) -> str | bytes | Broken:
         return got
     keys = sorted(record) if isinstance(record, dict) else type(record).__name__
     what = "nothing" if got is None else type(got).__name__
-    return Broken("", f"{what} under {source.text_field!r} (it has {keys})", str(record)[:200])
+    return Broken("", f"{what} under {source.text_field!r} (it has {keys})", ascii(record)[:200])
 
 
 def _parquet(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, str | bytes | Broken]]:

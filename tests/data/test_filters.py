@@ -1,6 +1,9 @@
 """Cleaning, filters, languages and evaluation examples, on texts in English, Chinese and Japanese."""
 
+import random
 import sysconfig
+import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,7 @@ def test_features_are_those_of_plain_loops():
     ("boilerplate", "Text.\nPrivacy Policy\n© 2020 Someone. All rights reserved.\nThe privacy policy changed.\n"
      "版权所有 某某\n終わり",
      "Text.\nThe privacy policy changed.\n終わり"),
+    ("boilerplate", "Read more >>\n\nA\nloading... \nshare, share and share\nshare", "\nA\nshare, share and share\n"),
     ("c4_lines", "Menu\nThis is a whole sentence here.\nShort one.\n这是一个完整的句子。\n"
      "Please enable javascript to go on now.",
      "This is a whole sentence here.\n这是一个完整的句子。"),
@@ -102,6 +106,34 @@ def test_features_are_those_of_plain_loops():
 ])
 def test_cleaning_rules(rule, before, after):
     assert clean.clean(before, [rule]) == (after, {rule: (before, after)} if before != after else {})
+
+
+def test_long_texts_are_composed_as_a_whole():
+    rng = random.Random(0)
+    units = ["e\u0301", "e\u0316\u0301", "\u1112\u1161\u11ab", "\u304b\u3099", "\u6625", "\u0e01\u0e48", "\u0958", " "]
+    for common in units:  # of which most of the text is
+        text = "".join(rng.choices([*units, *[common] * 20], k=9000))
+        assert clean.clean(text, ["nfc"])[0] == unicodedata.normalize("NFC", text)
+
+
+LONG = [" ", "\t", "\n", "1", ".", "-", "a", "@", "+1", "a@", "1.", "share ", "share\n", "\u00e9", "\u6625",
+        "\u0301\u0316"]
+
+
+def seconds(text):
+    """Of the processor, for cleaning and for looking at all features of a text."""
+    start = time.process_time()
+    clean.clean(text, clean.RULES)
+    filters.reject(Batch([text]), {name: family() for name, family in FAMILIES.items()})
+    return time.process_time() - start
+
+
+@pytest.mark.parametrize("begin, unit, end", [*(("", unit, "") for unit in LONG), ("x", " ", "x \n"),
+                                              ("read more", " ", "x"), ("a" * 64 + "@", "1.", "")])
+def test_a_text_of_one_thing_takes_no_longer_than_its_length_says(begin, unit, end):
+    seconds(begin + unit + end)  # tables that are made once
+    short, long = (seconds(begin + unit * (size // len(unit)) + end) for size in (20_000, 80_000))
+    assert long < 8 * short + 0.1, f"{short:.3f} s, and {long:.3f} s for four times as much"
 
 
 def test_examples_are_found_by_words_and_by_letters_and_nothing_else_is(tmp_path):

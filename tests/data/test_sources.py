@@ -24,7 +24,7 @@ def read(uri, budget=0.0, size=1 << 20, **kwargs):
     broken = [item for item in found if isinstance(item, Broken)]
     documents = [item for item in found if isinstance(item, Document)]
     check_budget(source, documents=len(documents), broken=len(broken), budget=budget,
-                 first=(broken[0].id, broken[0].reason) if broken else ())
+                 example=(broken[0].id, broken[0].reason) if broken else ())
     return documents, broken
 
 
@@ -91,12 +91,16 @@ def test_the_standard_library_is_there_without_what_is_installed():
     ('{"text": 3}', "int under 'text'"),
     ("[1]", r"nothing under 'text' \(it has list\)"),
     ("[" * 100_000, "no JSON: "),
+    (r'"half a pair: \ud800"', r"nothing under 'text' \(it has str\)"),
+    (r'{"\ud800": "\udc00"}', "nothing under 'text'"),
+    (r'{"text": "\ud800"}', "no UTF-8: "),
 ])
 def test_a_broken_record_is_set_aside_and_over_the_budget_an_error(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n" + '{"text": "too"}\n')
     documents, broken = read(f"jsonl:{tmp_path}/a.jsonl", budget=0.5)
     assert [d.data for d in documents] == ["fine", "too"] and [b.id for b in broken] == ["a.jsonl:2"]
-    with pytest.raises(ValueError, match=f"at most 20.0% of broken .*got 1 of 3 .first: a.jsonl:2: {message}") as error:
+    assert broken[0].raw.encode() and broken[0].reason.encode()  # what is kept of it is written as UTF-8
+    with pytest.raises(ValueError, match=f"at most 20.0% of .*got 1 of 3 .such as a.jsonl:2: {message}") as error:
         read(f"jsonl:{tmp_path}/a.jsonl", budget=0.2)
     assert "\n" not in str(error.value)
 
@@ -107,7 +111,7 @@ def test_invalid_utf8_is_counted_and_over_the_budget_an_error(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
     documents, broken = read(f"text:{tmp_path}/*", budget=0.1)
     assert len(documents) == 9 and [b.id for b in broken] == ["bad.txt"] and "\\xe9" in broken[0].raw
-    with pytest.raises(ValueError, match=r"at most 5.0% .*got 1 of 10 \(first: bad.txt: no UTF-8"):
+    with pytest.raises(ValueError, match=r"at most 5.0% .*got 1 of 10 \(such as bad.txt: no UTF-8"):
         read(f"text:{tmp_path}/*", budget=0.05)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "half \\ud800"}\n{"text": "fine"}\n')
     documents, broken = read(f"jsonl:{tmp_path}/a.jsonl", budget=1.0)

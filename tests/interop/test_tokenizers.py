@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from lmjax.data import DataConfig, SourceConfig, store
 from lmjax.data.tokenizer import HuggingFaceTokenizer, Tokenizer, TokenizerConfig, train_model
 from lmjax.interop.tokenizers import PROBES, read_tokenizer, write_tokenizer
+from lmjax.prepare import prepare
 from lmjax.pretrained import make_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install lmjax[hf]")
@@ -90,6 +92,22 @@ def test_theirs_behind_our_interface(byte_level, tmp_path):
     assert made.to_bytes() == theirs.to_bytes()
 
 
+def test_a_corpus_is_prepared_with_theirs(byte_level, tmp_path):
+    texts = [f"{text}{i}" for i, text in enumerate(TEXTS[:9])]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    theirs = read_tokenizer(byte_level)
+    config = DataConfig(sources=(SourceConfig("a", f"jsonl:{tmp_path}/a.jsonl"),), min_chars=1, clean=(),
+                        tokenizer=TokenizerConfig(path=str(byte_level), vocab_size=theirs.vocab_size))
+    out = prepare(config, str(tmp_path / "out"), log=lambda line: None)
+    tokenizer, found = Tokenizer.read(out), []
+    assert tokenizer.to_bytes() == theirs.to_bytes()
+    for split, facts in store.read_manifest(out)["sources"]["a"].items():
+        if split in ("train", "heldout"):
+            part = store.SplitStore(out, "a", split, facts)
+            found += [tokenizer.decode(ids[1:-1]) for ids in np.split(part.tokens(), part.offsets[1:-1])]
+    assert sorted(found) == sorted(texts)
+
+
 def test_what_follows_keeps_its_space():
     """A rule that strips a text's first space must not strip that of an answer."""
     from tokenizers import decoders, models
@@ -104,6 +122,9 @@ def test_what_follows_keeps_its_space():
 def test_refusals(byte_level, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="expected a tokenizer.json, got"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b"\xe9")
+    with pytest.raises(ValueError, match="expected tokenizer files in UTF-8, got .*; fetch them again"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text((byte_level / "tokenizer.json").read_text())
     with pytest.raises(ValueError, match="expected bos_token or eos_token in tokenizer_config.json, got neither"):
