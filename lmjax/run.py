@@ -171,6 +171,9 @@ def _restore(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
 
     def check(about: About) -> None:
         _same_run(run.workdir, about["recipe"], run.about["recipe"])
+        if about["step"] > run.recipe.train.steps:
+            raise ValueError(f"config.train.steps: expected at least the {about['step']:,} steps that {run.workdir} has "
+                             f"done, got {run.recipe.train.steps:,}; raise it, or use another --workdir")
         check_schedule(build_recipe(about["recipe"]), run.recipe, about["step"])
         data = about["data"]
         saved, now = data["fingerprint"], run.train_split.fingerprint_of(data["next_row"])
@@ -196,9 +199,6 @@ def _restore(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
     run.unfinished = about.get("unfinished", False)
     run.about |= {key: about[key] for key in STARTED_FROM if key in about}
     data, step, size = about["data"], int(run.state.step), run.recipe.train.batch_size
-    if step > run.recipe.train.steps:
-        raise ValueError(f"config.train.steps: expected at least the {step:,} steps that {run.workdir} has done, got "
-                         f"{run.recipe.train.steps:,}; raise it, or use another --workdir")
     before = Steps.restored(data, step)
     run.steps, run.tokens = before.resumed(step, size), data["tokens"]
     log(f"resuming at step {step}, from row {data['next_row']:,} of the data")

@@ -246,10 +246,13 @@ def test_a_run_goes_on_that_began_before_a_key_was_there(finished, tmp_path, cap
 
 
 def test_a_finished_run_started_again_changes_nothing(finished, capsys):
-    told = ("timing.jsonl", "ledger.jsonl", "events.out", "run.json", "report.html")  # of each start, or of the machine
+    told = ("run.json", "report.html")  # of each start
     before = {k: v for k, v in snapshot(finished).items() if not any(name in k for name in told)}
     assert run(finished, *SHORT) == 0
-    assert {k: v for k, v in snapshot(finished).items() if k in before} == before
+    assert "finished: all 6 steps are done" in capsys.readouterr().err
+    assert {k: v for k, v in snapshot(finished).items() if not any(name in k for name in told)} == before
+    assert run(finished, *SHORT[1:], "train.steps=4") == 2
+    assert "at least the 6 steps" in one_line(capsys)
 
 
 @pytest.mark.parametrize("error, code, line", [

@@ -135,6 +135,14 @@ def test_a_model_of_synthetic_data_has_logits_alone(synthetic):
 # --- what it says
 
 
+def test_what_would_be_scored_wrongly_is_refused(lm):
+    with pytest.raises(ValueError, match="texts: expected a list of texts, got one text"):
+        lm.score("import os")
+    for ids in ([[1, lm.model.config.vocab_size]], [[-1, 3]]):
+        with pytest.raises(ValueError, match="tokens: expected ids of 0 to .*, got .*; encode"):
+            lm.logits(ids)
+
+
 def test_score_is_the_log_softmax_of_the_logits(lm):
     scores = lm.score(TEXTS)
     for text, score in zip(TEXTS, scores, strict=True):

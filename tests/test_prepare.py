@@ -169,7 +169,7 @@ def test_prepared_data_is_used_again_and_a_changed_source_is_told(tmp_path):
 def test_data_of_another_config_is_not_touched(texts, tmp_path, change):
     prepare(make_config(texts), str(tmp_path / "out"), log=silent)
     before = contents(tmp_path / "out")
-    with pytest.raises(ValueError, match=f"data prepared with {next(iter(change))} = .*; use another"):
+    with pytest.raises(ValueError, match=f"data prepared with {next(iter(change))} = .*; repeat"):
         prepare(make_config(texts, **change), str(tmp_path / "out"), log=silent)
     assert contents(tmp_path / "out") == before
     for free in ({"seed": 5}, {"seq_len": 8}, {"packing": "none"}):  # of the rows, not of the data
