@@ -172,8 +172,8 @@ def _restore(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
     def check(about: About) -> None:
         _same_run(run.workdir, about["recipe"], run.about["recipe"])
         if about["step"] > run.recipe.train.steps:
-            raise ValueError(f"config.train.steps: expected at least the {about['step']:,} steps that {run.workdir} has "
-                             f"done, got {run.recipe.train.steps:,}; raise it, or use another --workdir")
+            raise ValueError(f"config.train.steps: expected at least the {about['step']:,} steps that {run.workdir} "
+                             f"has done, got {run.recipe.train.steps:,}; raise it, or use another --workdir")
         check_schedule(build_recipe(about["recipe"]), run.recipe, about["step"])
         data = about["data"]
         saved, now = data["fingerprint"], run.train_split.fingerprint_of(data["next_row"])
