@@ -113,16 +113,25 @@ def _loop(run: Run) -> Callable[[int], None]:
 
 def _in_turn(contestants: dict[str, Callable[[int], None]], seconds: float,
              checkpoint_every: int) -> dict[str, list[float]]:
-    """name -> seconds a step, one figure a round; the rounds go on until the time is over (at least three)."""
-    began = time.monotonic()
+    """name -> seconds a step, one figure a round; the rounds go on until the time is over (at least three).
+
+    A round of the loop saves once, as in a real run, and lies between two halves of the bare step's, so that a machine
+    that becomes slower favours neither.
+    """
+    began, half = time.monotonic(), max(checkpoint_every // 2, 1)
+    turns = [("bare step", half), ("loop", checkpoint_every), ("bare step", half),
+             *((name, SHORT) for name in contestants if name not in ("loop", "bare step"))]
     times: dict[str, list[float]] = {name: [] for name in contestants}
     while time.monotonic() - began < seconds or len(times["loop"]) < 3:
-        for name, do in contestants.items():
-            n = checkpoint_every if name == "loop" else SHORT  # a round of the loop saves once, as in a real run
+        found: dict[str, list[float]] = {}
+        for name, n in turns:
             at = time.monotonic()
-            do(n)
-            times[name].append((time.monotonic() - at) / n)
-            print(f"\r{name}: {times[name][-1]:.3f} s/step   ", end="", file=sys.stderr, flush=True)
+            contestants[name](n)
+            found.setdefault(name, []).append((time.monotonic() - at) / n)
+            print(f"\rround {len(times['loop']) + 1}: {name}: {found[name][-1]:.3f} s/step   ", end="", file=sys.stderr,
+                  flush=True)
+        for name, values in found.items():
+            times[name].append(statistics.mean(values))
     print(file=sys.stderr)
     return times
 

@@ -294,6 +294,7 @@ def test_slurm(cloud, tmp_path):
 def test_slurm_refuses(cloud):
     assert "expected a number behind --nodes" in cloud.run("slurm", "--nodes", "all", *TRAIN, expect=2)
     assert "expected a command of lmjax" in cloud.run("slurm", "--nodes", "2", expect=2)
+    assert "launch/slurm --nodes 4" in cloud.run("slurm", "--help")
     cloud.env["LMJAX_VENV"] = "/nowhere"
     assert "expected an environment at /nowhere" in cloud.run("slurm", *TRAIN, expect=2)
 
