@@ -40,6 +40,7 @@ if args[0] == "plan":  # the TPU compiler is not on every machine that runs test
     args[args.index("--topology") + 1] = "cpu"
 if args[0] == "bench":
     args += ["--seconds", "1"]
+    sys.modules["torch"] = None  # which compiles for half a minute; tests/test_bench.py has the comparison
 sys.exit(main(args))
 """
 # A test of its own runs these (tests/test_setup.py, tests/test_bench.py), or they need what a test machine has not.
@@ -71,9 +72,12 @@ def shell(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("page", [
-    pytest.param(page, marks=() if page.name == "README.md" else pytest.mark.long) for page in PAGES],
-    ids=lambda page: page.name)
+# README.md everywhere; of the rest, .ci/run leaves out what runs the commands of another page with other settings.
+MARKS = {"README.md": (), "speed.md": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, marks=MARKS.get(page.name, pytest.mark.long)) for page in PAGES],
+                         ids=lambda page: page.name)
 def test_every_command_runs(page, shell):
     for script in blocks(page, "bash"):
         if not script.startswith(ELSEWHERE):

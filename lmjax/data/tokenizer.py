@@ -232,7 +232,8 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             files = {name: (path / name).read_text(encoding="utf-8") for name in HF_FILES if (path / name).is_file()}
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: expected tokenizer files in UTF-8, got {error}; fetch them again") from None
+            raise ValueError(f"{path}: expected {HF_FILES[0]} and what belongs to it in UTF-8, got {error}; fetch the "
+                             "directory again") from None
         return cls(json.dumps({"kind": "huggingface", "files": files}).encode())
 
     def encode(self, text: str) -> list[int]:

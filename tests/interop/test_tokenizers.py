@@ -124,7 +124,7 @@ def test_refusals(byte_level, tmp_path):
     with pytest.raises(ValueError, match="expected a tokenizer.json, got"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(b"\xe9")
-    with pytest.raises(ValueError, match="expected tokenizer files in UTF-8, got .*; fetch them again"):
+    with pytest.raises(ValueError, match="expected tokenizer.json .*in UTF-8, got .*; fetch the directory again"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text((byte_level / "tokenizer.json").read_text())
     with pytest.raises(ValueError, match="expected bos_token or eos_token in tokenizer_config.json, got neither"):
