@@ -50,6 +50,7 @@ def test_two_processes_read_text_as_one_does(tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_run_moves_between_machines(one, tmp_path):
     """Some steps on one device, on fsdp=8, on data=2,fsdp=2,tensor=2 and on two processes: the same losses."""
     workdir = tmp_path / "run"

@@ -87,6 +87,7 @@ def test_logits_of_one_row_are_refused(lm):
         lm.logits(np.ones((1, 4), np.int32))
 
 
+@pytest.mark.long
 def test_an_export_is_what_transformers_computes(lm, tokenizer, tmp_path):
     """Logits, a loss from labels alone, answers; and our embeddings and maps are those of its encoder."""
     torch = pytest.importorskip("torch", reason=f"torch {MISSING}")

@@ -115,6 +115,7 @@ def test_an_answer_follows_a_prompt_that_was_read_in_both_directions(keys):
                          sampling=GREEDY)[0] == answers
 
 
+@pytest.mark.long
 def test_a_run_of_the_command(tmp_path):
     finish(tmp_path / "run", "data.objective.name=prefix_lm", "data.objective.augment.share=0.5", "train.steps=20",
            "optimizer.warmup_steps=2", "eval.every=20", "model.num_layers=1")

@@ -275,6 +275,7 @@ def start(texts, out, stage):
     return subprocess.Popen(command, stdout=subprocess.PIPE)
 
 
+@pytest.mark.long
 def test_killed_at_any_stage_and_started_again(texts, tmp_path):
     out = tmp_path / "out"
     prepare(make_config(texts), str(tmp_path / "straight"), log=silent)

@@ -64,6 +64,7 @@ def names(*fast):
         pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in CONFIGS])
 
 
+@pytest.mark.long
 @names("bert", "t5")
 def test_a_shipped_config_beats_its_unigram_baseline(recipe_of, name, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *args: ONE)

@@ -25,6 +25,7 @@ def end_together(workdir: pathlib.Path, *overrides: str, expect: int, **options:
     return told[0]
 
 
+@pytest.mark.long
 def test_a_disk_without_room_and_then_a_checkpoint_that_one_process_cannot_read(folder):
     workdir = folder / "full"
     full_later = """

@@ -101,6 +101,7 @@ def test_sigterm_in_an_evaluation_saves_the_step_and_the_next_start_evaluates_it
     assert_same_run(straight, workdir, ["metrics.jsonl"])
 
 
+@pytest.mark.long
 def test_on_text_through_tf_data_with_samples_and_ema(tmp_path):
     import sysconfig
 

@@ -77,6 +77,7 @@ def test_what_a_step_multiplies_in_8_bits(model, layers):
     assert (eight("int8"), eight("auto")) == (2 * layers, 0)
 
 
+@pytest.mark.long
 def test_a_run_learns_as_it_does_without(tmp_path):
     def losses(kind: str) -> list[float]:
         workdir = tmp_path / kind
