@@ -72,8 +72,8 @@ def shell(tmp_path_factory):
     return run
 
 
-# README.md everywhere; of the rest, .ci/run leaves out what runs the commands of another page with other settings.
-MARKS = {"README.md": (), "speed.md": pytest.mark.slow}
+# README.md everywhere; the longest of the rest only with -m slow, for the time that .ci/run has.
+MARKS = {"README.md": (), **dict.fromkeys(("speed.md", "data.md", "huggingface.md"), pytest.mark.slow)}
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, marks=MARKS.get(page.name, pytest.mark.long)) for page in PAGES],
