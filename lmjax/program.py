@@ -43,15 +43,8 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
       ValueError: the mesh does not fit the devices, the model, its activations or the batch, or no kernel can serve
         the model.
     """
-    platform = devices[0].platform
     layout = make_layout(recipe.mesh, devices)
-    if layout.mesh.shape["expert"] > 1 and not recipe.model.moe.experts:
-        raise ValueError(f"config.mesh.expert: expected 1 for a model without experts, got {recipe.mesh.expert}; use "
-                         "fsdp, which splits the batch and all weights alike")
-    check_matmul_dtype(recipe.train.matmul_dtype, platform)
-    model = build_model(recipe.model, vocab_size=vocab_size, platform=platform, dtype=recipe.train.dtype(platform),
-                        seq_len=recipe.data.seq_len, context=bool(layout.on("seq")),
-                        prefix_lm=recipe.data.objective.name == "prefix_lm")
+    model = make_model(recipe, layout, vocab_size=vocab_size)
     schedule = make_schedule(recipe.optimizer, recipe.train.steps)
     tx = make_optimizer(recipe.optimizer, recipe.train.steps, model.axes)
     spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0)
@@ -64,6 +57,22 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
              for name, length in fields.items()}
     return Program(layout, model, spec, step_fn.trace(spec.shapes, batch),
                    make_eval_step(loss_fn, layout, recipe.train.microbatches), batch)
+
+
+def make_model(recipe: Recipe, layout: Layout, *, vocab_size: int) -> Model:
+    """The model of `recipe` on the devices of `layout`, for data of `vocab_size` tokens.
+
+    Raises:
+      ValueError: no kernel can serve the model, or its matmuls or the mesh ask for what it or the devices have not.
+    """
+    platform = layout.mesh.devices.flat[0].platform
+    if layout.mesh.shape["expert"] > 1 and not recipe.model.moe.experts:
+        raise ValueError(f"config.mesh.expert: expected 1 for a model without experts, got {recipe.mesh.expert}; use "
+                         "fsdp, which splits the batch and all weights alike")
+    check_matmul_dtype(recipe.train.matmul_dtype, platform)
+    return build_model(recipe.model, vocab_size=vocab_size, platform=platform, dtype=recipe.train.dtype(platform),
+                       seq_len=recipe.data.seq_len, context=bool(layout.on("seq")),
+                       prefix_lm=recipe.data.objective.name == "prefix_lm")
 
 
 def _in(matmul_dtype: str, loss_fn: LossFn) -> LossFn:

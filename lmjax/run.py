@@ -22,11 +22,11 @@ from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture, Split
 from lmjax.generate import Generator
 from lmjax.metrics import human_count
-from lmjax.models import Model, build_model
+from lmjax.models import Model
 from lmjax.optim import make_schedule
 from lmjax.prepare import prepare
 from lmjax.pretrained import Pretrained, check_start, find
-from lmjax.program import Program, make_program
+from lmjax.program import Program, make_model, make_program
 from lmjax.recipe import Recipe, blocking_changes, build_recipe, check_schedule
 from lmjax.runtime import agreed, device_memory
 from lmjax.sharding import Layout, make_layout
@@ -142,12 +142,9 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
 
 def _check_early(recipe: Recipe) -> None:
     """What can be refused before data is prepared, which may take hours: mesh, schedule, attention."""
-    layout = make_layout(recipe.mesh)
     make_schedule(recipe.optimizer, recipe.train.steps)
-    platform = layout.mesh.devices.flat[0].platform
-    build_model(recipe.model, vocab_size=recipe.model.vocab_size or recipe.data.tokenizer.vocab_size, platform=platform,
-                dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len, context=bool(layout.on("seq")),
-                prefix_lm=recipe.data.objective.name == "prefix_lm")
+    make_model(recipe, make_layout(recipe.mesh),
+               vocab_size=recipe.model.vocab_size or recipe.data.tokenizer.vocab_size)
 
 
 def _check_memory(spec: StateSpec) -> None:

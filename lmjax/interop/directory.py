@@ -97,8 +97,9 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
     dtype = dtype or source["dtype"]
     config = model.config
     if config.positions in ("rope", "sinusoidal"):
-        known = max(config.max_positions, max_positions) if config.positions == "learned" or source else max_positions
-        config = dataclasses.replace(config, max_positions=known)  # no more than it was trained on
+        # An own model has no more than it was trained on, whatever its config has room for.
+        given = config.max_positions if source["settings"] or not max_positions else 0
+        config = dataclasses.replace(config, max_positions=max(given, max_positions))
     ours = write_settings(config, model_type or source["settings"].get("model_type", ""))
     family = FAMILIES[ours["model_type"]]
     kept = {k: v for k, v in source["settings"].items() if k not in ("rope_parameters", "dtype")}

@@ -217,6 +217,16 @@ def test_the_family_that_can_say_a_model_is_found(keys, model_type, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, lmjax.load(tmp_path / "out").params, params)
 
 
+@pytest.mark.parametrize("trained, settings, positions", [
+    (32, {}, 32), (0, {}, CONFIG.max_positions), (32, {"vocab_size": 64}, CONFIG.max_positions),
+    (4096, {"vocab_size": 64}, 4096)])
+def test_an_export_has_the_positions_that_its_model_was_trained_on(trained, settings, positions, tmp_path):
+    """settings: of the import that it comes from, if it does."""
+    source = {"settings": settings, "generation": {}, "dtype": "float32"}
+    written(tmp_path / "out", max_positions=trained, source=source if settings else None)
+    assert settings_of(tmp_path / "out")["max_position_embeddings"] == positions
+
+
 def test_a_model_that_no_family_can_say_is_not_exported(tmp_path):
     with pytest.raises(ValueError, match=r"expected one that .*llama \(which cannot say .*mlp.*gpt2 \(which cannot"):
         written(tmp_path / "out", replace(CONFIG, mlp="relu"))
