@@ -39,6 +39,32 @@ def test_two_processes_compute_what_one_does(one, tmp_path):
     assert [r["step"] for r in lines(tmp_path / "run")] == [r["step"] for r in lines(one)]
 
 
+EXPERTS = ("data.sources.0.uri=synthetic:500", "train.steps=8", "eval.every=4", "eval.batches=0", "checkpoint.every=8",
+           "sample.every=0", "optimizer.warmup_steps=2")
+ALL_AXES = {  # axis -> devices, over processes in this order: the first axes are those that cross from one to another
+    "stages on two processes": (2, 4, ("mesh.stage=2", "mesh.expert=2", "mesh.tensor=2")),
+    "experts on two processes": (2, 2, ("mesh.expert=4",)),
+    "stages and experts on four processes": (4, 2, ("mesh.stage=2", "mesh.expert=2", "mesh.context=2")),
+    "rows and weights on four processes": (4, 2, ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2")),
+}
+
+
+@pytest.fixture(scope="module")
+def one_with_experts(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("experts") / "run"
+    finish(workdir, *EXPERTS, config="configs/moe.py:tiny", devices=1)
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ALL_AXES)
+def test_any_axis_may_go_over_processes(split, one_with_experts, tmp_path):
+    processes, devices, mesh = ALL_AXES[split]
+    finish_together(tmp_path / "run", *EXPERTS, *mesh, processes=processes, devices=devices,
+                    config="configs/moe.py:tiny")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(one_with_experts), rtol=1e-5)
+
+
 @pytest.mark.long
 def test_two_processes_read_text_as_one_does(tmp_path):
     text = (f"data.sources.0.uri=text:{sysconfig.get_paths()['stdlib']}/email/*.py", "train.steps=6", "eval.every=3",
