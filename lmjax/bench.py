@@ -34,6 +34,7 @@ from lmjax.tree import num_elements
 
 Report = dict[str, Any]
 SHORT = 5  # steps in a row of whatever is only a step
+LONG = 50  # steps of the loop in a row, at most: it saves once a round, more often than a recipe with longer pauses
 
 
 def bench(recipe: Recipe, config: Sequence[str], *, seconds: float = 60.0, out: str = "") -> Report:
@@ -42,12 +43,14 @@ def bench(recipe: Recipe, config: Sequence[str], *, seconds: float = 60.0, out: 
     config: the arguments behind `lmjax train --config` that make this recipe; the time from the start of that
     process to its first step is measured, too. out: a file for the figures as JSON.
     """
+    every = min(recipe.checkpoint.every, LONG)
     recipe = dataclasses.replace(recipe, eval=dataclasses.replace(recipe.eval, every=0),
-                                 sample=dataclasses.replace(recipe.sample, every=0))
+                                 sample=dataclasses.replace(recipe.sample, every=0),
+                                 checkpoint=dataclasses.replace(recipe.checkpoint, every=every))
     with tempfile.TemporaryDirectory() as workdir:
         run = set_up(recipe, Path(workdir), lambda line: print(line, file=sys.stderr))
         contestants = _contestants(run)
-        times = _in_turn(contestants, seconds, recipe.checkpoint.every)
+        times = _in_turn(contestants, seconds, every)
         run.checkpointer.close()
     report = _figures(run, times)
     report["start_up_seconds"] = _start_up(config)
