@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -239,6 +240,9 @@ def sum_where_it_lies(contract: Callable[[jax.Array, jax.Array], jax.Array], a: 
         return contract(a, b)
     lead, own = [layout.on(name) for name in rows], [layout.on(name) for name in sides]
     over = [axis for on in lead for axis in on]
+    if {*own[1]} & {*over} and not {*own[0]} & {*over}:  # narrow pieces of the last dimension would be all-reduced
+        total = sum_where_it_lies(contract, b, a, rows, sides[::-1])
+        return jnp.moveaxis(total, range(b.ndim - 2), range(2 - b.ndim, 0))
     inner = [tuple(axis for axis in side if axis not in over) for side in own]  # split before the sum as well
     mixed = any(split and split != side for split, side in zip(inner, own, strict=True))
     ways = [layout.ways(name) for name in rows]

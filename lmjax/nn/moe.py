@@ -19,7 +19,7 @@ from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, Dense
 from lmjax.nn.module import Initializer, param
 from lmjax.nn.quantized import matmuls_in
 from lmjax.nn.shards import axes_of
-from lmjax.sharding import constrain, current_layout
+from lmjax.sharding import constrain, current_layout, platform
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]  # rows and the experts' matrices [E, in, out] -> rows
 Kernels = tuple[jax.Array | None, jax.Array, jax.Array]  # gate, up, down
@@ -134,13 +134,26 @@ class MoE(nnx.Module):
         chosen_M = jnp.where((chosen_M >= 0) & (chosen_M < E), chosen_M, E)  # those of other devices' experts go last
         order_M = jnp.argsort(chosen_M, stable=True)
         sizes_E = jnp.zeros((E,), jnp.int32).at[chosen_M].add(1, mode="drop")
-        own_M1 = (jnp.arange(B * T * k) < jnp.sum(sizes_E))[:, None]
-        x_MD = jnp.where(own_M1, x_BTD.reshape(B * T, -1)[order_M // k], 0)
-        dot = _staged_dot if axes_of("layers") else lax.ragged_dot
+        rows = block_rows(B * T * k, E) if platform() == "cpu" else 0
+        if rows:
+            order_M, experts = _in_blocks(order_M, sizes_E, rows)
+            own_M1 = (order_M < B * T * k)[:, None]
+
+            def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+                return jnp.matmul(x.reshape(-1, rows, x.shape[-1]), w[experts]).reshape(-1, w.shape[-1])
+        else:
+            own_M1 = (jnp.arange(B * T * k) < jnp.sum(sizes_E))[:, None]
+            grouped = _staged_dot if axes_of("layers") else lax.ragged_dot
+
+            def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+                return grouped(x, w, sizes_E)
+
+        x_MD = jnp.where(own_M1, x_BTD.reshape(B * T, -1).at[order_M // k].get(mode="clip"), 0)
+        weights_M = weights_BTk.reshape(-1).at[order_M].get(mode="clip")
         # Rows beyond the last group: what a grouped matmul makes of them is left open.
-        weights_M = weights_BTk.reshape(-1)[order_M]
-        y_MD = jnp.where(own_M1, self._apply(x_MD, kernels, lambda x, w: dot(x, w, sizes_E), weights_M), 0)
-        y_NkD = jnp.zeros_like(y_MD).at[order_M].set(y_MD, unique_indices=True).reshape(B, T, k, -1)
+        y_MD = jnp.where(own_M1, self._apply(x_MD, kernels, dot, weights_M), 0)
+        y_NkD = jnp.zeros((B * T * k, y_MD.shape[-1]), y_MD.dtype).at[order_M].set(
+            y_MD, mode="drop", unique_indices=True).reshape(B, T, k, -1)
         y_BTD = jnp.sum(y_NkD, axis=2)
         y_BTD = lax.psum_scatter(y_BTD, group, tiled=True) if group else y_BTD
         return lax.psum(y_BTD, halves) if halves else y_BTD
@@ -176,6 +189,28 @@ class MoE(nnx.Module):
         (gate, up, down), act = kernels, ACTIVATIONS[self.activation]
         hidden = act(dot(x, up)) if gate is None else act(dot(x, gate)) * dot(x, up)
         return dot(hidden if weights is None else hidden * weights[:, None].astype(hidden.dtype), down)
+
+
+def block_rows(M: int, E: int) -> int:
+    """Rows of a block for `_in_blocks`, about half an even share: smaller ones copy matrices more often, larger ones
+    pad more. 0: too few rows for blocks."""
+    return min(2 ** int(math.log2(M / E / 2)), 256) if M >= 32 * E else 0
+
+
+def _in_blocks(order_M: jax.Array, sizes_E: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Choices sorted by expert -> the same in blocks of `rows`, each of one expert, and the expert of each block.
+
+    The last block of an expert is filled up with M, which is no choice. A CPU multiplies blocks with their experts'
+    matrices in one batch; what XLA makes of `ragged_dot` there computes every expert for every row.
+    """
+    M, E = order_M.shape[0], sizes_E.shape[0]
+    blocks_E = (sizes_E + rows - 1) // rows
+    end_E, n = jnp.cumsum(blocks_E), jnp.arange(M // rows + E)  # at most so many blocks, whatever the sizes
+    expert = jnp.minimum(jnp.sum(n[:, None] >= end_E[None], axis=1), E - 1)
+    row = (n - (end_E - blocks_E)[expert])[:, None] * rows + jnp.arange(rows)[None]
+    at = (jnp.cumsum(sizes_E) - sizes_E)[expert][:, None] + row
+    order = jnp.where(row < sizes_E[expert][:, None], order_M.at[at].get(mode="clip"), M)
+    return order.reshape(-1), expert
 
 
 class Experts(nnx.Module):

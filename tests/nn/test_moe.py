@@ -12,7 +12,7 @@ from lmjax.losses import Loss, with_experts
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
 from lmjax.nn.module import functional
-from lmjax.nn.moe import MoE, MoEConfig
+from lmjax.nn.moe import MoE, MoEConfig, _in_blocks, block_rows
 from lmjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from lmjax.sharding import MeshConfig, make_layout
 from lmjax.train_state import state_spec
@@ -68,6 +68,37 @@ def test_dropless_is_a_loop_over_tokens(keys):
     config, params, x, y, _ = run(**keys)
     expected = by_hand(config, params, x)[0]
     np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("M, E, absent", [(64, 1, 0), (300, 3, 0), (512, 8, 100), (4096, 8, 0)])
+def test_blocks_hold_every_choice_once_and_one_expert_each(M, E, absent):
+    """absent: choices of experts that are elsewhere, which sort behind the others."""
+    rng = np.random.default_rng(M)
+    chosen = np.sort(np.minimum(rng.geometric(0.4, M) - 1, E - 1))  # uneven, often with an expert that none chose
+    chosen[M - absent:] = E
+    sizes, order = np.bincount(chosen, minlength=E)[:E], rng.permutation(M)
+    filled, expert = _in_blocks(jnp.asarray(order), jnp.asarray(sizes), block_rows(M, E))
+    blocks = np.asarray(filled).reshape(len(expert), -1)
+    held = {int(choice): int(e) for row, e in zip(blocks, expert, strict=True) for choice in row if choice < M}
+    own = M - absent
+    assert held == dict(zip(order[:own].tolist(), chosen[:own].tolist(), strict=True)) and (blocks < M).sum() == own
+
+
+@pytest.mark.parametrize("per_token", [2, 3])
+def test_a_cpu_computes_in_blocks_what_ragged_dot_computes(per_token, monkeypatch):
+    _, module = moe_of(per_token=per_token)
+    params = module.init(jax.random.key(0))
+    x, g = jax.random.normal(jax.random.key(1), (2, 4, 64, D))
+
+    def outputs():
+        y, back = jax.vjp(jax.jit(lambda p, x: module.bind(p)(x, jnp.ones((4, 64), bool))[0]), params, x)
+        return jax.tree.leaves((y, back(g)))
+
+    assert block_rows(4 * 64 * per_token, E) >= 16
+    blocks = outputs()
+    monkeypatch.setattr("lmjax.nn.moe.block_rows", lambda M, E: 0)
+    for a, b in zip(blocks, outputs(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
 
 
 @pytest.mark.parametrize("capacity, rooms", [(0.5, 3), (0.75, 4), (50.0, T)])
