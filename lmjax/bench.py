@@ -75,6 +75,9 @@ def _contestants(run: Run) -> dict[str, Callable[[int], None]]:
         for name, compiled in (("torch eager", False), ("torch compiled", True)):
             found[name] = torch_step(run.model.config, rows, dtype=str(run.model.dtype), platform=platform,
                                      compiled=compiled)
+        if (optimizer := run.recipe.optimizer.name) != "adamw":
+            print(f"PyTorch's steps are AdamW's, this recipe's {optimizer}'s: --config.optimizer.name=adamw compares "
+                  "like with like", file=sys.stderr)
     except (ImportError, ValueError) as error:  # not installed, or a model of which there is no other
         print(f"no comparison with PyTorch: {error}", file=sys.stderr)
     for name, do in found.items():
