@@ -186,7 +186,7 @@ def _jsonl(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, st
         if line.strip():
             where = f"{name}:{number}"
             try:
-                yield where, _field(json.loads(line.decode()), source)
+                yield where, _field(json.loads(line.decode("utf-8-sig")), source)  # some tools begin files with a BOM
             except UnicodeDecodeError:
                 yield where, line
             except (ValueError, RecursionError) as error:

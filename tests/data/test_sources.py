@@ -66,6 +66,11 @@ def test_two_compressed_members_are_one_file(tmp_path):
     assert [d.data for d in read(f"jsonl:{tmp_path}/*")[0]] == TEXTS
 
 
+def test_jsonl_that_begins_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(TEXTS))
+    assert [d.data for d in read(f"jsonl:{tmp_path}/*")[0]] == TEXTS
+
+
 def test_parquet(tmp_path):
     pq.write_table(pa.table({"body": TEXTS, "n": range(4)}), tmp_path / "a.parquet", row_group_size=3)
     documents, _ = read(f"parquet:{tmp_path}/*.parquet", text_field="body")
