@@ -3,8 +3,8 @@ own standard library.
 
     lmjax train --config configs/moe.py --workdir runs/moe
 
-Eight experts in each layer, of which two compute a token. Nothing is downloaded; some fifteen minutes on two CPU cores,
-where XLA computes all eight. `configs/moe.py:tiny` is the same recipe shrunk to seconds, for tests.
+Eight experts in each layer, of which two compute a token. Nothing is downloaded; some twelve minutes on two CPU
+cores. `configs/moe.py:tiny` is the same recipe shrunk to seconds, for tests.
 """
 
 from ml_collections import ConfigDict
