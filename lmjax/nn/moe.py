@@ -134,16 +134,18 @@ class MoE(nnx.Module):
         chosen_M = jnp.where((chosen_M >= 0) & (chosen_M < E), chosen_M, E)  # those of other devices' experts go last
         order_M = jnp.argsort(chosen_M, stable=True)
         sizes_E = jnp.zeros((E,), jnp.int32).at[chosen_M].add(1, mode="drop")
-        rows = block_rows(B * T * k, E) if platform() == "cpu" else 0
+        staged = bool(axes_of("layers"))
+        rows = block_rows(B * T * k, E) if platform() == "cpu" and not staged else 0
         if rows:
             order_M, experts = _in_blocks(order_M, sizes_E, rows)
             own_M1 = (order_M < B * T * k)[:, None]
 
             def dot(x: jax.Array, w: jax.Array) -> jax.Array:
-                return jnp.matmul(x.reshape(-1, rows, x.shape[-1]), w[experts]).reshape(-1, w.shape[-1])
+                blocks = x.reshape(-1, rows, x.shape[-1]), experts
+                return lax.map(lambda block: block[0] @ w[block[1]], blocks).reshape(-1, w.shape[-1])
         else:
             own_M1 = (jnp.arange(B * T * k) < jnp.sum(sizes_E))[:, None]
-            grouped = _staged_dot if axes_of("layers") else lax.ragged_dot
+            grouped = _staged_dot if staged else lax.ragged_dot
 
             def dot(x: jax.Array, w: jax.Array) -> jax.Array:
                 return grouped(x, w, sizes_E)
@@ -200,8 +202,8 @@ def block_rows(M: int, E: int) -> int:
 def _in_blocks(order_M: jax.Array, sizes_E: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """Choices sorted by expert -> the same in blocks of `rows`, each of one expert, and the expert of each block.
 
-    The last block of an expert is filled up with M, which is no choice. A CPU multiplies blocks with their experts'
-    matrices in one batch; what XLA makes of `ragged_dot` there computes every expert for every row.
+    The last block of an expert is filled up with M, which is no choice. A CPU multiplies one block after the
+    other; what XLA makes of `ragged_dot` there computes every expert for every row.
     """
     M, E = order_M.shape[0], sizes_E.shape[0]
     blocks_E = (sizes_E + rows - 1) // rows
