@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from lmjax.chips import CHIPS, GIB, Topology
 from lmjax.models import ModelConfig, build_model
-from lmjax.nn.stack import REMAT
+from lmjax.nn.layers import MLP_KINDS
+from lmjax.nn.stack import NAMES, REMAT
 from lmjax.plan_compile import Log, compiled
 from lmjax.plan_estimate import Estimate, estimate, span
 from lmjax.recipe import Recipe
@@ -25,12 +26,11 @@ ALIKE = 2  # of one mesh and remat policy, so that others get their turn
 BATCHES = (0.5, 1, 2)  # times the recipe's own
 MICROBATCHES = (1, 2, 4, 8)
 MATMUL_SHARE = 0.75  # of peak, for a large matmul
-OVERHEAD = 0.15  # of the matmuls' time: norms, activations, the optimizer
-# Of a layer's forward FLOPs, how much the backward pass computes again; and what is kept, in bytes a token: of width
-# embed_dim, and of all matmuls' results. An unknown policy is taken for the heaviest of each.
-AGAIN = {"none": 0.0, "dots": 0.1, "attention": 0.5, "full": 1.0}
-KEPT_EMBED = {"none": 8.0, "dots": 2.0, "attention": 12.0, "full": 2.0}
-KEPT_MATMULS = {"none": 4.0, "dots": 2.0, "attention": 0.0, "full": 0.0}
+OVERHEAD = {"none": 0.35}  # of the matmuls' time: norms, activations, what is written to be kept, the optimizer; else:
+LESS_OVERHEAD = 0.1
+KEEP = {"none": NAMES, "full": (), "attention": ("query", "key", "value", "kernel", "out"),
+        "dots": ("query", "key", "value", "out", "gate", "up")}
+POLICIES = (*REMAT, "query+key+value+kernel", "query+key+value+kernel+out+gate+up")  # and the recipe's own
 
 
 class Guess(NamedTuple):
@@ -113,7 +113,7 @@ def candidates(recipe: Recipe, topology: Topology) -> Iterator[Candidate]:
         if c.embed_dim % (fsdp * expert):
             continue
         mesh = dataclasses.replace(recipe.mesh, data=data, fsdp=fsdp, context=context, tensor=tensor)
-        for remat, times, micro in itertools.product(REMAT, BATCHES, MICROBATCHES):
+        for remat, times, micro in itertools.product(dict.fromkeys((c.remat, *POLICIES)), BATCHES, MICROBATCHES):
             batch = int(recipe.train.batch_size * times)
             if batch != recipe.train.batch_size * times or batch % (micro * data * fsdp * expert):
                 continue
@@ -139,17 +139,16 @@ def guess(recipe: Recipe, topology: Topology) -> Guess:
     split = stages * mesh.tensor * (batch_ways if "data" in mesh.rules.get("embed", ()) else mesh.fsdp * expert)
     rows = train.batch_size // train.microbatches / batch_ways
     tokens = rows * recipe.data.seq_len / mesh.context  # of a microbatch on a chip
-    kept = c.num_layers * (KEPT_EMBED.get(c.remat, 8.0) * c.embed_dim
-                           + KEPT_MATMULS.get(c.remat, 4.0) * layer / c.embed_dim / mesh.tensor)
+    kept, again, kernel_again = kept_and_again(c, layer, mesh.tensor)
+    kept *= c.num_layers
     kept *= train.microbatches / stages if stages > 1 else 1  # all that are on their way through the stages
     logits = 6.0 * (c.vocab_size or recipe.data.tokenizer.vocab_size) / mesh.tensor
     loss_tokens = min(1.0, (train.loss_chunk or recipe.data.seq_len) / recipe.data.seq_len) * tokens
     memory = (16 + 2) * total / split + tokens * kept + loss_tokens * logits + 4 * 2 * layer / mesh.tensor
 
-    again = AGAIN.get(c.remat, 1.0)
     attention = 2.0 * c.dims.num_heads * c.dims.head_dim * recipe.data.seq_len * c.num_layers  # causal, forward
-    flops = tokens * mesh.context * ((6 + 2 * again) * active + (3 + again) * attention) / mesh.context / mesh.tensor
-    compute = flops / (chip.flops * MATMUL_SHARE) * (1 + OVERHEAD)
+    flops = tokens * ((6 + 2 * again) * active + (3 + kernel_again) * attention) / mesh.tensor
+    compute = flops / (chip.flops * MATMUL_SHARE) * (1 + OVERHEAD.get(c.remat, LESS_OVERHEAD))
     passes = 2 + (again > 0.5)  # gathers of each layer's weights, bfloat16
     weights_sent = (passes + 1) * 2.0 * total / mesh.tensor * (mesh.fsdp > 1)
     within = weights_sent / chip.ici
@@ -158,6 +157,25 @@ def guess(recipe: Recipe, topology: Topology) -> Guess:
     once = 2 * 4.0 * total / split * (mesh.data > 1) / (chip.dcn if topology.slices > 1 else chip.ici)
     seconds = (max(compute, within) + waits) * (1 + (stages - 1) / train.microbatches) / stages
     return Guess(memory, (seconds + once / train.microbatches) / (tokens / (mesh.tensor * stages)))
+
+
+def kept_and_again(c: ModelConfig, layer: float, tensor: int) -> tuple[float, float, float]:
+    """What remat keeps of a layer, bytes a token in bfloat16; what the backward pass computes again, as a share of the
+    matmuls; whether it runs the attention kernel again. layer: weights that a token is multiplied by. tensor: ways that
+    all but the residual stream is split."""
+    D, heads = c.embed_dim, c.dims.num_heads * c.dims.head_dim
+    groups = (c.num_kv_heads or c.num_heads) * c.dims.head_dim
+    gated = MLP_KINDS[c.mlp][1]
+    mlp = max(layer - 2 * D * (heads + groups), 0.0) / (D * (3 if gated else 2))  # with experts: of those of a token
+    width = {"query": heads, "key": groups, "value": groups, "kernel": heads, "out": D, "gate": mlp * gated, "up": mlp}
+    cost = {"query": D * heads, "key": D * groups, "value": D * groups, "out": heads * D, "gate": D * mlp * gated,
+            "up": D * mlp}  # nothing needs the last matmul's result
+    keep = KEEP[c.remat] if c.remat in KEEP else [part.removeprefix("host:") for part in c.remat.split("+")]
+    here = [name for name in keep if f"host:{name}" not in c.remat]
+    kept = 2.0 * (D + sum(width[name] / (1 if name == "out" else tensor) for name in here))
+    if c.remat == "none":
+        kept = 8.0 * D + 2 * kept  # what is between the matmuls, too, and some of it in float32
+    return kept, sum(n for name, n in cost.items() if name not in keep) / layer, float("kernel" not in keep)
 
 
 @functools.lru_cache(maxsize=8)
