@@ -1,5 +1,6 @@
 """`lmjax plan`: a step compiled for what is here and for a TPU that is not, and the arithmetic made from it."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -168,6 +169,20 @@ def test_candidates_divide_and_leave_the_rest_alone():
         assert mesh.data * mesh.fsdp * mesh.context * mesh.tensor == 256
         again = build_recipe(load("configs/llama2_7b.py", [o.removeprefix("--config.") for o in c.overrides]))
         assert again == c.recipe
+
+
+def test_what_is_kept_and_what_is_computed_again():
+    """A layer of Llama-2 7B: as many heads as it has groups, and three matrices of 4096 x 11008 in the MLP."""
+    D, F = 4096, 11008
+    layer, c = 4 * D * D + 3 * D * F, recipe_of(config="configs/llama2_7b.py").model
+    for remat, kept, again, kernel in (
+            ("full", D, 4 * D * D + 2 * D * F, 1), ("attention", 6 * D, 2 * D * F, 0),
+            ("dots", 5 * D + 2 * F, 0, 1), ("query+key+value+kernel+out+gate+up", 6 * D + 2 * F, 0, 0),
+            ("kernel+host:up", 2 * D, 4 * D * D + D * F, 0)):
+        found = plan_search.kept_and_again(dataclasses.replace(c, remat=remat), layer, 1)
+        assert found == pytest.approx((2 * kept, again / layer, kernel)), remat
+    halves = plan_search.kept_and_again(dataclasses.replace(c, remat="attention"), layer, 2)
+    assert halves[0] == 2 * (D + 4 * D / 2 + D)  # what is between the layers is on every device of `tensor`
 
 
 def test_the_guess_knows_what_costs():
