@@ -29,6 +29,7 @@ from lmjax.data.words import batches
 
 RULES = ("newlines", "control", "nfc", "trailing_spaces", "blank_lines", "boilerplate", "mask_email", "mask_ip")
 CHARS = 4 << 20  # of the corpus
+WHOLE = 8 * CHARS  # where a pass over CHARS takes milliseconds, of which files and folders take half
 LENGTHS = (400, 3000)  # characters: documents as long as a package's description, and as a web page
 PART = 16  # of as many documents, one for those who need seconds for a megabyte
 
@@ -96,6 +97,8 @@ def stages(texts: Sequence[str], folder: str, stack: contextlib.ExitStack) -> di
             filters.reject(batch, gopher)
             batch.languages  # noqa: B018 - worked out when it is asked for
 
+    more = corpus(WHOLE)
+
     def of(run: Any, documents: Sequence[str] = texts) -> Work:
         size = sum(len(text.encode()) for text in documents)
         share = sum(map(len, documents)) / sum(map(len, texts))
@@ -103,7 +106,7 @@ def stages(texts: Sequence[str], folder: str, stack: contextlib.ExitStack) -> di
 
     found = {"clean and filter": of(clean_and_filter),
              "gopher filters": of(lambda: [filters.reject(filters.Batch(g), gopher) for _, g in batches(texts)]),
-             "exact dedup": of(_dedup(engine, texts, folder, near=False))}
+             "exact dedup": of(_dedup(engine, more, folder, near=False), more)}
     for length in LENGTHS:
         cut = [text[i : i + length] for text in texts for i in range(0, len(text), length)]
         found[f"MinHash dedup, {length} characters"] = of(_dedup(engine, cut, folder, near=True), cut)
