@@ -40,8 +40,6 @@ if args[0] == "plan":  # the TPU compiler is not on every machine that runs test
     args[args.index("--topology") + 1] = "cpu"
 if args[0] == "bench":
     args += ["--seconds", "1"]
-    import lmjax.bench
-    lmjax.bench._start_up = lambda config: []  # three runs of what the page has run before
     sys.modules["torch"] = None  # which compiles for half a minute; tests/test_bench.py has the comparison
 sys.exit(main(args))
 """
@@ -74,12 +72,9 @@ def shell(tmp_path_factory):
     return run
 
 
-# README.md everywhere; the longest of the rest only with -m slow, for the time that .ci/run has.
-MARKS = {"README.md": (), **dict.fromkeys(("speed.md", "data.md", "huggingface.md"), pytest.mark.slow)}
-
-
-@pytest.mark.parametrize("page", [pytest.param(page, marks=MARKS.get(page.name, pytest.mark.long)) for page in PAGES],
-                         ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [
+    pytest.param(page, marks=() if page.name == "README.md" else pytest.mark.long) for page in PAGES],
+    ids=lambda page: page.name)
 def test_every_command_runs(page, shell):
     if page.name != "README.md":  # whose run the other pages look at
         shell(["bash", "-eu"], "test -e runs/quickstart || "
