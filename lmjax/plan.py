@@ -89,7 +89,14 @@ def table(recipe: Recipe, result: Result, made: Estimate, tokens: float) -> str:
         "", *_memory(made), "", *_compute(made), "", *_communication(made), "", *_time(recipe, made, tokens), "",
         f"compiled in {result['seconds']['trace'] + result['seconds']['compile']:.0f} s with "
         f"{result['host_bytes'] / GIB:.1f} GiB of host memory"]
-    return "\n".join(lines)
+    return "\n".join([*lines, in_short(made)] if made.limit else lines)
+
+
+def in_short(made: Estimate) -> str:
+    """The line that recipes for pods record."""
+    return (f"{span((made.hidden, made.exposed), lambda s: f'{s:.3g}')} s a step, "
+            f"MFU {span(made.mfu, lambda share: f'{share:.1%}')}, "
+            f"{made.memory['peak'] / GIB:.1f} of {made.limit / GIB:.2f} GiB a chip")
 
 
 def _memory(made: Estimate) -> list[str]:

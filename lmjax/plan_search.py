@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from lmjax.chips import CHIPS, GIB, Topology
 from lmjax.models import ModelConfig, build_model
 from lmjax.nn.layers import MLP_KINDS
-from lmjax.nn.stack import NAMES, REMAT
+from lmjax.nn.stack import NAMES, REMAT, kept_names
 from lmjax.plan_compile import Log, compiled
 from lmjax.plan_estimate import Estimate, estimate, span
 from lmjax.recipe import Recipe
@@ -26,11 +26,10 @@ ALIKE = 2  # of one mesh and remat policy, so that others get their turn
 BATCHES = (0.5, 1, 2)  # times the recipe's own
 MICROBATCHES = (1, 2, 4, 8)
 MATMUL_SHARE = 0.75  # of peak, for a large matmul
-OVERHEAD = {"none": 0.35}  # of the matmuls' time: norms, activations, what is written to be kept, the optimizer; else:
-LESS_OVERHEAD = 0.1
-KEEP = {"none": NAMES, "full": (), "attention": ("query", "key", "value", "kernel", "out"),
-        "dots": ("query", "key", "value", "out", "gate", "up")}
-POLICIES = (*REMAT, "query+key+value+kernel", "query+key+value+kernel+out+gate+up")  # and the recipe's own
+# Of the matmuls' time: norms, activations, the optimizer; with "none" also what is written to be kept.
+OVERHEAD = {False: 0.1, True: 0.35}
+EVERYTHING, MATMULS = "+".join(NAMES), "+".join(name for name in NAMES if name != "kernel")
+POLICIES = (*REMAT, "+".join(NAMES[:4]), EVERYTHING)  # and the recipe's own
 
 
 class Guess(NamedTuple):
@@ -148,7 +147,7 @@ def guess(recipe: Recipe, topology: Topology) -> Guess:
 
     attention = 2.0 * c.dims.num_heads * c.dims.head_dim * recipe.data.seq_len * c.num_layers  # causal, forward
     flops = tokens * ((6 + 2 * again) * active + (3 + kernel_again) * attention) / mesh.tensor
-    compute = flops / (chip.flops * MATMUL_SHARE) * (1 + OVERHEAD.get(c.remat, LESS_OVERHEAD))
+    compute = flops / (chip.flops * MATMUL_SHARE) * (1 + OVERHEAD[c.remat == "none"])
     passes = 2 + (again > 0.5)  # gathers of each layer's weights, bfloat16
     weights_sent = (passes + 1) * 2.0 * total / mesh.tensor * (mesh.fsdp > 1)
     within = weights_sent / chip.ici
@@ -167,15 +166,15 @@ def kept_and_again(c: ModelConfig, layer: float, tensor: int) -> tuple[float, fl
     groups = (c.num_kv_heads or c.num_heads) * c.dims.head_dim
     gated = MLP_KINDS[c.mlp][1]
     mlp = max(layer - 2 * D * (heads + groups), 0.0) / (D * (3 if gated else 2))  # with experts: of those of a token
+    # By what each is wide; all but "out" are computed from the residual stream. Nothing needs the last matmul's result.
     width = {"query": heads, "key": groups, "value": groups, "kernel": heads, "out": D, "gate": mlp * gated, "up": mlp}
-    cost = {"query": D * heads, "key": D * groups, "value": D * groups, "out": heads * D, "gate": D * mlp * gated,
-            "up": D * mlp}  # nothing needs the last matmul's result
-    keep = KEEP[c.remat] if c.remat in KEEP else [part.removeprefix("host:") for part in c.remat.split("+")]
-    here = [name for name in keep if f"host:{name}" not in c.remat]
-    kept = 2.0 * (D + sum(width[name] / (1 if name == "out" else tensor) for name in here))
+    device, host = kept_names({"none": EVERYTHING, "dots": MATMULS}.get(c.remat, c.remat))
+    kept = 2.0 * (D + sum(width[name] / (1 if name == "out" else tensor) for name in device))
     if c.remat == "none":
         kept = 8.0 * D + 2 * kept  # what is between the matmuls, too, and some of it in float32
-    return kept, sum(n for name, n in cost.items() if name not in keep) / layer, float("kernel" not in keep)
+    lost = set(NAMES) - {*device, *host}
+    again = D * sum(heads if name == "out" else width[name] for name in lost - {"kernel"})
+    return kept, again / layer, float("kernel" in lost)
 
 
 @functools.lru_cache(maxsize=8)

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import pathlib
+import re
 
 import jax
 import pytest
@@ -22,6 +24,7 @@ from lmjax.recipe import build_recipe
 
 # By JAX's minor version, each with the libtpu that belongs to it: seconds of cycles and bytes of memory.
 PINNED = {"10": {"seconds": 0.0018056, "peak": 19_649_024}, "12": {"seconds": 0.0017340, "peak": 16_507_904}}
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
@@ -242,3 +245,23 @@ def test_a_step_for_tpu_costs_what_it_did(tmp_path, monkeypatch, capsys):
     assert report["seconds"]["matmul"] + report["seconds"]["other"] == pytest.approx(expected["seconds"], rel=0.02)
     assert report["memory"]["peak"] == pytest.approx(expected["peak"], rel=0.02)
     assert "whole step" in capsys.readouterr().out
+
+
+# What the recipes for pods say of themselves: below each command, the last line of what it printed.
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+RECORDED = [found for path in RECIPES for found in re.findall(r"    lmjax plan (.+)\n    # (.+)", path.read_text())]
+
+
+def test_every_plan_that_a_recipe_names_is_recorded():
+    assert len(RECORDED) == sum(path.read_text().count("    lmjax plan ") for path in RECIPES) > 10
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.skipif(not jax.__version__.startswith("0.12."), reason="recorded with jax 0.12")
+@pytest.mark.parametrize("command, figures", RECORDED, ids=[command for command, _ in RECORDED])
+def test_recorded_plans_are_what_the_compiler_says(command, figures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LMJAX_PLAN_CACHE", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    assert main(["plan", *command.split()]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == figures

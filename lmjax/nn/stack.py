@@ -12,34 +12,41 @@ from lmjax.nn.ops import MATMUL
 from lmjax.nn.pipeline import pipeline
 from lmjax.nn.shards import axes_of
 
-save = jax.checkpoint_policies.save_only_these_names
+NAMES = ("query", "key", "value", "kernel", "out", "gate", "up")  # of a layer's arrays, that `remat` may list
 # What the backward pass finds saved of a layer's forward pass; the rest it computes again.
 REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": save("query", "key", "value", "kernel", "out"),  # all but the MLP
-    "dots": save(MATMUL),
+    "none": None,  # keep everything
+    "full": (),
+    "attention": NAMES[:5],  # all but the MLP
+    "dots": (MATMUL,),  # every matmul's result
 }
-NAMES = ("query", "key", "value", "kernel", "out", "gate", "up")  # that `remat` may list
 
 
-def remat_policy(remat: str) -> Any:
-    """What `jax.checkpoint` takes for a row of `REMAT`, or for some of `NAMES` joined by +, of which those written
-    host:NAME are kept in the host's memory; None: keep everything.
+def kept_names(remat: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a row of `REMAT`, or some of `NAMES` joined by +, keeps on the device, and what in the host's memory (of a
+    list, those written host:NAME).
 
     Raises:
       ValueError: an unknown name.
     """
     if remat in REMAT:
-        return REMAT[remat]
+        return REMAT[remat] or (), ()
     parts = remat.split("+")
-    host = [part.removeprefix("host:") for part in parts if part.startswith("host:")]
-    device = [part for part in parts if not part.startswith("host:")]
+    host = tuple(part.removeprefix("host:") for part in parts if part.startswith("host:"))
+    device = tuple(part for part in parts if not part.startswith("host:"))
     if unknown := set(host + device) - set(NAMES):
         raise ValueError(f"remat: expected one of {', '.join(REMAT)}, or names of {', '.join(NAMES)} joined by + "
                          f"(host:NAME: kept in the host's memory), got {remat!r}; correct {sorted(unknown)[0]!r}")
+    return device, host
+
+
+def remat_policy(remat: str) -> Any:
+    """What `jax.checkpoint` takes for `remat` (see `kept_names`); None: keep everything."""
+    if remat == "none":
+        return None
+    device, host = kept_names(remat)
     if not host:
-        return save(*device)
+        return jax.checkpoint_policies.save_only_these_names(*device)
     return jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=device, names_which_can_be_offloaded=host, offload_src="device",
         offload_dst="pinned_host")
