@@ -53,7 +53,8 @@ class Generator:
         # A model's table may be padded beyond the tokenizer's vocab_size; such ids are never drawn.
         self.model, self.eos_id, self.vocab_size = model, eos_id, vocab_size or model.config.vocab_size
         # A handful of rows, one token at a time, need not divide the mesh: only the weights are split.
-        self.layout = layout and dataclasses.replace(layout, rules={**layout.rules, "batch": (), "seq": ()})
+        self.layout = layout and dataclasses.replace(
+            layout, rules={**layout.rules, "batch": (), "seq": (), "stream_seq": ()})
 
     def __call__(self, params: Params, prompts: Sequence[Sequence[int]], *, max_tokens: int,
                  sampling: Sampling = PLAIN, seed: int = 0, watch: Watch | None = None) -> list[list[int]]:

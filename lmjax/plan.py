@@ -59,8 +59,8 @@ def does_not_fit(result: Result) -> str:
     """What to say of a step that needs more memory than a chip has."""
     limit = parse_topology(result["topology"]).chip.hbm
     return (f"--topology {result['topology']}: expected a step within the {limit / GIB:.1f} GiB of a chip, got one "
-            f"that needs {result['needs'] / GIB:.1f} GiB; raise train.microbatches, use model.remat=full or more "
-            "fsdp, or let --search find what fits")
+            f"that needs at least {result['needs'] / GIB:.1f} GiB; raise train.microbatches, use model.remat=full or "
+            "more fsdp, or let --search find what fits")
 
 
 def as_json(recipe: Recipe, result: Result, made: Estimate, tokens: float) -> dict[str, Any]:

@@ -147,15 +147,19 @@ def _devices(topology: Topology | str) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name,
                                              **topology.options).devices
-    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # both are libtpu's
         raise ValueError(f"--topology {topology}: expected one that libtpu knows, got {_first_line(error)}; "
                          "try another shape") from None
 
 
 def _needed(error: str) -> int | None:
-    """Bytes that a program which did not fit wanted, from the compiler's message; None for any other failure."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", error)
-    return int(float(found[1]) * 1024 ** (" KMGT".index(found[2]))) if found else None
+    """Bytes that a program which did not fit wanted (of temporaries alone, where these do not fit by themselves), from
+    the compiler's message; None for any other failure."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of \S+ hbm|\(([\d.]+)([KMGT])\) exceeds available HBM", error)
+    if found is None:
+        return None
+    number, unit = filter(None, found.groups())
+    return int(float(number) * 1024 ** (" KMGT".index(unit)))
 
 
 def _key(request: Result) -> str:

@@ -39,6 +39,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
     "seq": ("context",),
+    "stream_seq": ("context", "tensor"),  # of the residual stream: its norms and sums (sequence parallelism)
     "kv_seq": (),
     "act_embed": (),
     "act_mlp": ("tensor",),
@@ -59,7 +60,7 @@ class MeshConfig:
     fsdp: the batch and the weights are both split along this axis (ZeRO-3).
     expert: the experts are split along this axis, and everything else as along fsdp.
     context: the sequence is split along this axis.
-    tensor: heads, MLP and vocabulary are split along this axis.
+    tensor: heads, MLP and vocabulary are split along this axis, and the sequence where these do not come in.
     rules: rows that replace those of `RULES`, e.g. {"kv_heads": []} when there are fewer than `tensor`.
     """
 

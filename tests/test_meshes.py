@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +40,8 @@ def packed_batch(rows=16, length=8):
 
 def program(mesh, family="Decoder", microbatches=2, **keys):
     """(train step, state, batch) of a model on `mesh`, axis -> devices."""
-    sizes = {"data": 1, **mesh}
-    layout = make_layout(MeshConfig(**sizes), jax.devices()[: int(np.prod([*sizes.values()]))])
+    config = MeshConfig(**{"data": 1, **mesh})
+    layout = make_layout(config, jax.devices()[: math.prod(getattr(config, axis) for axis in MESH_AXES)])
     model = build_model(build(FAMILY[family], SMALL | keys), vocab_size=32, platform="cpu", dtype=jnp.float32)
     spec = state_spec(model, optax.trace(0.0), layout, ema=False)  # an optimizer whose state is the last gradient
     run = make_train_step(next_token_loss(model), spec, layout, lambda step: 0.0, seed=0, microbatches=microbatches)
@@ -137,3 +139,11 @@ def test_a_strategy_sends_what_it_should(name):
         assert {(c.times, c.bytes) for c in hops} == {(2 + 2 - 1, 8 * 8 * 16 * 4)} and len(hops) <= 3
     whole = 16 * 8 * 32 * 4  # the logits of all rows, or the gradient of them
     assert max(c.bytes for c in found) < whole
+
+
+@pytest.mark.parametrize("rules, length", [({}, 4), ({"stream_seq": ("context",)}, 8)])
+def test_the_stream_between_layers_is_split_by_tensor(rules, length):
+    """Sequence parallelism: what remat keeps of a layer, [layers, rows, T, D], is half as long on each of two devices."""
+    run, spec, batch = program({"tensor": 2, "rules": rules}, microbatches=1, remat="full", embed_dim=24, num_layers=3)
+    kept = {match[1] for match in re.finditer(r"f32\[3,16,(\d+),24\]", run.lower(spec.shapes, batch).compile().as_text())}
+    assert kept == {str(length)}

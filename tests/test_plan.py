@@ -9,7 +9,7 @@ import re
 import jax
 import pytest
 
-from lmjax import plan_search
+from lmjax import plan_compile, plan_search
 from lmjax.chips import CHIPS, GIB, parse_topology
 from lmjax.cli import main
 from lmjax.config import load
@@ -245,6 +245,16 @@ def test_a_step_for_tpu_costs_what_it_did(tmp_path, monkeypatch, capsys):
     assert report["seconds"]["matmul"] + report["seconds"]["other"] == pytest.approx(expected["seconds"], rel=0.02)
     assert report["memory"]["peak"] == pytest.approx(expected["peak"], rel=0.02)
     assert "whole step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("message, gib", [
+    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G "
+     "hbm. Exceeded hbm capacity by 4.75G.", 20.5),
+    ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
+     "(32.17G) exceeds available HBM (15.75G). HLO module: jit_step", 32.17),
+    ("RESOURCE_EXHAUSTED: scoped vmem limit exceeded: 20.50M of 16.00M", None)])
+def test_the_memory_that_the_compiler_says_was_missing(message, gib):
+    assert plan_compile._needed(message) == (gib and pytest.approx(gib * GIB, rel=1e-6))
 
 
 # What the recipes for pods say of themselves: below each command, the last line of what it printed.

@@ -19,7 +19,7 @@ from lmjax.nn.module import normal
 from lmjax.nn.moe import MoE, MoEConfig, Routing
 from lmjax.nn.pipeline import per_part, split_key
 from lmjax.nn.positions import RopeScaling, Rotation, relative_buckets, rope_rotation, sinusoids
-from lmjax.nn.shards import balanced, ways
+from lmjax.nn.shards import balanced, scattered, stream, ways, whole
 from lmjax.nn.stack import Stack, remat_policy
 from lmjax.nn.visibility import Visibility
 from lmjax.sharding import constrain
@@ -223,25 +223,26 @@ class Block(nnx.Module):
             return self.cross_attention.look(y, seen, s.source_visibility, kernel=s.kernel), None
 
         def mlp(y: jax.Array) -> tuple[jax.Array, Routing | None]:
-            return self.mlp(y, s.real) if self.config.moe.experts else (self.mlp(y), None)
+            y, out = self.mlp(y, s.real) if self.config.moe.experts else (self.mlp(y), None)
+            return scattered(y), out
 
         x, cache = self._add(x_BTD, attention, self.attention_norm, self.attention_post_norm, next(keys), layer.first)
         if self.cross_attention is not None:
             x, _ = self._add(x, cross, self.cross_norm, self.cross_post_norm, next(keys))
         x, out = self._add(x, mlp, self.mlp_norm, self.mlp_post_norm, next(keys))
-        return constrain(x, "batch", "seq", "act_embed"), cache, out
+        return constrain(x, "batch", stream(x), "act_embed"), cache, out
 
     def _add(self, x: jax.Array, branch: Callable[[jax.Array], tuple[jax.Array, Any]], norm: nnx.Module,
              post_norm: nnx.Module | None, key: jax.Array | None,
              normed_stream: jax.Array | None = None) -> tuple[jax.Array, Any]:
         """x + branch(x), with its norms and dropout."""
         if self.config.norm_position == "post":
-            y, out = branch(x)
+            y, out = branch(whole(x))
             return norm(x + dropout(y, self.config.dropout, key)), out
         y = norm(x)
         if normed_stream is not None:
             x = jnp.where(normed_stream, y, x)
-        y, out = branch(y)
+        y, out = branch(whole(y))
         y = y if post_norm is None else post_norm(y)
         return x + dropout(y, self.config.dropout, key), out
 
@@ -285,20 +286,20 @@ class Trunk(nnx.Module):
         if key is not None and c.dropout:
             keys = split_key(key, num_layers + 1)
             x_BTD, keys = per_part(lambda x, key: dropout(x, c.dropout, key), x_BTD, keys[0]), keys[1:]
-        x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
         T, index_BT = x_BTD.shape[1], None
         spread = self.kernel == "ring" and self.causal and cache is None and prefix_BT is None and not c.moe.capacity
         spread = spread and ways("seq") > 1 and T % (2 * ways("seq")) == 0
         if spread:  # all that follows goes token by token, or asks where they stand
             at_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], positions_BT.shape)
             x_BTD, positions_BT, segments_BT, index_BT = map(balanced, (x_BTD, positions_BT, segments_BT, at_BT))
+        x_BTD = constrain(x_BTD, "batch", stream(x_BTD), "act_embed")
         first = jnp.arange(num_layers) == 0 if c.embedding_norm == "first" else None
         per_layer = PerLayer(keys, first, None if source is None else source.cache)
         shared = [self._shared(kind, positions_BT, segments_BT, prefix_BT, cache and _slots(cache[i]), last_B,
                                source, index_BT) for i, kind in enumerate(self.kinds)]
         x_BTD, new, out = self.layers(x_BTD, per_layer, cache or (None,) * len(self.kinds), shared)
         x_BTD = balanced(x_BTD, back=True) if spread else x_BTD
-        return x_BTD if self.norm is None else self.norm(x_BTD), cache and new, out
+        return whole(x_BTD if self.norm is None else self.norm(x_BTD)), cache and new, out
 
     def _enter(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         c = self.config

@@ -17,6 +17,7 @@ from lmjax.nn.layers import Dense
 from lmjax.nn.module import Initializer
 from lmjax.nn.ops import gradient_barrier
 from lmjax.nn.positions import Rotation, apply_rope
+from lmjax.nn.shards import scattered
 from lmjax.nn.visibility import Visibility
 from lmjax.sharding import constrain
 
@@ -122,4 +123,4 @@ class Attention(nnx.Module):
         k, v = (x.swapaxes(1, 2) for x in seen)
         y = attend(q, k, v, visibility, scale=self.scale, softcap=self.softcap, bias=bias_BHTS, kernel=kernel)
         y = gradient_barrier(y)
-        return checkpoint_name(self.out(constrain(y, "batch", "seq", "act_heads", None)), "out")
+        return checkpoint_name(scattered(self.out(constrain(y, "batch", "seq", "act_heads", None))), "out")

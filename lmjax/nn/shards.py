@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T query sequence, S key sequence, H query heads, G key/value heads, K head_dim.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmjax.nn.visibility import Visibility
-from lmjax.sharding import current_layout
+from lmjax.sharding import constrain, current_layout
 
 Body = Callable[..., jax.Array]
 
@@ -55,6 +56,32 @@ def per_shard(body: Body, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Arra
     run = jax.shard_map(local, mesh=layout.mesh, out_specs=at_q, check_vma=False,
                         in_specs=(at_q, at_k, at_k, (rows_q, rows_k, rows_q, rows_k), extra_spec))
     return run(q_BTHK, k, v, arrays, extra)
+
+
+def stream(x: jax.Array) -> str:
+    """What T of the residual stream [..., T, D] is placed by: "stream_seq", if that splits it further than "seq" and
+    divides it."""
+    n = ways("stream_seq")
+    return "seq" if n == ways("seq") or x.shape[-2] % n else "stream_seq"
+
+
+def whole(x_BTD: jax.Array) -> jax.Array:
+    """The residual stream, for matmuls whose weights are split by `tensor`: gathered along T. Its gradient, of which
+    every device has a part of the sum, is scattered (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2)."""
+    return _moved(x_BTD, "seq", stream(x_BTD)) if stream(x_BTD) != "seq" else x_BTD
+
+
+def scattered(x_BTD: jax.Array) -> jax.Array:
+    """The inverse of `whole`: what such matmuls made is summed and scattered along T, its gradient gathered."""
+    return _moved(x_BTD, stream(x_BTD), "seq") if stream(x_BTD) != "seq" else x_BTD
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x_BTD: jax.Array, to: str, back: str) -> jax.Array:
+    return constrain(x_BTD, "batch", to, "act_embed")
+
+
+_moved.defvjp(lambda x, to, back: (_moved(x, to, back), None), lambda to, back, _, g: (_moved(g, back, to),))
 
 
 def balanced(x: jax.Array, *, back: bool = False) -> jax.Array:
