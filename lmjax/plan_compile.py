@@ -29,8 +29,10 @@ from lmjax.chips import FLAGS, Topology, parse_topology, tpu_compiler
 from lmjax.config import plain
 from lmjax.data.objectives import Objective
 from lmjax.models import ModelConfig
+from lmjax.nn.kernels import spreads
 from lmjax.program import Program, make_program
 from lmjax.recipe import Recipe, build_recipe
+from lmjax.sharding import use_layout
 from lmjax.tree import num_elements, shard_bytes
 
 Result = dict[str, Any]
@@ -117,9 +119,12 @@ def window_of(config: ModelConfig) -> int:
 
 def _about(recipe: Recipe, program: Program) -> Result:
     model, fields = program.model, {name: leaf.shape[1] for name, leaf in program.batch.items()}
+    causal = model.config.family == "decoder"
+    with use_layout(program.layout):
+        spread = causal and not model.config.moe.capacity and spreads(model.kernel, recipe.data.seq_len)
     return {"parameters": num_elements(model.shapes), "tokens": recipe.train.batch_size * recipe.data.seq_len,
             "seq_len": recipe.data.seq_len, "window": window_of(model.config),
-            "causal": model.config.family == "decoder",
+            "causal": causal, "spread": spread,
             "flops_per_token": model.flops_per_row(fields) / recipe.data.seq_len, "compute_dtype": str(model.dtype),
             "attention": {"kernel": model.kernel, "reason": model.kernel_reason}}
 

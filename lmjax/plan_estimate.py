@@ -18,6 +18,7 @@ Result = dict[str, Any]
 
 # Pallas kernels carry no cycles. Attention: the matmuls of a visited tile, at half of peak. Grouped matmuls: 70%.
 ATTENTION_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4, "dq, dkv": 5}
+RULE = ("window", "causal", "spread")  # of a `Result`: which tiles are visited
 ATTENTION_SHARE, GROUPED_SHARE = 0.5, 0.7
 
 
@@ -138,8 +139,9 @@ def attention_role(call: hlo.Call) -> str:
     return "dq" if "dq" in name else "fwd"
 
 
-def attention_flops(call: hlo.Call, window: int, causal: bool = True) -> float:
-    """FLOPs of a Pallas attention call on one device, over the tiles that it visits.
+def attention_flops(call: hlo.Call, window: int, causal: bool = True, spread: bool = False) -> float:
+    """FLOPs of a Pallas attention call over the tiles that it visits on the device of the last queries; if these are
+    spread (`shards.balanced`) on every device, which has as many early ones.
 
     Read off its operands: q is the first array of floats [..., H, T, K], k the next with the same K; a mask table
     [1 or H, tiles of T, tiles of S] of small integers gives the tiles' sizes, without which 512 is taken.
@@ -153,7 +155,9 @@ def attention_flops(call: hlo.Call, window: int, causal: bool = True) -> float:
               and dims[1] != T and dims[2] != S]  # those are segment ids
     tiles_T, tiles_S = (max(t[i] for t in tables) for i in (1, 2)) if tables else (-(-T // 512), -(-S // 512))
     bq, bk = -(-T // tiles_T), -(-S // tiles_S)
-    visited = visited_tiles(T, S, bq, bk, window, causal)
+    visited = visited_tiles(T // 2 if spread else T, S, bq, bk, window, causal)
+    if spread:  # in a window the first pieces of all see less than those behind them, which is not gone into
+        visited += visited_tiles(T // 2, S if window else T // 2, bq, bk, window)
     return ATTENTION_MATMULS[attention_role(call)] * 2.0 * math.prod(q[:-2]) * visited * bq * bk * K
 
 
@@ -172,7 +176,7 @@ def visited_tiles(T: int, S: int, bq: int, bk: int, window: int = 0, causal: boo
 
 def kernels_flops(calls: Sequence[hlo.Call], result: Result) -> float:
     """FLOPs a step of all Pallas attention calls on one device."""
-    return sum(call.times * attention_flops(call, result["window"], result["causal"]) for call in calls
+    return sum(call.times * attention_flops(call, *(result[key] for key in RULE)) for call in calls
                if call.target == "tpu_custom_call" and attention_role(call))
 
 
@@ -184,7 +188,7 @@ def _add_kernels(seconds: dict[str, float], calls: Sequence[hlo.Call], result: R
             continue  # buffers, tables of group sizes and the like: no work
         kind, flops, share = "attention", 0.0, ATTENTION_SHARE
         if attention_role(call):
-            flops = attention_flops(call, result["window"], result["causal"])
+            flops = attention_flops(call, *(result[key] for key in RULE))
         elif "gmm" in call.op_name.lower() or "ragged-dot" in call.op_name:
             kind, flops, share = "grouped", grouped_flops(call), GROUPED_SHARE
         if not flops:

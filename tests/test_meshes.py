@@ -143,7 +143,7 @@ def test_a_strategy_sends_what_it_should(name):
 
 @pytest.mark.parametrize("rules, length", [({}, 4), ({"stream_seq": ("context",)}, 8)])
 def test_the_stream_between_layers_is_split_by_tensor(rules, length):
-    """Sequence parallelism: what remat keeps of a layer, [layers, rows, T, D], is half as long on each of two devices."""
+    """Sequence parallelism: what remat keeps of a layer, [layers, rows, T, D], is half as long on each device."""
     run, spec, batch = program({"tensor": 2, "rules": rules}, microbatches=1, remat="full", embed_dim=24, num_layers=3)
-    kept = {match[1] for match in re.finditer(r"f32\[3,16,(\d+),24\]", run.lower(spec.shapes, batch).compile().as_text())}
-    assert kept == {str(length)}
+    text = run.lower(spec.shapes, batch).compile().as_text()
+    assert set(re.findall(r"f32\[3,16,(\d+),24\]", text)) == {str(length)}

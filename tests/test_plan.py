@@ -78,6 +78,16 @@ def test_flops_of_kernels():
     assert grouped_flops(gmm) == grouped_flops(back) == grouped_flops(tgmm) == 2 * 96 * 8 * 16
 
 
+@pytest.mark.parametrize("device, window", [(0, 0), (3, 0), (2, 40)])
+def test_spread_queries_visit_as_many_tiles_on_every_device(device, window):
+    """256 tokens on 4 devices: each has pieces of 32 queries, one from either half."""
+    shapes = (("s8", (1, 4, 8)), ("bf16", (8, 64, 16)), ("bf16", (8, 256, 16)))
+    queries = [*range(32 * device, 32 * (device + 1)), *range(32 * (7 - device), 32 * (8 - device))]
+    seen = {(t // 16, s // 32) for t in queries for s in range(t + 1) if not window or t - s < window}
+    flops = attention_flops(Call("tpu_custom_call", "splash_mha_fwd", shapes, 1), window, spread=True)
+    assert flops >= 2 * 2 * 8 * 16 * 32 * 16 * len(seen) and (flops == 2 * 2 * 8 * 16 * 32 * 16 * len(seen) or window)
+
+
 # --- the devices that are here
 
 
@@ -248,10 +258,10 @@ def test_a_step_for_tpu_costs_what_it_did(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("message, gib", [
-    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G "
-     "hbm. Exceeded hbm capacity by 4.75G.", 20.5),
-    ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
-     "(32.17G) exceeds available HBM (15.75G). HLO module: jit_step", 32.17),
+    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of "
+     "15.75G hbm. Exceeded hbm capacity by 4.75G.", 20.5),
+    ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+     "temporaries (32.17G) exceeds available HBM (15.75G). HLO module: jit_step", 32.17),
     ("RESOURCE_EXHAUSTED: scoped vmem limit exceeded: 20.50M of 16.00M", None)])
 def test_the_memory_that_the_compiler_says_was_missing(message, gib):
     assert plan_compile._needed(message) == (gib and pytest.approx(gib * GIB, rel=1e-6))

@@ -13,13 +13,13 @@ from flax import nnx
 
 from lmjax.config import at_least, choice
 from lmjax.nn.attention import Attention, Fed, KVCache
-from lmjax.nn.kernels import prepare, with_cache
+from lmjax.nn.kernels import prepare, spreads, with_cache
 from lmjax.nn.layers import MLP, MLP_KINDS, NORMS, Embedding, dropout, residual_init
 from lmjax.nn.module import normal
 from lmjax.nn.moe import MoE, MoEConfig, Routing
 from lmjax.nn.pipeline import per_part, split_key
 from lmjax.nn.positions import RopeScaling, Rotation, relative_buckets, rope_rotation, sinusoids
-from lmjax.nn.shards import balanced, scattered, stream, ways, whole
+from lmjax.nn.shards import balanced, scattered, stream, whole
 from lmjax.nn.stack import Stack, remat_policy
 from lmjax.nn.visibility import Visibility
 from lmjax.sharding import constrain
@@ -287,8 +287,7 @@ class Trunk(nnx.Module):
             keys = split_key(key, num_layers + 1)
             x_BTD, keys = per_part(lambda x, key: dropout(x, c.dropout, key), x_BTD, keys[0]), keys[1:]
         T, index_BT = x_BTD.shape[1], None
-        spread = self.kernel == "ring" and self.causal and cache is None and prefix_BT is None and not c.moe.capacity
-        spread = spread and ways("seq") > 1 and T % (2 * ways("seq")) == 0
+        spread = self.causal and cache is None and prefix_BT is None and not c.moe.capacity and spreads(self.kernel, T)
         if spread:  # all that follows goes token by token, or asks where they stand
             at_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], positions_BT.shape)
             x_BTD, positions_BT, segments_BT, index_BT = map(balanced, (x_BTD, positions_BT, segments_BT, at_BT))

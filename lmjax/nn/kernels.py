@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lmjax.nn.kernels_chunked import chunked_attention
 from lmjax.nn.kernels_cudnn import cudnn_attention
 from lmjax.nn.kernels_ring import ring_attention
-from lmjax.nn.kernels_splash import splash_attention
+from lmjax.nn.kernels_splash import LANES, splash_attention
 from lmjax.nn.kernels_xla import xla_attention
 from lmjax.nn.shards import ways
 from lmjax.nn.visibility import Visibility
@@ -48,6 +48,7 @@ class Kernel:
     max_head_dim: int = 0
     dtypes: tuple[str, ...] = ()
     dense: bool = False
+    balanced: int = 0  # tokens that pieces of a sequence spread by `shards.balanced` are multiples of; 0: it cannot
     keys: str = "kv_seq"  # the axis name of the keys' sequence, which says whether devices share or split it
 
 
@@ -57,9 +58,9 @@ KERNELS = {
     "chunked": Kernel(chunked_attention, ("cpu", "gpu", "tpu"), ALL - {"bias", "prefix"},
                       "exact, in blocks; memory grows with T, not with T * S"),
     "ring": Kernel(ring_attention, ("cpu", "gpu", "tpu"), ALL - {"bias", "prefix", "cache"},
-                   "chunked, with keys and values passed round the context axis", keys="seq"),
+                   "chunked, with keys and values passed round the context axis", keys="seq", balanced=1),
     "splash": Kernel(splash_attention, ("tpu",), ALL - {"bias", "prefix", "cache"},
-                     "Pallas kernel that visits only the tiles that can be seen", head_dim=8),
+                     "Pallas kernel that visits only the tiles that can be seen", head_dim=8, balanced=LANES),
     # Without causality cuDNN has no window; by index it cannot tell where a shard of a sequence begins.
     "cudnn": Kernel(cudnn_attention, ("gpu",), ALL - {"bias", "prefix", "cache", "softcap", "two_sided_window",
                                                    "context"},
@@ -92,6 +93,12 @@ def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: 
 def prepare(visibility: Visibility, kernel: str) -> Visibility:
     """What `kernel` needs of `visibility` that is the same in every layer, made once: call it before the layers."""
     return visibility._replace(made=visibility.mask()) if KERNELS[kernel].dense else visibility
+
+
+def spreads(kernel: str, T: int) -> bool:
+    """Whether causal rows of T tokens are laid out by `shards.balanced`: where a sequence is split, and can be."""
+    multiple = KERNELS[kernel].balanced * 2 * ways("seq")
+    return multiple > 0 and ways("seq") > 1 and T % multiple == 0
 
 
 def with_cache(kernel: str, T: int, S: int) -> str:

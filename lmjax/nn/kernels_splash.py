@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmjax.nn.shards import axes_of, padded, per_shard, ways
+from lmjax.nn.shards import axes_of, in_reading_order, padded, per_shard, ways
 from lmjax.nn.visibility import Visibility
 from lmjax.sharding import current_layout, device_kind, platform
 
@@ -52,14 +53,18 @@ def splash_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, vi
     """
     length = q_BTHK.shape[1]
     q_BTHK, k_BSGK, v_BSGK, see = padded(LANES * ways("seq"), q_BTHK, k_BSGK, v_BSGK, visibility)
-    (T, H), S = q_BTHK.shape[1:3], k_BSGK.shape[1]
+    (T, H), S, spread = q_BTHK.shape[1:3], k_BSGK.shape[1], see.causal and see.index is not None
     kernel = make_kernel(T, S, H // ways("act_heads"), see.causal, see.window, softcap,
-                         fit(TILES.get(device_kind(), DEFAULT), T // ways("seq"), S), ways("seq"), platform() == "cpu")
+                         fit(TILES.get(device_kind(), DEFAULT), T // ways("seq") // (1 + spread), S), ways("seq"),
+                         spread, platform() == "cpu")
     spec = None
     if (layout := current_layout()) is not None:
         spec = kernel.manual_sharding_spec(NamedSharding(layout.mesh, PartitionSpec(None, axes_of("seq") or None)))
 
     def body(q: jax.Array, k: jax.Array, v: jax.Array, see: Visibility, kernel: Any) -> jax.Array:
+        if spread:
+            k, v, segments = (in_reading_order(x, ways("seq")) for x in (k, v, see.kv_segments))
+            see = see._replace(kv_segments=segments)
         # To the kernel padding is a document too: its values have to be 0, since it sees nothing else.
         v = jnp.where((see.kv_segments > 0)[:, :, None, None], v, 0)
         named = (("query", q * jnp.asarray(scale, q.dtype)), ("key", k), ("value", v))
@@ -83,11 +88,16 @@ def fit(tiles: Tiles, T: int, S: int) -> Tiles:
 
 @functools.lru_cache(maxsize=64)
 def make_kernel(T: int, S: int, heads: int, causal: bool, window: int, softcap: float, tiles: Tiles, query_shards: int,
-                interpret: bool) -> splash.SplashAttentionKernel:
-    """The kernel of one rule by index. The tables of the tiles to visit are made here, once for all layers."""
+                spread: bool, interpret: bool) -> splash.SplashAttentionKernel:
+    """The kernel of one rule by index. The tables of the tiles to visit are made here, once for all layers.
+
+    spread: the queries lie as `shards.balanced` has them, the keys in reading order."""
     back = window - 1 if window else None
     mask = (masks.LocalMask((T, S), (back, 0 if causal else back), 0) if window else
             masks.CausalMask((T, S)) if causal else masks.FullMask((T, S)))
+    if spread:
+        mask.q_sequence = np.concatenate([order for i in range(query_shards) for order in (
+            mask.q_sequence.reshape(2 * query_shards, -1)[[i, 2 * query_shards - 1 - i]])])
     fused = S // tiles.dkv_keys <= PARTIAL
     dq = {} if fused else dict(block_q_dq=tiles.dq_queries, block_kv_dq=tiles.dq_keys)
     sizes = splash.BlockSizes(

@@ -111,6 +111,12 @@ def balanced(x: jax.Array, *, back: bool = False) -> jax.Array:
     return jax.shard_map(local, mesh=layout.mesh, in_specs=spec, out_specs=spec)(x)
 
 
+def in_reading_order(x: jax.Array, n: int, axis: int = 1) -> jax.Array:
+    """A whole x that `balanced` spread over n devices, on each of them."""
+    pieces = jnp.split(x, 2 * n, axis=axis)
+    return jnp.concatenate([*pieces[::2], *pieces[::-2]], axis=axis)
+
+
 def padded(multiple: int, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,
            see: Visibility) -> tuple[jax.Array, jax.Array, jax.Array, Visibility]:
     """T and S padded at their end to multiples of `multiple`, with segment 0, which sees and is seen by nothing."""

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.nn import kernels_chunked, kernels_xla
-from lmjax.nn.kernels import ALL, KERNELS, attend, choose_kernel, prepare, with_cache
+from lmjax.nn import kernels_chunked, kernels_splash, kernels_xla
+from lmjax.nn.kernels import ALL, KERNELS, attend, choose_kernel, prepare, spreads, with_cache
+from lmjax.nn.shards import balanced
 from lmjax.nn.visibility import Visibility
 from lmjax.sharding import MeshConfig, make_layout, use_layout
 
@@ -203,6 +204,43 @@ def test_a_ring_passes_keys_on_and_never_gathers_them(mesh):
     args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in (q, k, v)]
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), out_shardings=sharding).lower(*args).compile().as_text()
     assert "collective-permute" in text and "all-gather" not in text and "all-to-all" not in text
+
+
+@pytest.mark.parametrize("kernel, T, window", [
+    ("ring", 24, 0), ("ring", 24, 5), ("splash", 512, 0), ("splash", 512, 200)])
+def test_rows_that_are_spread_evenly(kernel, T, window):
+    """Two pieces a device, one early and one late: values and gradients are those of one device in reading order."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(4, T, heads, HEAD)), jnp.float32) for heads in (4, 2, 2))
+    second = np.arange(T)[None] >= rng.integers(T // 4, T, (4, 1))
+    segments = jnp.asarray(1 + second, jnp.int32).at[0, -T // 8:].set(0)
+    at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (4, T))
+    layout, how = make_layout(MeshConfig(data=2, context=2, tensor=2)), dict(scale=0.3, softcap=3.0)
+
+    def apart(q, k, v):
+        with use_layout(layout):
+            assert spreads(kernel, T) and not spreads(kernel, T - 2)
+            q, k, v, rows, index = map(balanced, (q, k, v, segments, at))
+            see = Visibility(index, index, rows, rows, window=window, in_order=True, index=index)
+            return balanced(attend(q, k, v, see, kernel=kernel, **how), back=True)
+
+    def together(q, k, v):
+        see = Visibility(at, at, segments, segments, window=window, in_order=True)
+        return attend(q, k, v, see, kernel="xla", **how)
+
+    (out, pull), (alone, pull_alone) = jax.vjp(jax.jit(apart), q, k, v), jax.vjp(jax.jit(together), q, k, v)
+    np.testing.assert_allclose(out, alone, atol=3e-6)
+    for ours, theirs in zip(pull(alone), pull_alone(alone), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spread, tiles", [(True, [9] * 4), (False, [3, 7, 11, 15])])
+def test_spread_rows_have_splash_visit_as_many_tiles_on_every_device(spread, tiles):
+    sizes = kernels_splash.fit(kernels_splash.DEFAULT, 128, 1024)
+    sizes = sizes._replace(**{name: 128 for name in sizes._fields})
+    kernel = kernels_splash.make_kernel(1024, 1024, 1, True, 0, 0.0, sizes, 4, spread, True)
+    visited = np.asarray(kernel.fwd_mask_info.block_mask)[0] > 0
+    assert [int(rows.sum()) for rows in np.split(visited, 4)] == tiles
 
 
 def test_chunked_skips_what_cannot_be_seen():
