@@ -161,7 +161,7 @@ def guess(recipe: Recipe, topology: Topology) -> Guess:
 def kept_and_again(c: ModelConfig, layer: float, tensor: int) -> tuple[float, float, float]:
     """What remat keeps of a layer, bytes a token in bfloat16; what the backward pass computes again, as a share of the
     matmuls; whether it runs the attention kernel again. layer: weights that a token is multiplied by. tensor: ways that
-    all but the residual stream is split."""
+    all of it is split, the residual stream along its sequence."""
     D, heads = c.embed_dim, c.dims.num_heads * c.dims.head_dim
     groups = (c.num_kv_heads or c.num_heads) * c.dims.head_dim
     gated = MLP_KINDS[c.mlp][1]
@@ -169,9 +169,9 @@ def kept_and_again(c: ModelConfig, layer: float, tensor: int) -> tuple[float, fl
     # By what each is wide; all but "out" are computed from the residual stream. Nothing needs the last matmul's result.
     width = {"query": heads, "key": groups, "value": groups, "kernel": heads, "out": D, "gate": mlp * gated, "up": mlp}
     device, host = kept_names({"none": EVERYTHING, "dots": MATMULS}.get(c.remat, c.remat))
-    kept = 2.0 * (D + sum(width[name] / (1 if name == "out" else tensor) for name in device))
+    kept = 2.0 * (D + sum(width[name] for name in device)) / tensor
     if c.remat == "none":
-        kept = 8.0 * D + 2 * kept  # what is between the matmuls, too, and some of it in float32
+        kept = 8.0 * D / tensor + 2 * kept  # what is between the matmuls, too, and some of it in float32
     lost = set(NAMES) - {*device, *host}
     again = D * sum(heads if name == "out" else width[name] for name in lost - {"kernel"})
     return kept, again / layer, float("kernel" in lost)

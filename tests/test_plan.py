@@ -195,7 +195,7 @@ def test_what_is_kept_and_what_is_computed_again():
         found = plan_search.kept_and_again(dataclasses.replace(c, remat=remat), layer, 1)
         assert found == pytest.approx((2 * kept, again / layer, kernel)), remat
     halves = plan_search.kept_and_again(dataclasses.replace(c, remat="attention"), layer, 2)
-    assert halves[0] == 2 * (D + 4 * D / 2 + D)  # what is between the layers is on every device of `tensor`
+    assert halves[0] == 2 * 6 * D / 2
 
 
 def test_the_guess_knows_what_costs():
