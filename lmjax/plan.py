@@ -94,7 +94,7 @@ def table(recipe: Recipe, result: Result, made: Estimate, tokens: float) -> str:
 
 def in_short(made: Estimate) -> str:
     """The line that recipes for pods record."""
-    return (f"{span((made.hidden, made.exposed), lambda s: f'{s:.3g}')} s a step, "
+    return (f"{span((made.hidden, made.exposed), lambda s: f'{s:#.3g}')} s a step, "
             f"MFU {span(made.mfu, lambda share: f'{share:.1%}')}, "
             f"{made.memory['peak'] / GIB:.1f} of {made.limit / GIB:.2f} GiB a chip")
 
