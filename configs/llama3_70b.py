@@ -2,6 +2,7 @@
 
     lmjax train --config configs/llama3_70b.py --workdir /mnt/runs/llama3_70b
     lmjax plan --config configs/llama3_70b.py --topology v5p-512
+    # 10.6 .. 12.5 s a step, MFU 64.3% .. 75.9%, 65.0 of 95.74 GiB a chip
     lmjax plan --config configs/llama3_70b.py:v6e --topology v6e-256
 
 `configs/llama3_70b.py:v6e` is the same on v6e-256.
@@ -17,7 +18,12 @@ TOKENS = 15e12  # of the paper
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "v6e"):
         raise ValueError(f"configs/llama3_70b.py: expected no variant or v6e, got {variant!r}; leave it out")
-    v6e = variant == "v6e"
-    return pod("llama3-70b", batch_size=256, seq_len=8192, tokens=TOKENS, peak_lr=1.5e-4, loss_chunk=1024,
-               remat="full" if v6e else "attention",
-               mesh=dict(data=16 if v6e else 4, fsdp=-1, rules=dict(embed=("data", "fsdp"))))
+    if variant == "v6e":
+        return pod("llama3-70b", batch_size=256, seq_len=8192, tokens=TOKENS, peak_lr=1.5e-4, loss_chunk=1024,
+                   remat="full", mesh=dict(data=16, fsdp=-1, rules=dict(embed=("data", "fsdp"))))
+    # Rows in two halves, each over two chips: then there is room to keep what the matmuls made.
+    config = pod("llama3-70b", batch_size=256, seq_len=8192, tokens=TOKENS, peak_lr=1.5e-4, loss_chunk=1024,
+                 remat="query+key+value+kernel+out+gate+up",
+                 mesh=dict(data=4, fsdp=-1, tensor=2, rules=dict(embed=("data", "fsdp"))))
+    config.train.microbatches = 2
+    return config
