@@ -16,6 +16,7 @@ import jax
 import lmjax
 from lmjax.checkpoint import About, Checkpointer, checkpoint_steps, checksums
 from lmjax.chips import FLAGS, GIB
+from lmjax.claim import Busy
 from lmjax.config import plain
 from lmjax.data import Tokenizer, open_splits
 from lmjax.data.order import Steps
@@ -89,7 +90,8 @@ def claimed(workdir: Path) -> Iterator[None]:
     """Holds the directory for this run: two writers would spoil each other's files.
 
     Raises:
-      ValueError: another process holds it.
+      ValueError: it is no local directory.
+      Busy: another process holds it.
     """
     if ":/" in str(workdir):
         raise ValueError(f"--workdir: expected a local directory, got {workdir}; keep the run local or on a mounted "
@@ -107,8 +109,8 @@ def _lock(workdir: Path, held: contextlib.ExitStack) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{workdir}: expected a directory that no run is using, got one that another process "
-                         "trains in; wait for it or use another --workdir") from None
+        raise Busy(f"{workdir}: expected a directory that no run is using, got one that another process trains in; "
+                   "wait for it or use another --workdir") from None
 
 
 def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
