@@ -29,7 +29,7 @@ Explain = Callable[[BaseException], tuple[int, str]]  # the exit code and the li
 WEEK_MS = 7 * 24 * 3600 * 1000  # longer than any preparation: what fails meanwhile ends the wait
 LOOK_SECONDS = 0.5  # between looks at whether a process has failed
 FAREWELL_SECONDS = 5.0  # for the others to learn of it before the coordinator goes
-_FAILED, _HEARD, _PLACES = "lmjax/failed", "lmjax/heard", "lmjax/places"  # folders of the store
+_FAILED, _HEARD, _PLACES, _LATE = (f"lmjax/{name}" for name in ("failed", "heard", "places", "late"))  # of the store
 _turns = itertools.count()
 
 
@@ -80,6 +80,11 @@ def agreed(do: Callable[[], T]) -> T:
     return json.loads(global_state.client.blocking_key_value_get(key, WEEK_MS))
 
 
+def process() -> int:
+    """The number of this process, without a look at its devices."""
+    return global_state.process_id
+
+
 class Place(NamedTuple):
     """Where a process is. moves: how often it has moved on; of two processes the one with fewer is behind."""
 
@@ -105,6 +110,25 @@ def places(mine: Place) -> dict[int, tuple[Place, str]]:
                      for key, value in global_state.client.key_value_dir_get(_PLACES)}
     return ({number: (Place(*place), host) for number, (place, host) in found.items()}
             or {global_state.process_id: (mine, socket.gethostname())})
+
+
+def tell_late(step: int, seconds: float) -> None:
+    """Tells the other processes that this one begins `step` late, having waited `seconds` for its data."""
+    if global_state.client is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            global_state.client.key_value_set(f"{_LATE}/{global_state.process_id}",
+                                              json.dumps([step, seconds, socket.gethostname()]), allow_overwrite=True)
+
+
+def late_with(step: int) -> tuple[int, str] | None:
+    """The process, and its host, that told of the longest wait for the data of `step`, if one did."""
+    found = []
+    if global_state.client is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            for key, value in global_state.client.key_value_dir_get(_LATE):
+                of, seconds, host = json.loads(value)
+                found += [(seconds, int(key.rsplit("/", 1)[1]), host)] * (of == step)
+    return max(found)[1:] if found else None
 
 
 def fail(code: int, line: str) -> NoReturn:
