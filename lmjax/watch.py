@@ -56,7 +56,10 @@ class Watchdog:
 
     def at(self, step: int, doing: str) -> None:
         """The main thread begins `doing` at `step`: the same sequence of calls on every process."""
+        before = self._limit
         self._place, self._moved = runtime.Place(self._place.moves + 1, step, doing), time.monotonic()
+        if self._seconds and self._limit != before:  # not at the next look: there is none if this holds the interpreter
+            self._arm()
 
     def each(self, items: Iterable[T], step: int, doing: str) -> Iterator[T]:
         """The items, each a move."""
@@ -64,12 +67,18 @@ class Watchdog:
             self.at(step, doing)
             yield item
 
+    @property
+    def _limit(self) -> float:
+        return max(self._seconds, PATIENCE.get(self._place.doing, 0.0))
+
+    def _arm(self) -> None:
+        faulthandler.dump_traceback_later(self._limit + 2 * GRACE_SECONDS, exit=True, file=sys.__stderr__)
+
     def _watch(self) -> None:
         told = None
         while not self._done.wait(min(POLL_SECONDS, self._seconds / 8)):
-            place = self._place
-            limit = max(self._seconds, PATIENCE.get(place.doing, 0.0))
-            faulthandler.dump_traceback_later(limit + 2 * GRACE_SECONDS, exit=True, file=sys.__stderr__)
+            self._arm()
+            place, limit = self._place, self._limit
             if place != told:
                 told = place
                 runtime.tell(told)
