@@ -2,12 +2,16 @@
 
 import argparse
 import ctypes
+import errno
 import json
 import os
 import re
+import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from lmjax.claim import Busy
 
 if TYPE_CHECKING:
     from lmjax.lm import LM
@@ -29,7 +33,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Exit code 0: done (or stopped on request and saved), 2: it cannot be run as asked."""
+    """Runs a command. Exit code 0: done, 2: it cannot be run as asked, 1: it failed, and may not the next time.
+
+    A run that was asked to stop, and has saved its step, ends with LMJAX_STOPPED_CODE, or 0 where that is not set.
+    """
     arguments, overrides = _parser().parse_known_args(argv)
     bad = [item for item in overrides if not item.startswith("--config.")]
     if bad or (overrides and not hasattr(arguments, "config")):
@@ -48,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         code, line = _explain(error)
-        if code == 1 or os.environ.get("LMJAX_TRACEBACK"):
+        if (code == 1 and not _passing(error)) or os.environ.get("LMJAX_TRACEBACK"):
             raise
-        return _refuse(line)
+        return _refuse(line, code)
     except KeyboardInterrupt:
         return 130
 
@@ -77,8 +84,10 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         with runtime.together(_explain):
             from lmjax.train import train
 
+            stopped = _stopped_code()
             watch = [f"watch.{name}={value}" for name in ("profile", "hlo") if (value := getattr(arguments, name))]
-            train(build_recipe(load(arguments.config, [*overrides, *watch])), arguments.workdir)
+            outcome = train(build_recipe(load(arguments.config, [*overrides, *watch])), arguments.workdir)
+        return stopped if outcome == "stopped" else 0
     elif command == "plan":
         from lmjax.plan import plan
 
@@ -112,6 +121,14 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     else:
         _use(arguments)
     return 0
+
+
+def _stopped_code() -> int:
+    """The exit code of a run that was stopped and saved: launchers, which start it again, have it differ from 0."""
+    code = os.environ.get("LMJAX_STOPPED_CODE") or "0"
+    if not (code.isdecimal() and int(code) < 256):
+        raise ValueError(f"LMJAX_STOPPED_CODE: expected an exit code from 0 to 255, got {code!r}; set 75, say")
+    return int(code)
 
 
 def _keep_freed_memory() -> None:
@@ -245,11 +262,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Of errors of files, what trying again does not mend: the class or the number, and what does.
+LASTING = (
+    ((FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError), (errno.ENAMETOOLONG, errno.ELOOP),
+     "check the path"),
+    ((PermissionError,), (errno.EROFS,), "correct its permissions, or write elsewhere"),
+    ((), (errno.ENOSPC, errno.EDQUOT), "make room"),
+)
+NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror)
+
+
 def _explain(error: BaseException) -> tuple[int, str]:
     """The exit code of an error that ended a command, and its one line.
 
     2: what was asked cannot be. Such errors say what was expected and what was got; a ValueError that does not is a
-    fault, 1.
+    fault, 1, as is whatever the next try may not meet.
     """
     message = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and message.startswith("RESOURCE_EXHAUSTED"):
@@ -258,16 +285,36 @@ def _explain(error: BaseException) -> tuple[int, str]:
                    "`lmjax plan` tells beforehand")
     told = re.search(r"\bexpected\b.*\bgot\b", message)
     if isinstance(error, OSError) and not told:
-        fix = "check the path" if isinstance(error, FileNotFoundError) else "make room or check the path"
-        message = f"expected to read and write files, got {message}; {fix}"
+        message = _of_the_system(error, message)
     if isinstance(error, OSError) or isinstance(error, ValueError) and told:
-        return 2, message
+        return 1 if _passing(error) else 2, message
     return 130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {message}"[:500]
 
 
-def _refuse(message: str) -> int:
+def _passing(error: BaseException) -> bool:
+    """Whether trying again may mend it: the network, a disk or mount that does not answer, who else is at work."""
+    cause = error.__cause__
+    if isinstance(error, ValueError) and isinstance(cause, OSError) and cause.errno:  # a reader that names its file
+        error = cause
+    return isinstance(error, Busy) or isinstance(error, OSError) and _lasting(error) is None
+
+
+def _lasting(error: OSError) -> str | None:
+    return next((fix for kinds, numbers, fix in LASTING if isinstance(error, kinds) or error.errno in numbers), None)
+
+
+def _of_the_system(error: OSError, message: str) -> str:
+    got = message or type(error).__name__
+    if fix := _lasting(error):
+        return f"expected to read and write files, got {got}; {fix}"
+    if isinstance(error, NETWORK) or type(error).__module__.partition(".")[0] in ("requests", "urllib", "urllib3"):
+        return f"expected an answer over the network, got {got:.400}; check the network and start again"
+    return f"expected to read and write files, got {got}; check the disk or its mount and start again"
+
+
+def _refuse(message: str, code: int = 2) -> int:
     print(f"lmjax: error: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -201,9 +201,9 @@ class MetricsWriter:
         self._timing.append({"step": step, **metrics})
         self._scalars(step, metrics, "timing")
 
-    def event(self, step: int, name: str, seconds: float) -> None:
-        """Something that took `seconds`: start, resume, compile, checkpoint, eval, stop."""
-        self._timing.append({"step": step, "event": name, "seconds": seconds})
+    def event(self, step: int, name: str, seconds: float, **more: Any) -> None:
+        """Something that took `seconds`: start, resume, compile, checkpoint, eval, slow_step, and more about it."""
+        self._timing.append({"step": step, "event": name, "seconds": seconds, **more})
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Generated text (with or without its prompt in front)."""

@@ -26,4 +26,5 @@ def pod(preset: str, *, batch_size: int, seq_len: int, tokens: float, mesh: dict
     config.train = dict(batch_size=batch_size, loss_chunk=loss_chunk, steps=int(tokens / batch_size / seq_len))
     config.eval = dict(every=1000, batches=16)
     config.checkpoint = dict(every=1000, keep_last=2)
+    config.watch = dict(stall_seconds=1800)  # a host that hangs would hold all the others' chips for ever
     return config

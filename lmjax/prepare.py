@@ -23,6 +23,7 @@ from etils import epath
 
 from lmjax.claim import claim
 from lmjax.data import shards, sources, store
+from lmjax.data.clean import check_installed
 from lmjax.data.engine import Engine, Log, versions
 from lmjax.data.engine_beam import BeamEngine
 from lmjax.data.pipeline import DataConfig, check_prepared_by
@@ -47,7 +48,8 @@ def prepare(config: DataConfig, out: str, *, log: Log = to_stderr) -> str:
     Returns:
       the directory.
     Raises:
-      ValueError: bad sources; `out` holds other data, or something else; no space left.
+      ValueError: bad sources, or a package that they need and that is not installed; `out` holds other data, or
+        something else; no space left.
     """
     if config.synthetic:
         raise ValueError("data.sources: expected text to prepare, got synthetic data, which needs no "
@@ -56,6 +58,7 @@ def prepare(config: DataConfig, out: str, *, log: Log = to_stderr) -> str:
     if (epath.Path(out) / "manifest.json").exists():
         _reuse(config, out, log)
         return out
+    check_installed(config.clean)
     start = time.monotonic()
     with _workspace(out) as folder:
         curate = config.curate

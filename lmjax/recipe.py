@@ -120,7 +120,8 @@ class SampleConfig:
 class WatchConfig:
     """What is watched beside a run. profile: steps A:B, both included, that jax.profiler traces into WORKDIR/profile;
     empty: none. hlo: a directory for the step's HLO, before and after the compiler; empty: not written.
-    stall_seconds: when nothing has moved for so long, all stacks are written and the run ends; 0: never."""
+    stall_seconds: when nothing has moved for so long (setting up, compiling and saving have half an hour at least,
+    preparing data a day), all stacks are written and the run ends; 0: never."""
 
     profile: str = ""
     hlo: str = ""
@@ -159,6 +160,9 @@ class Recipe:
         if self.sample.every and family != "decoder":
             raise ValueError("sample.every: expected 0, since only a decoder continues prompts, got "
                              f"{self.sample.every} for the family {family}; set 0")
+        if self.watch.profile and int(self.watch.profile.split(":")[1]) > self.train.steps:
+            raise ValueError(f"watch.profile: expected steps up to train.steps={self.train.steps}, got "
+                             f"{self.watch.profile}; lower it or raise train.steps")
         chunk = self.train.loss_chunk
         if 0 < chunk < self.data.seq_len and self.data.seq_len % chunk:
             raise ValueError(f"train.loss_chunk: expected a divisor of data.seq_len={self.data.seq_len}, got {chunk}; "

@@ -16,11 +16,13 @@ import jax
 import lmjax
 from lmjax.checkpoint import About, Checkpointer, checkpoint_steps, checksums
 from lmjax.chips import FLAGS, GIB
+from lmjax.claim import Busy
 from lmjax.config import plain
 from lmjax.data import Tokenizer, open_splits
 from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture, Split
 from lmjax.generate import Generator
+from lmjax.goodput import KINDS
 from lmjax.metrics import human_count
 from lmjax.models import Model
 from lmjax.optim import make_schedule
@@ -35,6 +37,7 @@ from lmjax.train_step import StepFn
 from lmjax.tree import num_elements, shard_bytes
 
 Log = Callable[[str], None]
+At = Callable[[int, str], None]  # told where the run is, as `Watchdog.at`
 STARTED_FROM = ("init_from", "huggingface")  # what each checkpoint of a run says of the weights that it began with
 
 
@@ -89,7 +92,8 @@ def claimed(workdir: Path) -> Iterator[None]:
     """Holds the directory for this run: two writers would spoil each other's files.
 
     Raises:
-      ValueError: another process holds it.
+      ValueError: it is no local directory.
+      Busy: another process holds it.
     """
     if ":/" in str(workdir):
         raise ValueError(f"--workdir: expected a local directory, got {workdir}; keep the run local or on a mounted "
@@ -107,16 +111,19 @@ def _lock(workdir: Path, held: contextlib.ExitStack) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{workdir}: expected a directory that no run is using, got one that another process "
-                         "trains in; wait for it or use another --workdir") from None
+        raise Busy(f"{workdir}: expected a directory that no run is using, got one that another process trains in; "
+                   "wait for it or use another --workdir") from None
 
 
-def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
+def set_up(recipe: Recipe, workdir: Path, log: Log, at: At = lambda step, doing: None) -> Run:
     """Checks everything that can be checked, prepares data, and makes or restores the state."""
+    at(0, "setting up")
     _check_early(recipe)
     _check_workdir(recipe, workdir, log)
     source = _source(recipe, workdir)
+    at(0, "preparing data")
     directory = _data(recipe, workdir, log)
+    at(0, "setting up")
     train_split, heldout = open_splits(recipe.data, directory)
     tokenizer = None if recipe.data.synthetic else Tokenizer.read(directory)
     program = make_program(recipe, jax.devices(), vocab_size=train_split.vocab_size, fields=train_split.fields)
@@ -133,6 +140,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log) -> Run:
               Steps([(0, 0, recipe.train.batch_size)]))
     if recipe.sample.every and run.generator:
         run.generator.check(run.prompts, recipe.sample.max_tokens)
+    at(0, KINDS["restore"])
     facts = _tell(run, directory, log) | _restore(run, source, log)
     if jax.process_index() == 0:  # only now: a start that is refused leaves the directory as it was
         _write_json(workdir / "run.json", facts)

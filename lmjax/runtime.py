@@ -29,7 +29,7 @@ Explain = Callable[[BaseException], tuple[int, str]]  # the exit code and the li
 WEEK_MS = 7 * 24 * 3600 * 1000  # longer than any preparation: what fails meanwhile ends the wait
 LOOK_SECONDS = 0.5  # between looks at whether a process has failed
 FAREWELL_SECONDS = 5.0  # for the others to learn of it before the coordinator goes
-_FAILED, _HEARD, _PLACES = "lmjax/failed", "lmjax/heard", "lmjax/places"  # folders of the store
+_FAILED, _HEARD, _PLACES, _LATE = (f"lmjax/{name}" for name in ("failed", "heard", "places", "late"))  # of the store
 _turns = itertools.count()
 
 
@@ -45,7 +45,7 @@ def together(explain: Explain) -> Iterator[None]:
     Raises:
       ValueError: the environment names a coordinator and does not say who this process is.
 
-    When not all of them have come together after LMJAX_JOIN_SECONDS (300), it says so and exits with code 2.
+    When not all of them have come together after LMJAX_JOIN_SECONDS (300), it says so and exits with code 1.
     """
     if not _join():
         yield
@@ -80,6 +80,11 @@ def agreed(do: Callable[[], T]) -> T:
     return json.loads(global_state.client.blocking_key_value_get(key, WEEK_MS))
 
 
+def process() -> int:
+    """The number of this process, without a look at its devices."""
+    return global_state.process_id
+
+
 class Place(NamedTuple):
     """Where a process is. moves: how often it has moved on; of two processes the one with fewer is behind."""
 
@@ -105,6 +110,25 @@ def places(mine: Place) -> dict[int, tuple[Place, str]]:
                      for key, value in global_state.client.key_value_dir_get(_PLACES)}
     return ({number: (Place(*place), host) for number, (place, host) in found.items()}
             or {global_state.process_id: (mine, socket.gethostname())})
+
+
+def tell_late(step: int, seconds: float) -> None:
+    """Tells the other processes that this one begins `step` late, having waited `seconds` for its data."""
+    if global_state.client is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            global_state.client.key_value_set(f"{_LATE}/{global_state.process_id}",
+                                              json.dumps([step, seconds, socket.gethostname()]), allow_overwrite=True)
+
+
+def late_with(step: int) -> tuple[int, str] | None:
+    """The process, and its host, that told of the longest wait for the data of `step`, if one did."""
+    found = []
+    if global_state.client is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            for key, value in global_state.client.key_value_dir_get(_LATE):
+                of, seconds, host = json.loads(value)
+                found += [(seconds, int(key.rsplit("/", 1)[1]), host)] * (of == step)
+    return max(found)[1:] if found else None
 
 
 def fail(code: int, line: str) -> NoReturn:
@@ -158,10 +182,11 @@ def _join() -> bool:
     if not seconds.isdigit():
         raise ValueError(f"LMJAX_JOIN_SECONDS: expected whole seconds, got {seconds!r}; set a number such as 300")
     def give_up() -> None:
-        where = global_state.coordinator_address or address or "the address that the cluster names"
+        where = (global_state.coordinator_address or address or os.environ.get("MEGASCALE_COORDINATOR_ADDRESS")
+                 or next(iter(_hosts()), "the address that the cluster names"))  # JAX looks its name up, first
         print(f"lmjax: error: expected all processes at the coordinator {where} within {seconds} s, got no answer; "
               "start all of them, process 0 on that host, and let its port through", file=sys.stderr, flush=True)
-        os._exit(2)
+        os._exit(1)  # the others may come yet: worth another try
 
     patience = threading.Timer(int(seconds), give_up)  # JAX, when its own is at an end, aborts without the address
     patience.daemon = True
@@ -178,8 +203,18 @@ def _in_cluster() -> bool:
     if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:  # of this `srun`
         return True
     # Neither tests nor the planner's compiler are processes of a pod, whatever machine they are on.
-    apart = os.environ.get("JAX_PLATFORMS") == "cpu" or "TPU_SKIP_MDS_QUERY" in os.environ
-    return running_in_cloud_tpu_vm and not apart
+    if not running_in_cloud_tpu_vm or os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    hosts = _hosts()
+    if not hosts:  # then Cloud TPU's metadata name them
+        return "TPU_SKIP_MDS_QUERY" not in os.environ
+    return len(hosts) > 1 or int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1  # GKE, which skips the metadata
+
+
+def _hosts() -> list[str]:
+    """The hosts of this slice, the first of which coordinates, where the environment names them as GKE's does."""
+    names = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES") or ""
+    return [name for name in names.split(",") if name]
 
 
 def _local_devices() -> list[int] | None:
@@ -231,10 +266,12 @@ def _empty(directory: Path) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, or in ~/.cache/lmjax/xla."""
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, or in ~/.cache/lmjax/xla: those that took 0.2 s, or
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lmjax" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def device_memory() -> int:

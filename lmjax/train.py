@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,17 +14,19 @@ import jax
 from lmjax.chips import peak_flops
 from lmjax.data import eval_batches, make_batches
 from lmjax.evaluate import bits_per_byte, evaluate
-from lmjax.goodput import FILE, KINDS, Ledger, account, goodput_line
+from lmjax.goodput import FILE, KINDS, SLOW, Ledger, account, goodput_line
 from lmjax.metrics import MetricsWriter, Progress, human_count, read_jsonl
 from lmjax.models import Batch
 from lmjax.recipe import Recipe
 from lmjax.report import write_report
 from lmjax.run import Log, Run, claimed, set_up
-from lmjax.runtime import StopSignal, stop_signal
+from lmjax.runtime import StopSignal, late_with, stop_signal, tell_late
 from lmjax.sampling import Sampling
 from lmjax.train_state import TrainState
 from lmjax.train_step import Metrics
 from lmjax.watch import Outliers, Trace, Watchdog, write_hlo
+
+DATA = "waiting for data"
 
 
 def _to_stderr(line: str) -> None:
@@ -40,29 +43,29 @@ def train(recipe: Recipe, workdir: str | Path, log: Log = _to_stderr) -> str:
       OSError: the disk is full; what was saved stays.
     """
     workdir, began = Path(workdir), time.monotonic()
-    log = log if jax.process_index() == 0 else lambda line: None
-    with claimed(workdir):
+    with Watchdog(recipe.watch.stall_seconds, workdir) as watchdog, claimed(workdir):
+        log = log if jax.process_index() == 0 else lambda line: None  # on a pod the first thing to wait for others
         with stop_signal() as stop:
-            run = set_up(recipe, workdir, log)
+            run = set_up(recipe, workdir, log, watchdog.at)
             start = int(run.state.step)
             with contextlib.closing(run.checkpointer):
                 if start == recipe.train.steps and not run.unfinished:  # such a start is not recorded
                     log(f"finished: all {start:,} steps are done; raise train.steps to go on")
                     outcome = "done"
                 else:
-                    outcome = _go(run, start, time.monotonic() - began, stop)
+                    outcome = _go(run, start, time.monotonic() - began, stop, watchdog)
         if jax.process_index() == 0 and (workdir / "metrics.jsonl").stat().st_size:
             log(goodput_line(account(read_jsonl(workdir / FILE))))
             log(f"report: {write_report(workdir)}")
     return outcome
 
 
-def _go(run: Run, start: int, seconds: float, stop: StopSignal) -> str:
+def _go(run: Run, start: int, seconds: float, stop: StopSignal, watchdog: Watchdog) -> str:
     """The steps from `start` on, with their records; `seconds` went into setting up."""
     writer = MetricsWriter(run.workdir, start) if jax.process_index() == 0 else _Silent()
     with contextlib.closing(writer):
         writer.event(start, "resume" if start else "start", seconds)
-        loop = Loop(run, writer)
+        loop = Loop(run, writer, watchdog)
         with contextlib.closing(loop.ledger):
             loop.ledger.start(start, seconds, restore=run.restore_seconds)
             outcome = loop.run(start, run.recipe.train.steps, stop)
@@ -77,12 +80,13 @@ class _Stopped(Exception):
 class Loop:
     """The training loop. Step k is dispatched before the metrics of step k-1 are read."""
 
-    def __init__(self, run: Run, writer: MetricsWriter):
+    def __init__(self, run: Run, writer: MetricsWriter, watchdog: Watchdog | None = None):
         self.run_, self.writer = run, writer
-        self.pending: tuple[int, Metrics, float] | None = None  # step, its metrics, seconds waited for its data
+        self.pending: tuple[int, Metrics] | None = None  # a step that is on its way, and its metrics
+        self.waited = 0.0  # seconds since `last` that went to waiting for data
         self.progress: Progress | None = None
         self.ledger = Ledger(run.workdir) if jax.process_index() == 0 else _Silent()
-        self.watchdog: Watchdog | None = None
+        self.watchdog = watchdog or Watchdog(0.0, run.workdir)
         self.slow, self.saved = Outliers(), 0  # saved: the newest step that is being
         devices = run.layout.mesh.devices
         self.peak = (peak_flops(devices.flat[0].device_kind) or math.nan) * devices.size  # FLOP/s of all, if known
@@ -100,25 +104,22 @@ class Loop:
         batches = make_batches(run.train_split, batch_size=recipe.train.batch_size, start_row=run.steps.rows(start),
                                steps=max(end - start, 1), sharding=run.layout.sharding(("batch", "seq")))
         trace = Trace(recipe.watch.profile, run.workdir)
-        watchdog = self.watchdog = Watchdog(recipe.watch.stall_seconds, run.workdir)
         with (contextlib.closing(batches), contextlib.closing(_progress(steps)) as self.progress,
-              contextlib.closing(trace), contextlib.ExitStack() as watched):
+              contextlib.closing(trace)):
+            if missed := trace.missed(start):
+                self.progress.log(missed)
             if run.compiled is None and start < end:  # while the first batches are made in the background
                 self._timed(start, "compile", lambda: _compile(run))
-            watched.enter_context(watchdog)  # only now: nothing moves while it compiles
             if run.unfinished and not self._figures(start, state):
                 return "stopped"
             self.last = time.monotonic()
             for step in range(start + 1, end + 1):
-                watchdog.at(step, "waiting for data")
-                asked = time.monotonic()
-                batch = next(batches)
-                waited = time.monotonic() - asked
+                batch = self._next(batches, step)
                 trace.before(step)
-                watchdog.at(step, "running the step")
+                self.watchdog.at(step, "running the step")
                 state, metrics = run.compiled(state, batch)
                 self._report()
-                self.pending = (step, metrics, waited)
+                self.pending = (step, metrics)
                 if trace.after(step, metrics):
                     self.progress.log(f"step {step}: the trace is in {run.workdir / 'profile'}")
                 stopping, complete = stop.due(), True
@@ -131,6 +132,17 @@ class Loop:
             self._report()
             run.state = state
         return "done"
+
+    def _next(self, batches: Iterator[Batch], step: int) -> Batch:
+        """The batch of `step`. The wait for it lies before the end of the step that is on its way, and counts there."""
+        self.watchdog.at(step, DATA)
+        began = time.monotonic()
+        batch = next(batches)
+        waited = time.monotonic() - began
+        self.waited += waited
+        if waited > (SLOW - 1) * self.slow.usual:  # the others wait for this process within the step
+            tell_late(step, waited)
+        return batch
 
     def _due(self, step: int) -> bool:
         r = self.run_.recipe
@@ -174,7 +186,7 @@ class Loop:
         """Reads the metrics of the step before, which waits for that step, not for the one just dispatched."""
         if self.pending is None:
             return
-        (step, metrics, waited), self.pending = self.pending, None
+        (step, metrics), self.pending = self.pending, None
         r = self.run_.recipe.train
         weight = int(metrics["weight"])  # returns when the step is done
         loss, norm = float(metrics["loss"]), float(metrics["param_norm"])
@@ -182,11 +194,10 @@ class Loop:
             raise ValueError(f"step {step}: expected finite loss and weights, got loss {loss} and weight norm {norm}; "
                              "lower optimizer.peak_lr or clip_norm in another --workdir (the checkpoints are kept)")
         seconds, self.last = time.monotonic() - self.last, time.monotonic()
+        waited, self.waited = self.waited, 0.0
         self.tokens += weight
-        waited = min(waited, seconds)
         self.ledger.spend(step, useful=seconds - waited, data=waited)
-        if self.slow(seconds - waited):
-            self.writer.event(step, "slow_step", seconds - waited)
+        self._tell_slow(step, seconds, waited)
         if step % r.log_every and step != r.steps:
             return
         values = {name: float(value) for name, value in metrics.items()
@@ -201,6 +212,18 @@ class Loop:
                                   "step_seconds": seconds, "tokens_per_second": rate, "data_wait_share": share,
                                   "model_flops_per_second": flops, **mfu})
         self.progress.update(step, values["loss"], bits, rate, share, **mfu)
+
+    def _tell_slow(self, step: int, seconds: float, waited: float) -> None:
+        """Says it of a step that took long, and which process had kept the others waiting with its data, if one had."""
+        usual = self.slow.usual
+        if not self.slow(seconds, waited) or jax.process_index():
+            return
+        late = late_with(step)
+        process, host = late if late else (0, socket.gethostname())
+        doing = DATA if late else "running the step"
+        self.writer.event(step, "slow_step", seconds - waited, process=process, host=host, doing=doing)
+        self.progress.log(f"step {step}: slow, {seconds - waited:.2f} s where {usual:.2f} s are usual; "
+                          f"process {process} ({host}) was {doing}")
 
     def _timed(self, step: int, name: str, do: Callable[[], None]) -> None:
         self.watchdog.at(step, KINDS[name])

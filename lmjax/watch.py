@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import math
 import statistics
 import sys
 import threading
@@ -14,24 +15,30 @@ from typing import Any, TypeVar
 import jax
 
 from lmjax import runtime
-from lmjax.goodput import SLOW
+from lmjax.goodput import KINDS, SLOW
 
 T = TypeVar("T")
 POLL_SECONDS = 15.0  # between looks, at most
 GRACE_SECONDS = 20.0  # for the others to find the same and to write their stacks, too
+PATIENCE = {  # seconds, at least, for what may take long with nothing to show for it, by what a run is at
+    "setting up": 1800.0,
+    "preparing data": 24 * 3600.0,
+    **dict.fromkeys((KINDS["restore"], KINDS["compile"], KINDS["checkpoint"]), 1800.0),
+}
 WINDOW, FEW = 64, 16  # steps that a median is of, and the fewest
 
 
 class Watchdog:
-    """Ends the process when it has not moved for `seconds` (0: never): stacks of all threads to stderr and to
-    `stall-<process>.txt` in `folder`, exit code 1, and a line that names the process which is behind the others.
+    """Ends the process when it has not moved for `seconds` (0: never), or for longer where PATIENCE says so: stacks of
+    all threads to stderr and to `stall-<process>.txt` in `folder`, exit code 1, and a line that names the process which
+    is behind the others.
 
     A process that cannot run Python any more, in a call that never returns, is ended by a thread that needs none.
     """
 
     def __init__(self, seconds: float, folder: Path):
         self._seconds, self._folder = seconds, folder
-        self._place = runtime.Place(0, 0, "beginning")
+        self._place = runtime.Place(0, 0, "setting up")
         self._moved = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lmjax-watchdog", daemon=True)
@@ -49,7 +56,10 @@ class Watchdog:
 
     def at(self, step: int, doing: str) -> None:
         """The main thread begins `doing` at `step`: the same sequence of calls on every process."""
+        before = self._limit
         self._place, self._moved = runtime.Place(self._place.moves + 1, step, doing), time.monotonic()
+        if self._seconds and self._limit != before:  # not at the next look: there is none if this holds the interpreter
+            self._arm()
 
     def each(self, items: Iterable[T], step: int, doing: str) -> Iterator[T]:
         """The items, each a move."""
@@ -57,27 +67,37 @@ class Watchdog:
             self.at(step, doing)
             yield item
 
+    @property
+    def _limit(self) -> float:
+        return max(self._seconds, PATIENCE.get(self._place.doing, 0.0))
+
+    def _arm(self) -> None:
+        faulthandler.dump_traceback_later(self._limit + 2 * GRACE_SECONDS, exit=True, file=sys.__stderr__)
+
     def _watch(self) -> None:
         told = None
         while not self._done.wait(min(POLL_SECONDS, self._seconds / 8)):
-            faulthandler.dump_traceback_later(self._seconds + 2 * GRACE_SECONDS, exit=True, file=sys.__stderr__)
-            if self._place != told:
-                told = self._place
+            self._arm()
+            place, limit = self._place, self._limit
+            if place != told:
+                told = place
                 runtime.tell(told)
             still = time.monotonic() - self._moved
-            if still >= self._seconds:
-                self._end(still)
+            if still >= limit and place is self._place:
+                self._end(still, limit)
 
-    def _end(self, still: float) -> None:
-        file = self._folder / f"stall-{jax.process_index()}.txt"
+    def _end(self, still: float, limit: float) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / f"stall-{runtime.process()}.txt"  # JAX's own index may be what it hangs at
         with open(file, "w") as stacks:
             faulthandler.dump_traceback(stacks)
         faulthandler.dump_traceback(sys.__stderr__)
         everyone = runtime.places(self._place)
         if len(everyone) > 1:
             time.sleep(min(GRACE_SECONDS, self._seconds / 2))
-        runtime.fail(1, f"expected a step to end within {self._seconds:g} s, got none for {still:.0f} s: "
-                        f"{late(everyone)}; see the stacks in {file}, or raise watch.stall_seconds")
+        what = self._place.doing if self._place.doing in PATIENCE else "a step"
+        runtime.fail(1, f"expected {what} to end within {limit:g} s, got no end in {still:.0f} s: {late(everyone)}; "
+                        f"see the stacks in {file}, or raise watch.stall_seconds")
 
 
 def late(everyone: dict[int, tuple[runtime.Place, str]]) -> str:
@@ -93,14 +113,22 @@ def late(everyone: dict[int, tuple[runtime.Place, str]]) -> str:
 
 
 class Outliers:
-    """Which steps took long beside those before them."""
+    """Which steps took long beside those before them, for another reason than this process's data."""
 
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=WINDOW)
 
-    def __call__(self, seconds: float) -> bool:
-        """Whether this step took more than SLOW times the median of the last ones."""
-        slow = len(self._seconds) >= FEW and seconds > SLOW * statistics.median(self._seconds)
+    @property
+    def usual(self) -> float:
+        """The median of the last steps' seconds; infinite while they are few."""
+        return statistics.median(self._seconds) if len(self._seconds) >= FEW else math.inf
+
+    def __call__(self, seconds: float, waited: float = 0.0) -> bool:
+        """Whether this step took more than SLOW times the usual, without what of it was `waited` for data.
+
+        The usual is with it: where all steps wait, what is left of them is next to nothing, and noise.
+        """
+        slow = seconds - waited > SLOW * self.usual
         self._seconds.append(seconds)
         return slow
 
@@ -111,6 +139,14 @@ class Trace:
     def __init__(self, steps: str, folder: Path):
         self._first, self._last = map(int, steps.split(":")) if steps else (1, 0)
         self._folder, self._on = folder / "profile", False
+
+    def missed(self, start: int) -> str:
+        """Says which of its steps a run that goes on from step `start` has behind it; "" if none."""
+        if not self._first <= min(start, self._last):
+            return ""
+        rest = f"steps {start + 1}:{self._last}" if start < self._last else "nothing"
+        return (f"watch.profile: expected steps {self._first}:{self._last} to come, got a run that goes on from step "
+                f"{start}; tracing {rest}")
 
     def before(self, step: int) -> None:
         """Called before a step is dispatched."""

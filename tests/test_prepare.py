@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lmjax import cli, pretrained
 from lmjax import prepare as module
 from lmjax import prepare_stages as stages
-from lmjax import pretrained
 from lmjax.data import DataConfig, SourceConfig, Tokenizer, TokenizerConfig, curate, open_splits, store
 from lmjax.data.curate import CurateConfig, split_key
 from lmjax.data.decontaminate import DecontaminateConfig
@@ -149,6 +149,16 @@ def test_without_apache_beam_it_is_asked_for(texts, tmp_path, monkeypatch):
     config = make_config(texts, curate=CurateConfig(beam=("--runner=FnApiRunner",)))
     with pytest.raises(ValueError, match=r"data.curate.beam: expected Apache Beam, .*; pip install lmjax\[beam\]"):
         prepare(config, str(tmp_path / "out"), log=silent)
+
+
+@pytest.mark.parametrize("package, extra, changed", [
+    ("tensorflow_datasets", "tfds", {"sources": (SourceConfig("c4", "tfds:c4/en"),)}),
+    ("ftfy", "clean", {"clean": ("newlines", "ftfy")})])
+def test_a_package_that_is_not_installed_is_asked_for(package, extra, changed, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"expected the package .*, got none.*; pip install 'lmjax\[{extra}\]'") as e:
+        prepare(make_config(texts, **changed), str(tmp_path / "out"), log=silent)
+    assert cli._explain(e.value)[0] == 2
 
 
 def test_prepared_data_is_used_again_and_a_changed_source_is_told(tmp_path):

@@ -4,7 +4,7 @@ import fcntl
 import pathlib
 
 import pytest
-from processes import finish_together, lines
+from processes import finish, finish_together, lines
 
 from lmjax.checkpoint import checkpoint_steps
 
@@ -70,8 +70,23 @@ def test_a_directory_that_another_run_holds(folder):
     workdir.mkdir()
     with open(workdir / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert "another process trains in" in end_together(workdir, *RUN, expect=2)
+        assert "another process trains in" in end_together(workdir, *RUN, expect=1)
     assert [p.name for p in workdir.iterdir()] == [".lock"]
+
+
+def test_a_coordinator_whose_name_nobody_knows(folder):
+    """As on GKE before its DNS has the name: JAX looks it up over and over, and has not told which it is."""
+    on_a_tpu = """
+import lmjax.runtime
+from jax._src.clusters import cloud_tpu_cluster
+lmjax.runtime.running_in_cloud_tpu_vm = cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+"""
+    env = {"JAX_PLATFORMS": "", "TPU_SKIP_MDS_QUERY": "true", "TPU_WORKER_ID": "1", "LMJAX_JOIN_SECONDS": "1",
+           "TPU_WORKER_HOSTNAMES": "first.invalid,second.invalid", "MEGASCALE_COORDINATOR_ADDRESS": ""}  # no metadata
+    for named, more in (("first.invalid", {}), ("slice-0.invalid", {
+            "MEGASCALE_COORDINATOR_ADDRESS": "slice-0.invalid", "MEGASCALE_NUM_SLICES": "2"})):
+        printed = finish(folder / named, *RUN, expect=1, first=on_a_tpu, env=env | more)
+        assert f"all processes at the coordinator {named} within 1 s, got no answer" in printed
 
 
 def test_an_error_that_nobody_foresaw(folder):

@@ -88,7 +88,9 @@ train.evaluate = told
 def test_sigterm_in_an_evaluation_saves_the_step_and_the_next_start_evaluates_it(straight, tmp_path):
     workdir = tmp_path / "run"
     for step in (8, 16):
-        assert start(workdir, *FAST, first=TOLD_WHILE_EVALUATING).wait(timeout=200) == 0
+        code = {8: 0, 16: 75}[step]  # as the launcher asks, the last evaluation included
+        env = {"LMJAX_STOPPED_CODE": str(code)} if code else None
+        assert start(workdir, *FAST, first=TOLD_WHILE_EVALUATING, env=env).wait(timeout=200) == code
         assert committed(workdir)[-1] == step and f"stopped and saved at step {step}" in pathlib.Path(
             f"{workdir}.log").read_text()
         assert not [r for r in lines(workdir) if r["step"] == step and "eval/loss" in r]
@@ -97,8 +99,10 @@ def test_sigterm_in_an_evaluation_saves_the_step_and_the_next_start_evaluates_it
             wait_for(process, lambda: any("eval/loss" in r for r in lines(workdir)))
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=60) == 0
-    finish(workdir, *FAST)
+    finish(workdir, *FAST, env={"LMJAX_STOPPED_CODE": "75"})  # nothing stops this one
     assert_same_run(straight, workdir, ["metrics.jsonl"])
+    assert "LMJAX_STOPPED_CODE: expected an exit code from 0 to 255, got 'temp'" in finish(
+        workdir, *FAST, expect=2, env={"LMJAX_STOPPED_CODE": "temp"})
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -153,3 +154,20 @@ def test_an_old_python_is_refused(checkout):
     done = launch(checkout, fake_python(checkout / "bin", "3.9"))
     assert done.returncode == 2 and "expected LMJAX_PYTHON to be a Python >= 3.11" in done.stderr
     assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.parametrize("asked", ("", "3.5"))
+def test_the_compilation_cache_keeps_what_its_user_says(asked, monkeypatch):
+    from lmjax import runtime
+
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    monkeypatch.delenv(name.upper(), raising=False)
+    if asked:
+        monkeypatch.setenv(name.upper(), asked)
+        jax.config.update(name, float(asked))  # as JAX does at its import
+    try:
+        runtime.use_compilation_cache()
+        assert getattr(jax.config, name) == float(asked or 0.2)
+    finally:
+        jax.config.update(name, before)

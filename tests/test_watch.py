@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import re
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from processes import finish, finish_together, lines
 from lmjax.goodput import KINDS, Ledger, account, goodput_line
 from lmjax.metrics import read_jsonl
 from lmjax.runtime import Place
-from lmjax.watch import Outliers, late
+from lmjax.watch import Outliers, Trace, late
 
 pytestmark = pytest.mark.long
 
@@ -72,6 +74,10 @@ def test_outliers():
     usual[:3] = 9.0  # nothing is unusual yet
     usual[[50, 120]] = 1.8
     assert [i for i, seconds in enumerate(usual) if slow(seconds)] == [50, 120]
+    slow, waits = Outliers(), rng.uniform(0.9, 0.999, 200)  # steps that take a blink, where all wait for data
+    waits[50] = 0.1
+    assert [i for i, waited in enumerate(waits) if slow(1.0 + (i == 120), waited)] == [], "no step of its own is slow"
+    assert slow(2.6, 0.9)
 
 
 def test_who_is_late():
@@ -99,12 +105,13 @@ train.Loop._report = stop
 """
     first = finish(workdir, *SHORT, "watch.profile=2:3", f"watch.hlo={workdir}/hlo", "watch.stall_seconds=60",
                    first=stopped)
-    return workdir, first, finish(workdir, *SHORT)
+    return workdir, first, finish(workdir, *SHORT, "watch.profile=2:3")
 
 
 def test_traces_and_hlo(watched):
-    workdir, first, _ = watched
+    workdir, first, again = watched
     assert f"step 3: the trace is in {workdir / 'profile'}" in first
+    assert "expected steps 2:3 to come, got a run that goes on from step 3; tracing nothing" in again
     assert list((workdir / "profile").rglob("*.xplane.pb"))
     assert (workdir / "hlo/step.hlo.txt").read_text().startswith("HloModule")
     assert "stablehlo" in (workdir / "hlo/step.stablehlo.mlir").read_text()
@@ -124,6 +131,74 @@ def test_the_ledger_of_a_run(watched):
         np.testing.assert_allclose(spent[kind], named, rtol=1e-6)
     assert goodput_line(spent) in second.splitlines() and "goodput: " in first
     assert "Where the time went" in (workdir / "report.html").read_text()
+
+
+LATE_ONCE = """
+import time
+from lmjax import train
+make = train.make_batches
+def late(*args, **kwargs):
+    for number, batch in enumerate(make(*args, **kwargs), 1):
+        if number == 22:
+            time.sleep(3)
+        yield batch
+train.make_batches = late
+"""
+STEPS = ("train.steps=24", "optimizer.warmup_steps=2", "checkpoint.every=30", "eval.every=0")
+
+
+def test_data_that_is_late_once_is_no_slow_step(tmp_path):
+    """Its wait lies in the interval of the step before, which was on its way already."""
+    workdir = tmp_path / "run"
+    finish(workdir, *STEPS, first=LATE_ONCE)
+    timing = lines(workdir, "timing.jsonl")
+    assert account(read_jsonl(workdir / "ledger.jsonl"))["data"] >= 3
+    steps = {r["step"]: r for r in timing if "data_wait_share" in r}
+    stalled, = (step for step, r in steps.items() if r["step_seconds"] >= 3)
+    assert stalled == 21 and steps[stalled]["data_wait_share"] > 0.8
+    assert not [r for r in timing if r.get("event") == "slow_step" and r["seconds"] > 1]
+
+
+def test_a_slow_step_names_the_process_that_waited_for_its_data(tmp_path):
+    workdir = tmp_path / "run"
+    printed = finish_together(workdir, *STEPS, processes=2, devices=1, only={1: {"first": LATE_ONCE}})
+    slow, = (r for r in lines(workdir, "timing.jsonl") if r.get("event") == "slow_step" and r["seconds"] > 2)
+    assert (slow["step"], slow["process"], slow["doing"]) == (22, 1, "waiting for data") and slow["host"]
+    assert re.search(r"step 22: slow, 3\.\d+ s where \S+ s are usual; process 1 \(\S+\) was waiting for data", printed)
+
+
+HANGS = {  # what the run is at -> Python that makes it hang there
+    "setting up": "train.set_up = hang",
+    "preparing data": "run._data = hang",
+    "restoring a checkpoint": "run._restore = hang",
+    "compiling": "train._compile = hang",
+    "saving checkpoints": "train.Loop.finish = lambda loop: loop._timed(6, 'checkpoint', hang)",
+}
+
+
+@pytest.mark.parametrize("doing", HANGS)
+def test_a_run_that_hangs_beside_its_steps(doing, tmp_path):
+    """Each ends after the patience that it has, which is longer than that of a step."""
+    hang = f"""
+import time
+from lmjax import run, train, watch
+def hang(*args): time.sleep(600)
+{HANGS[doing]}
+watch.GRACE_SECONDS = 1.0
+watch.PATIENCE = dict.fromkeys(watch.PATIENCE, 3600.0) | {{{doing!r}: 3.0}}
+"""
+    began = time.monotonic()
+    printed = finish(tmp_path / "run", *SHORT, "watch.stall_seconds=1.5", expect=1, first=hang)
+    assert time.monotonic() - began < 100
+    assert f"expected {doing} to end within 3 s, got no end in" in printed
+    assert f"is {doing} at step" in printed and "in hang" in (tmp_path / "run/stall-0.txt").read_text()
+
+
+def test_recipes_for_pods_are_watched():
+    from lmjax.config import load
+    from lmjax.recipe import build_recipe
+
+    assert build_recipe(load("configs/llama2_7b.py", [])).watch.stall_seconds == 1800
 
 
 def test_two_processes_of_which_one_is_late(tmp_path: pathlib.Path):
@@ -168,11 +243,20 @@ train.Loop._report = hold
     assert "Timeout (0:00:04)!" in printed and "in hold" in printed
 
 
-@pytest.mark.parametrize("value, word", [("5", "steps A:B"), ("0:3", "steps A:B"), ("5:3", "A not after B")])
+def test_steps_to_trace_that_a_run_has_behind_it(tmp_path):
+    said = "watch.profile: expected steps 3:6 to come, got a run that goes on from step"
+    trace = Trace("3:6", tmp_path)
+    assert [trace.missed(start) for start in (0, 2, 3, 6)] == [
+        "", "", f"{said} 3; tracing steps 4:6", f"{said} 6; tracing nothing"]
+    assert not Trace("", tmp_path).missed(9)
+
+
+@pytest.mark.parametrize("value, word", [("5", "steps A:B"), ("0:3", "steps A:B"), ("5:3", "A not after B"),
+                                         ("5:99", "steps up to train.steps=")])
 def test_a_profile_that_names_no_steps_is_refused(value, word, tmp_path, capsys):
     from lmjax import cli
 
     command = ["train", "--config", "configs/synthetic.py:tiny", "--workdir", str(tmp_path), "--profile", value]
     assert cli.main(command) == 2
     error = capsys.readouterr().err
-    assert "config.watch.profile: expected" in error and word in error and json.dumps(value)[1:-1] in error
+    assert "watch.profile: expected" in error and word in error and json.dumps(value)[1:-1] in error

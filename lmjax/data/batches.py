@@ -7,6 +7,7 @@ passing another `start_row`, and each process reads only the rows that its own d
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import queue
 import threading
@@ -38,7 +39,8 @@ def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
       an iterator of dicts of global arrays [batch_size, length], one for each of the split's fields; the work is
       done ahead, in the background, from this call on.
     Raises:
-      ValueError: the batch or the sequence does not divide over the mesh (at once, not at the first batch).
+      ValueError: the batch or the sequence does not divide over the mesh, or TensorFlow is needed and not installed (at
+        once, not at the first batch).
     """
     local = _check_shapes(split, batch_size, sharding)
 
@@ -161,6 +163,9 @@ class _TfData:
     """The same by tf.data: Dataset.range(start, stop) mapped over host_batch, deterministic, prefetched."""
 
     def __init__(self, host_batch: Callable[[int], Rows], steps: range, names: tuple[str, ...]):
+        if importlib.util.find_spec("tensorflow") is None:
+            raise ValueError("data.sources: expected TensorFlow, which feeds rows of text, got none; pip install "
+                             "tensorflow-cpu, or train on synthetic data")
         self._error: list[Exception] = []
         self._made: Future[Any] = Future()
         self._names = names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import ipaddress
 import os
 import re
@@ -133,6 +134,13 @@ RULES: dict[str, Callable[[str], str]] = {
     "mask_ip": _mask(_IP, _DOTS, _public_ip),  # public IPv4 addresses
     "mask_phone": _mask(_PHONE, _PLUS, "<phone>"),  # international numbers
 }
+
+
+def check_installed(rules: Iterable[str]) -> None:
+    """Raises a ValueError if one of `rules` needs a package that is not installed."""
+    if "ftfy" in rules and importlib.util.find_spec("ftfy") is None:
+        raise ValueError("data.clean: expected the package ftfy for the rule of that name, got none; pip install "
+                         "'lmjax[clean]', or leave the rule out")
 
 
 def clean(text: str, rules: Iterable[str]) -> tuple[str, dict[str, tuple[str, str]]]:

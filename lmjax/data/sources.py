@@ -237,8 +237,11 @@ def _parquet(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, 
 
 
 def _tfds_builder(rest: str, source: SourceConfig) -> tuple[Any, str]:
-    import tensorflow_datasets as tfds
-
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise _problem(source, "the package tensorflow-datasets", f"none ({error})",
+                       "pip install 'lmjax[tfds]'") from error
     name, _, split = rest.partition("#")
     split = split or "train"
     try:

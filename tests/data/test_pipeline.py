@@ -1,6 +1,7 @@
 """Splits and batches: pure, complete, and the same however many devices and processes there are."""
 
 import math
+import sys
 import threading
 import time
 
@@ -209,6 +210,12 @@ def test_a_mesh_that_does_not_divide_is_refused_at_once(directory):
         make_batches(train, batch_size=6, start_row=0, steps=1, sharding=where)
     with pytest.raises(ValueError, match="batch_size, seq_len"):
         eval_batches(heldout, 6, where)
+
+
+def test_tensorflow_is_asked_for_where_it_is_not_installed(directory, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(ValueError, match="expected TensorFlow, .*got none; pip install tensorflow-cpu"):
+        make_batches(open_splits(make_config(), directory)[0], batch_size=8, start_row=0, steps=1, sharding=ONE)
 
 
 @pytest.mark.parametrize("kind", ["store", "synthetic"])
