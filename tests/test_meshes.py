@@ -102,10 +102,27 @@ def test_three_axes_at_a_time_compute_what_one_device_does(a, b, c, model, keys)
     assert_same({a: 2, b: 2, c: 2}, model, **keys)
 
 
+ALONE = [("data", 8, "dense", {}), ("fsdp", 8, "dense", {}), ("tensor", 2, "dense", {}), ("tensor", 4, "encdec", {}),
+         ("context", 4, "dense", dict(attention="ring")), ("context", 8, "encoder", {}), ("expert", 4, "dropless", {}),
+         ("stage", 2, "dense", {})]
+
+
+@pytest.mark.parametrize("axis, ways, model, keys", [
+    pytest.param(*case, marks=() if case[0] == "tensor" else pytest.mark.slow) for case in ALONE])
+def test_an_axis_alone_computes_what_one_device_does(axis, ways, model, keys):
+    assert_same({axis: ways}, model, **keys)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["encdec", "encoder"])
-def test_the_other_families_are_pipelines_too(model):
-    assert_same({"stage": 2, "data": 2}, model)
+@pytest.mark.parametrize("mesh, model", [
+    ({"stage": 2, "data": 2}, "encdec"), ({"stage": 2, "data": 2}, "encoder"),
+    ({"fsdp": 2, "context": 2, "tensor": 2}, "encdec"), ({"fsdp": 2, "context": 2, "tensor": 2}, "encoder")])
+def test_the_other_families_go_over_any_axes_too(mesh, model):
+    assert_same(mesh, model)
+
+
+def test_what_is_kept_in_the_hosts_memory_changes_nothing():
+    assert_same({"fsdp": 2}, "dense", remat="query+host:out")
 
 
 def test_stages_that_would_cut_the_pattern_are_refused():

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.nn.ops import dot_rows
-from lmjax.nn.shards import per_shard
+from lmjax.nn.shards import RESIDUALS, per_shard
 from lmjax.nn.visibility import Visibility
 
 QUERIES, SCORES = 256, 256 * 512  # queries a block, and scores a block and head: with few queries, more keys
@@ -187,7 +188,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tok
 def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens,
                     rule: Rule) -> tuple[jax.Array, tuple]:
     y, log_sum = forward(q, k, v, queries, keys, rule)
-    y = y.astype(q.dtype)
+    y, log_sum = (checkpoint_name(x, RESIDUALS) for x in (y.astype(q.dtype), log_sum))
     return y, (q, k, v, queries, keys, y, log_sum)
 
 

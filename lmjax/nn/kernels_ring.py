@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.nn.kernels_chunked import Rule, Tokens, backward, dot_along, forward, join, split
-from lmjax.nn.shards import axes_of, per_shard, ways
+from lmjax.nn.shards import RESIDUALS, axes_of, per_shard, ways
 from lmjax.nn.visibility import Visibility
 
 Ring = tuple[tuple[str, ...], int]  # the mesh axes of the sequence, and how many devices they have
@@ -63,7 +64,7 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, k
         start = _pass_on(held, ring), add(held, None)
         (held, sums), _ = lax.scan(hop, start, None, length=ring[1] - 2)
     y, log_sum = add(held, sums)
-    y = y.astype(q.dtype)
+    y, log_sum = (checkpoint_name(x, RESIDUALS) for x in (y.astype(q.dtype), log_sum))
     return y, (q, k, v, queries, keys, y, log_sum)
 
 

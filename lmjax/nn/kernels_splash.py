@@ -14,12 +14,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmjax.nn.shards import axes_of, in_reading_order, padded, per_shard, ways
+from lmjax.nn.shards import RESIDUALS, axes_of, in_reading_order, padded, per_shard, ways
 from lmjax.nn.visibility import Visibility
 from lmjax.sharding import current_layout, device_kind, platform
 
 LANES = 128  # a tile's sides are multiples of the chip's vector width
-RESIDUALS = "kernel"  # what remat policies know the kernel's output and log-sums by
 PARTIAL = 4  # up to so many tiles of keys, dq comes from the kernel of dk and dv: a partial sum of each tile
 
 

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.config import at_least
 from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, Dense
 from lmjax.nn.module import Initializer, param
+from lmjax.nn.ops import MATMUL
 from lmjax.nn.quantized import matmuls_in
 from lmjax.nn.shards import axes_of
 from lmjax.sharding import constrain, current_layout, platform
@@ -189,7 +191,11 @@ class MoE(nnx.Module):
         The weight goes on before the last matmul: behind it, its gradient would need that matmul's result again.
         """
         (gate, up, down), act = kernels, ACTIVATIONS[self.activation]
-        hidden = act(dot(x, up)) if gate is None else act(dot(x, gate)) * dot(x, up)
+
+        def first(w: jax.Array, name: str) -> jax.Array:
+            return checkpoint_name(checkpoint_name(dot(x, w), MATMUL), name)
+
+        hidden = act(first(up, "up")) if gate is None else act(first(gate, "gate")) * first(up, "up")
         return dot(hidden if weights is None else hidden * weights[:, None].astype(hidden.dtype), down)
 
 

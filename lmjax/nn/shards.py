@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from lmjax.nn.visibility import Visibility
 from lmjax.sharding import constrain, current_layout
 
+RESIDUALS = "kernel"  # what remat policies know a kernel's output and log-sums by
 Body = Callable[..., jax.Array]
 
 

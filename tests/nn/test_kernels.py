@@ -234,6 +234,30 @@ def test_rows_that_are_spread_evenly(kernel, T, window):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window, softcap", [(0, 0.0), (200, 3.0)])
+def test_splash_over_many_tiles(monkeypatch, window, softcap):
+    """More tiles of keys than one backward kernel takes, two of them to a block: values and gradients with documents,
+    of which some tiles see nothing."""
+    sizes = kernels_splash.DEFAULT._replace(queries=128, keys=256, compute=128, dq_queries=128, dq_keys=128,
+                                            dkv_queries=128, dkv_keys=128, dkv_compute=128)
+    monkeypatch.setattr(kernels_splash, "DEFAULT", sizes)
+    T, rng = 768, np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, T, heads, HEAD)), jnp.float32) for heads in (4, 2, 2))
+    segments = jnp.asarray(1 + np.searchsorted([300, 560], np.arange(T), "right")[None].repeat(2, 0), jnp.int32)
+    at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2, T))
+    see = Visibility(at, at, segments.at[1, 700:].set(0), segments.at[1, 700:].set(0), window=window, in_order=True)
+
+    def f(q, k, v, kernel):
+        return attend(q, k, v, see, scale=0.3, softcap=softcap, kernel=kernel)
+
+    (out, pull), (alone, pull_alone) = (jax.vjp(jax.jit(functools.partial(f, kernel=name)), q, k, v)
+                                        for name in ("splash", "xla"))
+    assert T // 128 > kernels_splash.PARTIAL
+    np.testing.assert_allclose(out, alone, atol=3e-6)
+    for ours, theirs in zip(pull(alone), pull_alone(alone), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("spread, tiles", [(True, [9] * 4), (False, [3, 7, 11, 15])])
 def test_spread_rows_have_splash_visit_as_many_tiles_on_every_device(spread, tiles):
     sizes = kernels_splash.fit(kernels_splash.DEFAULT, 128, 1024)

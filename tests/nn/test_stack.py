@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmjax.config import build
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
 from lmjax.nn.stack import REMAT
@@ -124,6 +125,24 @@ def test_remat_saves_less():
         saved[remat] = sum(x.size for x in jax.tree.leaves(pull))
     assert saved["full"] < saved["attention"] < saved["dots"] < saved["none"], saved
     assert saved["full"] < saved["query+key"] < saved["attention"], saved
+
+
+@pytest.mark.parametrize("name, keys, width", [
+    ("kernel", dict(attention="chunked"), 16 + 4), ("kernel", dict(attention="ring"), 16 + 4),
+    ("gate+up", dict(moe=dict(experts=4, per_token=2)), 2 * 2 * 24),
+    ("gate+up", dict(moe=dict(experts=4, per_token=2, capacity=2.0)), 2 * 4 * 24)])
+def test_a_name_keeps_what_it_says(name, keys, width):
+    """Of each token and layer: a kernel's output and a log-sum a head; and for each expert of a token, or slot, gate
+    and up."""
+    batch, saved = rows([documents(0)] * 4), {}
+    for remat in ("full", name):
+        model = build_model(build(DecoderConfig, dict(
+            num_layers=3, embed_dim=16, num_heads=4, mlp_dim=24, vocab_size=32, mlp="swiglu", remat=remat, **keys)),
+            vocab_size=32, platform="cpu", dtype=jnp.float32)
+        params = jax.jit(model.init)(jax.random.key(0))
+        _, pull = jax.vjp(lambda p, m=model: next_token_loss(m)(p, batch, None).total, params)
+        saved[remat] = sum(x.size for x in jax.tree.leaves(pull))
+    assert saved[name] - saved["full"] == 3 * 4 * ROW * width
 
 
 def test_every_layer_has_weights_of_its_own():
