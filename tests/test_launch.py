@@ -231,7 +231,15 @@ def test_gke(cloud, topology, slices, hosts, chips):
     assert (replicated["replicas"], spec["parallelism"], spec["completions"]) == (slices, hosts, hosts)
     assert container["resources"]["limits"] == {"google.com/tpu": chips} and container["args"] == list(TRAIN[1:])
     assert slices * hosts * chips == parse_topology(topology).chips
-    assert container["env"] == [{"name": "LIBTPU_INIT_ARGS", "value": parse_topology(topology).flags}]
+    assert {e["name"]: e["value"] for e in container["env"]} == {
+        "LIBTPU_INIT_ARGS": parse_topology(topology).flags, "LMJAX_JOIN_SECONDS": "1800", "LMJAX_STOPPED_CODE": "75",
+        "JAX_COMPILATION_CACHE_DIR": "/runs/.xla-cache"}
+    # Stopped and saved fails the Job, which starts the JobSet again; only what was refused ends it.
+    assert spec["podFailurePolicy"]["rules"] == [
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}]
+    assert spec["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    assert job["spec"]["failurePolicy"] == {
+        "maxRestarts": 100, "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]}
     selector = pod["nodeSelector"]
     assert selector["cloud.google.com/gke-tpu-topology"] == "x".join(map(str, parse_topology(topology).shape))
     assert selector["cloud.google.com/gke-spot"] == "true"
@@ -242,7 +250,20 @@ def test_gke(cloud, topology, slices, hosts, chips):
     assert cloud.calls() == [{"words": "kubectl apply -f -", "stdin": text}]
 
 
-@pytest.mark.parametrize("wrong", [("--name", "Job"), ("--volume", "claim"), ("--topology", "v5e:3")])
+def test_gke_takes_names_that_yaml_would_not_and_the_environment(cloud):
+    yaml = pytest.importorskip("yaml")
+    job = yaml.safe_load(cloud.run(
+        "gke", "--name", "2024", "--queue", "on", "--image", "i", "--topology", "v6e:4x4", "--dry-run", "--env",
+        "A=b=c d", "--env", "LIBTPU_INIT_ARGS=--own", "--env", "LMJAX_JOIN_SECONDS=9", *TRAIN))
+    assert (job["metadata"]["name"], job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]) == ("2024", "on")
+    container, = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    assert {e["name"]: e["value"] for e in container["env"]} == {
+        "LIBTPU_INIT_ARGS": "--own", "LMJAX_JOIN_SECONDS": "9", "LMJAX_STOPPED_CODE": "75", "A": "b=c d"}
+    assert container["args"] == list(TRAIN[1:]) and "volumeMounts" not in container
+
+
+@pytest.mark.parametrize("wrong", [("--name", "Job"), ("--volume", "claim"), ("--topology", "v5e:3"),
+                                   ("--topology", "v5e:3x5"), ("--topology", "v5e:1x2"), ("--env", "A")])
 def test_gke_refuses(cloud, wrong):
     assert f"{wrong[0]}: expected" in cloud.run("gke", *JOB, "--topology", "v5e:4x4", *wrong, *TRAIN, expect=2)
     assert not cloud.calls()
