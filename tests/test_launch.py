@@ -54,12 +54,12 @@ if "scp" in sys.argv:
     node.mkdir(parents=True, exist_ok=True)
     (node / target.partition(":")[2]).write_bytes(Path(source).read_bytes())
 if "sbatch" in sys.argv[0]:
-    sys.exit(subprocess.run(["bash"], input=stdin, text=True).returncode)
+    sys.exit(subprocess.run(["bash", "-c", stdin]).returncode)
 """
 
     def __init__(self, home: pathlib.Path):
         self.home = home
-        for name in ("gcloud", "kubectl", "sbatch"):
+        for name in ("gcloud", "kubectl", "sbatch", "scontrol"):
             executable(home / "bin" / name, self.STAND_IN.format(python=sys.executable, home=str(home)))
         # The Python of the hosts: makes environments of itself, installs nothing, and "trains".
         host = executable(home / "host" / "python3", """#!/bin/sh
@@ -277,9 +277,13 @@ script = open({script!r}).read()
 nodes, tasks = (int(re.search(rf"--{{name}}=(\\d+)", script)[1]) for name in ("nodes", "ntasks-per-node"))
 env = dict(os.environ, SLURM_JOB_ID="{job}", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=str(nodes * tasks),
            SLURM_STEP_NUM_TASKS=str(nodes * tasks), SLURM_STEP_NUM_NODES=str(nodes), SLURM_GPUS_ON_NODE="2")
-running = [subprocess.Popen(sys.argv[2:], env=dict(env, SLURM_PROCID=str(i), SLURM_LOCALID=str(i % tasks)))
+running = [subprocess.Popen(sys.argv[3:], env=dict(env, SLURM_PROCID=str(i), SLURM_LOCALID=str(i % tasks)))
            for i in range(nodes * tasks)]
 sys.exit(max(process.wait() for process in running))
+"""
+AS_IT_IS = """#!/bin/sh
+while case "$1" in --*) true ;; *) false ;; esac; do shift; done
+exec "$@"
 """
 
 
@@ -301,8 +305,7 @@ def test_slurm(cloud, tmp_path):
     run = ("--", "train", "--config", "configs/synthetic.py:tiny", "--workdir", str(tmp_path / "a run"),
            "--config.train.steps=3", "--config.optimizer.warmup_steps=1", "--config.eval.every=0")
     script = cloud.run("slurm", *options, "--dry-run", *run)
-    assert not cloud.calls() and "JAX_LOCAL_DEVICE_IDS=0,1\n" in script
-    assert "JAX_LOCAL" not in cloud.run("slurm", "--per-gpu", *options, "--dry-run", *run)
+    assert not cloud.calls()
     (tmp_path / "script").write_text(script)
     executable(cloud.home / "bin/srun", SRUN.format(python=sys.executable, script=str(tmp_path / "script"),
                                                     job=job_id()))
@@ -312,7 +315,27 @@ def test_slurm(cloud, tmp_path):
     assert [r["step"] for r in lines(tmp_path / "a run") if "loss" in r] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("code", [0, 1, 2, 75])
+def test_slurm_queues_again_what_was_stopped_and_saved(cloud, code):
+    """And nothing else; the run is told to say so by that code."""
+    executable(cloud.home / "venv/bin/python", f'#!/bin/sh\n[ "$LMJAX_STOPPED_CODE" = 75 ] && exit {code}\n')
+    executable(cloud.home / "bin/srun", AS_IT_IS)
+    cloud.env |= {"LMJAX_VENV": str(cloud.home / "venv"), "SLURM_JOB_ID": "17"}
+    cloud.run("slurm", *TRAIN, expect=code)
+    calls = [call["words"] for call in cloud.calls()]
+    assert calls == ["sbatch", *(["scontrol requeue 17"] if code == 75 else [])]
+
+
+@pytest.mark.parametrize("options, nodes, tasks, gpus", [
+    (("--nodes=4", "--gpus=2"), 4, 1, 2), (("--nodes", "4", "--gpus", "2", "--per-gpu"), 4, 2, 2), ((), 1, 1, 8)])
+def test_slurm_options(cloud, options, nodes, tasks, gpus):
+    script = cloud.run("slurm", *options, "--dry-run", *TRAIN)
+    for name, number in {"nodes": nodes, "ntasks-per-node": tasks, "gpus-per-node": gpus}.items():
+        assert f"#SBATCH --{name}={number}\n" in script
+
+
 def test_slurm_refuses(cloud):
+    assert "expected a number behind --gpus" in cloud.run("slurm", "--gpus=", *TRAIN, expect=2)
     assert "expected a number behind --nodes" in cloud.run("slurm", "--nodes", "all", *TRAIN, expect=2)
     assert "expected a command of lmjax" in cloud.run("slurm", "--nodes", "2", expect=2)
     assert "launch/slurm --nodes 4" in cloud.run("slurm", "--help")
