@@ -15,7 +15,8 @@ class Chip:
 
     hbm: bytes that a program may use (a little less than is built in). flops: peak bf16 FLOP/s. clock: Hz of the
     cycles that the compiler estimates. ici: bytes/s of a collective's ring within a slice, 0.9 of all links. dcn:
-    bytes/s between slices. dims: of the torus. cores: what a name such as v5p-128 counts a chip as. host: chips a host.
+    bytes/s between slices. dims: of the torus. cores: what a name such as v5p-128 counts a chip as. alone: the
+    most chips that one host has, which then are the whole slice.
     """
 
     name: str
@@ -26,20 +27,22 @@ class Chip:
     dcn: float
     dims: int
     cores: int
-    host: int
+    alone: int
 
 
 CHIPS = {chip.name: chip for chip in (
-    Chip("v4", 31.75 * GIB, 275e12, 1.05e9, 270e9, 6.25e9, dims=3, cores=2, host=4),
-    Chip("v5e", 15.75 * GIB, 197e12, 1.50e9, 180e9, 3.125e9, dims=2, cores=1, host=8),
-    Chip("v5p", 95.74 * GIB, 459e12, 1.75e9, 540e9, 6.25e9, dims=3, cores=2, host=4),
-    Chip("v6e", 31.25 * GIB, 918e12, 1.75e9, 360e9, 12.5e9, dims=2, cores=1, host=8),
+    Chip("v4", 31.75 * GIB, 275e12, 1.05e9, 270e9, 6.25e9, dims=3, cores=2, alone=4),
+    Chip("v5e", 15.75 * GIB, 197e12, 1.50e9, 180e9, 3.125e9, dims=2, cores=1, alone=8),
+    Chip("v5p", 95.74 * GIB, 459e12, 1.75e9, 540e9, 6.25e9, dims=3, cores=2, alone=4),
+    Chip("v6e", 31.25 * GIB, 918e12, 1.75e9, 360e9, 12.5e9, dims=2, cores=1, alone=8),
 )}
-# Peak dense bf16 FLOP/s by a word of what JAX calls the device. Of GPUs the SXM form, from NVIDIA's data sheets.
+# Peak dense bf16 FLOP/s by a word of what JAX calls the device. Of GPUs from NVIDIA's data sheets, the SXM form where
+# the name does not say; the first that fits.
 PEAKS = {"TPU v4": CHIPS["v4"].flops, "TPU v5 lite": CHIPS["v5e"].flops, "TPU v5e": CHIPS["v5e"].flops,
          "TPU v5": CHIPS["v5p"].flops, "TPU v5p": CHIPS["v5p"].flops, "TPU v6 lite": CHIPS["v6e"].flops,
-         "TPU v6e": CHIPS["v6e"].flops, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12,
-         "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12}
+         "TPU v6e": CHIPS["v6e"].flops, "B200": 2250e12, "GH200": 989e12, "H200 NVL": 836e12, "H200": 989e12,
+         "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
+         "L4": 121e12, "A10G": 70e12, "A10": 125e12}
 # Flags of libtpu that a run on a pod starts with (LIBTPU_INIT_ARGS), by generation and for several slices. Each is one
 # that the compiler knows: it refuses to start with any other. What users set themselves replaces them all.
 TPU_FLAGS = {
@@ -49,6 +52,7 @@ TPU_FLAGS = {
 }
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # variables that change what a step compiles to
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
+HOST = 4  # chips a host of a slice with several
 LARGEST = {2: 16, 3: 24}  # the longest side of a slice, by the torus's dimensions
 EXAMPLES = "v5e:16x16, v5p-128 (64 chips), 2xv6e:16x16 (two slices) or cpu"
 
@@ -76,6 +80,23 @@ class Topology:
         """What `jax.experimental.topologies.get_topology_desc` takes besides the name."""
         cores = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}  # else a device a core
         return cores | ({"num_slices": self.slices} if self.slices > 1 else {})
+
+    @property
+    def hosts(self) -> tuple[int, int]:
+        """Hosts of one slice, and chips of each.
+
+        Raises:
+          ValueError: no slice of this shape is to be had, though a program may be compiled for it.
+        """
+        chips, dims, sides = math.prod(self.shape), self.chip.dims, list(self.shape)
+        usual = self.shape == _shape(chips, dims) and chips not in {2: (2,), 3: (1, 2)}[dims]
+        blocks = dims == 3 and sides == sorted(sides) and all(side % 4 == 0 for side in sides)
+        if not usual and not blocks:
+            kinds = {2: "1x1, 2x2, 2x4, 4x4, 4x8 and so on to 16x16",
+                     3: "2x2x1, 2x2x2, 2x2x4, 2x4x4, or multiples of 4 that do not fall"}
+            raise ValueError(f"--topology: expected a slice that is to be had, of {self.chip.name} "
+                             f"{kinds[dims]}, got {self}; choose one")
+        return (1, chips) if chips <= self.chip.alone else (chips // HOST, HOST)
 
     @property
     def flags(self) -> str:

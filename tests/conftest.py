@@ -52,7 +52,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # With several processes (launch/test) a file is one piece of work: the longest begin first.
 LONGEST = ("test_readme.py", "test_distributed.py", "test_refusals_distributed.py", "test_resume.py", "test_kernels.py",
-           "test_families.py", "test_meshes.py", "test_init_from.py", "test_watch.py", "test_launch.py")
+           "test_families.py", "test_meshes.py", "test_init_from.py", "test_watch.py", "test_launch_tpu_pod.py",
+           "test_launch.py")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

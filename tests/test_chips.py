@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from lmjax.chips import CHIPS, peak_flops
+from lmjax.chips import CHIPS, parse_topology, peak_flops
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -65,10 +65,26 @@ def test_gpu_check_goes_its_way_on_a_cpu(tmp_path):
 @pytest.mark.parametrize("kind, flops", [
     ("TPU v5 lite", CHIPS["v5e"].flops), ("TPU v5", CHIPS["v5p"].flops), ("TPU v6 lite", CHIPS["v6e"].flops),
     ("TPU v4", CHIPS["v4"].flops), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200 NVL", 836e12), ("NVIDIA H200", 989e12), ("NVIDIA GH200 480GB", 989e12),
     ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("NVIDIA RTX A1000", None),
     ("cpu", None)])
 def test_peaks(kind, flops):
     assert peak_flops(kind) == flops
+
+
+@pytest.mark.parametrize("topology, hosts", [
+    ("v5e:1x1", (1, 1)), ("v5e:2x2", (1, 4)), ("v6e:2x4", (1, 8)), ("v5e:4x4", (4, 4)), ("2xv6e:16x16", (64, 4)),
+    ("v4:2x2x1", (1, 4)), ("v5p:2x2x2", (2, 4)), ("v5p:4x4x12", (48, 4))])
+def test_hosts_of_a_slice(topology, hosts):
+    assert parse_topology(topology).hosts == hosts
+
+
+@pytest.mark.parametrize("topology", [
+    "v5e:1x2", "v5e:3x5", "v5e:2x5", "v5e:2x8", "v6e:8x4", "v5p:1x1x1", "v5p:3x3x3", "v5p:2x2x16", "v5p:8x4x4"])
+def test_shapes_that_are_not_to_be_had(topology):
+    """A program compiles for them; no launcher asks for them."""
+    with pytest.raises(ValueError, match="--topology: expected a slice"):
+        _ = parse_topology(topology).hosts
 
 
 @pytest.mark.slow  # loads the TPU compiler

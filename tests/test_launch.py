@@ -1,7 +1,6 @@
 """What starts a run elsewhere, against stand-ins for gcloud, kubectl, sbatch and srun that record their calls."""
 
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -12,202 +11,17 @@ import sys
 import time
 
 import pytest
+from cloud import PATIENCE, ROOT, Cloud, executable
 from processes import finish, lines
 
-from lmjax.chips import TPU_FLAGS, parse_topology
+from lmjax.chips import parse_topology
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-PATIENCE = 120  # seconds that a stand-in may take on a busy machine
-
-
-def executable(path: pathlib.Path, text: str) -> pathlib.Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
-
-
-class Cloud:
-    """A folder with stand-ins on the PATH. `answers`: a part of a call -> [output, exit code] of the first such call,
-    the second, ...; the last one goes on. A call with None or without an answer succeeds, and one of ssh or scp is
-    really done, in a folder of the node's name."""
-
-    STAND_IN = """#!{python} -IS
-import json, subprocess, sys
-from pathlib import Path
-home, words = Path({home!r}), " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-stdin = "" if "gcloud" in sys.argv[0] else sys.stdin.read()
-with open(home / "calls", "a") as file:
-    file.write(json.dumps({{"words": words, "stdin": stdin}}) + "\\n")
-made = [json.loads(line)["words"] for line in (home / "calls").read_text().splitlines()]
-for part, answers in json.loads((home / "answers").read_text()).items():
-    if part in words and (answer := answers[min(sum(part in w for w in made), len(answers)) - 1]):
-        output, code = answer
-        print(output, flush=True)
-        sys.exit(code)
-if "ssh" in sys.argv:
-    node = home / "hosts" / sys.argv[sys.argv.index("ssh") + 1]
-    sys.exit(subprocess.run(["bash", "-c", sys.argv[sys.argv.index("--command") + 1]], cwd=node).returncode)
-if "scp" in sys.argv:
-    source, target = sys.argv[sys.argv.index("scp") + 1 :][:2]
-    node = home / "hosts" / target.partition(":")[0]
-    node.mkdir(parents=True, exist_ok=True)
-    (node / target.partition(":")[2]).write_bytes(Path(source).read_bytes())
-if "sbatch" in sys.argv[0]:
-    sys.exit(subprocess.run(["bash"], input=stdin, text=True).returncode)
-"""
-
-    def __init__(self, home: pathlib.Path):
-        self.home = home
-        for name in ("gcloud", "kubectl", "sbatch"):
-            executable(home / "bin" / name, self.STAND_IN.format(python=sys.executable, home=str(home)))
-        # The Python of the hosts: makes environments of itself, installs nothing, and "trains".
-        host = executable(home / "host" / "python3", """#!/bin/sh
-case "$*" in
-  *"sys.version_info <"*) exit 0 ;;
-  *"%d.%d"*) echo 3.12 ;;
-  *"-m venv"*) for last; do :; done; mkdir -p "$last/bin"; cd "$last/bin"; cp "$0" python; touch pip ;;
-  *lmjax.cli*) echo "flags $LIBTPU_INIT_ARGS"; for word; do echo "word $word"; done; eval "$RUN" ;;
-esac
-""")
-        # Without what ./launch/test was told: a host must not install into the environment that runs the tests.
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("LMJAX_")}
-        self.env = {**kept, "PATH": f"{home}/bin:{os.environ['PATH']}", "LMJAX_PYTHON": str(host), "RUN": "true"}
-        self.answer({})
-
-    def answer(self, answers: dict[str, list[list | None]]) -> None:
-        (self.home / "answers").write_text(json.dumps(answers))
-
-    def calls(self) -> list[dict]:
-        path = self.home / "calls"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def verbs(self) -> list[str]:
-        """create, describe, scp, ... in the order of the calls; ssh by what it is for."""
-        kinds = {"setup tpu &&": "install", "tar xzf": "install", "setsid": "start", "tail -n": "follow",
-                 "pkill": "stop"}
-        words = [call["words"] for call in self.calls()]
-        return [next((kind for part, kind in kinds.items() if part in w), None) if " ssh " in w else w.split()[4]
-                for w in words]
-
-    def start(self, name: str, *arguments: str) -> subprocess.Popen:
-        return subprocess.Popen([ROOT / "launch" / name, *arguments], env=self.env, text=True, cwd=self.home,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    def run(self, name: str, *arguments: str, expect: int = 0) -> str:
-        process = self.start(name, *arguments)
-        out, err = process.communicate(timeout=PATIENCE)
-        assert process.returncode == expect, out + err
-        return out + (err if expect else "")
+TRAIN = ("--", "train", "--config", "configs/synthetic.py:tiny", "--workdir", "/mnt/a b")
 
 
 @pytest.fixture
 def cloud(tmp_path):
     return Cloud(tmp_path)
-
-
-# Cloud TPU ---------------------------------------------------------------------------------------------------
-
-POD = ("--name", "pod", "--project", "p", "--zone", "z", "--topology", "v6e-16", "--spot", "--poll", "0")
-TRAIN = ("--", "train", "--config", "configs/x.py", "--workdir", "/mnt/a b")
-COMES = ["", 1], ["WAITING_FOR_RESOURCES", 0], ["PROVISIONING", 0], ["ACTIVE", 0]
-ONCE = ["describe", "create", "describe", "describe", "describe", "scp", "install", "start", "follow"]
-
-
-def test_tpu_pod_creates_runs_and_cleans_up(cloud):
-    """The hosts' side really runs: the checkout arrives, the command's words and the flags as they were given."""
-    cloud.answer({"describe": COMES})
-    out = cloud.run("tpu_pod", *POD, *TRAIN)
-    assert cloud.verbs() == [*ONCE, "delete"]
-    assert [line.removeprefix("word ") for line in out.splitlines() if line.startswith("word ")] == [
-        "-m", "lmjax.cli", *TRAIN[1:]]
-    assert f"flags {' '.join(TPU_FLAGS['v6e'])}" in out and "exit code" not in out
-    assert (cloud.home / "hosts/pod/lmjax/launch/tpu_pod").read_bytes() == (ROOT / "launch/tpu_pod").read_bytes()
-    create = next(call["words"] for call in cloud.calls() if " create " in call["words"])
-    for part in ("queued-resources create pod", "--node-id pod", "--accelerator-type v6e-16", "--spot",
-                 "--runtime-version v2-alpha-tpuv6e", "--project p --zone z"):
-        assert part in create
-    assert all("--project p --zone z" in call["words"] for call in cloud.calls())
-
-
-def test_tpu_pod_goes_on_after_a_pre_emption(cloud):
-    """Taken away while the output streams, and once more before the hosts could be reached."""
-    cloud.answer({"describe": [*COMES, ["SUSPENDED", 0], *COMES, ["SUSPENDED", 0], *COMES],
-                  "tail -n": [["step 7", 255], ["done\nlmjax: exit code 0", 0]],
-                  " scp ": [None, *[["", 1]] * 5, None]})
-    out = cloud.run("tpu_pod", *POD, *TRAIN)
-    assert out.split() == ["step", "7", "done"]
-    verbs = cloud.verbs()
-    assert verbs[:11] == [*ONCE, "describe", "delete"] and verbs[-1] == "delete" and verbs.count("create") == 3
-    starts = [call["words"] for call, verb in zip(cloud.calls(), verbs, strict=True) if verb == "start"]
-    assert len(starts) == 2 and starts[0] == starts[1]
-
-
-def test_tpu_pod_finds_the_way_again(cloud):
-    """This machine loses its connection while the pod lives: it shows the rest, from the line that it had reached."""
-    cloud.answer({"describe": COMES, "tail -n": [["step 1\nstep 2", 255], ["step 3\nlmjax: exit code 0", 0]]})
-    assert cloud.run("tpu_pod", *POD, *TRAIN).split() == ["step", "1", "step", "2", "step", "3"]
-    assert cloud.verbs() == [*ONCE, "describe", "follow", "delete"]
-    assert "tail -n +3 " in cloud.calls()[-2]["words"]
-
-
-@pytest.mark.parametrize("code, run", [(2, "exit 2"), (3, "sh -c 'exit 3'; exit $?")])
-def test_tpu_pod_ends_with_the_code_of_a_run_that_failed(cloud, code, run):
-    cloud.answer({"describe": COMES})
-    cloud.env["RUN"] = run
-    cloud.run("tpu_pod", *POD, *TRAIN, expect=code)
-    assert cloud.verbs().count("create") == 1 and cloud.verbs()[-1] == "delete"
-
-
-@pytest.mark.parametrize("answers, word", [
-    ({"describe": [["", 1]], " create ": [["no quota", 1]]}, "could not create"),
-    ({"describe": [["", 1], ["FAILED", 0]]}, "got FAILED"),
-    ({"describe": COMES, "tar xzf": [["", 1]]}, "could not ssh"),
-    ({"describe": COMES, " delete ": [["", 1]]}, "could not delete pod, which may cost"),
-])
-def test_tpu_pod_says_what_gcloud_could_not_do_and_cleans_up(cloud, answers, word):
-    cloud.answer(answers)
-    assert word in cloud.run("tpu_pod", *POD, *TRAIN, expect=1)
-    assert cloud.verbs()[-1] == "delete"
-
-
-@pytest.mark.parametrize("number, keep", [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGINT, True)])
-def test_tpu_pod_interrupted(cloud, number, keep):
-    """The run is asked to save its step, then the pod is deleted; with --keep both go on."""
-    cloud.answer({"describe": COMES})
-    cloud.env["RUN"] = f"echo running; trap 'echo saved; exit 0' TERM; sleep {PATIENCE} & wait"
-    process = cloud.start("tpu_pod", *POD, *(("--keep",) if keep else ()), *TRAIN)
-    while (line := process.stdout.readline()) != "running\n":
-        assert line, process.stderr.read()
-    process.send_signal(number)
-    process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130
-    host = cloud.home / "hosts/pod/lmjax"
-    assert cloud.verbs() == [*ONCE, *([] if keep else ["stop", "delete"])]
-    assert ("saved" in (host / "run.log").read_text()) == (not keep)
-    if keep:  # the same command finds the run, shows it from its first line, and without --keep ends it
-        again = cloud.start("tpu_pod", *POD, *TRAIN)
-        while again.stdout.readline() != "running\n":
-            pass
-        again.send_signal(number)
-        again.communicate(timeout=PATIENCE)
-        assert "create" not in cloud.verbs()[len(ONCE):] and cloud.verbs()[-1] == "delete"
-        assert "saved" in (host / "run.log").read_text()
-
-
-def test_tpu_pod_of_two_slices_and_dry_run(cloud):
-    process = cloud.start("tpu_pod", *POD[:7], "2xv5p-128", "--reserved", "--dry-run", *TRAIN)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0 and not cloud.calls()
-    for part in ("--node-prefix pod --node-count 2 --accelerator-type v5p-128", "--reserved", "ssh pod-0", "ssh pod-1",
-                 "delete pod", *TPU_FLAGS["slices"]):
-        assert part in err
-
-
-@pytest.mark.parametrize("topology", ["v5e:2x8", "v9-8", "cpu"])
-def test_tpu_pod_refuses_a_shape_that_gcloud_does_not_sell(cloud, topology):
-    assert "--topology: expected" in cloud.run("tpu_pod", *POD[:7], topology, *TRAIN, expect=2)
-    assert not cloud.calls()
 
 
 # GKE ---------------------------------------------------------------------------------------------------------
@@ -231,7 +45,15 @@ def test_gke(cloud, topology, slices, hosts, chips):
     assert (replicated["replicas"], spec["parallelism"], spec["completions"]) == (slices, hosts, hosts)
     assert container["resources"]["limits"] == {"google.com/tpu": chips} and container["args"] == list(TRAIN[1:])
     assert slices * hosts * chips == parse_topology(topology).chips
-    assert container["env"] == [{"name": "LIBTPU_INIT_ARGS", "value": parse_topology(topology).flags}]
+    assert {e["name"]: e["value"] for e in container["env"]} == {
+        "LIBTPU_INIT_ARGS": parse_topology(topology).flags, "LMJAX_JOIN_SECONDS": "1800", "LMJAX_STOPPED_CODE": "75",
+        "JAX_COMPILATION_CACHE_DIR": "/runs/.xla-cache"}
+    # Stopped and saved fails the Job, which starts the JobSet again; only what was refused ends it.
+    assert spec["podFailurePolicy"]["rules"] == [
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}]
+    assert spec["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    assert job["spec"]["failurePolicy"] == {
+        "maxRestarts": 100, "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]}
     selector = pod["nodeSelector"]
     assert selector["cloud.google.com/gke-tpu-topology"] == "x".join(map(str, parse_topology(topology).shape))
     assert selector["cloud.google.com/gke-spot"] == "true"
@@ -242,7 +64,20 @@ def test_gke(cloud, topology, slices, hosts, chips):
     assert cloud.calls() == [{"words": "kubectl apply -f -", "stdin": text}]
 
 
-@pytest.mark.parametrize("wrong", [("--name", "Job"), ("--volume", "claim"), ("--topology", "v5e:3")])
+def test_gke_takes_names_that_yaml_would_not_and_the_environment(cloud):
+    yaml = pytest.importorskip("yaml")
+    job = yaml.safe_load(cloud.run(
+        "gke", "--name", "2024", "--queue", "on", "--image", "i", "--topology", "v6e:4x4", "--dry-run", "--env",
+        "A=b=c d", "--env", "LIBTPU_INIT_ARGS=--own", "--env", "LMJAX_JOIN_SECONDS=9", *TRAIN))
+    assert (job["metadata"]["name"], job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]) == ("2024", "on")
+    container, = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    assert {e["name"]: e["value"] for e in container["env"]} == {
+        "LIBTPU_INIT_ARGS": "--own", "LMJAX_JOIN_SECONDS": "9", "LMJAX_STOPPED_CODE": "75", "A": "b=c d"}
+    assert container["args"] == list(TRAIN[1:]) and "volumeMounts" not in container
+
+
+@pytest.mark.parametrize("wrong", [("--name", "Job"), ("--volume", "claim"), ("--topology", "v5e:3"),
+                                   ("--topology", "v5e:3x5"), ("--topology", "v5e:1x2"), ("--env", "A")])
 def test_gke_refuses(cloud, wrong):
     assert f"{wrong[0]}: expected" in cloud.run("gke", *JOB, "--topology", "v5e:4x4", *wrong, *TRAIN, expect=2)
     assert not cloud.calls()
@@ -256,9 +91,13 @@ script = open({script!r}).read()
 nodes, tasks = (int(re.search(rf"--{{name}}=(\\d+)", script)[1]) for name in ("nodes", "ntasks-per-node"))
 env = dict(os.environ, SLURM_JOB_ID="{job}", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=str(nodes * tasks),
            SLURM_STEP_NUM_TASKS=str(nodes * tasks), SLURM_STEP_NUM_NODES=str(nodes), SLURM_GPUS_ON_NODE="2")
-running = [subprocess.Popen(sys.argv[2:], env=dict(env, SLURM_PROCID=str(i), SLURM_LOCALID=str(i % tasks)))
+running = [subprocess.Popen(sys.argv[3:], env=dict(env, SLURM_PROCID=str(i), SLURM_LOCALID=str(i % tasks)))
            for i in range(nodes * tasks)]
 sys.exit(max(process.wait() for process in running))
+"""
+AS_IT_IS = """#!/bin/sh
+while case "$1" in --*) true ;; *) false ;; esac; do shift; done
+exec "$@"
 """
 
 
@@ -280,8 +119,7 @@ def test_slurm(cloud, tmp_path):
     run = ("--", "train", "--config", "configs/synthetic.py:tiny", "--workdir", str(tmp_path / "a run"),
            "--config.train.steps=3", "--config.optimizer.warmup_steps=1", "--config.eval.every=0")
     script = cloud.run("slurm", *options, "--dry-run", *run)
-    assert not cloud.calls() and "JAX_LOCAL_DEVICE_IDS=0,1\n" in script
-    assert "JAX_LOCAL" not in cloud.run("slurm", "--per-gpu", *options, "--dry-run", *run)
+    assert not cloud.calls()
     (tmp_path / "script").write_text(script)
     executable(cloud.home / "bin/srun", SRUN.format(python=sys.executable, script=str(tmp_path / "script"),
                                                     job=job_id()))
@@ -291,7 +129,27 @@ def test_slurm(cloud, tmp_path):
     assert [r["step"] for r in lines(tmp_path / "a run") if "loss" in r] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("code", [0, 1, 2, 75])
+def test_slurm_queues_again_what_was_stopped_and_saved(cloud, code):
+    """And nothing else; the run is told to say so by that code."""
+    executable(cloud.home / "venv/bin/python", f'#!/bin/sh\n[ "$LMJAX_STOPPED_CODE" = 75 ] && exit {code}\n')
+    executable(cloud.home / "bin/srun", AS_IT_IS)
+    cloud.env |= {"LMJAX_VENV": str(cloud.home / "venv"), "SLURM_JOB_ID": "17"}
+    cloud.run("slurm", *TRAIN, expect=code)
+    calls = [call["words"] for call in cloud.calls()]
+    assert calls == ["sbatch", *(["scontrol requeue 17"] if code == 75 else [])]
+
+
+@pytest.mark.parametrize("options, nodes, tasks, gpus", [
+    (("--nodes=4", "--gpus=2"), 4, 1, 2), (("--nodes", "4", "--gpus", "2", "--per-gpu"), 4, 2, 2), ((), 1, 1, 8)])
+def test_slurm_options(cloud, options, nodes, tasks, gpus):
+    script = cloud.run("slurm", *options, "--dry-run", *TRAIN)
+    for name, number in {"nodes": nodes, "ntasks-per-node": tasks, "gpus-per-node": gpus}.items():
+        assert f"#SBATCH --{name}={number}\n" in script
+
+
 def test_slurm_refuses(cloud):
+    assert "expected a number behind --gpus" in cloud.run("slurm", "--gpus=", *TRAIN, expect=2)
     assert "expected a number behind --nodes" in cloud.run("slurm", "--nodes", "all", *TRAIN, expect=2)
     assert "expected a command of lmjax" in cloud.run("slurm", "--nodes", "2", expect=2)
     assert "launch/slurm --nodes 4" in cloud.run("slurm", "--help")
