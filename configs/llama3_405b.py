@@ -3,6 +3,7 @@ chip.
 
     lmjax train --config configs/llama3_405b.py --workdir /mnt/runs/llama3_405b
     lmjax plan --config configs/llama3_405b.py --topology v5p-2048
+    # 60.6 .. 70.4 s a step, MFU 64.0% .. 74.3%, 69.2 of 95.74 GiB a chip
 """
 
 from ml_collections import ConfigDict
@@ -11,5 +12,9 @@ from lmjax.pods import pod
 
 
 def get_config() -> ConfigDict:
-    return pod("llama3.1-405b", batch_size=1024, seq_len=8192, tokens=15e12, peak_lr=8e-5, remat="kernel",
-               mesh=dict(data=16, fsdp=-1, rules=dict(embed=("data", "fsdp"))), loss_chunk=1024)
+    # A quarter of the rows at a time, each over four chips: then all but `gate` can be kept of what the matmuls made.
+    config = pod("llama3.1-405b", batch_size=1024, seq_len=8192, tokens=15e12, peak_lr=8e-5, loss_chunk=1024,
+                 remat="query+key+value+kernel+out+up",
+                 mesh=dict(data=8, fsdp=-1, tensor=4, rules=dict(embed=("data", "fsdp"))))
+    config.train.microbatches = 4
+    return config
