@@ -118,7 +118,7 @@ def test_tpu_pod_starts_again_what_was_stopped_or_failed(cloud, code):
     assert cloud.verbs() == [*ONCE, *AGAIN, *END]
 
 
-@pytest.mark.parametrize("code, restarts, runs", [(2, "5", 1), (3, "0", 1), (75, "1", 2)])
+@pytest.mark.parametrize("code, restarts, runs", [(2, "5", 1), (3, "0", 1), (75, "1", 2), (3, "9", 4), (75, "5", 6)])
 def test_tpu_pod_ends_with_the_code_of_a_run_that_failed(cloud, code, restarts, runs):
     cloud.answer({"describe": COMES})
     cloud.env["RUN"] = f"sh -c 'exit {code}'; exit $?"
