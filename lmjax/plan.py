@@ -10,7 +10,7 @@ from typing import Any
 from lmjax.chips import GIB, Topology, parse_topology
 from lmjax.metrics import human_count
 from lmjax.plan_compile import HERE, Log, Result, compiled
-from lmjax.plan_estimate import Estimate, estimate, span
+from lmjax.plan_estimate import Estimate, estimate, num_slices, span
 from lmjax.plan_plots import draw
 from lmjax.plan_search import search
 from lmjax.recipe import Recipe
@@ -86,7 +86,8 @@ def table(recipe: Recipe, result: Result, made: Estimate, tokens: float) -> str:
         f"model: {human_count(result['parameters'])} parameters; {human_count(made.tokens)} tokens a step, "
         f"{made.tokens // made.chips:,} a chip; attention {result['attention']['kernel']} "
         f"({result['attention']['reason']})",
-        "", *_memory(made), "", *_compute(made), "", *_communication(made), "", *_time(recipe, made, tokens), "",
+        "", *_memory(made), "", *_compute(made), "", *_communication(made), *_between_slices(recipe, result), "",
+        *_time(recipe, made, tokens), "",
         f"compiled in {result['seconds']['trace'] + result['seconds']['compile']:.0f} s with "
         f"{result['host_bytes'] / GIB:.1f} GiB of host memory"]
     return "\n".join([*lines, in_short(made)] if made.limit else lines)
@@ -128,6 +129,12 @@ def _communication(made: Estimate) -> list[str]:
             name = f"{row.kind}, {row.link}, {'asynchronous' if row.asynchronous else 'synchronous'}"
             lines.append(f"  {name:34}{row.count:10,}{row.bytes / GIB:12.3f}{row.seconds:17.4f}")
     return lines if len(lines) > 1 else [*lines, "  none of a MiB or more"]
+
+
+def _between_slices(recipe: Recipe, result: Result) -> list[str]:
+    if num_slices(result) == 1 or "data" not in recipe.mesh.rules.get("embed", ()):
+        return []
+    return ["  weights are gathered over dcn, as config.mesh.rules.embed holds data, which spans slices; leave it out"]
 
 
 def _time(recipe: Recipe, made: Estimate, tokens: float) -> list[str]:

@@ -84,7 +84,7 @@ class Estimate:
 def estimate(result: Result, text: str) -> Estimate:
     """Of what `plan_compile.compiled` gives."""
     chip = chip_of(result)
-    found = hlo.costs(hlo.parse(text), result["devices"])
+    found = hlo.costs(hlo.parse(text), result["devices"], num_slices(result))
     rows = _collective_rows(found.collectives, result["slices"], chip)
     seconds = {"matmul": 0.0, "other": 0.0, "attention": 0.0, "grouped": 0.0}
     unknown: list[str] = []
@@ -111,11 +111,16 @@ def chip_of(result: Result) -> Chip | None:
     return parse_topology(result["topology"]).chip if ":" in result["topology"] else None
 
 
+def num_slices(result: Result) -> int:
+    """Over how many slices the step runs."""
+    return len(set(result["slices"]))
+
+
 def _collective_rows(collectives: Sequence[hlo.Collective], slices: Sequence[int],
                      chip: Chip | None) -> list[CollectiveRow]:
     def link(c: hlo.Collective) -> str:
-        members = c.group or range(len(slices))
-        return "dcn" if len({slices[i] for i in members}) > 1 else "ici"
+        crosses = any(len({slices[i] for i in group}) > 1 for group in c.groups)
+        return "dcn" if c.by_hosts or crosses else "ici"
 
     sums: dict[tuple[str, str, bool], list[float]] = {}
     for c in collectives:

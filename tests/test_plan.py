@@ -257,6 +257,27 @@ def test_a_step_for_tpu_costs_what_it_did(tmp_path, monkeypatch, capsys):
     assert "whole step" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("embed, kinds", [("fsdp", {"all-reduce"}), ("data,fsdp", {"all-gather", "reduce-scatter"})])
+def test_slices_sum_gradients_and_gather_only_weights_that_are_split_over_them(embed, kinds, tmp_path, monkeypatch,
+                                                                               capsys):
+    """Each of 2 chips that hold the same shard sends it once (2 (n-1)/n of it, n = 2), in bfloat16."""
+    monkeypatch.setenv("LMJAX_PLAN_CACHE", str(tmp_path))
+    overrides = ["model.embed_dim=512", "model.mlp_dim=1024", "model.num_heads=4", "data.seq_len=256",
+                 "train.batch_size=32", "mesh.data=2", "mesh.fsdp=4", f"mesh.rules.embed={embed}"]
+    assert main(["plan", "--config", "configs/llama2_7b.py:tiny", "--topology", "2xv5e:2x2", "--out",
+                 str(tmp_path / "out"), *(f"--config.{item}" for item in overrides)]) == 0
+    report = json.loads((tmp_path / "out/plan.json").read_text())
+    sent = {row["kind"]: row for row in report["collectives"] if row["link"] == "dcn" and row["bytes"] > 2**20}
+    assert set(sent) == kinds and all(row["asynchronous"] for row in sent.values())
+    assert sum(row["seconds"] for row in sent.values()) == pytest.approx(
+        sum(row["bytes"] for row in sent.values()) / CHIPS["v5e"].dcn)
+    if embed == "fsdp":
+        assert 1 <= sent["all-reduce"]["bytes"] / (2 * report["parameters"] / 4) < 1.5
+    assert ("gathered over dcn" in capsys.readouterr().out) == (embed != "fsdp")
+
+
 @pytest.mark.parametrize("message, gib", [
     ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of "
      "15.75G hbm. Exceeded hbm capacity by 4.75G.", 20.5),
