@@ -30,6 +30,7 @@ from lmjax.config import plain
 from lmjax.data.objectives import Objective
 from lmjax.models import ModelConfig
 from lmjax.nn.kernels import spreads
+from lmjax.nn.shards import ways
 from lmjax.program import Program, make_program
 from lmjax.recipe import Recipe, build_recipe
 from lmjax.sharding import use_layout
@@ -122,9 +123,10 @@ def _about(recipe: Recipe, program: Program) -> Result:
     causal = model.config.family == "decoder"
     with use_layout(program.layout):
         spread = causal and not model.config.moe.capacity and spreads(model.kernel, recipe.data.seq_len)
+        expert_ways = ways("experts")
     return {"parameters": num_elements(model.shapes), "tokens": recipe.train.batch_size * recipe.data.seq_len,
             "seq_len": recipe.data.seq_len, "window": window_of(model.config),
-            "causal": causal, "spread": spread,
+            "causal": causal, "spread": spread, "expert_ways": expert_ways,
             "flops_per_token": model.flops_per_row(fields) / recipe.data.seq_len, "compute_dtype": str(model.dtype),
             "attention": {"kernel": model.kernel, "reason": model.kernel_reason}}
 

@@ -19,7 +19,7 @@ Result = dict[str, Any]
 # Pallas kernels carry no cycles. Attention: the matmuls of a visited tile, at half of peak. Grouped matmuls: 70%.
 ATTENTION_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4, "dq, dkv": 5}
 RULE = ("window", "causal", "spread")  # of a `Result`: which tiles are visited
-ATTENTION_SHARE, GROUPED_SHARE = 0.5, 0.7
+SHARES = {"attention": 0.5, "grouped": 0.7}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +96,14 @@ def estimate(result: Result, text: str) -> Estimate:
         rate = result["matmul_flops_per_second"]
         seconds["matmul"], basis = found.flops / rate, f"matmuls alone, at the {rate / 1e9:,.0f} GFLOP/s measured here"
     seconds["exposed"] = sum(row.seconds for row in rows if not row.asynchronous)
-    kernels = seconds["attention"] + seconds["grouped"]
-    hidden = seconds["matmul"] + kernels
+    hidden = seconds["matmul"] + seconds["attention"] + seconds["grouped"]
+    work = [(call, call.times * kernel_flops(call, result)[1]) for call in filter(is_kernel, found.calls)]
     return Estimate(
         topology=result["topology"], chips=result["devices"], mesh=result["mesh"], memory=result["memory"],
         limit=chip.hbm if chip else 0.0, hidden=hidden, exposed=hidden + seconds["other"] + seconds["exposed"],
         seconds=seconds, model_flops=result["flops_per_token"] * result["tokens"] / result["devices"],
-        flops=found.flops + kernels_flops(found.calls, result), recomputed=found.recomputed_flops, collectives=rows,
+        flops=found.flops + sum(flops for _, flops in work),
+        recomputed=found.recomputed_flops + sum(flops for call, flops in work if runs_again(call)), collectives=rows,
         tokens=result["tokens"], peak_flops=rate, basis=basis, unknown=unknown)
 
 
@@ -179,26 +180,34 @@ def visited_tiles(T: int, S: int, bq: int, bk: int, window: int = 0, causal: boo
     return count
 
 
-def kernels_flops(calls: Sequence[hlo.Call], result: Result) -> float:
-    """FLOPs a step of all Pallas attention calls on one device."""
-    return sum(call.times * attention_flops(call, *(result[key] for key in RULE)) for call in calls
-               if call.target == "tpu_custom_call" and attention_role(call))
+def is_kernel(call: hlo.Call) -> bool:
+    """Whether it is a Pallas call that works, not a buffer or a table of group sizes."""
+    return call.target == "tpu_custom_call" and call.op_name != "ragged-dot-metadata"
+
+
+def kernel_flops(call: hlo.Call, result: Result) -> tuple[str, float]:
+    """(its kind, of `SHARES`; its FLOPs each time) of a Pallas call on one device; 0 FLOPs if it is no known one."""
+    if attention_role(call):
+        return "attention", attention_flops(call, *(result[key] for key in RULE))
+    if "gmm" in call.op_name.lower() or "ragged-dot" in call.op_name:
+        return "grouped", grouped_flops(call) / result["expert_ways"]  # rows of others' experts are skipped
+    return "attention", 0.0
+
+
+def runs_again(call: hlo.Call) -> bool:
+    """Whether `jax.checkpoint` made the backward pass run the kernel again: its name says so, or it is attention's
+    forward kernel in the backward pass."""
+    return hlo.REMAT in call.op_name or ("transpose(" in call.op_name and attention_role(call) == "fwd")
 
 
 def _add_kernels(seconds: dict[str, float], calls: Sequence[hlo.Call], result: Result, chip: Chip) -> list[str]:
     """Charges Pallas calls to `seconds`; returns the names of those that it cannot."""
     unknown = []
-    for call in calls:
-        if call.target != "tpu_custom_call" or call.op_name == "ragged-dot-metadata":
-            continue  # buffers, tables of group sizes and the like: no work
-        kind, flops, share = "attention", 0.0, ATTENTION_SHARE
-        if attention_role(call):
-            flops = attention_flops(call, *(result[key] for key in RULE))
-        elif "gmm" in call.op_name.lower() or "ragged-dot" in call.op_name:
-            kind, flops, share = "grouped", grouped_flops(call), GROUPED_SHARE
+    for call in filter(is_kernel, calls):
+        kind, flops = kernel_flops(call, result)
         if not flops:
             unknown.append(call.op_name or call.target)
-        seconds[kind] += call.times * flops / (share * chip.flops)
+        seconds[kind] += call.times * flops / (SHARES[kind] * chip.flops)
     return sorted(set(unknown))
 
 

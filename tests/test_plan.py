@@ -78,6 +78,32 @@ def test_flops_of_kernels():
     assert grouped_flops(gmm) == grouped_flops(back) == grouped_flops(tgmm) == 2 * 96 * 8 * 16
 
 
+KERNELS = """ENTRY %main (q: bf16[8,64,16], x: bf16[96,8], w: bf16[4,8,16]) -> bf16[96,16] {
+  %q = bf16[8,64,16]{2,1,0} parameter(0)
+  %x = bf16[96,8]{1,0} parameter(1)
+  %w = bf16[4,8,16]{2,1,0} parameter(2)
+  %f = bf16[8,64,16]{2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(step)/jvp()/splash_mha_fwd"}
+  %g = bf16[8,64,16]{2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(step)/transpose(jvp())/splash_mha_fwd"}
+  %m = bf16[96,16]{1,0} custom-call(%x, %w), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(step)/jvp()/ragged-dot-none"}
+  ROOT %n = bf16[96,16]{1,0} custom-call(%x, %w), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(step)/transpose(jvp())/checkpoint/rematted_computation/ragged-dot-none"}
+}"""
+RESULT = {"topology": "v5p:2x2x1", "devices": 4, "slices": [0] * 4, "mesh": {"expert": 4}, "memory": {}, "tokens": 96,
+          "flops_per_token": 1.0, "window": 0, "causal": True, "spread": False}
+
+
+@pytest.mark.parametrize("ways", [1, 4])
+def test_kernels_count_as_compiled_and_as_computed_again(ways):
+    """Of the experts' rows each of the devices that share them multiplies those of its own."""
+    made = estimate(RESULT | {"expert_ways": ways}, KERNELS)
+    attention, grouped = 2 * 2 * 8 * 64 * 64 * 16, 2 * 96 * 8 * 16 / ways
+    assert made.flops == 2 * attention + 2 * grouped and made.recomputed == attention + grouped
+    assert made.seconds["grouped"] == pytest.approx(2 * grouped / 0.7 / CHIPS["v5p"].flops)
+
+
 @pytest.mark.parametrize("device, window", [(0, 0), (3, 0), (2, 40)])
 def test_spread_queries_visit_as_many_tiles_on_every_device(device, window):
     """256 tokens on 4 devices: each has pieces of 32 queries, one from either half."""
