@@ -41,7 +41,7 @@ class Estimate:
     hidden, exposed: the two ends of the step's time. memory: bytes by kind; limit: what a program may use, 0 unknown.
     seconds: cycles by kind (matmul, other), attention and grouped (Pallas), and exposed (synchronous collectives).
     model_flops: of a step on one chip, by the model's formula; flops: those compiled; recomputed: of these, again.
-    basis: what the times rest on. unknown: Pallas calls that no time could be put to.
+    basis: what the times rest on. unknown: what is not counted, so that FLOPs and times are at least those given.
     """
 
     topology: str
@@ -104,12 +104,17 @@ def estimate(result: Result, text: str) -> Estimate:
         seconds=seconds, model_flops=result["flops_per_token"] * result["tokens"] / result["devices"],
         flops=found.flops + sum(flops for _, flops in work),
         recomputed=found.recomputed_flops + sum(flops for call, flops in work if runs_again(call)), collectives=rows,
-        tokens=result["tokens"], peak_flops=rate, basis=basis, unknown=unknown)
+        tokens=result["tokens"], peak_flops=rate, basis=basis, unknown=unknown + _loops(found.unknown_loops))
 
 
 def chip_of(result: Result) -> Chip | None:
     """The chip of a compilation for a topology; None for the devices at hand."""
     return parse_topology(result["topology"]).chip if ":" in result["topology"] else None
+
+
+def _loops(count: int) -> list[str]:
+    return [f"all rounds but one of {count} loop{'s'[:count > 1]} whose length is not known before they run, such as "
+            "those of attention=chunked and ring"] if count else []
 
 
 def num_slices(result: Result) -> int:

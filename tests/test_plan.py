@@ -15,7 +15,7 @@ from lmjax.cli import main
 from lmjax.config import load
 from lmjax.data.packing import DECODER
 from lmjax.hlo import Call, costs, parse
-from lmjax.plan import as_json, table
+from lmjax.plan import as_json, in_short, table
 from lmjax.plan_compile import measure
 from lmjax.plan_estimate import attention_flops, estimate, grouped_flops, visited_tiles
 from lmjax.plan_plots import draw
@@ -143,6 +143,17 @@ def test_flops_are_the_models_and_the_recomputed(here):
     assert 2 * tokens * layers * 0.6 < made.recomputed < 2 * tokens * (layers + 2 * 2 * 64 * 64) * 1.01
     assert made.flops > made.model_flops
     assert estimate(*measure(recipe_of("mesh.data=2", "mesh.fsdp=4", "model.remat=none"), "cpu")).recomputed == 0
+
+
+def test_loops_of_unknown_length_make_a_lower_bound(here):
+    """Attention in blocks visits those that can be seen: how many is known only where it runs."""
+    recipe = recipe_of("mesh.fsdp=8", "model.attention=chunked", "data.seq_len=2048")
+    result, text = measure(recipe, "cpu")
+    made = estimate(result, text)
+    assert made.unknown == ["all rounds but one of 3 loops whose length is not known before they run, such as those of "
+                            "attention=chunked and ring"]
+    assert f"not counted: {made.unknown[0]}" in table(recipe, result, made, 0) and in_short(made).startswith("at least")
+    assert not estimate(*here[1:]).unknown and not in_short(estimate(*here[1:])).startswith("at least")
 
 
 def test_collectives_are_those_of_the_mesh(here):
