@@ -195,6 +195,24 @@ def test_the_report_holds_together(here, tmp_path):
     assert "lower bound" in table(recipe, result, made, 1e9) and draw(made).startswith("<?xml")
 
 
+def test_only_plans_for_what_is_not_here_are_kept(monkeypatch, tmp_path):
+    """The devices at hand may be others the next time, as `JAX_NUM_CPU_DEVICES` makes them here."""
+    monkeypatch.setenv("LMJAX_PLAN_CACHE", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    made = []
+
+    def child(work, topology, flags, log):
+        made.append(str(topology))
+        (pathlib.Path(work) / "result.json").write_text(json.dumps(made))
+
+    monkeypatch.setattr(plan_compile, "_child", child)
+    for topology, compilations in (("cpu", [1, 2]), (parse_topology("v5e-4"), [3, 3])):
+        for count in compilations:
+            result, text = plan_compile.compiled(recipe_of(), topology, log=print)
+            assert (len(result), text) == (count, "")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--topology", "v9:2x2"], "--topology: expected one such as"),
     (["--topology", "cpu", "--search"], "--search: expected a TPU topology"),
