@@ -260,6 +260,14 @@ def test_the_guess_knows_what_costs():
                    for change in ("model.remat=dots", "train.microbatches=4"))
     assert dots.memory > guess.memory and dots.seconds_per_token < guess.seconds_per_token
     assert micro.memory < guess.memory and micro.seconds_per_token >= guess.seconds_per_token
+    # Replicas sum the gradients of every microbatch: four cost four times what one does, for as many tokens.
+    cost = {}
+    for count in (1, 4):
+        alone, many = (plan_search.guess(recipe_of(f"mesh.data={data}", "mesh.fsdp=8", f"train.batch_size={64 * data}",
+                                                   f"train.microbatches={count}", config="configs/llama2_7b.py"),
+                                         topology).seconds_per_token for data in (1, 8))
+        cost[count] = many - alone
+    assert cost[4] == pytest.approx(4 * cost[1])
     state = 16 * 6.7e9 / 64
     assert state < guess.memory < CHIPS["v5p"].hbm and guess.memory < state + 40 * GIB
 
@@ -284,6 +292,36 @@ def test_search_compiles_the_best_and_takes_the_fastest_that_fits(monkeypatch):
     monkeypatch.setattr(plan_search, "estimate", lambda result, text: Made(result))
     best, rows = plan_search.search(recipe, topology, log=lambda line: None)
     assert best.recipe == asked[2] and len(rows) == plan_search.COMPILED + 1 and "needs_bytes" in rows[0]
+
+
+def test_search_leaves_out_what_the_compiler_refuses(monkeypatch):
+    recipe, topology = recipe_of(config="configs/llama2_7b.py"), parse_topology("v5e-256")
+    asked, said = [], []
+
+    def compiled(changed, topology, log):
+        asked.append(changed)
+        if len(asked) == 1:
+            raise ValueError("expected the step to compile, got INTERNAL")
+        return {"needs": 20 * GIB}, ""
+
+    monkeypatch.setattr(plan_search, "compiled", compiled)
+    with pytest.raises(ValueError, match="expected a combination that fits"):
+        plan_search.search(recipe, topology, log=said.append)
+    assert len(asked) == 2 * plan_search.COMPILED and any("left out: expected the step to compile" in s for s in said)
+
+    monkeypatch.setattr(plan_search, "compiled", lambda *_: compiled(asked.clear(), topology, None))
+    with pytest.raises(ValueError, match="got INTERNAL"):  # not that nothing fits
+        plan_search.search(recipe, topology, log=said.append)
+
+
+@pytest.mark.parametrize("config, topology", [("llama2_70b", "v5e-4"), ("llama3_405b", "v5p-8")])
+def test_what_would_fit_exists(config, topology):
+    found = plan_search.what_would(recipe_of(config=f"configs/{config}.py"))
+    named = re.findall(r"(?:(\d+) slices of )?(\d+) (v\w+)", found)
+    assert [name for *_, name in named] == list(CHIPS)
+    for slices, chips, name in named:
+        where = parse_topology(f"{slices or 1}x{name}-{int(chips) * CHIPS[name].cores}")
+        assert where.chips == int(slices or 1) * int(chips)
 
 
 def test_search_says_what_would_fit():
