@@ -28,6 +28,7 @@ CONTINUED = re.compile(r'\n(?="|\}\})')  # Pallas calls carry metadata of severa
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 # What goes to other slices: TPU's compiler gives it to the hosts, by a send and a receive that name the collective.
 BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+NO_CYCLES = 2**63 - 1
 REMAT = "rematted_computation"  # what jax.checkpoint puts into the names of what it computes again
 
 
@@ -48,7 +49,7 @@ class Instruction(NamedTuple):
 
     @property
     def cycles(self) -> int:
-        """The compiler's estimate; 0 where it makes none."""
+        """The compiler's estimate; 0 where it makes none, `NO_CYCLES` where it says that it cannot."""
         found = CYCLES.search(self.attributes)
         return int(found[1]) if found else 0
 
@@ -113,6 +114,7 @@ class Costs:
 
     cycles: by kind, matmul and other. flops: of matmuls. recomputed_flops: of those, what `jax.checkpoint` made the
     backward pass compute again. unknown_loops: how many loops' bodies count once because their length is not known.
+    unrated: how many instructions the compiler cannot put cycles to.
     """
 
     cycles: dict[str, int]
@@ -121,6 +123,7 @@ class Costs:
     collectives: list[Collective]
     calls: list[Call]
     unknown_loops: int = 0
+    unrated: int = 0
 
 
 def parse(text: str) -> Module:
@@ -148,13 +151,13 @@ def parse(text: str) -> Module:
 
 
 def costs(module: Module, num_devices: int, slices: int = 1) -> Costs:
-    """Adds up a step on `num_devices` of `slices`: loop bodies times their trip counts, a fused computation once, at
-    its fusion."""
+    """Adds up a step on `num_devices` of `slices`: loop bodies times their trip counts, fusions once, as a whole."""
     total = Costs({"matmul": 0, "other": 0}, 0.0, 0.0, [], [])
     holds: dict[str, bool] = {}
     for computation, instruction, times in _schedule(module, module.entry, 1):
         matmul = _holds_matmul(module, instruction, holds)
-        total.cycles["matmul" if matmul else "other"] += times * instruction.cycles
+        total.unrated += (unrated := instruction.cycles == NO_CYCLES)
+        total.cycles["matmul" if matmul else "other"] += 0 if unrated else times * instruction.cycles
         if matmul:
             for where, inner in _matmuls(module, computation, instruction):
                 flops = times * matmul_flops(inner, where)
@@ -337,8 +340,7 @@ def _operand_bytes(instruction: Instruction, computation: dict[str, Instruction]
 def replica_groups(attributes: str, num_devices: int) -> tuple[tuple[tuple[int, ...], ...], int]:
     """(the groups, () for one of all devices; a group's size) of a collective; members are positions in the mesh.
 
-    Reads the three notations: {{0,1},{2,3}}, [groups,size]<=[dims]T(permutation), and mesh['a'=2,'b'=4] {'a'}; and the
-    pairs of a permutation.
+    Reads pairs and the three notations: {{0,1},{2,3}}, [groups,size]<=[dims]T(permutation), mesh['a'=2,'b'=4] {'a'}.
     """
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", attributes):
         groups = tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", listed[1]))

@@ -104,7 +104,7 @@ def estimate(result: Result, text: str) -> Estimate:
         seconds=seconds, model_flops=result["flops_per_token"] * result["tokens"] / result["devices"],
         flops=found.flops + sum(flops for _, flops in work),
         recomputed=found.recomputed_flops + sum(flops for call, flops in work if runs_again(call)), collectives=rows,
-        tokens=result["tokens"], peak_flops=rate, basis=basis, unknown=unknown + _loops(found.unknown_loops))
+        tokens=result["tokens"], peak_flops=rate, basis=basis, unknown=unknown + _not_counted(found))
 
 
 def chip_of(result: Result) -> Chip | None:
@@ -112,9 +112,11 @@ def chip_of(result: Result) -> Chip | None:
     return parse_topology(result["topology"]).chip if ":" in result["topology"] else None
 
 
-def _loops(count: int) -> list[str]:
-    return [f"all rounds but one of {count} loop{'s'[:count > 1]} whose length is not known before they run, such as "
-            "those of attention=chunked and ring"] if count else []
+def _not_counted(found: hlo.Costs) -> list[str]:
+    loops, unrated = found.unknown_loops, found.unrated
+    return ([f"all rounds but one of {loops} loop{'s'[:loops > 1]} whose length is not known before they run, such as "
+             "those of attention=chunked and ring"] if loops else []) + (
+            [f"time of {unrated} fusion{'s'[:unrated > 1]} that the compiler puts no cycles to"] if unrated else [])
 
 
 def num_slices(result: Result) -> int:

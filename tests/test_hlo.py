@@ -129,6 +129,12 @@ def test_what_hosts_send_to_other_slices_is_a_collective(said, kind, traffic):
     assert (within.by_hosts, within.group_size) == (False, 8)
 
 
+def test_cycles_that_the_compiler_cannot_estimate_are_told():
+    """It then writes the largest number that there is."""
+    found = hlo.costs(hlo.parse(LOOP.replace('"estimated_cycles":"10"', f'"estimated_cycles":"{2**63 - 1}"')), 4)
+    assert (found.cycles, found.unrated) == ({"matmul": 500, "other": 7}, 1)
+
+
 def test_loops_of_unknown_length_count_once_and_are_told():
     text = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)).lower(
         jnp.ones((16, 16)), 3).compile().as_text()

@@ -206,10 +206,9 @@ def test_only_plans_for_what_is_not_here_are_kept(monkeypatch, tmp_path):
         (pathlib.Path(work) / "result.json").write_text(json.dumps(made))
 
     monkeypatch.setattr(plan_compile, "_child", child)
-    for topology, compilations in (("cpu", [1, 2]), (parse_topology("v5e-4"), [3, 3])):
-        for count in compilations:
-            result, text = plan_compile.compiled(recipe_of(), topology, log=print)
-            assert (len(result), text) == (count, "")
+    for topology, count in (("cpu", 1), ("cpu", 2), (parse_topology("v5e-4"), 3), (parse_topology("v5e-4"), 3)):
+        result, text = plan_compile.compiled(recipe_of(), topology, log=print)
+        assert (len(result), text) == (count, "")
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -314,10 +313,10 @@ def test_search_leaves_out_what_the_compiler_refuses(monkeypatch):
         plan_search.search(recipe, topology, log=said.append)
 
 
-@pytest.mark.parametrize("config, topology", [("llama2_70b", "v5e-4"), ("llama3_405b", "v5p-8")])
-def test_what_would_fit_exists(config, topology):
-    found = plan_search.what_would(recipe_of(config=f"configs/{config}.py"))
-    named = re.findall(r"(?:(\d+) slices of )?(\d+) (v\w+)", found)
+@pytest.mark.parametrize("config", ["llama2_70b", "llama3_405b"])
+def test_what_would_fit_exists(config):
+    named = re.findall(r"(?:(\d+) slices of )?(\d+) (v\w+)",
+                       plan_search.what_would(recipe_of(config=f"configs/{config}.py")))
     assert [name for *_, name in named] == list(CHIPS)
     for slices, chips, name in named:
         where = parse_topology(f"{slices or 1}x{name}-{int(chips) * CHIPS[name].cores}")
@@ -355,10 +354,10 @@ def test_a_step_for_tpu_costs_what_it_did(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("embed, kinds", [("fsdp", {"all-reduce"}), ("data,fsdp", {"all-gather", "reduce-scatter"})])
 def test_slices_sum_gradients_and_gather_only_weights_that_are_split_over_them(embed, kinds, tmp_path, monkeypatch,
                                                                                capsys):
-    """Each of 2 chips that hold the same shard sends it once (2 (n-1)/n of it, n = 2), in bfloat16."""
+    """Each of n = 2 chips with the same shard sends it once (2 (n-1)/n of it), in bfloat16."""
     monkeypatch.setenv("LMJAX_PLAN_CACHE", str(tmp_path))
-    overrides = ["model.embed_dim=512", "model.mlp_dim=1024", "model.num_heads=4", "data.seq_len=256",
-                 "train.batch_size=32", "mesh.data=2", "mesh.fsdp=4", f"mesh.rules.embed={embed}"]
+    overrides = ("model.embed_dim=512 model.mlp_dim=1024 model.num_heads=4 data.seq_len=256 train.batch_size=32 "
+                 f"mesh.data=2 mesh.fsdp=4 mesh.rules.embed={embed}").split()
     assert main(["plan", "--config", "configs/llama2_7b.py:tiny", "--topology", "2xv5e:2x2", "--out",
                  str(tmp_path / "out"), *(f"--config.{item}" for item in overrides)]) == 0
     report = json.loads((tmp_path / "out/plan.json").read_text())
