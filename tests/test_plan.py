@@ -307,7 +307,6 @@ def test_search_leaves_out_what_the_compiler_refuses(monkeypatch):
     with pytest.raises(ValueError, match="expected a combination that fits"):
         plan_search.search(recipe, topology, log=said.append)
     assert len(asked) == 2 * plan_search.COMPILED and any("left out: expected the step to compile" in s for s in said)
-
     monkeypatch.setattr(plan_search, "compiled", lambda *_: compiled(asked.clear(), topology, None))
     with pytest.raises(ValueError, match="got INTERNAL"):  # not that nothing fits
         plan_search.search(recipe, topology, log=said.append)
