@@ -26,6 +26,9 @@ NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]"
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 CONTINUED = re.compile(r'\n(?="|\}\})')  # Pallas calls carry metadata of several lines
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
+# What goes to other slices: TPU's compiler gives it to the hosts, by a send and a receive that name the collective.
+BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+NO_CYCLES = 2**63 - 1
 REMAT = "rematted_computation"  # what jax.checkpoint puts into the names of what it computes again
 
 
@@ -46,7 +49,7 @@ class Instruction(NamedTuple):
 
     @property
     def cycles(self) -> int:
-        """The compiler's estimate; 0 where it makes none."""
+        """The compiler's estimate; 0 where it makes none, `NO_CYCLES` where it says that it cannot."""
         found = CYCLES.search(self.attributes)
         return int(found[1]) if found else 0
 
@@ -72,17 +75,19 @@ class Collective(NamedTuple):
     """A collective of the schedule.
 
     bytes: of the whole array that a group holds together (all-gather: its result; the others: their operand), per
-    execution. group: its devices' positions in the mesh, that of one group; () for all. times: executions a step.
-    asynchronous: started and awaited apart, so that other work can run in between.
+    execution. groups: their devices' positions in the mesh (of a permutation, its pairs); () for one of all devices.
+    times: executions a step. asynchronous: started and awaited apart, so that other work can run in between.
+    by_hosts: between slices, a group one chip of each.
     """
 
     kind: str
     bytes: int
-    group: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
     group_size: int
     times: int
     asynchronous: bool
     op_name: str
+    by_hosts: bool = False
 
     @property
     def traffic(self) -> float:
@@ -108,7 +113,8 @@ class Costs:
     """Sums over the schedule of one step on one device.
 
     cycles: by kind, matmul and other. flops: of matmuls. recomputed_flops: of those, what `jax.checkpoint` made the
-    backward pass compute again.
+    backward pass compute again. unknown_loops: how many loops' bodies count once because their length is not known.
+    unrated: how many instructions the compiler cannot put cycles to.
     """
 
     cycles: dict[str, int]
@@ -116,6 +122,8 @@ class Costs:
     recomputed_flops: float
     collectives: list[Collective]
     calls: list[Call]
+    unknown_loops: int = 0
+    unrated: int = 0
 
 
 def parse(text: str) -> Module:
@@ -142,13 +150,14 @@ def parse(text: str) -> Module:
     return Module(computations, entry)
 
 
-def costs(module: Module, num_devices: int) -> Costs:
-    """Adds up a step: loop bodies times their trip counts, a fused computation once, at its fusion."""
+def costs(module: Module, num_devices: int, slices: int = 1) -> Costs:
+    """Adds up a step on `num_devices` of `slices`: loop bodies times their trip counts, fusions once, as a whole."""
     total = Costs({"matmul": 0, "other": 0}, 0.0, 0.0, [], [])
     holds: dict[str, bool] = {}
     for computation, instruction, times in _schedule(module, module.entry, 1):
         matmul = _holds_matmul(module, instruction, holds)
-        total.cycles["matmul" if matmul else "other"] += times * instruction.cycles
+        total.unrated += (unrated := instruction.cycles == NO_CYCLES)
+        total.cycles["matmul" if matmul else "other"] += 0 if unrated else times * instruction.cycles
         if matmul:
             for where, inner in _matmuls(module, computation, instruction):
                 flops = times * matmul_flops(inner, where)
@@ -156,15 +165,17 @@ def costs(module: Module, num_devices: int) -> Costs:
                 total.recomputed_flops += flops if REMAT in inner.op_name else 0.0
         if instruction.opcode == "custom-call":
             total.calls.append(_call(instruction, computation, times))
-        total.collectives += _collectives(module, computation, instruction, times, num_devices)
+        total.unknown_loops += instruction.opcode == "while" and trip_count(module, instruction) is None
+        if instruction.opcode == "send" and (kind := BETWEEN_SLICES.search(instruction.attributes)):
+            total.collectives.append(_between_slices(instruction, computation, kind[1], times, slices))
+        # The groups are those of one slice where there are several: what spans them is sent.
+        total.collectives += _collectives(module, computation, instruction, times, num_devices // slices)
     return total
 
 
-def trip_count(module: Module, loop: Instruction) -> int:
-    """How often a `while` runs: what the compiler says, or else the bound that its condition compares with.
-
-    A loop of which neither is known counts once.
-    """
+def trip_count(module: Module, loop: Instruction) -> int | None:
+    """How often a `while` runs: what the compiler says, or else the bound that its condition compares with; None where
+    that is no constant."""
     if known := TRIPS.search(loop.attributes):
         return int(known[1])
     condition = module.computations[re.search(r"\bcondition=%?([\w.-]+)", loop.attributes)[1]]
@@ -172,9 +183,9 @@ def trip_count(module: Module, loop: Instruction) -> int:
     bounds = [int(i.operands[0]) for i in condition.values()
               if i.opcode == "constant" and i.shape.startswith(("s32", "u32", "s64", "u64"))]
     direct = [i.operands[0] for i in map(condition.get, root.operands) if i is not None and i.opcode == "constant"]
-    found = [int(n) for n in direct if n.lstrip("-").isdigit()] or bounds
+    found = [int(n) for n in direct if n.lstrip("-").isdigit()] or (bounds if root.opcode != "compare" else [])
     inclusive = "direction=LE" in root.attributes or "direction=GE" in root.attributes
-    return max(found[-1] + inclusive, 1) if found else 1
+    return max(found[-1] + inclusive, 1) if found else None
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -248,7 +259,7 @@ def _schedule(module: Module, name: str, times: int) -> Iterator[tuple[dict[str,
     for instruction in computation.values():
         yield computation, instruction, times
         if instruction.opcode != "fusion":
-            trips = trip_count(module, instruction) if instruction.opcode == "while" else 1
+            trips = (trip_count(module, instruction) if instruction.opcode == "while" else 1) or 1
             for inner in module.called(instruction):
                 if instruction.opcode != "async-start":  # its collective is read off at the start itself
                     yield from _schedule(module, inner, times * trips)
@@ -310,36 +321,58 @@ def _collectives(module: Module, computation: dict[str, Instruction], instructio
 
 def _collective(instruction: Instruction, computation: dict[str, Instruction], kind: str, times: int,
                 asynchronous: bool, num_devices: int) -> Collective:
-    group, size = replica_group(instruction.attributes, num_devices)
-    moved = sum(num_bytes(computation[name].shape) for name in instruction.operands if name in computation)
-    if kind == "all-gather":
-        moved *= size
-    return Collective(kind, moved, group, size, times, asynchronous, instruction.op_name)
+    groups, size = replica_groups(instruction.attributes, num_devices)
+    moved = _operand_bytes(instruction, computation) * (size if kind == "all-gather" else 1)
+    return Collective(kind, moved, groups, size, times, asynchronous, instruction.op_name)
 
 
-def replica_group(attributes: str, num_devices: int) -> tuple[tuple[int, ...], int]:
-    """(the first group's members, how many they are) of a collective; members are positions in the mesh.
+def _between_slices(instruction: Instruction, computation: dict[str, Instruction], kind: str, times: int,
+                    slices: int) -> Collective:
+    kind = "collective-permute" if kind == "ONE_TO_ONE" else kind.lower().replace("_", "-")
+    moved = _operand_bytes(instruction, computation) * (slices if kind == "all-gather" else 1)
+    return Collective(kind, moved, (), slices, times, True, instruction.op_name, by_hosts=True)
 
-    Reads the three notations: {{0,1},{2,3}}, [groups,size]<=[dims]T(permutation), and mesh['a'=2,'b'=4] {'a'}.
+
+def _operand_bytes(instruction: Instruction, computation: dict[str, Instruction]) -> int:
+    return sum(num_bytes(computation[name].shape) for name in instruction.operands if name in computation)
+
+
+def replica_groups(attributes: str, num_devices: int) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """(the groups, () for one of all devices; a group's size) of a collective; members are positions in the mesh.
+
+    Reads pairs and the three notations: {{0,1},{2,3}}, [groups,size]<=[dims]T(permutation), mesh['a'=2,'b'=4] {'a'}.
     """
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
-        return (int(pairs[1]), int(pairs[2])), 2
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        group = tuple(int(n) for n in listed[1].split(","))
-        return group, len(group)
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", attributes):
+        groups = tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+        return groups, len(groups[0])
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
         ids = _device_ids(iota[3], int(iota[1]) * int(iota[2]))
-        return tuple(ids.reshape(int(iota[1]), int(iota[2]))[0].tolist()), int(iota[2])
+        return _rows(ids.reshape(int(iota[1]), int(iota[2])))
     if named := NAMED_GROUPS.search(attributes):
         sizes = {axis: int(n) for axis, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[3])  # 'a':(2)4 is a part of 'a', of size 4
-        if any(part for _, part in parts):
-            return (), math.prod(int(part or sizes[axis]) for axis, part in parts)
-        ids = _device_ids(named[2] or "", math.prod(sizes.values())).reshape(list(sizes.values()))
-        chosen = {axis for axis, _ in parts}
-        group = ids[tuple(slice(None) if axis in chosen else 0 for axis in sizes)].reshape(-1)
-        return tuple(group.tolist()), len(group)
+        ids = _device_ids(named[2] or "", math.prod(sizes.values()))
+        return _named_groups(ids, sizes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named[3]))
     return (), num_devices
+
+
+def _named_groups(ids: np.ndarray, sizes: dict[str, int],
+                  chosen: Sequence[tuple[str, str, str]]) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """Groups along the `chosen` axes of the mesh, or along parts of them: 'a':(2)4 is the 4 inside the first 2."""
+    dims: list[int] = []
+    inside: list[int] = []  # which of `dims` a group runs along
+    for axis, n in sizes.items():
+        at = 1
+        for before, size in sorted((int(p or 1), int(size or n)) for name, p, size in chosen if name == axis):
+            inside.append(len(dims) + 1)
+            dims += [before // at, size]
+            at = before * size
+        dims.append(n // at)
+    outside = [i for i in range(len(dims)) if i not in inside]
+    return _rows(ids.reshape(dims).transpose(*outside, *inside).reshape(-1, math.prod(dims[i] for i in inside)))
+
+
+def _rows(ids: np.ndarray) -> tuple[tuple[tuple[int, ...], ...], int]:
+    return tuple(map(tuple, ids.tolist())), ids.shape[1]
 
 
 def _device_ids(text: str, size: int) -> np.ndarray:

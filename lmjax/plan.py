@@ -10,7 +10,7 @@ from typing import Any
 from lmjax.chips import GIB, Topology, parse_topology
 from lmjax.metrics import human_count
 from lmjax.plan_compile import HERE, Log, Result, compiled
-from lmjax.plan_estimate import Estimate, estimate, span
+from lmjax.plan_estimate import Estimate, estimate, num_slices, span
 from lmjax.plan_plots import draw
 from lmjax.plan_search import search
 from lmjax.recipe import Recipe
@@ -86,7 +86,8 @@ def table(recipe: Recipe, result: Result, made: Estimate, tokens: float) -> str:
         f"model: {human_count(result['parameters'])} parameters; {human_count(made.tokens)} tokens a step, "
         f"{made.tokens // made.chips:,} a chip; attention {result['attention']['kernel']} "
         f"({result['attention']['reason']})",
-        "", *_memory(made), "", *_compute(made), "", *_communication(made), "", *_time(recipe, made, tokens), "",
+        "", *_memory(made), "", *_compute(made), "", *_communication(made), *_between_slices(recipe, result), "",
+        *_time(recipe, made, tokens), "",
         f"compiled in {result['seconds']['trace'] + result['seconds']['compile']:.0f} s with "
         f"{result['host_bytes'] / GIB:.1f} GiB of host memory"]
     return "\n".join([*lines, in_short(made)] if made.limit else lines)
@@ -94,9 +95,14 @@ def table(recipe: Recipe, result: Result, made: Estimate, tokens: float) -> str:
 
 def in_short(made: Estimate) -> str:
     """The line that recipes for pods record."""
-    return (f"{span((made.hidden, made.exposed), lambda s: f'{s:#.3g}')} s a step, "
+    return (f"{at_least(made)}{span((made.hidden, made.exposed), lambda s: f'{s:#.3g}')} s a step, "
             f"MFU {span(made.mfu, lambda share: f'{share:.1%}')}, "
             f"{made.memory['peak'] / GIB:.1f} of {made.limit / GIB:.2f} GiB a chip")
+
+
+def at_least(made: Estimate) -> str:
+    """What to put before times and FLOPs of which something is not counted."""
+    return "at least " if made.unknown else ""
 
 
 def _memory(made: Estimate) -> list[str]:
@@ -117,7 +123,7 @@ def _compute(made: Estimate) -> list[str]:
     more = made.flops / made.model_flops - 1
     return [f"{'matmuls per device and step':36}{unit:>10}",
             f"  {'model (6 per weight, causal keys)':34}{made.model_flops / scale:10.3f}",
-            f"  {'compiled':34}{made.flops / scale:10.3f}  {more:+.0%}",
+            f"  {'compiled':34}{made.flops / scale:10.3f}  {at_least(made)}{more:+.0%}",
             f"  {'of which computed again (remat)':34}{made.recomputed / scale:10.3f}"]
 
 
@@ -130,13 +136,19 @@ def _communication(made: Estimate) -> list[str]:
     return lines if len(lines) > 1 else [*lines, "  none of a MiB or more"]
 
 
+def _between_slices(recipe: Recipe, result: Result) -> list[str]:
+    if num_slices(result) == 1 or "data" not in recipe.mesh.rules.get("embed", ()):
+        return []
+    return ["  weights are gathered over dcn, as config.mesh.rules.embed holds data, which spans slices; leave it out"]
+
+
 def _time(recipe: Recipe, made: Estimate, tokens: float) -> list[str]:
     names = {"matmul": "matmuls", "attention": "attention kernels, at 50% of peak",
              "grouped": "grouped matmuls, at 70% of peak", "other": "other compute",
              "exposed": "synchronous collectives"}
     lines = [f"{'time of a step':36}{'s':>10}   from {made.basis}"]
     lines += [f"  {text:34}{made.seconds[kind]:10.4f}" for kind, text in names.items() if made.seconds[kind]]
-    second = span((made.hidden, made.exposed), lambda s: f"{s:.4g}")
+    second = at_least(made) + span((made.hidden, made.exposed), lambda s: f"{s:.4g}")
     share = "MFU" if made.limit else "share of the matmul rate"
     lines += [f"  {'whole step':34}{second:>10}   communication and other compute hidden .. exposed",
               f"  tokens/s a device {span(made.tokens_per_second, lambda n: f'{n:,.0f}')}, {share} "
@@ -151,5 +163,5 @@ def _time(recipe: Recipe, made: Estimate, tokens: float) -> list[str]:
     else:
         lines.append("  a lower bound: only matmuls are counted")
     if made.unknown:
-        lines.append(f"  not counted, no time is known for: {', '.join(made.unknown)}")
+        lines.append(f"  a lower bound, for these are not counted: {', '.join(made.unknown)}")
     return lines

@@ -1,8 +1,9 @@
 """Compiles a recipe's train step for a topology, in a process of its own, and keeps what came out.
 
 A compilation for TPU needs its environment set before JAX is imported, may take gigabytes, and may end the process;
-so it gets one, and its results are files: `result.json` and the optimized HLO, `step.hlo.gz`, in a directory of
-~/.cache/lmjax/plan that is named by all that they depend on.
+so it gets one, and its results are files: `result.json` and the optimized HLO, `step.hlo.gz`. Those for a topology are
+kept in a directory of ~/.cache/lmjax/plan that is named by all that they depend on; those for the devices at hand are
+not, as these and how fast they are may be others the next time.
 """
 
 import gzip
@@ -30,6 +31,7 @@ from lmjax.config import plain
 from lmjax.data.objectives import Objective
 from lmjax.models import ModelConfig
 from lmjax.nn.kernels import spreads
+from lmjax.nn.shards import ways
 from lmjax.program import Program, make_program
 from lmjax.recipe import Recipe, build_recipe
 from lmjax.sharding import use_layout
@@ -39,8 +41,8 @@ Result = dict[str, Any]
 Log = Callable[[str], None]
 HERE = ("cpu", "gpu", "cuda", "tpu")  # a topology that is a platform: the devices at hand
 # What a compiled step depends on besides its config. A change of any of these files compiles anew.
-SOURCES = ("nn/*.py", "models/*.py", "losses.py", "optim.py", "sharding.py", "train_step.py", "train_state.py",
-           "program.py", "plan_compile.py")
+SOURCES = ("nn/*.py", "models/*.py", "data/objectives.py", "data/packing.py", "losses.py", "optim.py", "sharding.py",
+           "train_step.py", "train_state.py", "program.py", "recipe.py", "tree.py", "chips.py", "plan_compile.py")
 
 
 def cache_directory() -> Path:
@@ -49,7 +51,7 @@ def cache_directory() -> Path:
 
 
 def compiled(recipe: Recipe, topology: Topology | str, log: Log) -> tuple[Result, str]:
-    """(what the compiler says of the train step, its optimized HLO), from the cache or compiled now.
+    """(what the compiler says of the train step, its optimized HLO), compiled now or, for TPUs, from the cache.
 
     topology: of TPUs, or a platform's name for the devices at hand. A step that needs more memory than a chip has
     gives a result with `needs` (bytes) and no HLO.
@@ -65,17 +67,23 @@ def compiled(recipe: Recipe, topology: Topology | str, log: Log) -> tuple[Result
         raise ValueError(f"--topology {topology}: expected the TPU compiler, got no libtpu; install it with "
                          "pip install 'lmjax[tpu]', from a checkout -e '.[tpu]' (it needs no TPU)")
     home = cache_directory() / _key(request)
-    if not (home / "result.json").exists():
-        home.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home.parent) as work:
-            (Path(work) / "request.json").write_text(json.dumps(request))
-            _child(work, topology, flags, log)
+    if isinstance(topology, Topology) and (home / "result.json").exists():
+        return _read(home)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home.parent) as work:
+        (Path(work) / "request.json").write_text(json.dumps(request))
+        _child(work, topology, flags, log)
+        if isinstance(topology, Topology):
             shutil.rmtree(home, ignore_errors=True)
             shutil.copytree(work, f"{work}.done")
             os.replace(f"{work}.done", home)
-    result = json.loads((home / "result.json").read_text())
+        return _read(Path(work))
+
+
+def _read(home: Path) -> tuple[Result, str]:
     text = home / "step.hlo.gz"
-    return result, gzip.decompress(text.read_bytes()).decode() if text.exists() else ""
+    return (json.loads((home / "result.json").read_text()),
+            gzip.decompress(text.read_bytes()).decode() if text.exists() else "")
 
 
 def measure(recipe: Recipe, topology: Topology | str) -> tuple[Result, str]:
@@ -122,9 +130,10 @@ def _about(recipe: Recipe, program: Program) -> Result:
     causal = model.config.family == "decoder"
     with use_layout(program.layout):
         spread = causal and not model.config.moe.capacity and spreads(model.kernel, recipe.data.seq_len)
+        expert_ways = ways("experts")
     return {"parameters": num_elements(model.shapes), "tokens": recipe.train.batch_size * recipe.data.seq_len,
             "seq_len": recipe.data.seq_len, "window": window_of(model.config),
-            "causal": causal, "spread": spread,
+            "causal": causal, "spread": spread, "expert_ways": expert_ways,
             "flops_per_token": model.flops_per_row(fields) / recipe.data.seq_len, "compute_dtype": str(model.dtype),
             "attention": {"kernel": model.kernel, "reason": model.kernel_reason}}
 
@@ -177,8 +186,7 @@ def _key(request: Result) -> str:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = ""
-    platforms = os.environ.get("JAX_PLATFORMS", "") if request["topology"] in HERE else ""
-    whole = json.dumps([request, code, versions, platforms], sort_keys=True)
+    whole = json.dumps([request, code, versions], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()[:24]
 
 

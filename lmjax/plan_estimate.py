@@ -19,7 +19,7 @@ Result = dict[str, Any]
 # Pallas kernels carry no cycles. Attention: the matmuls of a visited tile, at half of peak. Grouped matmuls: 70%.
 ATTENTION_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4, "dq, dkv": 5}
 RULE = ("window", "causal", "spread")  # of a `Result`: which tiles are visited
-ATTENTION_SHARE, GROUPED_SHARE = 0.5, 0.7
+SHARES = {"attention": 0.5, "grouped": 0.7}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Estimate:
     hidden, exposed: the two ends of the step's time. memory: bytes by kind; limit: what a program may use, 0 unknown.
     seconds: cycles by kind (matmul, other), attention and grouped (Pallas), and exposed (synchronous collectives).
     model_flops: of a step on one chip, by the model's formula; flops: those compiled; recomputed: of these, again.
-    basis: what the times rest on. unknown: Pallas calls that no time could be put to.
+    basis: what the times rest on. unknown: what is not counted, so that FLOPs and times are at least those given.
     """
 
     topology: str
@@ -84,7 +84,7 @@ class Estimate:
 def estimate(result: Result, text: str) -> Estimate:
     """Of what `plan_compile.compiled` gives."""
     chip = chip_of(result)
-    found = hlo.costs(hlo.parse(text), result["devices"])
+    found = hlo.costs(hlo.parse(text), result["devices"], num_slices(result))
     rows = _collective_rows(found.collectives, result["slices"], chip)
     seconds = {"matmul": 0.0, "other": 0.0, "attention": 0.0, "grouped": 0.0}
     unknown: list[str] = []
@@ -96,14 +96,15 @@ def estimate(result: Result, text: str) -> Estimate:
         rate = result["matmul_flops_per_second"]
         seconds["matmul"], basis = found.flops / rate, f"matmuls alone, at the {rate / 1e9:,.0f} GFLOP/s measured here"
     seconds["exposed"] = sum(row.seconds for row in rows if not row.asynchronous)
-    kernels = seconds["attention"] + seconds["grouped"]
-    hidden = seconds["matmul"] + kernels
+    hidden = seconds["matmul"] + seconds["attention"] + seconds["grouped"]
+    work = [(call, call.times * kernel_flops(call, result)[1]) for call in filter(is_kernel, found.calls)]
     return Estimate(
         topology=result["topology"], chips=result["devices"], mesh=result["mesh"], memory=result["memory"],
         limit=chip.hbm if chip else 0.0, hidden=hidden, exposed=hidden + seconds["other"] + seconds["exposed"],
         seconds=seconds, model_flops=result["flops_per_token"] * result["tokens"] / result["devices"],
-        flops=found.flops + kernels_flops(found.calls, result), recomputed=found.recomputed_flops, collectives=rows,
-        tokens=result["tokens"], peak_flops=rate, basis=basis, unknown=unknown)
+        flops=found.flops + sum(flops for _, flops in work),
+        recomputed=found.recomputed_flops + sum(flops for call, flops in work if runs_again(call)), collectives=rows,
+        tokens=result["tokens"], peak_flops=rate, basis=basis, unknown=unknown + _not_counted(found))
 
 
 def chip_of(result: Result) -> Chip | None:
@@ -111,11 +112,23 @@ def chip_of(result: Result) -> Chip | None:
     return parse_topology(result["topology"]).chip if ":" in result["topology"] else None
 
 
+def _not_counted(found: hlo.Costs) -> list[str]:
+    loops, unrated = found.unknown_loops, found.unrated
+    return ([f"all rounds but one of {loops} loop{'s'[:loops > 1]} whose length is not known before they run, such as "
+             "those of attention=chunked and ring"] if loops else []) + (
+            [f"time of {unrated} fusion{'s'[:unrated > 1]} that the compiler puts no cycles to"] if unrated else [])
+
+
+def num_slices(result: Result) -> int:
+    """Over how many slices the step runs."""
+    return len(set(result["slices"]))
+
+
 def _collective_rows(collectives: Sequence[hlo.Collective], slices: Sequence[int],
                      chip: Chip | None) -> list[CollectiveRow]:
     def link(c: hlo.Collective) -> str:
-        members = c.group or range(len(slices))
-        return "dcn" if len({slices[i] for i in members}) > 1 else "ici"
+        crosses = any(len({slices[i] for i in group}) > 1 for group in c.groups)
+        return "dcn" if c.by_hosts or crosses else "ici"
 
     sums: dict[tuple[str, str, bool], list[float]] = {}
     for c in collectives:
@@ -174,26 +187,34 @@ def visited_tiles(T: int, S: int, bq: int, bk: int, window: int = 0, causal: boo
     return count
 
 
-def kernels_flops(calls: Sequence[hlo.Call], result: Result) -> float:
-    """FLOPs a step of all Pallas attention calls on one device."""
-    return sum(call.times * attention_flops(call, *(result[key] for key in RULE)) for call in calls
-               if call.target == "tpu_custom_call" and attention_role(call))
+def is_kernel(call: hlo.Call) -> bool:
+    """Whether it is a Pallas call that works, not a buffer or a table of group sizes."""
+    return call.target == "tpu_custom_call" and call.op_name != "ragged-dot-metadata"
+
+
+def kernel_flops(call: hlo.Call, result: Result) -> tuple[str, float]:
+    """(its kind, of `SHARES`; its FLOPs each time) of a Pallas call on one device; 0 FLOPs if it is no known one."""
+    if attention_role(call):
+        return "attention", attention_flops(call, *(result[key] for key in RULE))
+    if "gmm" in call.op_name.lower() or "ragged-dot" in call.op_name:
+        return "grouped", grouped_flops(call) / result["expert_ways"]  # rows of others' experts are skipped
+    return "attention", 0.0
+
+
+def runs_again(call: hlo.Call) -> bool:
+    """Whether `jax.checkpoint` made the backward pass run the kernel again: its name says so, or it is attention's
+    forward kernel in the backward pass."""
+    return hlo.REMAT in call.op_name or ("transpose(" in call.op_name and attention_role(call) == "fwd")
 
 
 def _add_kernels(seconds: dict[str, float], calls: Sequence[hlo.Call], result: Result, chip: Chip) -> list[str]:
     """Charges Pallas calls to `seconds`; returns the names of those that it cannot."""
     unknown = []
-    for call in calls:
-        if call.target != "tpu_custom_call" or call.op_name == "ragged-dot-metadata":
-            continue  # buffers, tables of group sizes and the like: no work
-        kind, flops, share = "attention", 0.0, ATTENTION_SHARE
-        if attention_role(call):
-            flops = attention_flops(call, *(result[key] for key in RULE))
-        elif "gmm" in call.op_name.lower() or "ragged-dot" in call.op_name:
-            kind, flops, share = "grouped", grouped_flops(call), GROUPED_SHARE
+    for call in filter(is_kernel, calls):
+        kind, flops = kernel_flops(call, result)
         if not flops:
             unknown.append(call.op_name or call.target)
-        seconds[kind] += call.times * flops / (share * chip.flops)
+        seconds[kind] += call.times * flops / (SHARES[kind] * chip.flops)
     return sorted(set(unknown))
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from lmjax.chips import CHIPS, GIB, Topology
+from lmjax.chips import CHIPS, GIB, Topology, parse_topology
 from lmjax.models import ModelConfig, build_model
 from lmjax.nn.layers import MLP_KINDS
 from lmjax.nn.stack import NAMES, REMAT, kept_names
@@ -51,17 +51,27 @@ def search(recipe: Recipe, topology: Topology, *, log: Log = lambda line: print(
            ) -> tuple[Candidate, list[dict[str, Any]]]:
     """The candidate with the most tokens a second (communication exposed), and a row for every one compiled.
 
+    One that the compiler refuses is left out, as one that does not fit.
+
     Raises:
-      ValueError: nothing fits; the message says what would.
+      ValueError: nothing fits; the message says what would. Or nothing compiles.
     """
     everything = list(candidates(recipe, topology))
     fitting = [c for c in everything if c.guess.memory < topology.chip.hbm]
     log(f"search: {len(everything)} combinations, {len(fitting)} fit by the analytic model; compiling the best")
     rows: list[tuple[Candidate, Estimate]] = []
     report: list[dict[str, Any]] = []
+    refused: list[ValueError] = []
     for candidate in shortlist(fitting)[:2 * COMPILED]:
-        result, text = compiled(candidate.recipe, topology, log)
         row: dict[str, Any] = {"overrides": list(candidate.overrides), "guess": candidate.guess._asdict()}
+        report.append(row)
+        try:
+            result, text = compiled(candidate.recipe, topology, log)
+        except ValueError as error:
+            refused.append(error)
+            row["error"] = str(error)
+            log(f"  left out: {error}: {' '.join(candidate.overrides)}")
+            continue
         made = estimate(result, text) if text else None
         if made is None or not made.fits:
             row["needs_bytes"] = result.get("needs") or made.memory["peak"]
@@ -72,12 +82,13 @@ def search(recipe: Recipe, topology: Topology, *, log: Log = lambda line: print(
                     "mfu": list(made.mfu), "tokens_per_second_per_chip": list(made.tokens_per_second)}
             log(f"  {made.memory['peak'] / GIB:5.1f} GiB, {span(made.tokens_per_second, lambda n: f'{n:,.0f}')} "
                 f"tokens/s a chip, MFU {span(made.mfu, lambda m: f'{m:.1%}')}: {' '.join(candidate.overrides)}")
-        report.append(row)
         if len(rows) == COMPILED:
             break
+    if refused and len(refused) == len(report):
+        raise refused[0]
     if not rows:
         raise ValueError(f"--search: expected a combination that fits into the {topology.chip.hbm / GIB:.1f} GiB of a "
-                         f"chip of {topology}, got none of {len(everything)}; {what_would(recipe, topology)}")
+                         f"chip of {topology}, got none of {len(everything)}; {what_would(recipe)}")
     best = max(rows, key=lambda row: row[1].tokens_per_second[0])
     return best[0], report
 
@@ -98,7 +109,6 @@ def candidates(recipe: Recipe, topology: Topology) -> Iterator[Candidate]:
     """Every combination that divides evenly."""
     c, chips = recipe.model, topology.chips
     sizes = [2**i for i in range(chips.bit_length()) if chips % 2**i == 0]
-    kv_heads = c.num_kv_heads or c.num_heads
     per_slice = chips // topology.slices
     expert, stage = max(recipe.mesh.expert, 1), max(recipe.mesh.stage, 1)
     as_asked = expert * stage
@@ -106,7 +116,7 @@ def candidates(recipe: Recipe, topology: Topology) -> Iterator[Candidate]:
         data = replicas * topology.slices
         if per_slice % (tensor * context * replicas * as_asked) or recipe.data.seq_len % context:
             continue
-        if any(n % tensor for n in (c.num_heads, kv_heads, c.mlp_dim, (c.vocab_size or tensor * stage) // stage)):
+        if not splits(c, tensor, stage):
             continue
         fsdp = per_slice // (tensor * context * replicas * as_asked)
         if c.embed_dim % (fsdp * expert):
@@ -153,9 +163,9 @@ def guess(recipe: Recipe, topology: Topology) -> Guess:
     within = weights_sent / chip.ici
     waits = c.num_layers * (passes + 1) * 2 * tokens * c.embed_dim * 2.0 * 2 * (mesh.tensor > 1) / chip.ici
     waits += c.num_layers * passes * 4.0 * tokens * mesh.context * c.embed_dim * (mesh.context > 1) / chip.ici
-    once = 2 * 4.0 * total / split * (mesh.data > 1) / (chip.dcn if topology.slices > 1 else chip.ici)
+    summed = 2 * 4.0 * total / split * (mesh.data > 1) / (chip.dcn if topology.slices > 1 else chip.ici)
     seconds = (max(compute, within) + waits) * (1 + (stages - 1) / train.microbatches) / stages
-    return Guess(memory, (seconds + once / train.microbatches) / (tokens / (mesh.tensor * stages)))
+    return Guess(memory, (seconds + summed) / (tokens / (mesh.tensor * stages)))
 
 
 def kept_and_again(c: ModelConfig, layer: float, tensor: int) -> tuple[float, float, float]:
@@ -186,25 +196,45 @@ def weights(c: ModelConfig, vocab_size: int) -> tuple[float, float, float]:
     return num_elements(model.shapes), active, (active - model.config.vocab_size * c.embed_dim) / c.num_layers
 
 
-def what_would(recipe: Recipe, topology: Topology) -> str:
-    """The smallest number of chips, by generation, on which the state and one row a chip would fit."""
-    found = []
-    for chip in CHIPS.values():
-        for bits in range(16):
-            chips = 2**bits
-            if recipe.model.embed_dim % chips and chips > recipe.model.embed_dim:
-                break
-            shrunk = dataclasses.replace(
-                recipe, model=dataclasses.replace(recipe.model, remat="full"),
-                mesh=dataclasses.replace(recipe.mesh, data=1, stage=1, fsdp=chips, expert=1, context=1, tensor=1),
-                train=dataclasses.replace(recipe.train, batch_size=chips, microbatches=1))
-            one = Topology(chip, (chips,) + (1,) * (chip.dims - 1))
-            if guess(shrunk, one).memory < chip.hbm:
-                found.append(f"{chips} {chip.name}")
-                break
+def what_would(recipe: Recipe) -> str:
+    """The fewest chips of each generation on which the state would fit with remat=full and one row for each
+    `mesh.tensor` of them."""
+    found = {}
+    for where, tensor in itertools.product(_topologies(), (1, 2, 4, 8)):
+        fsdp = where.chips // where.slices // tensor
+        if where.chip in found or not fsdp or recipe.model.embed_dim % fsdp or not splits(recipe.model, tensor):
+            continue
+        shrunk = dataclasses.replace(
+            recipe, model=dataclasses.replace(recipe.model, remat="full"),
+            mesh=dataclasses.replace(recipe.mesh, data=where.slices, stage=1, fsdp=fsdp, expert=1, context=1,
+                                     tensor=tensor),
+            train=dataclasses.replace(recipe.train, batch_size=where.slices * fsdp, microbatches=1))
+        if guess(shrunk, where).memory < where.chip.hbm:
+            slices = f"{where.slices} slices of " if where.slices > 1 else ""
+            found[where.chip] = (f"{slices}{where.chips // where.slices} {where.chip.name}"
+                                 + (f" with mesh.tensor={tensor}" if tensor > 1 else ""))
     if not found:
         return "lower data.seq_len or model.embed_dim, or add mesh.context"
-    return f"by the analytic model {', '.join(found)} would do, with one row a chip and remat=full"
+    return (f"by the analytic model {', '.join(found.values())} would do, with model.remat=full and as many rows as "
+            "chips by mesh.tensor")
+
+
+def _topologies() -> Iterator[Topology]:
+    """One slice of each power of two of chips, then two to eight of the largest, by generation."""
+    for chip in CHIPS.values():
+        for bits in itertools.count():
+            try:
+                largest = parse_topology(f"{chip.name}-{2**bits * chip.cores}")
+            except ValueError:
+                break
+            yield largest
+        yield from (dataclasses.replace(largest, slices=n) for n in (2, 4, 8))
+
+
+def splits(c: ModelConfig, tensor: int, stage: int = 1) -> bool:
+    """Whether every array that `mesh.tensor` splits can be split so many ways."""
+    return not any(n % tensor for n in (c.num_heads, c.num_kv_heads or c.num_heads, c.mlp_dim,
+                                        (c.vocab_size or tensor * stage) // stage))
 
 
 def _overrides(recipe: Recipe) -> tuple[str, ...]:

@@ -77,34 +77,70 @@ def test_a_step_by_hand():
     # Five trips of a fused matmul (100, not the 999 inside it) and of a fusion that only carries a gather along.
     assert found.cycles == {"matmul": 500, "other": 5 * 10 + 7}
     assert found.flops == found.recomputed_flops == 5 * 2 * 8 * 16 * 4
-    table = {(c.kind, c.asynchronous): (c.times, c.bytes, c.group, c.traffic) for c in found.collectives}
+    table = {(c.kind, c.asynchronous): (c.times, c.bytes, c.groups, c.traffic) for c in found.collectives}
     assert table == {
-        ("all-gather", True): (5, 128, (0, 1), 64),
-        ("reduce-scatter", False): (1, 64, (0, 1, 2, 3), 48),
-        ("all-reduce", False): (1, 12, (0, 2), 12),
-        ("collective-permute", True): (1, 64, (0, 1), 64)}
+        ("all-gather", True): (5, 128, ((0, 1), (2, 3)), 64),
+        ("reduce-scatter", False): (1, 64, ((0, 1, 2, 3),), 48),
+        ("all-reduce", False): (1, 12, ((0, 2), (1, 3)), 12),
+        ("collective-permute", True): (1, 64, ((0, 1), (1, 0)), 64)}
     assert [(c.target, c.op_name, c.times) for c in found.calls] == [("tpu_custom_call", "jit(step)/splash_mha_fwd", 1)]
 
 
-@pytest.mark.parametrize("attributes, members", [
-    ("replica_groups={{0,4},{1,5}}", (0, 4)),
-    ("replica_groups=[4,2]<=[8]", (0, 1)),
-    ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
-    ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
-    ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
-    ("replica_groups=mesh['x'=1,'y'=4,'z'=2], device_ids=([2,4]T(1,0)) {'y'}", (0, 1, 2, 3)),
-    ("replica_groups=mesh['x'=2,'y'=2], device_ids=(3,1,2,0) {'y'}", (3, 1)),
-    ("source_target_pairs={{3,0},{0,3}}", (3, 0))])
-def test_replica_groups(attributes, members):
-    assert hlo.replica_group(attributes, 8) == (members, len(members))
-
-
-def test_a_part_of_an_axis_has_a_size_only():
-    assert hlo.replica_group("replica_groups=mesh['a'=8,'b'=2] {'a':(2)4,'b'}", 16) == ((), 8)
+@pytest.mark.parametrize("attributes, groups", [
+    ("replica_groups={{0,4},{1,5}}", ((0, 4), (1, 5))),
+    ("replica_groups=[4,2]<=[8]", ((0, 1), (2, 3), (4, 5), (6, 7))),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", ((0, 4), (1, 5), (2, 6), (3, 7))),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a'}", ((0, 4), (1, 5), (2, 6), (3, 7))),
+    ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", ((0, 1, 4, 5), (2, 3, 6, 7))),
+    ("replica_groups=mesh['x'=1,'y'=4,'z'=2], device_ids=([2,4]T(1,0)) {'y'}", ((0, 1, 2, 3), (4, 5, 6, 7))),
+    ("replica_groups=mesh['x'=2,'y'=2], device_ids=(3,1,2,0) {'y'}", ((3, 1), (2, 0))),
+    ("replica_groups=mesh['a'=8] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a':(1)2,'b'}", ((0, 1, 4, 5), (2, 3, 6, 7))),
+    ("source_target_pairs={{3,0},{0,5}}", ((3, 0), (0, 5)))])
+def test_replica_groups(attributes, groups):
+    assert hlo.replica_groups(attributes, 8) == (groups, len(groups[0]))
 
 
 def test_a_group_that_is_not_named_is_everyone():
-    assert hlo.replica_group("replica_groups={}", 8) == ((), 8)
+    assert hlo.replica_groups("replica_groups={}", 8) == ((), 8)
+
+
+SENT = """ENTRY %main (x: bf16[176,8,128]) -> token[] {
+  %x = bf16[176,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %all = bf16[176,8,128]{2,1,0} all-reduce(%x), replica_groups={}, to_apply=%add
+  %after-all.40 = token[] after-all()
+  %send.40 = (bf16[176,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) send(%x, %after-all.40), channel_id=12, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_host_transfer_rendezvous="all-reduce.63_0",_xla_megascale_target="{1,2,3,4}x{0:7}",\
+_xla_megascale_transfer_type="TYPE"}
+  %recv.40 = (bf16[176,8,128]{2,1,0}, u32[]{:S(2)}, token[]) recv(%after-all.40), channel_id=11, is_host_transfer=true
+  ROOT %send-done.40 = token[] send-done(%send.40), channel_id=12, is_host_transfer=true
+}"""
+
+
+@pytest.mark.parametrize("said, kind, traffic", [
+    ("ALL_REDUCE", "all-reduce", 2 * 3 / 4), ("REDUCE_SCATTER", "reduce-scatter", 3 / 4),
+    ("ALL_GATHER", "all-gather", 3), ("ONE_TO_ONE", "collective-permute", 1)])
+def test_what_hosts_send_to_other_slices_is_a_collective(said, kind, traffic):
+    """Once, at the send; what spans all devices of the text is within one slice."""
+    within, sent = hlo.costs(hlo.parse(SENT.replace("TYPE", said)), num_devices=32, slices=4).collectives
+    assert (sent.kind, sent.by_hosts, sent.asynchronous, sent.times) == (kind, True, True, 1)
+    assert sent.traffic == traffic * 176 * 8 * 128 * 2
+    assert (within.by_hosts, within.group_size) == (False, 8)
+
+
+def test_cycles_that_the_compiler_cannot_estimate_are_told():
+    """It then writes the largest number that there is."""
+    found = hlo.costs(hlo.parse(LOOP.replace('"estimated_cycles":"10"', f'"estimated_cycles":"{2**63 - 1}"')), 4)
+    assert (found.cycles, found.unrated) == ({"matmul": 500, "other": 7}, 1)
+
+
+def test_loops_of_unknown_length_count_once_and_are_told():
+    text = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)).lower(
+        jnp.ones((16, 16)), 3).compile().as_text()
+    found = hlo.costs(hlo.parse(text), 1)
+    assert (found.flops, found.unknown_loops) == (2 * 16**3, 1)
+    assert hlo.costs(hlo.parse(LOOP), 4).unknown_loops == 0
 
 
 def test_shapes():
