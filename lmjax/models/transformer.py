@@ -286,12 +286,13 @@ class Trunk(nnx.Module):
         if key is not None and c.dropout:
             keys = split_key(key, num_layers + 1)
             x_BTD, keys = per_part(lambda x, key: dropout(x, c.dropout, key), x_BTD, keys[0]), keys[1:]
+        x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")  # before it is scattered: else the table is gathered
         T, index_BT = x_BTD.shape[1], None
         spread = self.causal and cache is None and prefix_BT is None and not c.moe.capacity and spreads(self.kernel, T)
         if spread:  # all that follows goes token by token, or asks where they stand
             at_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], positions_BT.shape)
             x_BTD, positions_BT, segments_BT, index_BT = map(balanced, (x_BTD, positions_BT, segments_BT, at_BT))
-        x_BTD = constrain(x_BTD, "batch", stream(x_BTD), "act_embed")
+        x_BTD = scattered(x_BTD)
         first = jnp.arange(num_layers) == 0 if c.embedding_norm == "first" else None
         per_layer = PerLayer(keys, first, None if source is None else source.cache)
         shared = [self._shared(kind, positions_BT, segments_BT, prefix_BT, cache and _slots(cache[i]), last_B,
