@@ -2,7 +2,7 @@
 
     lmjax train --config configs/llama3_70b.py --workdir /mnt/runs/llama3_70b
     lmjax plan --config configs/llama3_70b.py --topology v5p-512
-    # 10.6 .. 12.5 s a step, MFU 64.3% .. 75.9%, 65.0 of 95.74 GiB a chip
+    # 10.6 .. 12.5 s a step, MFU 64.2% .. 75.9%, 65.0 of 95.74 GiB a chip
     lmjax plan --config configs/llama3_70b.py:v6e --topology v6e-256
     # 6.48 .. 8.36 s a step, MFU 48.0% .. 61.8%, 28.6 of 31.25 GiB a chip
 
