@@ -5,6 +5,11 @@ arXiv:2105.04663, 3.3): all stages are one computation, `vmap`ped over a leading
 activation moves on where that dimension is rolled by one. The backward pass is the derivative of the forward pass,
 every other mesh axis works inside a stage as it does without stages, and no stage is a program of its own.
 
+A circular schedule (Narayanan et al. 2021, arXiv:2104.04473, 2.2) would divide the idle share by the pieces that a
+stage holds. Its stages hold every S-th piece of the layers, though, and a sharding splits an array into contiguous
+parts: the stacked parameters, and what a checkpoint holds, would lie in an order that depends on the mesh, or move
+before every step. Here any mesh reads any checkpoint; more microbatches make the idle share smaller, too.
+
 Shape suffixes: S stages, M parts of a batch, B rows, T sequence, D embed_dim.
 """
 
