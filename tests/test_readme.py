@@ -72,9 +72,12 @@ def shell(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("page", [
-    pytest.param(page, marks=() if page.name == "README.md" else pytest.mark.long) for page in PAGES],
-    ids=lambda page: page.name)
+# README.md everywhere; the longest of the rest only with -m slow, for the time that .ci/run has.
+MARKS = {"README.md": (), **dict.fromkeys(("speed.md", "data.md", "huggingface.md"), pytest.mark.slow)}
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, marks=MARKS.get(page.name, pytest.mark.long)) for page in PAGES],
+                         ids=lambda page: page.name)
 def test_every_command_runs(page, shell):
     if page.name != "README.md":  # whose run the other pages look at
         shell(["bash", "-eu"], "test -e runs/quickstart || "
