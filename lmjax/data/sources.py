@@ -254,7 +254,8 @@ def _tfds_builder(rest: str, source: SourceConfig) -> tuple[Any, str]:
                        "correct the name, or data_dir") from error
     if split not in builder.info.splits:
         raise _problem(source, f"a prepared split {split!r} in {builder.data_dir}",
-                       f"{sorted(builder.info.splits)}", "prepare it with `tfds build`, or set data_dir")
+                       f"{sorted(builder.info.splits)}", "prepare it with `tfds build`, or set data_dir beside the "
+                       "source's uri")
     return builder, split
 
 
