@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,8 +86,10 @@ def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], get: C
             (directory / file).chmod(directory.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
         except SafetensorError as error:  # no OSError, whatever the disk has said
             size = sum(sizes[name] for name in names)
-            raise OSError(f"{directory / file}: expected to write {size / 1e6:.1f} MB, got: {error}; make room, then "
-                          "try again") from None
+            failed = OSError(f"{directory / file}: expected to write {size / 1e6:.1f} MB, got: {error}; make room, then "
+                             "try again")
+            failed.errno = next(map(int, re.findall(r"os error (\d+)", str(error))), None)
+            raise failed from None
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
