@@ -86,8 +86,8 @@ def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], get: C
             (directory / file).chmod(directory.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
         except SafetensorError as error:  # no OSError, whatever the disk has said
             size = sum(sizes[name] for name in names)
-            failed = OSError(f"{directory / file}: expected to write {size / 1e6:.1f} MB, got: {error}; make room, then "
-                             "try again")
+            failed = OSError(f"{directory / file}: expected to write {size / 1e6:.1f} MB, got: {error}; make room, "
+                             "then try again")
             failed.errno = next(map(int, re.findall(r"os error (\d+)", str(error))), None)
             raise failed from None
     if len(shards) > 1:
