@@ -14,6 +14,20 @@ def add_env(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the run, on all hosts")
 
 
+def cloud_name(text: str) -> str:
+    """A name that the cloud takes, also with a slice's number behind it."""
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?", text):
+        raise argparse.ArgumentTypeError(f"expected up to 40 small letters, digits and dashes, got {text!r}")
+    return text
+
+
+def count(text: str) -> int:
+    """A number that may be 0."""
+    if not re.fullmatch("[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got {text!r}")
+    return int(text)
+
+
 def hosts_env(topology: Topology, given: list[str]) -> dict[str, str]:
     """The variables: what `given`, a list of NAME=VALUE, sets replaces ours.
 
@@ -23,6 +37,7 @@ def hosts_env(topology: Topology, given: list[str]) -> dict[str, str]:
     wrong = next((item for item in given if not re.match(r"[A-Za-z_]\w*=", item)), None)
     if wrong is not None:
         raise ValueError(f"--env: expected NAME=VALUE, got {wrong!r}; write --env LMJAX_JOIN_SECONDS=600")
-    ours = {"LIBTPU_INIT_ARGS": topology.flags, "LMJAX_JOIN_SECONDS": str(JOIN_SECONDS),
-            "LMJAX_STOPPED_CODE": str(STOPPED)}
+    ours = {"LMJAX_JOIN_SECONDS": str(JOIN_SECONDS), "LMJAX_STOPPED_CODE": str(STOPPED)}
+    if topology.flags:  # empty would replace what the hosts have
+        ours["LIBTPU_INIT_ARGS"] = topology.flags
     return ours | dict(item.split("=", 1) for item in given)

@@ -9,6 +9,17 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 say() { printf 'lmjax: %s\n' "$*" >&2; }
 die() { say "$@"; exit 2; }
 
+# show_help ARGS: answers -h and --help, unless they are of the command behind --, with the head of the script.
+show_help() {
+  local word
+  for word; do
+    case "$word" in
+      --) return ;;
+      -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit ;;
+    esac
+  done
+}
+
 # Whether "$1" is a Python that runs here and is new enough.
 usable_python() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1

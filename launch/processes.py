@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 
+from check_command import check  # beside this file
+
 
 def environment(number: int, args: argparse.Namespace, port: int) -> dict[str, str]:
     """What process `number` has in its environment besides what is there."""
@@ -73,6 +75,10 @@ def main() -> int:
     if min(args.processes, args.devices_per_process) < 1:
         parser.error(f"expected at least one process and one device each, got {args.processes} and "
                      f"{args.devices_per_process}")
+    try:
+        check(args.command)
+    except ValueError as error:
+        parser.error(str(error))
     port, command = free_port(), [sys.executable, "-m", "lmjax.cli", *args.command]
     if args.dry_run:
         for number in range(args.processes):

@@ -26,6 +26,7 @@ def cloud(tmp_path):
 
 # GKE ---------------------------------------------------------------------------------------------------------
 
+RUN = (*TRAIN[:-1], "/runs/a b")
 JOB = ("--name", "job", "--image", "here/lmjax:1", "--queue", "tpu", "--volume", "claim:/runs")
 
 
@@ -34,7 +35,7 @@ JOB = ("--name", "job", "--image", "here/lmjax:1", "--queue", "tpu", "--volume",
     ("v4:2x2x1", 1, 1, 4)])
 def test_gke(cloud, topology, slices, hosts, chips):
     yaml = pytest.importorskip("yaml")
-    text = cloud.run("gke", *JOB, "--topology", topology, "--spot", "--dry-run", *TRAIN)
+    text = cloud.run("gke", *JOB, "--topology", topology, "--spot", "--dry-run", *RUN)
     assert not cloud.calls()
     job = yaml.safe_load(text)
     assert (job["kind"], job["metadata"]["name"]) == ("JobSet", "job")
@@ -43,11 +44,11 @@ def test_gke(cloud, topology, slices, hosts, chips):
     spec, pod = replicated["template"]["spec"], replicated["template"]["spec"]["template"]["spec"]
     container, = pod["containers"]
     assert (replicated["replicas"], spec["parallelism"], spec["completions"]) == (slices, hosts, hosts)
-    assert container["resources"]["limits"] == {"google.com/tpu": chips} and container["args"] == list(TRAIN[1:])
+    assert container["resources"]["limits"] == {"google.com/tpu": chips} and container["args"] == list(RUN[1:])
     assert slices * hosts * chips == parse_topology(topology).chips
     assert {e["name"]: e["value"] for e in container["env"]} == {
-        "LIBTPU_INIT_ARGS": parse_topology(topology).flags, "LMJAX_JOIN_SECONDS": "1800", "LMJAX_STOPPED_CODE": "75",
-        "JAX_COMPILATION_CACHE_DIR": "/runs/.xla-cache"}
+        **({"LIBTPU_INIT_ARGS": flags} if (flags := parse_topology(topology).flags) else {}),
+        "LMJAX_JOIN_SECONDS": "1800", "LMJAX_STOPPED_CODE": "75", "JAX_COMPILATION_CACHE_DIR": "/runs/.xla-cache"}
     # Stopped and saved fails the Job, which starts the JobSet again; only what was refused ends it.
     assert spec["podFailurePolicy"]["rules"] == [
         {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}]
@@ -60,7 +61,7 @@ def test_gke(cloud, topology, slices, hosts, chips):
     assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
     assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "claim"}
     cloud.answer({"kubectl": [["", 3]]})
-    cloud.run("gke", *JOB, "--topology", topology, "--spot", *TRAIN, expect=3)
+    cloud.run("gke", *JOB, "--topology", topology, "--spot", *RUN, expect=3)
     assert cloud.calls() == [{"words": "kubectl apply -f -", "stdin": text}]
 
 
@@ -68,19 +69,64 @@ def test_gke_takes_names_that_yaml_would_not_and_the_environment(cloud):
     yaml = pytest.importorskip("yaml")
     job = yaml.safe_load(cloud.run(
         "gke", "--name", "2024", "--queue", "on", "--image", "i", "--topology", "v6e:4x4", "--dry-run", "--env",
-        "A=b=c d", "--env", "LIBTPU_INIT_ARGS=--own", "--env", "LMJAX_JOIN_SECONDS=9", *TRAIN))
+        "A=b=c d", "--env", "LIBTPU_INIT_ARGS=--own", "--env", "LMJAX_JOIN_SECONDS=9", *TRAIN[:-1], "gs://b/run"))
     assert (job["metadata"]["name"], job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]) == ("2024", "on")
     container, = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
     assert {e["name"]: e["value"] for e in container["env"]} == {
         "LIBTPU_INIT_ARGS": "--own", "LMJAX_JOIN_SECONDS": "9", "LMJAX_STOPPED_CODE": "75", "A": "b=c d"}
-    assert container["args"] == list(TRAIN[1:]) and "volumeMounts" not in container
+    assert container["args"] == [*TRAIN[1:-1], "gs://b/run"] and "volumeMounts" not in container
 
 
 @pytest.mark.parametrize("wrong", [("--name", "Job"), ("--volume", "claim"), ("--topology", "v5e:3"),
-                                   ("--topology", "v5e:3x5"), ("--topology", "v5e:1x2"), ("--env", "A")])
+                                   ("--topology", "v5e:3x5"), ("--topology", "v5e:1x2"), ("--env", "A"),
+                                   ("--restarts", "-1")])
 def test_gke_refuses(cloud, wrong):
-    assert f"{wrong[0]}: expected" in cloud.run("gke", *JOB, "--topology", "v5e:4x4", *wrong, *TRAIN, expect=2)
+    assert f"{wrong[0]}: expected" in cloud.run("gke", *JOB, "--topology", "v5e:4x4", *wrong, *RUN, expect=2)
     assert not cloud.calls()
+
+
+@pytest.mark.parametrize("workdir, volume", [("/mnt/a", "claim:/runs"), ("/runs/../a", "claim:/runs"),
+                                             ("/runs2/a", "claim:/runs"), ("runs/a", "claim:/runs"), ("/runs/a", "")])
+def test_gke_refuses_a_workdir_that_ends_with_its_container(cloud, workdir, volume):
+    assert "--workdir: expected a folder under " in cloud.run(
+        "gke", *JOB[:-1], volume, "--topology", "v5e:4x4", *TRAIN[:-1], workdir, expect=2)
+    assert not cloud.calls()
+
+
+# All of them -------------------------------------------------------------------------------------------------
+
+WRONG = {"trian": "expected a command of lmjax behind --, got 'trian'; give one of train, plan, ",
+         "lmjax train": "got lmjax itself; leave it out: -- train ...",
+         "train --config configs/synthetic.py": "--workdir: expected a dir for train, got none; write --workdir DIR",
+         "train --config configs/synthetic.py --workdir --config.a=1": "--workdir: expected",
+         "train --workdir=/runs/a": "--config: expected a file for train, got none",
+         "train --config ./configs/no.py:tiny --workdir=/runs/a": "--config: expected a file of this checkout"}
+
+
+@pytest.mark.parametrize("command", WRONG)
+@pytest.mark.parametrize("launcher", [
+    ("gke", *JOB, "--topology", "v5e:4x4"), ("slurm", "--dry-run"), ("local", "--processes", "2"),
+    ("tpu_pod", "--name", "pod", "--project", "p", "--zone", "z", "--topology", "v6e-16")], ids=lambda x: x[0])
+def test_a_command_that_lmjax_would_refuse_is_not_started(cloud, launcher, command):
+    cloud.env |= {"LMJAX_PYTHON": sys.executable, "LMJAX_VENV": str(cloud.home / "venv")}
+    assert WRONG[command] in cloud.run(*launcher, "--", *command.split(), expect=2)
+    assert not cloud.calls() and not (cloud.home / "venv").exists()
+
+
+@pytest.mark.parametrize("command", [
+    "train --config=configs/synthetic.py:tiny --workdir=/runs/a --config.train.steps=3",
+    "train --config /mine.py --workdir gs://b/a", "report --workdir /runs/a", "bench data"])
+def test_a_command_that_lmjax_would_take_is(cloud, command):
+    cloud.env |= {"LMJAX_PYTHON": sys.executable, "LMJAX_VENV": str(cloud.home / "venv")}
+    assert command in cloud.run("slurm", "--dry-run", "--", *command.split())
+
+
+@pytest.mark.parametrize("name", ["local", "test", "lock", "slurm"])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_installs_nothing(cloud, name, flag):
+    cloud.env["LMJAX_VENV"] = str(cloud.home / "venv")
+    said = cloud.run(name, *(("--nodes", "2") if name == "slurm" else ()), flag)
+    assert f"./launch/{name}" in said and "set -" not in said and not (cloud.home / "venv").exists()
 
 
 # Slurm -------------------------------------------------------------------------------------------------------
@@ -176,17 +222,17 @@ def test_one_process_a_node_takes_all_its_gpus(environ, expected, monkeypatch):
 
 STUB = """
 import os, signal, sys, time
-me = os.environ["JAX_PROCESS_ID"]
+me, what = os.environ["JAX_PROCESS_ID"], sys.argv[2]
 def end(number, frame):
     print(f"signal {number}", flush=True)
     sys.exit(0)
 signal.signal(signal.SIGINT, end); signal.signal(signal.SIGTERM, end)
-print(sys.argv[1], me, os.environ["JAX_NUM_PROCESSES"], os.environ["JAX_COORDINATOR_ADDRESS"], flush=True)
-if sys.argv[1] == "fail" and me == "1":
+print(what, me, os.environ["JAX_NUM_PROCESSES"], os.environ["JAX_COORDINATOR_ADDRESS"], flush=True)
+if what == "fail" and me == "1":
     sys.exit(3)
-if sys.argv[1] == "die" and me == "1":
+if what == "die" and me == "1":
     os.kill(os.getpid(), signal.SIGKILL)
-if sys.argv[1] != "end":
+if what != "end":
     time.sleep(60)
 """
 
@@ -198,7 +244,7 @@ def stub(tmp_path):
     (tmp_path / "lmjax/__init__.py").touch()
     (tmp_path / "lmjax/cli.py").write_text(STUB)
     return lambda what: subprocess.Popen(
-        [sys.executable, ROOT / "launch/processes.py", "--processes", "3", "--patience", "0.3", "--", what],
+        [sys.executable, ROOT / "launch/processes.py", "--processes", "3", "--patience", "0.3", "--", "report", what],
         cwd=tmp_path, text=True, stdout=subprocess.PIPE)
 
 
@@ -225,19 +271,33 @@ def test_signals_reach_all_processes(stub, number):
 def test_local_runs_processes(cloud):
     """Of the environment that launch/lib.sh makes; a dry run makes none."""
     cloud.env["LMJAX_VENV"] = str(cloud.home / "venv")
-    arguments = ("--processes", "2", "--devices-per-process", "4", "--dry-run", "--", "train", "--config", "a b")
+    arguments = ("--processes", "2", "--devices-per-process", "4", "--dry-run", *TRAIN)
     python = cloud.env.pop("LMJAX_PYTHON")
     printed = cloud.run("local", *arguments).splitlines()
     assert len(printed) == 2 and not (cloud.home / "venv").exists()
     for number, line in enumerate(printed):
         words = shlex.split(line)
         assert f"JAX_PROCESS_ID={number}" in words and "JAX_NUM_PROCESSES=2" in words
-        assert words[-4:] == ["lmjax.cli", "train", "--config", "a b"]
+        assert words[-6:] == ["lmjax.cli", *TRAIN[1:]]
         assert any(w.endswith("--xla_force_host_platform_device_count=4") for w in words)
+    assert cloud.run("local", "--dry-run", *arguments[:4], *TRAIN).count("JAX_PROCESS_ID=") == 2
     cloud.env |= {"LMJAX_PYTHON": python, "RUN": "true"}
     host = pathlib.Path(python)
     host.write_text(host.read_text().replace("esac", '  *processes.py*) shift; echo "$@" ;;\nesac'))
     assert cloud.run("local", "--processes", "2", "--", "train").split() == ["--processes", "2", "--", "train"]
+
+
+def test_local_says_what_it_would_do(cloud):
+    cloud.env["LMJAX_VENV"] = str(cloud.home / "venv")
+    said = cloud.run("local", "--config.train.steps=2", "--dry-run")
+    assert said.endswith("train --config configs/quickstart.py --workdir runs/quickstart --config.train.steps=2 \n")
+    assert f"{cloud.home}/venv/bin/python -m lmjax.cli train" in said and not (cloud.home / "venv").exists()
+
+
+def test_gpu_check_refuses_a_time_below_0():
+    done = subprocess.run([sys.executable, ROOT / "launch/gpu_check", "--dry-run", "--seconds", "-1"], text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and "--seconds: expected 0 or more, got -1" in done.stderr
 
 
 def test_a_coordinator_that_cannot_be_reached(tmp_path):

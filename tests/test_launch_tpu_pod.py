@@ -109,6 +109,16 @@ def test_tpu_pod_deletes_nothing_that_it_knows_nothing_of(cloud):
     assert cloud.verbs() == ["describe"] * 5
 
 
+@pytest.mark.parametrize("error", [
+    "ERROR: You do not currently have an active account selected.\nPlease run:\n  $ gcloud auth login",
+    "ERROR: PERMISSION_DENIED: Permission 'tpu.nodes.get' denied"])
+def test_tpu_pod_without_access_does_not_ask_again(cloud, error):
+    cloud.answer({"describe": [[error, 1]]})
+    said = cloud.run("tpu_pod", *POD, *TRAIN, expect=1)
+    assert f"expected gcloud to have access to project p, got: {' '.join(error.split())}" in said
+    assert cloud.verbs() == ["describe"]
+
+
 @pytest.mark.parametrize("code", [75, 1, 134])
 def test_tpu_pod_starts_again_what_was_stopped_or_failed(cloud, code):
     """On the same pod, where that is there: with the checkout and the set-up of the first time."""
@@ -239,7 +249,8 @@ def test_tpu_pod_of_two_slices_and_dry_run(cloud):
 
 
 @pytest.mark.parametrize("wrong", [("--topology", "v5e:2x8"), ("--topology", "v5p:4x4x12"), ("--topology", "v5e-2"),
-                                   ("--topology", "cpu"), ("--env", "A"), ("--config", "configs/nowhere.py")])
+                                   ("--topology", "cpu"), ("--env", "A"), ("--restarts", "-3"),
+                                   ("--poll", "-1"), ("--name", "My_Pod"), ("--config", "configs/nowhere.py")])
 def test_tpu_pod_refuses_before_it_asks_for_a_pod(cloud, wrong):
     arguments = (*POD, *TRAIN, *wrong) if wrong[0] == "--config" else (*POD, *wrong, *TRAIN)
     assert f"{wrong[0]}: expected" in cloud.run("tpu_pod", *arguments, expect=2)
