@@ -17,6 +17,7 @@ from processes import finish, lines
 from lmjax.chips import parse_topology
 
 TRAIN = ("--", "train", "--config", "configs/synthetic.py:tiny", "--workdir", "/mnt/a b")
+BUCKET = "--config.checkpoint.directory=gs://b/run"
 
 
 @pytest.fixture
@@ -69,12 +70,12 @@ def test_gke_takes_names_that_yaml_would_not_and_the_environment(cloud):
     yaml = pytest.importorskip("yaml")
     job = yaml.safe_load(cloud.run(
         "gke", "--name", "2024", "--queue", "on", "--image", "i", "--topology", "v6e:4x4", "--dry-run", "--env",
-        "A=b=c d", "--env", "LIBTPU_INIT_ARGS=--own", "--env", "LMJAX_JOIN_SECONDS=9", *TRAIN[:-1], "gs://b/run"))
+        "A=b=c d", "--env", "LIBTPU_INIT_ARGS=--own", "--env", "LMJAX_JOIN_SECONDS=9", *TRAIN, BUCKET))
     assert (job["metadata"]["name"], job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]) == ("2024", "on")
     container, = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
     assert {e["name"]: e["value"] for e in container["env"]} == {
         "LIBTPU_INIT_ARGS": "--own", "LMJAX_JOIN_SECONDS": "9", "LMJAX_STOPPED_CODE": "75", "A": "b=c d"}
-    assert container["args"] == [*TRAIN[1:-1], "gs://b/run"] and "volumeMounts" not in container
+    assert container["args"] == [*TRAIN[1:], BUCKET] and "volumeMounts" not in container
 
 
 @pytest.mark.parametrize("wrong", [("--name", "Job"), ("--volume", "claim"), ("--topology", "v5e:3"),
@@ -115,7 +116,7 @@ def test_a_command_that_lmjax_would_refuse_is_not_started(cloud, launcher, comma
 
 @pytest.mark.parametrize("command", [
     "train --config=configs/synthetic.py:tiny --workdir=/runs/a --config.train.steps=3",
-    "train --config /mine.py --workdir gs://b/a", "report --workdir /runs/a", "bench data"])
+    "train --config /mine.py --workdir /b/a", "report --workdir /runs/a", "bench data"])
 def test_a_command_that_lmjax_would_take_is(cloud, command):
     cloud.env |= {"LMJAX_PYTHON": sys.executable, "LMJAX_VENV": str(cloud.home / "venv")}
     assert command in cloud.run("slurm", "--dry-run", "--", *command.split())
