@@ -116,6 +116,9 @@ def parse_topology(text: str) -> Topology:
     def wrong(got: str) -> ValueError:
         return ValueError(f"--topology: expected one such as {EXAMPLES}, of {', '.join(CHIPS)}, got {got}; correct it")
 
+    if re.fullmatch(r"(\d+x)?v\d\w*-\d+(x\d+)+", text.strip()):
+        raise ValueError(f"--topology: expected a colon before a shape, got {text!r}; did you mean "
+                         f"{text.strip().replace('-', ':')}?")
     found = re.fullmatch(r"(?:(\d+)x)?(v\d\w*?)(?::(\d+(?:x\d+)*)|-(\d+))", text.strip())
     if not found or (name := ALIASES.get(found[2], found[2])) not in CHIPS:
         raise wrong(repr(text))

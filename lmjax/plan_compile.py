@@ -6,6 +6,7 @@ kept in a directory of ~/.cache/lmjax/plan that is named by all that they depend
 not, as these and how fast they are may be others the next time.
 """
 
+import contextlib
 import gzip
 import hashlib
 import importlib.metadata
@@ -101,7 +102,8 @@ def measure(recipe: Recipe, topology: Topology | str) -> tuple[Result, str]:
     lowered = program.traced.lower()
     traced = time.monotonic()
     result = {"topology": str(topology), "devices": len(devices), "device_kind": devices[0].device_kind,
-              "platform": devices[0].platform, "mesh": dict(program.layout.mesh.shape),
+              "platform": devices[0].platform, "versions": _versions("jax", "jaxlib", "libtpu"),
+              "mesh": dict(program.layout.mesh.shape),
               "slices": [getattr(d, "slice_index", 0) for d in program.layout.mesh.devices.flat],
               **_about(recipe, program)}
     try:
@@ -144,9 +146,10 @@ def _memory(program: Program, step: jax.stages.Compiled) -> dict[str, int]:
     arguments, temporary = said.argument_size_in_bytes, said.temp_size_in_bytes
     fresh = max(said.output_size_in_bytes - said.alias_size_in_bytes, 0)  # the step's input is donated
     code = said.generated_code_size_in_bytes
-    return {"parameters": shard_bytes(shapes.params), "optimizer": shard_bytes(shapes.opt_state),
-            "average": shard_bytes(shapes.ema), "batch": shard_bytes(program.batch), "arguments": arguments,
-            "temporaries": temporary, "outputs": fresh, "code": code, "peak": arguments + temporary + fresh + code}
+    ours = {"parameters": shard_bytes(shapes.params), "optimizer": shard_bytes(shapes.opt_state),
+            "average": shard_bytes(shapes.ema), "batch": shard_bytes(program.batch)}
+    return {**ours, "padding": arguments - sum(ours.values()), "arguments": arguments, "temporaries": temporary,
+            "outputs": fresh, "code": code, "peak": arguments + temporary + fresh + code}
 
 
 def _devices(topology: Topology | str) -> Sequence[jax.Device]:
@@ -162,6 +165,7 @@ def _devices(topology: Topology | str) -> Sequence[jax.Device]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name,
                                              **topology.options).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # both are libtpu's
+        _ = topology.hosts  # says which shapes there are, if this is none of them
         raise ValueError(f"--topology {topology}: expected one that libtpu knows, got {_first_line(error)}; "
                          "try another shape") from None
 
@@ -180,14 +184,17 @@ def _key(request: Result) -> str:
     """Of everything that a compilation's result depends on."""
     package = Path(__file__).parent
     code = {str(file.relative_to(package)): file.read_text() for part in SOURCES for file in package.glob(part)}
-    versions = {}
-    for name in ("jax", "jaxlib", "libtpu", "flax", "optax"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = ""
-    whole = json.dumps([request, code, versions], sort_keys=True)
+    whole = json.dumps([request, code, _versions("jax", "jaxlib", "libtpu", "flax", "optax")], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()[:24]
+
+
+def _versions(*names: str) -> dict[str, str]:
+    """Of those packages that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _child(work: str, topology: Topology | str, flags: dict[str, str], log: Log) -> None:

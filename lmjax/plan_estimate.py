@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lmjax import hlo
-from lmjax.chips import Chip, parse_topology
+from lmjax.chips import GIB, Chip, parse_topology
 
 Result = dict[str, Any]
 
@@ -20,6 +20,7 @@ Result = dict[str, Any]
 ATTENTION_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4, "dq, dkv": 5}
 RULE = ("window", "causal", "spread")  # of a `Result`: which tiles are visited
 SHARES = {"attention": 0.5, "grouped": 0.7}
+LEAST = "matmuls alone, at the rate measured now"  # what a time for the devices at hand is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +228,22 @@ def grouped_flops(call: hlo.Call) -> float:
     a, b = floats[:2]
     shared = max(set(a) & set(b), default=1) if len(b) == 2 else a[-1]
     return 2.0 * math.prod(a) * math.prod(b[-2:]) / shared
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """(name, seconds) of the unit that a time is readable in."""
+    return ("s", 1.0) if seconds >= 0.1 else ("ms", 1e-3) if seconds >= 1e-4 else ("us", 1e-6)
+
+
+def size_unit(size: float) -> tuple[str, float]:
+    """(name, bytes) of the unit that a size is readable in."""
+    return ("GiB", GIB) if size >= GIB else ("MiB", 2**20)
+
+
+def readable(size: float) -> str:
+    """Bytes in their unit."""
+    unit, scale = size_unit(size)
+    return f"{size / scale:.1f} {unit}"
 
 
 def span(values: tuple[float, float], form: Callable[[float], str]) -> str:

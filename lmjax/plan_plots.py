@@ -8,8 +8,7 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from lmjax.chips import GIB
-from lmjax.plan_estimate import Estimate
+from lmjax.plan_estimate import LEAST, Estimate, readable, size_unit, time_unit
 from lmjax.report_plots import COLORS, STYLE
 
 FILLS = {"parameters": COLORS["train"], "optimizer": "#56b4e9", "average": COLORS["ema"], "temporaries": "#e69f00",
@@ -23,18 +22,23 @@ LABELS = {"parameters": "parameters", "optimizer": "optimizer state", "average":
 
 def draw(made: Estimate) -> str:
     """The picture as SVG text."""
-    memory = {kind: made.memory[kind] / GIB for kind in ("parameters", "optimizer", "average", "temporaries")}
-    memory["rest"] = made.memory["peak"] / GIB - sum(memory.values())
+    peak = made.memory["peak"]
+    (size, of_size), (time, of_time) = size_unit(peak), time_unit(made.exposed)
+    memory = {kind: made.memory[kind] / of_size for kind in ("parameters", "optimizer", "average", "temporaries")}
+    memory["rest"] = peak / of_size - sum(memory.values())
+    of = f"of {readable(made.limit)} " if made.limit else ""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "lmjax"}):
         figure = Figure(figsize=(8, 3), layout="constrained")
         FigureCanvasSVG(figure)
         top, bottom = figure.subplots(2, 1)
-        _bar(top, memory, "GiB a chip", made.limit / GIB)
-        top.set_title(f"{made.topology}: memory, {made.memory['peak'] / GIB:.1f} GiB at its peak", loc="left")
-        _bar(bottom, made.seconds, "seconds a step", 0.0)
-        bottom.axvline(made.hidden, color=COLORS["ink"], linestyle=":", label="hidden")
-        bottom.set_title(f"time of a step: {made.hidden:.3f} s with all else hidden behind matmuls and kernels, "
-                         f"{made.exposed:.3f} s with nothing hidden", loc="left")
+        _bar(top, memory, f"{size} a chip", made.limit / of_size if peak > made.limit / 20 else 0.0)
+        top.set_title(f"{made.topology}: memory, {readable(peak)} {of}at its peak", loc="left")
+        _bar(bottom, {kind: s / of_time for kind, s in made.seconds.items()}, f"{time} a step", 0.0)
+        bottom.axvline(made.hidden / of_time, color=COLORS["ink"], linestyle=":", label="hidden")
+        hidden, exposed = (f"{seconds / of_time:.3f} {time}" for seconds in (made.hidden, made.exposed))
+        what = (f"{hidden} with all else hidden behind matmuls and kernels, {exposed} with nothing hidden"
+                if made.limit else f"at least {hidden} ({LEAST})")
+        bottom.set_title(f"time of a step: {what}", loc="left")
         page = io.StringIO()
         figure.savefig(page, format="svg", facecolor="white", metadata={"Date": None})
     return page.getvalue()

@@ -16,8 +16,9 @@ from lmjax.chips import CHIPS, GIB, Topology, parse_topology
 from lmjax.models import ModelConfig, build_model
 from lmjax.nn.layers import MLP_KINDS
 from lmjax.nn.stack import NAMES, REMAT, kept_names
+from lmjax.optim import make_schedule
 from lmjax.plan_compile import Log, compiled
-from lmjax.plan_estimate import Estimate, estimate, span
+from lmjax.plan_estimate import Estimate, estimate, readable, span
 from lmjax.recipe import Recipe
 from lmjax.tree import num_elements
 
@@ -75,13 +76,12 @@ def search(recipe: Recipe, topology: Topology, *, log: Log = lambda line: print(
         made = estimate(result, text) if text else None
         if made is None or not made.fits:
             row["needs_bytes"] = result.get("needs") or made.memory["peak"]
-            log(f"  needs {row['needs_bytes'] / GIB:.1f} GiB: {' '.join(candidate.overrides)}")
+            log(f"  needs {readable(row['needs_bytes'])}: {' '.join(candidate.overrides)}")
         else:
             rows.append((candidate, made))
             row |= {"peak_bytes": made.memory["peak"], "hidden": made.hidden, "exposed": made.exposed,
                     "mfu": list(made.mfu), "tokens_per_second_per_chip": list(made.tokens_per_second)}
-            log(f"  {made.memory['peak'] / GIB:5.1f} GiB, {span(made.tokens_per_second, lambda n: f'{n:,.0f}')} "
-                f"tokens/s a chip, MFU {span(made.mfu, lambda m: f'{m:.1%}')}: {' '.join(candidate.overrides)}")
+            log(as_line(row))
         if len(rows) == COMPILED:
             break
     if refused and len(refused) == len(report):
@@ -91,6 +91,25 @@ def search(recipe: Recipe, topology: Topology, *, log: Log = lambda line: print(
                          f"chip of {topology}, got none of {len(everything)}; {what_would(recipe)}")
     best = max(rows, key=lambda row: row[1].tokens_per_second[0])
     return best[0], report
+
+
+def as_line(row: dict[str, Any]) -> str:
+    """A row of what `search` gives, of a candidate that fits."""
+    return (f"  {readable(row['peak_bytes']):>9}, {span(row['tokens_per_second_per_chip'], lambda n: f'{n:,.0f}')} "
+            f"tokens/s a chip, MFU {span(row['mfu'], lambda m: f'{m:.1%}')}: {' '.join(row['overrides'])}")
+
+
+def ranked(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each that fits, most tokens a second first."""
+    fitting = [row for row in rows if "peak_bytes" in row]
+    return [as_line(row) for row in sorted(fitting, key=lambda row: -row["tokens_per_second_per_chip"][0])]
+
+
+def same_tokens(old: Recipe, new: Recipe) -> list[str]:
+    """A line that says so where another batch takes other steps."""
+    if old.train.batch_size == new.train.batch_size:
+        return []
+    return [f"  batch {old.train.batch_size} -> {new.train.batch_size}: {new.train.steps} steps for the same tokens"]
 
 
 def shortlist(fitting: list[Candidate]) -> list[Candidate]:
@@ -110,6 +129,7 @@ def candidates(recipe: Recipe, topology: Topology) -> Iterator[Candidate]:
     c, chips = recipe.model, topology.chips
     sizes = [2**i for i in range(chips.bit_length()) if chips % 2**i == 0]
     per_slice = chips // topology.slices
+    batches = list(_batches(recipe))
     expert, stage = max(recipe.mesh.expert, 1), max(recipe.mesh.stage, 1)
     as_asked = expert * stage
     for tensor, context, replicas in itertools.product(sizes, sizes, sizes):
@@ -122,15 +142,31 @@ def candidates(recipe: Recipe, topology: Topology) -> Iterator[Candidate]:
         if c.embed_dim % (fsdp * expert):
             continue
         mesh = dataclasses.replace(recipe.mesh, data=data, fsdp=fsdp, context=context, tensor=tensor)
-        for remat, times, micro in itertools.product(dict.fromkeys((c.remat, *POLICIES)), BATCHES, MICROBATCHES):
-            batch = int(recipe.train.batch_size * times)
-            if batch != recipe.train.batch_size * times or batch % (micro * data * fsdp * expert):
+        for remat, (batch, steps), micro in itertools.product(dict.fromkeys((c.remat, *POLICIES)), batches,
+                                                              MICROBATCHES):
+            if batch % (micro * data * fsdp * expert):
                 continue
             changed = dataclasses.replace(
                 recipe, mesh=mesh, model=dataclasses.replace(c, remat=remat),
-                train=dataclasses.replace(recipe.train, batch_size=batch, microbatches=micro),
+                train=dataclasses.replace(recipe.train, batch_size=batch, steps=steps, microbatches=micro),
                 eval=dataclasses.replace(recipe.eval, batch_size=data * fsdp * expert))
-            yield Candidate(changed, _overrides(changed), guess(changed, topology))
+            shorter = (f"--config.train.steps={steps}",) if batch != recipe.train.batch_size else ()
+            yield Candidate(changed, _overrides(changed) + shorter, guess(changed, topology))
+
+
+def _batches(recipe: Recipe) -> Iterator[tuple[int, int]]:
+    """Batches and the steps that take as many tokens with them, where the schedule can be so long."""
+    train = recipe.train
+    for times in BATCHES:
+        batch, steps = int(train.batch_size * times), max(round(train.steps / times), 1)
+        if batch != train.batch_size * times:
+            continue
+        try:
+            make_schedule(recipe.optimizer, steps)
+        except ValueError:  # warm-up does not fit
+            if times != 1:  # the recipe's own is refused when it is compiled
+                continue
+        yield batch, steps
 
 
 def guess(recipe: Recipe, topology: Topology) -> Guess:
