@@ -4,7 +4,7 @@
     lmjax plan --config configs/mixtral_8x7b.py --topology v5p-128
     # 4.99 .. 6.40 s a step, MFU 44.4% .. 57.0%, 70.7 of 95.74 GiB a chip
     lmjax plan --config configs/mixtral_8x7b.py --topology v5p-256 --config.train.batch_size=512
-    # 4.99 .. 6.40 s a step, MFU 44.4% .. 57.0%, 48.7 of 95.74 GiB a chip
+    # 4.99 .. 6.40 s a step, MFU 44.5% .. 57.0%, 48.7 of 95.74 GiB a chip
 
 On twice the chips, give it twice the rows, as the second plan has it.
 """
