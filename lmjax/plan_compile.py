@@ -131,7 +131,7 @@ def _about(recipe: Recipe, program: Program) -> Result:
     model, fields = program.model, {name: leaf.shape[1] for name, leaf in program.batch.items()}
     causal = model.config.family == "decoder"
     with use_layout(program.layout):
-        spread = causal and not model.config.moe.capacity and spreads(model.kernel, recipe.data.seq_len)
+        spread = spreads(model.kernel, recipe.data.seq_len, causal=causal, capacity=model.config.moe.capacity)
         expert_ways = ways("experts")
     return {"parameters": num_elements(model.shapes), "tokens": recipe.train.batch_size * recipe.data.seq_len,
             "seq_len": recipe.data.seq_len, "window": window_of(model.config),
@@ -164,7 +164,7 @@ def _devices(topology: Topology | str) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name,
                                              **topology.options).devices
-    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # both are libtpu's
+    except RuntimeError as error:
         _ = topology.hosts  # says which shapes there are, if this is none of them
         raise ValueError(f"--topology {topology}: expected one that libtpu knows, got {_first_line(error)}; "
                          "try another shape") from None

@@ -288,7 +288,8 @@ class Trunk(nnx.Module):
             x_BTD, keys = per_part(lambda x, key: dropout(x, c.dropout, key), x_BTD, keys[0]), keys[1:]
         x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")  # before it is scattered: else the table is gathered
         T, index_BT = x_BTD.shape[1], None
-        spread = self.causal and cache is None and prefix_BT is None and not c.moe.capacity and spreads(self.kernel, T)
+        spread = cache is None and prefix_BT is None and spreads(self.kernel, T, causal=self.causal,
+                                                                 capacity=c.moe.capacity)
         if spread:  # all that follows goes token by token, or asks where they stand
             at_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], positions_BT.shape)
             x_BTD, positions_BT, segments_BT, index_BT = map(balanced, (x_BTD, positions_BT, segments_BT, at_BT))

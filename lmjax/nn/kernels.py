@@ -95,10 +95,11 @@ def prepare(visibility: Visibility, kernel: str) -> Visibility:
     return visibility._replace(made=visibility.mask()) if KERNELS[kernel].dense else visibility
 
 
-def spreads(kernel: str, T: int) -> bool:
-    """Whether causal rows of T tokens are laid out by `shards.balanced`: where a sequence is split, and can be."""
+def spreads(kernel: str, T: int, *, causal: bool, capacity: float = 0.0) -> bool:
+    """Whether rows of T tokens are laid out by `shards.balanced`: where a sequence is split, and can be, and the later
+    tokens have more to see. capacity: of experts, whose slots go by the order of tokens."""
     multiple = KERNELS[kernel].balanced * 2 * ways("seq")
-    return multiple > 0 and ways("seq") > 1 and T % multiple == 0
+    return causal and not capacity and multiple > 0 and ways("seq") > 1 and T % multiple == 0
 
 
 def with_cache(kernel: str, T: int, S: int) -> str:

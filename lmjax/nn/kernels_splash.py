@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmjax.nn.shards import RESIDUALS, axes_of, in_reading_order, padded, per_shard, ways
+from lmjax.nn.shards import RESIDUALS, axes_of, in_reading_order, padded, per_shard, pieces, ways
 from lmjax.nn.visibility import Visibility
 from lmjax.sharding import current_layout, device_kind, platform
 
@@ -95,8 +94,7 @@ def make_kernel(T: int, S: int, heads: int, causal: bool, window: int, softcap: 
     mask = (masks.LocalMask((T, S), (back, 0 if causal else back), 0) if window else
             masks.CausalMask((T, S)) if causal else masks.FullMask((T, S)))
     if spread:
-        mask.q_sequence = np.concatenate([order for i in range(query_shards) for order in (
-            mask.q_sequence.reshape(2 * query_shards, -1)[[i, 2 * query_shards - 1 - i]])])
+        mask.q_sequence = mask.q_sequence.reshape(2 * query_shards, -1)[pieces(query_shards)].reshape(-1)
     fused = S // tiles.dkv_keys <= PARTIAL
     dq = {} if fused else dict(block_q_dq=tiles.dq_queries, block_kv_dq=tiles.dq_keys)
     sizes = splash.BlockSizes(

@@ -85,6 +85,11 @@ def _moved(x_BTD: jax.Array, to: str, back: str) -> jax.Array:
 _moved.defvjp(lambda x, to, back: (_moved(x, to, back), None), lambda to, back, _, g: (_moved(g, back, to),))
 
 
+def pieces(n: int) -> list[int]:
+    """Of 2n pieces of a sequence, which lie where once `balanced` has spread them over n devices."""
+    return [piece for i in range(n) for piece in (i, 2 * n - 1 - i)]
+
+
 def balanced(x: jax.Array, *, back: bool = False) -> jax.Array:
     """x [B, T, ...] with its sequence in the order in which every device of `n` has as much before it: the i-th holds
     pieces i and 2n - 1 - i of 2n. back: in reading order again.
@@ -96,26 +101,26 @@ def balanced(x: jax.Array, *, back: bool = False) -> jax.Array:
     hops = [[(i, min(piece, 2 * n - 1 - piece)) for i, piece in enumerate(range(odd, 2 * n, 2))] for odd in (0, 1)]
 
     def local(x: jax.Array) -> jax.Array:
-        pieces, even_first = jnp.split(x, 2, axis=1), jax.lax.axis_index(axes) % 2 == 0
+        halves, even_first = jnp.split(x, 2, axis=1), jax.lax.axis_index(axes) % 2 == 0
 
         def sorted_by(even_first: jax.Array, a: jax.Array, b: jax.Array) -> list[jax.Array]:
             return [jnp.where(even_first, a, b), jnp.where(even_first, b, a)]
 
         if back:
-            pieces = sorted_by(even_first, *pieces)
-            pieces = [jax.lax.ppermute(a, axes, [(j, i) for i, j in hop]) for a, hop in zip(pieces, hops, strict=True)]
+            halves = sorted_by(even_first, *halves)
+            halves = [jax.lax.ppermute(a, axes, [(j, i) for i, j in hop]) for a, hop in zip(halves, hops, strict=True)]
         else:
-            pieces = [jax.lax.ppermute(a, axes, hop) for a, hop in zip(pieces, hops, strict=True)]
-            pieces = sorted_by(even_first, *pieces)
-        return jnp.concatenate(pieces, axis=1)
+            halves = [jax.lax.ppermute(a, axes, hop) for a, hop in zip(halves, hops, strict=True)]
+            halves = sorted_by(even_first, *halves)
+        return jnp.concatenate(halves, axis=1)
 
     return jax.shard_map(local, mesh=layout.mesh, in_specs=spec, out_specs=spec)(x)
 
 
-def in_reading_order(x: jax.Array, n: int, axis: int = 1) -> jax.Array:
-    """A whole x that `balanced` spread over n devices, on each of them."""
-    pieces = jnp.split(x, 2 * n, axis=axis)
-    return jnp.concatenate([*pieces[::2], *pieces[::-2]], axis=axis)
+def in_reading_order(x: jax.Array, n: int) -> jax.Array:
+    """A whole x [B, S, ...] that `balanced` spread over n devices, on each of them."""
+    parts = jnp.split(x, 2 * n, axis=1)
+    return jnp.concatenate([parts[pieces(n).index(piece)] for piece in range(2 * n)], axis=1)
 
 
 def padded(multiple: int, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,

@@ -23,14 +23,15 @@ REMAT = {
 
 
 def kept_names(remat: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a row of `REMAT`, or some of `NAMES` joined by +, keeps on the device, and what in the host's memory (of a
-    list, those written host:NAME).
+    """What a row of `REMAT` but "none", or some of `NAMES` joined by +, keeps on the device, and what in the host's
+    memory (of a list, those written host:NAME).
 
     Raises:
       ValueError: an unknown name.
     """
+    assert remat != "none", "which keeps everything"
     if remat in REMAT:
-        return REMAT[remat] or (), ()
+        return REMAT[remat], ()
     parts = remat.split("+")
     host = tuple(part.removeprefix("host:") for part in parts if part.startswith("host:"))
     device = tuple(part for part in parts if not part.startswith("host:"))

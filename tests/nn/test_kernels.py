@@ -219,7 +219,7 @@ def test_rows_that_are_spread_evenly(kernel, T, window):
 
     def apart(q, k, v):
         with use_layout(layout):
-            assert spreads(kernel, T) and not spreads(kernel, T - 2)
+            assert spreads(kernel, T, causal=True) and not spreads(kernel, T - 2, causal=True)
             q, k, v, rows, index = map(balanced, (q, k, v, segments, at))
             see = Visibility(index, index, rows, rows, window=window, in_order=True, index=index)
             return balanced(attend(q, k, v, see, kernel=kernel, **how), back=True)
