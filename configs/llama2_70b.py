@@ -7,7 +7,7 @@
 
 from ml_collections import ConfigDict
 
-from lmjax.pods import pod
+from lmjax.training.pods import pod
 
 
 def get_config() -> ConfigDict:

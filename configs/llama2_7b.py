@@ -12,7 +12,7 @@
 
 from ml_collections import ConfigDict
 
-from lmjax.pods import pod
+from lmjax.training.pods import pod
 
 TOKENS = 2e12  # of the paper
 

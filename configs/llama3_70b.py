@@ -11,7 +11,7 @@
 
 from ml_collections import ConfigDict
 
-from lmjax.pods import pod
+from lmjax.training.pods import pod
 
 TOKENS = 15e12  # of the paper
 

@@ -14,7 +14,7 @@ Llama 3.1 8B on v5p-128 with rows of 131,072 tokens, each over eight chips.
 
 from ml_collections import ConfigDict
 
-from lmjax.pods import pod
+from lmjax.training.pods import pod
 
 TOKENS = 15e12  # of the paper
 

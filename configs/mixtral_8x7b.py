@@ -11,7 +11,7 @@ On twice the chips, give it twice the rows, as the second plan has it.
 
 from ml_collections import ConfigDict
 
-from lmjax.pods import pod
+from lmjax.training.pods import pod
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lmjax.cli import COMMANDS  # noqa: E402  (of the checkout; it needs no JAX)
+from lmjax.cli.main import COMMANDS  # noqa: E402  (of the checkout; it needs no JAX)
 
 
 def option(command: list[str], flag: str) -> str:

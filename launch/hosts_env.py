@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from lmjax.chips import Topology
+from lmjax.runtime.chips import Topology
 
 STOPPED = 75  # the exit code of a run that was stopped and has saved its step: there is more to do
 JOIN_SECONDS = 1800  # for all hosts to come, some of which the cloud may have to find first

@@ -12,26 +12,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax import interop
-from lmjax.attention_maps import attention_maps, draw_attention
-from lmjax.beam import beam_search
-from lmjax.checkpoint import About, Checkpointer
+from lmjax import huggingface
 from lmjax.config import at_least, choice
 from lmjax.data.objectives import ENCODER, START_ID, Objective
 from lmjax.data.packing import Rows, fill_rows
 from lmjax.data.tokenizer import NamedIds, Tokenizer
-from lmjax.generate import Generator, bucket, jit_on
-from lmjax.losses import log_likelihoods
+from lmjax.decoding.attention_maps import attention_maps, draw_attention
+from lmjax.decoding.beam import beam_search
+from lmjax.decoding.generate import Generator, bucket, jit_on
+from lmjax.decoding.sampling import Sampling
+from lmjax.decoding.speculative import Draft, speculate
+from lmjax.decoding.stopping import Watch, cut
 from lmjax.models import Batch, Model, build_model
 from lmjax.nn.module import Params
-from lmjax.pretrained import find
-from lmjax.recipe import Recipe
-from lmjax.runtime import new_directory
-from lmjax.sampling import Sampling
+from lmjax.runtime.distributed import new_directory
 from lmjax.sharding import Layout, MeshConfig, make_layout, use_layout
-from lmjax.speculative import Draft, speculate
-from lmjax.stream import Watch, cut
-from lmjax.train_state import TrainState
+from lmjax.training.checkpoint import About, Checkpointer
+from lmjax.training.losses import log_likelihoods
+from lmjax.training.pretrained import find
+from lmjax.training.recipe import Recipe
+from lmjax.training.state import TrainState
 
 SCORE_ROWS = 16  # scored at a time, of long rows fewer:
 SCORE_TOKENS = SCORE_ROWS * 1024  # as many as these are of
@@ -230,8 +230,8 @@ class LM:
 
     def export(self, out: str | os.PathLike, *, model_type: str = "", dtype: str = "",
                max_shard_bytes: int = 5_000_000_000, log: Callable[[str], None] = print) -> None:
-        """Writes a Hugging Face directory: `lmjax.interop.write_directory`, which says what it refuses."""
-        interop.write_directory(Path(out), self.model, self.params, self.tokenizer, model_type=model_type,
+        """Writes a Hugging Face directory: `lmjax.huggingface.write_directory`, which says what it refuses."""
+        huggingface.write_directory(Path(out), self.model, self.params, self.tokenizer, model_type=model_type,
                                 dtype=dtype, max_shard_bytes=max_shard_bytes, source=self.about.get("huggingface"),
                                 max_positions=self.recipe.data.seq_len, log=log)
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lmjax.checkpoint import checkpoint_steps, read_about, restore_params
 from lmjax.models import build_model
-from lmjax.recipe import build_recipe
+from lmjax.training.checkpoint import checkpoint_steps, read_about, restore_params
+from lmjax.training.recipe import build_recipe
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -12,11 +12,11 @@ import pytest
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from lmjax.chips import parse_topology
 from lmjax.config import Text, build, load, plain
 from lmjax.models import build_model
-from lmjax.recipe import Recipe, blocking_changes, build_recipe, check_schedule
+from lmjax.runtime.chips import parse_topology
 from lmjax.sharding import MESH_AXES, Layout, MeshConfig, make_layout
+from lmjax.training.recipe import Recipe, blocking_changes, build_recipe, check_schedule
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SYNTHETIC = str(ROOT / "configs" / "synthetic.py")

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import lmjax
-from lmjax import cli
 from lmjax import lm as lm_module
+from lmjax.cli import main as cli
 from lmjax.data import open_splits
-from lmjax.generate import Generator, Sampling
+from lmjax.decoding.generate import Generator, Sampling
 from lmjax.lm import LM
 
 KNOWN, PADDED = 300, 384  # ids of the tokenizer, rows of the table

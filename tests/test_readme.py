@@ -97,7 +97,7 @@ def test_every_link_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_named_setting_exists(page):
-    from lmjax.recipe import Recipe
+    from lmjax.training.recipe import Recipe
 
     sections = "model|data|optimizer|mesh|train|eval|checkpoint|sample|watch"
     for section, key in re.findall(rf"`({sections})\.(\w+)`", page.read_text()):

@@ -14,8 +14,8 @@ from lmjax.models.decoder import DecoderConfig
 from lmjax.nn import ops, positions
 from lmjax.optim import OptimizerConfig, make_optimizer
 from lmjax.sharding import MESH_AXES, RULES, MeshConfig, constrain, make_layout, use_layout
-from lmjax.train_state import state_spec
-from lmjax.train_step import next_token_loss
+from lmjax.training.state import state_spec
+from lmjax.training.step import next_token_loss
 from lmjax.tree import named_leaves
 
 MESHES = {

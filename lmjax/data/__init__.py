@@ -2,7 +2,7 @@
 
 from lmjax.data.batches import eval_batches, make_batches
 from lmjax.data.pipeline import DataConfig, open_splits
-from lmjax.data.sources import SourceConfig
+from lmjax.data.text.sources import SourceConfig
 from lmjax.data.tokenizer import Tokenizer, TokenizerConfig
 
 __all__ = ["DataConfig", "SourceConfig", "Tokenizer", "TokenizerConfig", "eval_batches", "make_batches",

@@ -11,14 +11,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from lmjax.config import at_least, choice, plain
-from lmjax.data import clean, packing
-from lmjax.data.curate import CurateConfig
+from lmjax.data import packing
 from lmjax.data.objectives import AugmentConfig, Objective, ObjectiveConfig, Pieces
 from lmjax.data.order import StagedMixture, fold, key_of
 from lmjax.data.packing import Rows
-from lmjax.data.sources import SourceConfig, is_synthetic
+from lmjax.data.preparation.curate import CurateConfig
 from lmjax.data.store import Documents, SplitStore, canonical, read_manifest
 from lmjax.data.synthetic import SyntheticRows
+from lmjax.data.text import clean
+from lmjax.data.text.sources import SourceConfig, is_synthetic
 from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, word_tables
 
 SYNTHETIC_ROWS = 4096  # an epoch of `synthetic`; `synthetic:N` has N

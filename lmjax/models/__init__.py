@@ -12,7 +12,7 @@ from lmjax.models.decoder import Decoder, DecoderConfig
 from lmjax.models.encdec import EncDec, EncDecConfig
 from lmjax.models.encoder import Encoder, EncoderConfig
 from lmjax.models.transformer import Cache, empty_cache
-from lmjax.nn.kernels import choose_kernel
+from lmjax.nn.kernels.choose import choose_kernel
 from lmjax.nn.module import Functional, Params, functional
 from lmjax.nn.moe import Routing
 from lmjax.nn.stack import Apart, is_apart
@@ -71,7 +71,7 @@ class Model:
         return Hidden(x_BTD, *model.unembedding, routing)
 
     def logits(self, params: Params, batch: Batch) -> jax.Array:
-        """float32 logits [B, T, V], all of them; use a loss of `lmjax.losses` where they need not be held."""
+        """float32 logits [B, T, V], all of them; use a loss of `lmjax.training.losses` where they need not be held."""
         return self._logits(*self.hidden(params, batch)[:3])
 
     def encode(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:

@@ -13,15 +13,15 @@ from flax import nnx
 
 from lmjax.config import at_least, choice
 from lmjax.nn.attention import Attention, Fed, KVCache
-from lmjax.nn.kernels import prepare, spreads, with_cache
+from lmjax.nn.kernels.choose import prepare, spreads, with_cache
 from lmjax.nn.layers import MLP, MLP_KINDS, NORMS, Embedding, dropout, residual_init
+from lmjax.nn.masking import Visibility
 from lmjax.nn.module import normal
 from lmjax.nn.moe import MoE, MoEConfig, Routing
 from lmjax.nn.pipeline import per_part, split_key
 from lmjax.nn.positions import RopeScaling, Rotation, relative_buckets, rope_rotation, sinusoids
-from lmjax.nn.shards import balanced, scattered, stream, whole
+from lmjax.nn.sequence import balanced, scattered, stream, whole
 from lmjax.nn.stack import Stack, remat_policy
-from lmjax.nn.visibility import Visibility
 from lmjax.sharding import constrain
 
 POSITIONS = ("rope", "learned", "sinusoidal", "relative", "none")

@@ -1,0 +1,1 @@
+"""Layers, attention, positions, experts, and the stack that runs them."""

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lmjax.nn.kernels import KERNELS, attend
+from lmjax.nn.kernels.choose import KERNELS, attend
 from lmjax.nn.layers import Dense
+from lmjax.nn.masking import Visibility
 from lmjax.nn.module import Initializer
 from lmjax.nn.ops import gradient_barrier
 from lmjax.nn.positions import Rotation, apply_rope
-from lmjax.nn.shards import scattered
-from lmjax.nn.visibility import Visibility
+from lmjax.nn.sequence import scattered
 from lmjax.sharding import constrain
 
 

@@ -20,7 +20,7 @@ from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, Dense
 from lmjax.nn.module import Initializer, param
 from lmjax.nn.ops import MATMUL
 from lmjax.nn.quantized import matmuls_in
-from lmjax.nn.shards import axes_of
+from lmjax.nn.sequence import axes_of
 from lmjax.sharding import constrain, current_layout, platform
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]  # rows and the experts' matrices [E, in, out] -> rows

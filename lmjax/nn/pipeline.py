@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmjax.nn.shards import stream
+from lmjax.nn.sequence import stream
 from lmjax.sharding import constrain, current_layout, current_microbatches
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from lmjax.nn.module import Params, merge_module, split_module, stack_modules
 from lmjax.nn.ops import MATMUL
 from lmjax.nn.pipeline import pipeline
-from lmjax.nn.shards import axes_of
+from lmjax.nn.sequence import axes_of
 
 NAMES = ("query", "key", "value", "kernel", "out", "gate", "up")  # of a layer's arrays, that `remat` may list
 # What the backward pass finds saved of a layer's forward pass; the rest it computes again.

@@ -9,7 +9,7 @@ import sentencepiece
 
 from lmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer, TokenizerConfig, word_tables
 from lmjax.data.tokenizer import train_model as train
-from lmjax.pretrained import make_tokenizer as make
+from lmjax.training.pretrained import make_tokenizer as make
 
 NASTY = [
     "", " ", "  ", "a  b   c    d", "  lead", "trail  ", "\n", "\n\n\n", "\r", "\r\n\r", "\t\tx\t",

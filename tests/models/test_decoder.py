@@ -10,7 +10,7 @@ import pytest
 
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
-from lmjax.train_step import next_token_loss
+from lmjax.training.step import next_token_loss
 from lmjax.tree import named_leaves, num_elements
 
 V, D, H, F, LAYERS, T = 48, 32, 4, 56, 2, 10

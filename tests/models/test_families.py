@@ -14,7 +14,7 @@ from lmjax.models.decoder import DecoderConfig
 from lmjax.models.encdec import EncDecConfig
 from lmjax.models.encoder import EncoderConfig
 from lmjax.sharding import MeshConfig, make_layout, use_layout
-from lmjax.train_step import next_token_loss
+from lmjax.training.step import next_token_loss
 from lmjax.tree import named_leaves, num_elements
 
 T, LENGTHS = 20, np.array([20, 13])

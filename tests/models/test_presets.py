@@ -6,7 +6,7 @@ import pytest
 from lmjax.config import Text
 from lmjax.models import build_model
 from lmjax.models.presets import PRESETS, with_preset
-from lmjax.recipe import build_recipe
+from lmjax.training.recipe import build_recipe
 from lmjax.tree import num_elements
 
 COUNTS = {

@@ -9,8 +9,8 @@ import pytest
 
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.nn.masking import Visibility
 from lmjax.nn.positions import apply_rope, rope_rotation
-from lmjax.nn.visibility import Visibility
 
 B, T = 2, 12
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2]], np.int32)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from lmjax.data import open_splits
-from lmjax.nn.kernels import attend, prepare
-from lmjax.nn.visibility import Visibility
-from lmjax.program import make_program
-from lmjax.recipe import build_recipe
+from lmjax.nn.kernels.choose import attend, prepare
+from lmjax.nn.masking import Visibility
+from lmjax.training.program import make_program
+from lmjax.training.recipe import build_recipe
 
 pytestmark = pytest.mark.gpu
 

@@ -9,10 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.nn import kernels_chunked, kernels_splash, kernels_xla
-from lmjax.nn.kernels import ALL, KERNELS, attend, choose_kernel, prepare, spreads, with_cache
-from lmjax.nn.shards import balanced
-from lmjax.nn.visibility import Visibility
+from lmjax.nn.kernels import (
+    chunked as kernels_chunked,
+)
+from lmjax.nn.kernels import (
+    splash as kernels_splash,
+)
+from lmjax.nn.kernels import (
+    xla as kernels_xla,
+)
+from lmjax.nn.kernels.choose import (
+    ALL,
+    KERNELS,
+    attend,
+    choose_kernel,
+    prepare,
+    spreads,
+    with_cache,
+)
+from lmjax.nn.masking import Visibility
+from lmjax.nn.sequence import balanced
 from lmjax.sharding import MeshConfig, make_layout, use_layout
 
 B, T = 2, 12

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from lmjax.config import build
-from lmjax.losses import Loss, with_experts
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
 from lmjax.nn.module import functional
 from lmjax.nn.moe import MoE, MoEConfig, _in_blocks, block_rows
 from lmjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from lmjax.sharding import MeshConfig, make_layout
-from lmjax.train_state import state_spec
-from lmjax.train_step import make_train_step, next_token_loss
+from lmjax.training.losses import Loss, with_experts
+from lmjax.training.state import state_spec
+from lmjax.training.step import make_train_step, next_token_loss
 
 B, T, D, F, E = 2, 9, 8, 12, 4
 REAL = np.arange(T) < np.array([[9], [6]])

@@ -12,9 +12,9 @@ from processes import lines
 from lmjax.data.packing import DECODER
 from lmjax.nn.ops import matmul
 from lmjax.nn.quantized import KINDS, matmuls_in
-from lmjax.program import make_program
-from lmjax.recipe import build_recipe
-from lmjax.train import train
+from lmjax.training.loop import train
+from lmjax.training.program import make_program
+from lmjax.training.recipe import build_recipe
 
 pytest.importorskip("qwix", reason="not installed: pip install lmjax[qwix]")
 RNG = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from lmjax.config import build
 from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
 from lmjax.nn.stack import REMAT
-from lmjax.train_step import next_token_loss
+from lmjax.training.step import next_token_loss
 
 # What is compared to the last bits is compiled by the emitters that users' programs are; conftest.py takes others.
 AS_USERS_DO = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}

@@ -1,0 +1,1 @@
+"""Measurements behind `lmjax bench`; nothing else imports them."""

@@ -1,0 +1,1 @@
+"""Corpus preparation: cleaning, deduplication, decontamination, tokenisation, storage."""

@@ -1,0 +1,1 @@
+"""Text out of a model: sampling, beam search, speculative decoding, attention maps."""

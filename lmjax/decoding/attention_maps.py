@@ -1,0 +1,74 @@
+"""What a model looks at: its attention weights for a text, as arrays and as a picture.
+
+Shape suffixes: B batch, T query sequence, S key sequence, H heads, G kv heads, K head_dim.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmjax.models import Batch, Model, build_model
+from lmjax.nn.kernels.choose import KERNELS
+from lmjax.nn.kernels.xla import xla_attention
+from lmjax.nn.masking import Visibility
+from lmjax.nn.module import Params
+
+RECORDED = "recorded"
+
+
+def _record(maps: list[np.ndarray], q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: Visibility,
+            **options: Any) -> jax.Array:
+    B, S, G, K = k_BSGK.shape
+    eye_SS = jnp.pad(jnp.eye(S, dtype=q_BTHK.dtype), ((0, 0), (0, -S % K)))
+    # Attention to the identity is the weights themselves, as many columns at a time as a value has.
+    parts = [xla_attention(q_BTHK, k_BSGK, jnp.broadcast_to(eye_SS[None, :, None, at : at + K], (B, S, G, K)),
+                           visibility, **options) for at in range(0, S, K)]
+    maps.append(np.asarray(jnp.concatenate(parts, axis=-1)[..., :S]).swapaxes(1, 2))
+    return xla_attention(q_BTHK, k_BSGK, v_BSGK, visibility, **options)
+
+
+def attention_maps(model: Model, params: Params, batch: Batch) -> np.ndarray:
+    """float32 [layers, B, H, T, S]: how much each token looks at each, in every head; rows of tokens sum to 1.
+
+    batch: as `Model.encode` takes it; an encoder-decoder's layers are its encoder's. Runs operation by operation, for a
+    few texts.
+    """
+    config = dataclasses.replace(model.config, attention=RECORDED)
+    maps: list[np.ndarray] = []
+    # Only while it can work: no config may ask for it.
+    KERNELS[RECORDED] = dataclasses.replace(KERNELS["xla"], run=functools.partial(_record, maps),
+                                            note="keeps the weights; outside of jit only")
+    try:
+        watched = build_model(config, vocab_size=0, platform="cpu", dtype=jnp.float32)
+        with jax.disable_jit():  # a scan over layers becomes a loop, whose attention weights are plain arrays
+            watched.encode(params, batch)
+    finally:
+        del KERNELS[RECORDED]
+    return np.stack(maps)
+
+
+def draw_attention(maps: np.ndarray, tokens: Sequence[str], out: str | Path, *, layer: int = -1) -> None:
+    """A picture, one square a head, of one layer of the maps [layers, H, T, S] of a text."""
+    from matplotlib.figure import Figure
+
+    heads = maps[layer]
+    columns = math.ceil(math.sqrt(len(heads)))
+    rows = math.ceil(len(heads) / columns)
+    size = max(2.2, 0.16 * len(tokens))
+    figure = Figure(figsize=(size * columns, size * rows), layout="constrained")
+    for head, axes in enumerate(np.atleast_1d(figure.subplots(rows, columns)).ravel()):
+        axes.set_axis_off()
+        if head < len(heads):
+            axes.set_axis_on()
+            axes.imshow(heads[head], cmap="Blues", vmin=0, vmax=1)
+            axes.set_title(f"head {head}", fontsize=8)
+            axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=5)
+            axes.set_yticks(range(len(tokens)), tokens, fontsize=5)
+    figure.savefig(out, dpi=150)

@@ -1,0 +1,1 @@
+"""Attention kernels, one per file, and the table that chooses between them."""

@@ -1,0 +1,1 @@
+"""What a run would need on a TPU: its real step, compiled without one."""

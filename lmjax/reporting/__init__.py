@@ -1,0 +1,1 @@
+"""Reports of runs and of prepared data, as HTML pages with pictures."""

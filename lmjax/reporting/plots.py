@@ -1,0 +1,274 @@
+"""The pictures of a report: matplotlib figures as SVG text that sits inside an HTML page.
+
+No pyplot and no global state. Text stays text and colours become CSS variables (`--train`, `--grid`, ...),
+so that the page decides the font and can be light or dark.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from lmjax.monitoring.metrics import human_count
+
+# From the palette of Okabe and Ito (2008), told apart with every common kind of colour blindness.
+COLORS = {
+    "ink": "#26323f",
+    "muted": "#67737f",
+    "grid": "#e4e9ee",
+    "train": "#0072b2",
+    "heldout": "#d55e00",
+    "second": "#009e73",
+    "ema": "#aa4499",
+}
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "text.color": COLORS["ink"],
+    "text.parse_math": False,
+    "axes.facecolor": "none",
+    "axes.edgecolor": COLORS["grid"],
+    "axes.labelcolor": COLORS["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": COLORS["grid"],
+    "grid.linewidth": 0.7,
+    "xtick.color": COLORS["muted"],
+    "ytick.color": COLORS["muted"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.7,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.handlelength": 1.5,
+    "path.simplify": True,
+}
+MAX_POINTS = 400  # of a curve; about one for each pixel that it is drawn on
+
+
+@dataclass(frozen=True)
+class Curve:
+    """y [N] against x [N], x increasing, y possibly not finite.
+
+    kind: "trend" draws a running mean over what scatters, "line" the values, "points" a dot for each as well.
+    """
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    color: str
+    kind: str = "trend"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: curves, and horizontal lines as (name, y)."""
+
+    label: str
+    curves: Sequence[Curve]
+    baselines: Sequence[tuple[str, float]] = ()
+    tick: Callable[[float], str] = field(default=lambda value: f"{value:.6g}")
+    log: bool = False
+    from_zero: bool = False
+    least_top: float = 0.0
+    last_values: bool = False  # written in the margin, among the baselines
+
+
+def thin(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, ...]:
+    """Mean x, and mean, least and greatest finite y, of up to `most` runs of neighbouring points.
+
+    x, y [N] -> four arrays [min(N, most)]; nan where a run has no finite y.
+    """
+    chunks = min(len(x), most)
+    if chunks == len(x):
+        finite = np.where(np.isfinite(y), y, np.nan)
+        return x, finite, finite, finite
+    starts = np.arange(chunks) * len(x) // chunks
+    counts = np.diff([*starts, len(x)])
+    good = np.isfinite(y)
+    kept = np.add.reduceat(good, starts, dtype=np.int64)
+
+    def of(ufunc: np.ufunc, fill: float) -> np.ndarray:
+        return np.where(kept > 0, ufunc.reduceat(np.where(good, y, fill), starts), np.nan)
+
+    mean = of(np.add, 0.0) / np.maximum(kept, 1)
+    return np.add.reduceat(x, starts) / counts, mean, of(np.minimum, np.inf), of(np.maximum, -np.inf)
+
+
+def smooth(y: np.ndarray, width: int) -> np.ndarray:
+    """Mean of the finite values among `width` (odd) neighbours, fewer at the ends; nan stays nan."""
+    good, half = np.isfinite(y), width // 2
+    positions = np.arange(len(y))
+    reach = np.minimum(half, np.minimum(positions, len(y) - 1 - positions))
+    low, high = positions - reach, positions + reach + 1
+    sums = np.concatenate([[0.0], np.cumsum(np.where(good, y, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(good)])
+    mean = (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1)
+    return np.where(good, mean, np.nan)
+
+
+def draw(
+    title: str,
+    panels: Sequence[Panel],
+    restarts: Sequence[float] = (),
+    marks: Sequence[tuple[float, str]] = (),
+) -> str:
+    """Panels above one another, with tokens as their common x axis, as one `<svg>` element.
+
+    Args:
+      title: read out to those who cannot see the picture; also keeps the ids of pictures apart.
+      restarts: x of each time that the run was resumed.
+      marks: other places on the x axis, as (x, what happened there).
+    """
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
+        heights = [2.35, 1.0][: len(panels)]
+        figure = Figure(figsize=(6.2, 3.35))
+        FigureCanvasSVG(figure)
+        grid = {"height_ratios": heights, "hspace": 0.16}
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw=grid)[:, 0]
+        margin = any(panel.baselines or panel.last_values for panel in panels)
+        figure.subplots_adjust(left=0.1, right=0.845 if margin else 0.985, top=0.905, bottom=0.125)
+        for ax, panel, ticks in zip(axes, panels, (6, 3), strict=False):
+            _draw_panel(ax, panel, ticks)
+            for x in restarts:
+                ax.axvline(x, color=COLORS["muted"], linewidth=0.9, linestyle=(0, (1, 2)))
+            for x, what in marks:
+                ax.axvline(x, color=COLORS["heldout"], linewidth=1.2)
+                _text(ax, x, 0.04, f" {what}", COLORS["heldout"], transform=ax.get_xaxis_transform())
+        axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
+        axes[-1].xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+        axes[-1].set_xlabel("tokens trained")
+        axes[-1].set_xlim(*_x_limits(panels))
+        return _svg(figure, title)
+
+
+def _x_limits(panels: Sequence[Panel]) -> tuple[float, float]:
+    ends = [curve.x[-1] for panel in panels for curve in panel.curves if len(curve.x)]
+    end = max([*ends, 1.0])
+    return -0.012 * end, 1.012 * end
+
+
+def _text(ax: Axes, x: float, y: float, text: str, color: str, **how: object) -> None:
+    ascii_only = text.encode("ascii", "replace").decode()  # the font that measures it has no other glyphs
+    ax.text(x, y, ascii_only, color=color, fontsize=7.8, va="center", **how)
+
+
+def _draw_panel(ax: Axes, panel: Panel, ticks: int) -> None:
+    seen = [value for _, value in panel.baselines]
+    for curve in panel.curves:
+        seen += _draw_curve(ax, curve)
+    if panel.log:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+        ax.yaxis.set_minor_locator(NullLocator())
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10]))
+    low, high = _y_limits(panel, np.array(seen))
+    ax.set_ylim(low, high)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.tick(value)))
+    for _, value in panel.baselines:
+        ax.axhline(value, color=COLORS["muted"], linewidth=1.0, linestyle=(0, (4, 3)), zorder=1.5)
+    _draw_margin(ax, panel, low, high)
+    ax.set_title(panel.label, loc="left", fontsize=8.5, color=COLORS["muted"], pad=5)
+    shown = [curve for curve in panel.curves if curve.name and np.isfinite(curve.y).any()]
+    if len(shown) > 1:
+        ax.legend(
+            loc="lower right", bbox_to_anchor=(1.0, 0.985), ncols=len(shown), borderaxespad=0, borderpad=0.2,
+            columnspacing=1.2, fontsize=8,
+        )  # fmt: skip
+    if not seen:
+        ax.text(0.5, 0.5, "no finite values", color=COLORS["muted"], ha="center", transform=ax.transAxes)
+
+
+def _draw_curve(ax: Axes, curve: Curve) -> list[float]:
+    """Draws it; returns finite values that the y axis is to span."""
+    color = COLORS[curve.color]
+    x, y, low, high = thin(curve.x, curve.y)
+    few = np.isfinite(y).sum() <= (60 if curve.kind == "points" else 1)  # a lone point makes no line
+    line = y
+    if len(y) >= 60 and curve.kind == "trend":  # a trend through what scatters, over the scatter itself
+        line = smooth(y, len(y) // 40 | 1)
+        if len(x) < len(curve.x):
+            ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        else:
+            ax.plot(x, y, color=color, alpha=0.35, linewidth=0.8)
+    order = 3 if curve.kind == "points" else 2.5
+    ax.plot(x, line, color=color, label=curve.name, marker="o" if few else "", markersize=3.4, zorder=order)
+    if not np.isfinite(y).any():
+        return []
+    return [
+        *line[np.isfinite(line)],
+        *np.nanquantile(y, [0.002, 0.998]),
+    ]  # a lone spike may leave the picture
+
+
+def _y_limits(panel: Panel, seen: np.ndarray) -> tuple[float, float]:
+    seen = seen[seen > 0] if panel.log else seen
+    if not len(seen):
+        return 0.1, 1.0
+    if panel.log:
+        return float(seen.min()) / 1.25, float(seen.max()) * 1.25
+    low, high = float(seen.min()), float(seen.max())
+    if panel.baselines:
+        # The steep start may leave the picture: what matters lies around the baselines and the newest values.
+        newest = [curve.y[np.isfinite(curve.y)][-1:] for curve in panel.curves]
+        high = min(
+            high, 1.12 * max(*(value for _, value in panel.baselines), *np.concatenate([*newest, [0.0]]))
+        )
+    low = 0.0 if panel.from_zero else low
+    high = max(high, panel.least_top)
+    pad = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
+    return low if panel.from_zero else low - pad, high + pad
+
+
+def _draw_margin(ax: Axes, panel: Panel, low: float, high: float) -> None:
+    """Names of the baselines and last values of curves, right of the axes, kept from touching."""
+    labels = [(value, name, COLORS["muted"], "normal") for name, value in panel.baselines]
+    for curve in panel.curves if panel.last_values else ():
+        if curve.kind == "points" and np.isfinite(curve.y).any():
+            value = float(curve.y[np.isfinite(curve.y)][-1])
+            labels.append((value, curve.name, COLORS[curve.color], "bold"))
+    labels.sort(key=lambda label: label[0])
+    heights = [(value - low) / (high - low) for value, *_ in labels]
+    gap = 0.068
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    for i in reversed(range(len(heights))):  # and back down if the top was passed
+        heights[i] = min(heights[i], 1.0 - gap * (len(heights) - 1 - i))
+    for (value, name, color, weight), height in zip(labels, heights, strict=True):
+        _text(ax, 1.015, height, f"{name[:12]} {value:.2f}", color, weight=weight, transform=ax.transAxes)
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure's `<svg>` element, scaled by the page, with its fonts and colours."""
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True,
+        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+    )  # fmt: skip
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<g id=\"[^\"]*\"", "<g", svg)  # nothing refers to groups, and their names repeat
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.S)
+    # Hundredths of a point are enough in the outlines (and only there: tick labels are numbers too).
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    svg = svg.replace("'DejaVu Sans'", "system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', sans-serif")
+    for name, color in COLORS.items():
+        svg = svg.replace(color, f"var(--{name}, {color})")
+    escaped = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    head = f'<svg role="img" aria-label="{escaped}"'
+    return re.sub(r"^<svg width=\"[^\"]*\" height=\"[^\"]*\"|^<svg", lambda _: head, svg, count=1)

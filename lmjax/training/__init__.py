@@ -1,0 +1,1 @@
+"""Training: the recipe, the step, its state, checkpoints and the loop."""

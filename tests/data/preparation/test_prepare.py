@@ -1,0 +1,377 @@
+"""Preparing data: the same from the same text, whole or not at all, and never over something else."""
+
+import dataclasses
+import errno
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import xml.dom.minidom
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lmjax.cli import main as cli
+from lmjax.data import DataConfig, SourceConfig, Tokenizer, TokenizerConfig, open_splits, store
+from lmjax.data.preparation import curate, stages
+from lmjax.data.preparation import prepare as module
+from lmjax.data.preparation.curate import CurateConfig, split_key
+from lmjax.data.preparation.decontaminate import DecontaminateConfig
+from lmjax.data.preparation.dedup import DedupConfig
+from lmjax.data.preparation.engine import Engine
+from lmjax.data.preparation.engine_beam import BeamEngine
+from lmjax.data.preparation.prepare import prepare, trace
+from lmjax.data.text.filters import GopherRepetition
+from lmjax.training import pretrained
+
+WORDS = ["alpha", "beta", "gamma", "return self", "    if x:", "print(1)", "\u65e5\u672c", "\u2581", "\t"]
+
+
+def write_texts(path, count=80, seed=0):
+    rng = random.Random(seed)
+    path.mkdir()
+    for i in range(count):
+        lines = [" ".join(rng.choices(WORDS, k=5)) for _ in range(rng.randint(3, 30))]
+        (path / f"{i:03}.txt").write_text(f"{i}\n" + "\n".join(lines))
+    return path
+
+
+def make_config(texts, **kwargs):
+    fields = {"sources": (SourceConfig("texts", f"text:{texts}/*"),), "seq_len": 32, "heldout_fraction": 0.1,
+              "tokenizer": TokenizerConfig(vocab_size=320)}
+    return DataConfig(**fields | kwargs)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("corpus") / "texts")
+
+
+def silent(line):
+    pass
+
+
+def contents(directory):
+    """The files of a directory; without receipts and report, which say how long it took, and with how many workers."""
+    files = [p for p in sorted(directory.rglob("*")) if p.is_file() and "receipt" not in str(p.relative_to(directory))]
+    return {str(p.relative_to(directory)): p.read_bytes() for p in files if p.name != "data_report.html"}
+
+
+def test_the_stored_documents_are_the_texts(texts, tmp_path):
+    lines = []
+    out = prepare(make_config(texts), str(tmp_path / "out"), log=lines.append)
+    tokenizer = Tokenizer.from_bytes((tmp_path / "out/tokenizer.model").read_bytes())
+    manifest, found = store.read_manifest(out), {}
+    for split in ("train", "heldout"):
+        facts = manifest["sources"]["texts"][split]
+        part = store.SplitStore(out, "texts", split, facts, verify=True)
+        size = 0
+        for i, name in enumerate(part.ids):
+            ids = part.tokens()[part.offsets[i] : part.offsets[i + 1]]
+            assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
+            found[name] = tokenizer.decode(ids[1:-1])
+            size += len(found[name].encode())
+        assert facts["bytes"] == size and facts["documents"] == len(part.ids) > 0
+    assert found == {p.name: p.read_text() for p in texts.iterdir()}
+    assert manifest["tokenizer"] == {"hash": tokenizer.hash, "vocab_size": 320}
+    baselines = json.loads((tmp_path / "out/baselines.json").read_text())
+    assert [b["name"] for b in baselines["baselines"]] == ["unigram", "bigram", "5-gram"]
+    train, heldout = open_splits(make_config(texts), out)
+    assert baselines["heldout"] == {"tokens": heldout.predictions, "bytes": heldout.bytes}
+    assert train.rows(np.arange(4))["tokens"].shape == (4, 32) and train.vocab_size == 320
+    for stage in ("1-ingest: 80 documents", "8-tokenizer: 320", "9-tokens", "baselines", "is ready"):
+        assert any(stage in line for line in lines)
+
+
+ALL = CurateConfig(
+    gopher_repetition=GopherRepetition(max_top_2gram_chars=0.9, max_top_3gram_chars=0.9, max_top_4gram_chars=0.9),
+    dedup=DedupConfig(threshold=0.5, window=8, line_documents=3, line_chars=5), workers=1)
+
+
+def everything(tmp_path, monkeypatch):
+    """A config with every stage at work on many shards."""
+    texts = write_texts(tmp_path / "texts", 60)
+    for i in range(6):  # near copies, and one that is exact but for spaces
+        (texts / f"copy{i}.txt").write_text((texts / f"{i:03}.txt").read_text() + "\nalpha beta 77")
+    (texts / "exact.txt").write_text((texts / "007.txt").read_text() + "  ")
+    monkeypatch.setattr(curate, "SHARD_BYTES", 4000)  # many shards, so that workers have something to share
+    monkeypatch.setattr(stages, "SHARD_BYTES", 4000)
+    evals = DecontaminateConfig(sources=(SourceConfig("e", f"text:{texts}/020.txt"),), words=5)
+    return texts, dataclasses.replace(ALL, decontaminate=evals)
+
+
+def test_any_number_of_workers_and_any_memory_give_the_same_bytes(tmp_path, monkeypatch):
+    texts, whole = everything(tmp_path, monkeypatch)
+    prepare(make_config(texts, curate=whole), str(tmp_path / "a"), log=silent)
+    monkeypatch.setattr(Engine, "memory", property(lambda self: 20_000, lambda self, value: None), raising=False)
+    prepare(make_config(texts, curate=dataclasses.replace(whole, workers=3)), str(tmp_path / "b"), log=silent)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    receipts = [json.loads((tmp_path / side / "receipts/7-finish.json").read_text()) for side in "ab"]
+    assert receipts[0]["output"] == receipts[1]["output"] and len(receipts[0]["facts"]["shards"]) > 4
+    removed = receipts[0]["facts"]["sources"]["texts"]["removed"]
+    assert removed["near_copy"][0] >= 6 and removed["exact_copy"][0] == 1 and removed["contaminated"][0] >= 1
+    assert receipts[0]["facts"]["sources"]["texts"]["changed"]["repeated_window"] > 0
+    assert not list(tmp_path.glob(".*"))
+    assert any("exact.txt was removed in 7-finish by exact_copy for 007.txt" in line
+               for line in trace(str(tmp_path / "a"), "exact.txt"))
+    assert any("copy3.txt" in line or "003.txt" in line for line in trace(str(tmp_path / "a"), "003.txt"))
+    with pytest.raises(ValueError, match="expected the id of a document that was read, got 'none.txt'"):
+        trace(str(tmp_path / "a"), "none.txt")
+    found = json.loads((tmp_path / "a/contamination.json").read_text())
+    assert found[0]["id"] == "020.txt" and "020.txt" in found[0]["documents"]
+    assert 0 < found[0]["words"][0] <= found[0]["words"][1]  # some had been cut as repeated windows
+    xml.dom.minidom.parse(str(tmp_path / "a/data_report.html"))  # well formed
+    assert "near_copy" in (tmp_path / "a/data_report.html").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")  # Beam's own
+def test_apache_beam_gives_the_same_bytes(tmp_path, monkeypatch):
+    pytest.importorskip("apache_beam")
+    texts, whole = everything(tmp_path, monkeypatch)
+    prepare(make_config(texts, curate=whole), str(tmp_path / "a"), log=silent)
+    monkeypatch.setattr(BeamEngine, "memory", property(lambda self: 20_000, lambda self, value: None), raising=False)
+    beam = dataclasses.replace(whole, beam=("--runner=FnApiRunner",))
+    prepare(make_config(texts, curate=beam), str(tmp_path / "b"), log=silent)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert len(os.listdir(tmp_path)) == 3  # nothing is left of the work
+    lossy = make_config(texts, curate=beam, sources=(SourceConfig("none", f"text:{tmp_path}/none/*"),))
+    with pytest.raises(ValueError, match="expected files that match, got none"):
+        prepare(lossy, str(tmp_path / "c"), log=silent)
+
+
+def test_without_apache_beam_it_is_asked_for(texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    config = make_config(texts, curate=CurateConfig(beam=("--runner=FnApiRunner",)))
+    with pytest.raises(ValueError, match=r"data.curate.beam: expected Apache Beam, .*; pip install lmjax\[beam\]"):
+        prepare(config, str(tmp_path / "out"), log=silent)
+
+
+@pytest.mark.parametrize("package, extra, changed", [
+    ("tensorflow_datasets", "tfds", {"sources": (SourceConfig("c4", "tfds:c4/en"),)}),
+    ("ftfy", "clean", {"clean": ("newlines", "ftfy")})])
+def test_a_package_that_is_not_installed_is_asked_for(package, extra, changed, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"expected the package .*, got none.*; pip install 'lmjax\[{extra}\]'") as e:
+        prepare(make_config(texts, **changed), str(tmp_path / "out"), log=silent)
+    assert cli._explain(e.value)[0] == 2
+
+
+def test_prepared_data_is_used_again_and_a_changed_source_is_told(tmp_path):
+    texts, lines = write_texts(tmp_path / "texts", 20), []
+    config, out = make_config(texts), str(tmp_path / "out")
+    prepare(config, out, log=silent)
+    before = contents(tmp_path / "out")
+    assert prepare(config, out, log=lines.append) == out
+    assert len(lines) == 1 and "using the data prepared in" in lines[0]
+    (texts / "new.txt").write_text("more " * 20)
+    prepare(config, out, log=lines.append)
+    assert "files of source texts have changed" in lines[-1]
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("change", [{"min_chars": 10}, {"heldout_fraction": 0.2}, {"clean": ()},
+                                    {"tokenizer": TokenizerConfig(vocab_size=321)}])
+def test_data_of_another_config_is_not_touched(texts, tmp_path, change):
+    prepare(make_config(texts), str(tmp_path / "out"), log=silent)
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=f"data prepared with {next(iter(change))} = .*; repeat"):
+        prepare(make_config(texts, **change), str(tmp_path / "out"), log=silent)
+    assert contents(tmp_path / "out") == before
+    for free in ({"seed": 5}, {"seq_len": 8}, {"packing": "none"}):  # of the rows, not of the data
+        prepare(make_config(texts, **free), str(tmp_path / "out"), log=silent)
+
+
+def test_something_else_in_the_way_is_not_touched(texts, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="expected a prepared directory, .* got something"):
+        prepare(make_config(texts), str(tmp_path / "out"), log=silent)
+    assert contents(tmp_path / "out") == {"thesis.tex": b"years of work"}
+    (tmp_path / "empty").mkdir()
+    prepare(make_config(texts), str(tmp_path / "empty"), log=silent)
+
+
+STAGES = [("ingest", "1-ingest", curate), ("clean_shard", "2-clean", curate),
+          ("make_tokenizer", "8-tokenizer", pretrained),
+          ("write_store", "store", module)]
+
+
+@pytest.mark.parametrize("function, stage, where", STAGES)
+def test_a_full_disk_in_any_stage_leaves_what_was_finished(texts, tmp_path, monkeypatch, function, stage, where):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before, lines = getattr(where, function), []
+    monkeypatch.setattr(where, function, full)
+    with pytest.raises(ValueError, match="expected room for the prepared data, got a full disk; free"):
+        prepare(make_config(texts), str(tmp_path / "out"), log=silent)
+    finished = sorted(path.name for path in (tmp_path / ".out.partial").iterdir())
+    assert not (tmp_path / "out").exists() and all(name < stage for name in finished)
+    monkeypatch.setattr(where, function, before)
+    prepare(make_config(texts), str(tmp_path / "out"), log=lines.append)
+    assert [line.split(":")[1].strip() for line in lines if "done before" in line] == finished
+    assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: (p / "a.jsonl.gz").write_bytes(gzip.compress(os.urandom(50_000).hex().encode())[:30_000]), "whole file"),
+    (lambda p: (p / "a.jsonl").write_text(""), "at least one document, got none"),
+    (lambda p: pq.write_table(pa.table({"body": ["x" * 50]}), p / "a.parquet"), "a column 'text', got .'body'"),
+    (lambda p: (p / "a.jsonl").write_bytes(b'{"text": "\xe9"}\n'), "at most 2.0% of broken records, got 1 of 1"),
+    (lambda p: None, "files that match, got none"),
+])
+def test_bad_input_is_refused_in_one_line(tmp_path, make, message):
+    (tmp_path / "in").mkdir()
+    make(tmp_path / "in")
+    scheme = "parquet" if (tmp_path / "in/a.parquet").exists() else "jsonl"
+    config = make_config("", sources=(SourceConfig("bad", f"{scheme}:{tmp_path}/in/*"),))
+    with pytest.raises(ValueError, match=f"source bad .*expected .*{message}") as error:
+        prepare(config, str(tmp_path / "out"), log=silent)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_evaluation_sets_that_cannot_be_read_are_refused(texts, tmp_path):
+    """Or nothing would be kept out of the corpus, and nobody would know."""
+    (tmp_path / "e.jsonl").write_text('{"question": "alpha beta gamma alpha beta"}\n' * 3)
+    evals = DecontaminateConfig(sources=(SourceConfig("e", f"jsonl:{tmp_path}/e.jsonl"),), words=5)
+    with pytest.raises(ValueError, match=r"source e .*got 3 of 3 \(such as e.jsonl:1: nothing under 'text' \(it has "
+                                         r"\['question'\]\)\); repair"):
+        prepare(make_config(texts, curate=CurateConfig(decontaminate=evals)), str(tmp_path / "out"), log=silent)
+
+
+def test_a_very_long_line_is_a_counted_skip(tmp_path):
+    texts = write_texts(tmp_path / "texts", 10)
+    (texts / "long.txt").write_text("x" * 50_000_000)
+    (texts / "empty.txt").write_text("")
+    manifest = store.read_manifest(prepare(make_config(texts), str(tmp_path / "out"), log=silent))
+    assert manifest["sources"]["texts"]["removed"] == {"too_long": 1, "too_short": 1}
+
+
+def test_a_change_of_the_config_repeats_only_what_depends_on_it(texts, tmp_path, monkeypatch):
+    before, lines = module.write_store, []
+    monkeypatch.setattr(module, "write_store", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(make_config(texts), str(tmp_path / "out"), log=silent)
+    monkeypatch.setattr(module, "write_store", before)
+    tokenizer = TokenizerConfig(vocab_size=330)
+    prepare(make_config(texts, tokenizer=tokenizer), str(tmp_path / "out"), log=lines.append)
+    done = [line.split(":")[1].strip() for line in lines if "done before" in line]
+    assert done == ["1-ingest", "2-clean", "3-exact", "7-finish"]
+    prepare(make_config(texts, tokenizer=tokenizer), str(tmp_path / "straight"), log=silent)
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+KILLED = """
+import os, signal, sys
+from lmjax.data.preparation import prepare, stages as prepare_stages
+from tests.data.preparation.test_prepare import make_config
+def stop(*args, **kwargs):
+    print("here", flush=True)
+    signal.pause()
+for module in (prepare, prepare_stages):
+    if hasattr(module, sys.argv[3]):
+        setattr(module, sys.argv[3], stop)
+prepare.prepare(make_config(sys.argv[1]), sys.argv[2], log=lambda line: None)
+"""
+
+
+def start(texts, out, stage):
+    command = [sys.executable, "-c", KILLED, str(texts), str(out), stage]
+    return subprocess.Popen(command, stdout=subprocess.PIPE)
+
+
+@pytest.mark.long
+def test_killed_at_any_stage_and_started_again(texts, tmp_path):
+    out = tmp_path / "out"
+    prepare(make_config(texts), str(tmp_path / "straight"), log=silent)
+    for stage in ("_tokens", "_manifest"):
+        process = start(texts, out, stage)
+        assert process.stdout.readline() == b"here\n"
+        with pytest.raises(ValueError, match="expected nobody else at work there, got another process"):
+            prepare(make_config(texts), str(out), log=silent)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert not out.exists() and (tmp_path / ".out.partial").exists()
+    prepare(make_config(texts), str(out), log=silent)
+    assert contents(out) == contents(tmp_path / "straight")
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_killed_at_random_moments(texts, tmp_path):
+    out, rng = tmp_path / "out", random.Random(0)
+    for _ in range(2):
+        process = start(texts, out, "-")
+        time.sleep(rng.uniform(0.5, 2.5))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        if out.exists():
+            store.read_manifest(str(out))
+    prepare(make_config(texts), str(out), log=silent)
+    open_splits(make_config(texts), str(out), verify=True)
+
+
+def test_a_tokenizer_that_loses_text_is_refused(texts, tmp_path):
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["alpha beta gamma"] * 50), model_writer=model, vocab_size=14, minloglevel=2)
+    (tmp_path / "t.model").write_bytes(model.getvalue())
+    tokenizer = TokenizerConfig(vocab_size=14, path=str(tmp_path / "t.model"))
+    with pytest.raises(ValueError, match=r"document \d+.txt of source texts: expected a tokenizer that"):
+        prepare(make_config(texts, tokenizer=tokenizer), str(tmp_path / "out"), log=silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_split_is_by_hash_and_never_empty(texts, tmp_path):
+    keys = np.array([split_key(f"d{i}", f"text {i}") for i in range(5000)], np.uint64)
+    assert 400 < (keys < np.uint64(2**64 // 10)).sum() < 600 and len(set(keys)) == 5000
+    config = make_config(texts, heldout_fraction=1e-9)
+    manifest = store.read_manifest(prepare(config, str(tmp_path / "out"), log=silent))
+    assert manifest["sources"]["texts"]["heldout"]["documents"] == 1
+    two = write_texts(tmp_path / "two", 2)
+    for fraction in (1e-9, 0.1, 1 - 1e-9):  # of one of them all the same
+        config = make_config(two, tokenizer=TokenizerConfig(vocab_size=290), heldout_fraction=fraction)
+        manifest = store.read_manifest(prepare(config, str(tmp_path / f"two-{fraction}"), log=silent))
+        assert [manifest["sources"]["texts"][split]["documents"] for split in ("train", "heldout")] == [1, 1]
+
+
+def test_two_sources_keep_apart_and_copies_are_found_across_them(tmp_path):
+    a, b = write_texts(tmp_path / "a", 20), write_texts(tmp_path / "b", 30, seed=1)
+    (b / "copy.txt").write_text((a / "003.txt").read_text())
+    config = make_config(a, sources=(SourceConfig("a", f"text:{a}/*"), SourceConfig("b", f"text:{b}/*")))
+    manifest = store.read_manifest(prepare(config, str(tmp_path / "out"), log=silent))
+    counts = {n: sum(e[s]["documents"] for s in ("train", "heldout")) for n, e in manifest["sources"].items()}
+    assert counts == {"a": 20, "b": 30}
+    assert manifest["sources"]["b"]["removed"] == {"exact_copy": 1}
+    train, _ = open_splits(config, str(tmp_path / "out"))
+    assert [s.name for s in train.sources] == ["a", "b"]
+
+
+@pytest.mark.parametrize("setup, message", [
+    ("one file", "expected two different documents or more, .* got 1 of the 1 read"),
+    ("nothing", "expected files that match, got none"),
+    ("all short", "got 0 of the 5 read"),
+])
+def test_too_little_text(tmp_path, setup, message):
+    (tmp_path / "t").mkdir()
+    for i in range({"one file": 1, "nothing": 0, "all short": 5}[setup]):
+        (tmp_path / "t" / f"{i}.txt").write_text("x" * (1000 if setup == "one file" else 3))
+    with pytest.raises(ValueError, match=message):
+        prepare(make_config(tmp_path / "t"), str(tmp_path / "out"), log=silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_synthetic_data_needs_no_preparing(tmp_path):
+    with pytest.raises(ValueError, match="expected text to prepare, got synthetic data"):
+        prepare(make_config("", sources=(SourceConfig("s", "synthetic"),)), str(tmp_path / "out"), log=silent)

@@ -1,0 +1,396 @@
+"""Hugging Face directories against transformers: the same logits in, the same bits out, nothing wrong let through."""
+
+import functools
+import json
+import re
+import shutil
+import weakref
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lmjax
+from lmjax import huggingface
+from lmjax.cli.main import main
+from lmjax.data.tokenizer import TokenizerConfig, train_model
+from lmjax.huggingface.families import FAMILIES
+from lmjax.huggingface.tensors import open_tensors, read_tensor
+from lmjax.models import build_model
+from lmjax.models.decoder import DecoderConfig
+from lmjax.runtime.distributed import new_directory
+from lmjax.sharding import MeshConfig, make_layout
+from lmjax.tree import named_leaves
+
+V, D, F, LAYERS, POSITIONS = 96, 32, 56, 2, 48
+MISSING = "is not installed, so nothing is compared with it: pip install lmjax[oracle]"
+LLAMA = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=POSITIONS, tie_word_embeddings=False,
+             rope_parameters={"rope_type": "default", "rope_theta": 500.0}, initializer_range=0.3)
+GPT2 = dict(vocab_size=V, n_embd=D, n_layer=LAYERS, n_head=4, n_positions=POSITIONS, initializer_range=0.3)
+GEMMA = LLAMA | dict(head_dim=16, query_pre_attn_scalar=20, sliding_window=5, tie_word_embeddings=True,
+                     num_hidden_layers=3)
+BERT = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS, num_attention_heads=4,
+            max_position_embeddings=POSITIONS, initializer_range=0.3)
+T5 = dict(vocab_size=V, d_model=D, d_kv=16, d_ff=F, num_layers=LAYERS, num_decoder_layers=3, num_heads=4,
+          relative_attention_num_buckets=8, relative_attention_max_distance=12)
+MODERNBERT = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=4, num_attention_heads=4,
+                  max_position_embeddings=POSITIONS, local_attention=8, pad_token_id=0, initializer_range=0.3)
+MARIAN = dict(vocab_size=V, d_model=D, encoder_layers=LAYERS, decoder_layers=3, encoder_attention_heads=4,
+              decoder_attention_heads=4, encoder_ffn_dim=F, decoder_ffn_dim=F, max_position_embeddings=POSITIONS,
+              pad_token_id=0, decoder_start_token_id=0, init_std=0.3)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=3, moe_intermediate_size=24)
+
+
+def rope(kind, **keys):
+    return dict(rope_parameters={"rope_type": kind, "rope_theta": 500.0, "factor": 4.0, **keys})
+
+
+# name -> (their class, their settings)
+MODELS = {
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2-untied-erf": ("GPT2LMHeadModel", GPT2 | dict(tie_word_embeddings=False, activation_function="gelu",
+                                                       n_inner=F)),
+    "llama": ("LlamaForCausalLM", LLAMA),
+    "llama-tied": ("LlamaForCausalLM", LLAMA | dict(tie_word_embeddings=True, num_key_value_heads=4)),
+    "llama3": ("LlamaForCausalLM", LLAMA | rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0,
+                                                original_max_position_embeddings=16)),
+    "llama-yarn": ("LlamaForCausalLM", LLAMA | rope("yarn", original_max_position_embeddings=16)),
+    "mistral": ("MistralForCausalLM", LLAMA | dict(sliding_window=4)),
+    "qwen2": ("Qwen2ForCausalLM", LLAMA | dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
+    "qwen3": ("Qwen3ForCausalLM", LLAMA | dict(head_dim=16)),
+    "mixtral": ("MixtralForCausalLM", LLAMA | dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", LLAMA | EXPERTS | dict(head_dim=16, norm_topk_prob=True)),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", LLAMA | EXPERTS | dict(shared_expert_intermediate_size=40)),
+    "gemma2": ("Gemma2ForCausalLM", GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
+    "gemma3": ("Gemma3ForCausalLM", GEMMA | dict(
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}})),
+    "bert": ("BertForMaskedLM", BERT),
+    "bert-pooler": ("BertModel", BERT),
+    "roberta": ("RobertaForMaskedLM", BERT | dict(max_position_embeddings=POSITIONS + 2, type_vocab_size=1,
+                                                  pad_token_id=1)),
+    "modernbert": ("ModernBertForMaskedLM", MODERNBERT | dict(rope_parameters={
+        "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}})),
+    "modernbert-bare": ("ModernBertModel", MODERNBERT | dict(
+        local_attention=6, layer_types=["sliding_attention", "full_attention"] * 2)),
+    "marian": ("MarianMTModel", MARIAN | dict(activation_function="relu", scale_embedding=True)),
+    "marian-swish": ("MarianMTModel", MARIAN | dict(activation_function="swish")),
+    "t5": ("T5ForConditionalGeneration", T5),
+    "t5-gated": ("T5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+}
+BARE = {"bert-pooler": "bert.", "modernbert-bare": "model."}  # without a head
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """name, dtype -> (a directory that transformers wrote, the model)."""
+    torch = pytest.importorskip("torch", reason=f"torch {MISSING}")
+    transformers = pytest.importorskip("transformers", reason=f"transformers {MISSING}")
+
+    @functools.cache
+    def make(name, dtype="float32", shard="5GB"):
+        torch.manual_seed(0)
+        head, settings = MODELS[name]
+        cls = getattr(transformers, head)
+        model = cls(cls.config_class(**settings, attn_implementation="eager")).to(getattr(torch, dtype)).eval()
+        with torch.no_grad():  # biases and norms that are all 0 or 1 would hide a mix-up
+            biases = [b for k, b in model.named_buffers() if k == "final_logits_bias"]
+            for p in [*(p for p in model.parameters() if p.requires_grad), *biases]:
+                p.add_(0.1 * torch.randn(p.shape).to(p.dtype))
+        path = tmp_path_factory.mktemp("hf") / f"{name}-{dtype}"
+        model.save_pretrained(path, max_shard_size=shard)
+        return path, model
+    return make
+
+
+def outputs_of(model, tokens, length):
+    """transformers' float32 logits (without a head: hidden states), tokens from `length` on masked as padding."""
+    import torch
+
+    mask = (torch.arange(tokens.shape[1])[None] < torch.tensor(length)[:, None]).long()
+    inputs = dict(input_ids=torch.tensor(tokens), attention_mask=mask)
+    if model.config.is_encoder_decoder:
+        inputs |= dict(decoder_input_ids=torch.tensor(tokens[:, ::-1].copy()))
+    with torch.no_grad():
+        return model(**inputs)[0].float().numpy()
+
+
+def batch_of(tokens, length, two):
+    segments = (np.arange(tokens.shape[1])[None] < length[:, None]).astype(np.int32)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    batch = {"tokens": tokens.astype(np.int32), "segment_ids": segments, "positions": positions}
+    if two:
+        batch = {f"encoder_{key}": value for key, value in batch.items()} | {
+            "tokens": batch["tokens"][:, ::-1], "segment_ids": np.ones_like(segments), "positions": positions}
+    return batch
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_imported_models_compute_what_transformers_computes(name, saved):
+    path, theirs = saved(name)
+    tokens, length = np.random.default_rng(0).integers(3, V, (3, 12)), np.array([12, 7, 1])
+    expected = outputs_of(theirs, tokens, length)
+    lm = lmjax.load(path)
+    batch = batch_of(tokens, length, theirs.config.is_encoder_decoder)
+    real = batch["segment_ids"].astype(bool)
+    run = (lambda p, b: lm.model.encode(p, b)[0]) if name in BARE else lm.model.logits
+    got = np.asarray(jax.jit(run)(lm.params, batch))
+    assert np.abs(got - expected)[real].max() <= 2e-5 * np.abs(expected[real]).max()
+    assert np.abs(expected[real]).max() > 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_is_bit_exact(name, saved, tmp_path):
+    """HF -> our checkpoint -> HF, by the commands: the same tensors, and settings that say the same."""
+    path, theirs = saved(name)
+    assert main(["import-hf", str(path), "--out", str(tmp_path / "ours")]) == 0
+    assert main(["export-hf", str(tmp_path / "ours"), "--out", str(tmp_path / "back"), "--max-shard-gb", "2e-5"]) == 0
+    before, after = open_tensors(path), open_tensors(tmp_path / "back")
+    prefix = BARE.get(name, "")  # a model without a head is written as one that could have one
+    assert len({entry.file for entry in after.values()}) > 1 and {prefix + n for n in before} == after.keys()
+    for tensor, entry in before.items():
+        a, b = read_tensor(entry), read_tensor(after[prefix + tensor])
+        assert a.dtype == b.dtype and np.array_equal(a.view(np.uint32), b.view(np.uint32)), tensor
+    tokens = np.random.default_rng(1).integers(3, V, (2, 9))
+    again = type(theirs).from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    np.testing.assert_array_equal(outputs_of(theirs, tokens, [9, 9]), outputs_of(again, tokens, [9, 9]))
+    assert {k: v for k, v in json.loads((tmp_path / "back" / "config.json").read_text()).items()
+            if k in ("bos_token_id", "attention_dropout", "resid_pdrop")} == {
+            k: v for k, v in json.loads((path / "config.json").read_text()).items()
+            if k in ("bos_token_id", "attention_dropout", "resid_pdrop")}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_comes_back_as_it_was(dtype, saved, tmp_path):
+    path, theirs = saved("llama", dtype, "20KB")
+    assert (path / "model.safetensors.index.json").exists()
+    lm = lmjax.load(path)
+    weight = dict(theirs.named_parameters())["model.layers.1.mlp.up_proj.weight"]
+    np.testing.assert_array_equal(lm.params["layers"]["block"]["mlp"]["up"]["kernel"][1],
+                                  weight.detach().float().numpy().T)
+    lm.export(tmp_path / "back", log=lambda line: None)
+    after = open_tensors(tmp_path / "back")
+    for tensor, entry in open_tensors(path).items():
+        assert entry.dtype == after[tensor].dtype
+        assert np.array_equal(read_tensor(entry).view(np.uint16),
+                              read_tensor(after[tensor]).view(np.uint16))
+
+
+def test_a_model_saved_without_its_head_is_found(saved, tmp_path):
+    path, theirs = saved("gpt2")
+    theirs.transformer.save_pretrained(tmp_path / "bare")  # wte.weight, not transformer.wte.weight
+    assert not any(name.startswith("transformer.") for name in open_tensors(tmp_path / "bare"))
+    a, b = lmjax.load(path).params, lmjax.load(tmp_path / "bare").params
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# --- without transformers: models of ours
+
+
+CONFIG = DecoderConfig(num_layers=3, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=24, vocab_size=64,
+                       init_std=0.3)
+
+
+def written(folder, config=CONFIG, **options):
+    model = build_model(config, vocab_size=0, platform="cpu", dtype=jnp.float32)
+    params = jax.jit(model.init)(jax.random.key(0))
+    huggingface.write_directory(folder, model, params, None, log=lambda line: None, **options)
+    return model, params
+
+
+def settings_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("keys, model_type", [
+    ({}, "llama"), ({"tie_embeddings": True, "head_dim": 10}, "llama"), ({"sliding_window": 5}, "mistral"),
+    ({"qk_norm": True}, "qwen3"),
+    ({"num_kv_heads": 4, "positions": "learned", "norm": "layernorm", "use_bias": True, "mlp": "gelu"}, "gpt2")])
+def test_the_family_that_can_say_a_model_is_found(keys, model_type, tmp_path):
+    _, params = written(tmp_path / "out", replace(CONFIG, **keys))
+    assert settings_of(tmp_path / "out")["model_type"] == model_type
+    jax.tree.map(np.testing.assert_array_equal, lmjax.load(tmp_path / "out").params, params)
+
+
+@pytest.mark.parametrize("trained, settings, positions", [
+    (32, {}, 32), (0, {}, CONFIG.max_positions), (32, {"vocab_size": 64}, CONFIG.max_positions),
+    (4096, {"vocab_size": 64}, 4096)])
+def test_an_export_has_the_positions_that_its_model_was_trained_on(trained, settings, positions, tmp_path):
+    """settings: of the import that it comes from, if it does."""
+    source = {"settings": settings, "generation": {}, "dtype": "float32"}
+    written(tmp_path / "out", max_positions=trained, source=source if settings else None)
+    assert settings_of(tmp_path / "out")["max_position_embeddings"] == positions
+
+
+def test_a_model_that_no_family_can_say_is_not_exported(tmp_path):
+    with pytest.raises(ValueError, match=r"expected one that .*llama \(which cannot say .*mlp.*gpt2 \(which cannot"):
+        written(tmp_path / "out", replace(CONFIG, mlp="relu"))
+    with pytest.raises(ValueError, match="llama .which cannot say qk_norm=True."):
+        written(tmp_path / "out", replace(CONFIG, qk_norm=True), model_type="llama")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_reads_back_as_another_model_is_not_left_behind(tmp_path, monkeypatch):
+    """A writer that spoils one weight stands in for any mistake in the tables."""
+    from lmjax.huggingface import directory
+
+    def spoiled(params, table):
+        get = tensor_getter(params, table)
+        return lambda name: get(name) * (1.001 if name.endswith("1.mlp.up_proj.weight") else 1)
+
+    tensor_getter = directory.tensor_getter
+    monkeypatch.setattr(directory, "tensor_getter", spoiled)
+    with pytest.raises(ValueError, match="expected the logits of the checkpoint, got others by up to"):
+        written(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_import_streams_onto_a_mesh(tmp_path, monkeypatch):
+    """Each device gets its own part, and the host never holds more than one tensor."""
+    from lmjax.huggingface import weights
+
+    model, params = written(tmp_path / "out")
+    sizes, held, peak = [], [0], [0]
+
+    def counted(entry):
+        found = read_tensor(entry)
+        sizes.append(found.nbytes)
+        held[0] += found.nbytes
+        peak[0] = max(peak[0], held[0])
+        weakref.finalize(found, lambda: held.__setitem__(0, held[0] - found_size))
+        found_size = found.nbytes
+        return found
+
+    monkeypatch.setattr(weights, "read_tensor", counted)
+    layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
+    shardings = layout.tree(model.axes, model.shapes)
+    read = huggingface.read_params(huggingface.read_directory(tmp_path / "out"), model, shardings)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    for (name, leaf), (_, sharding) in zip(named_leaves(read), named_leaves(shardings), strict=True):
+        assert leaf.sharding == sharding and leaf.dtype == jnp.float32, name
+    assert len(sizes) == len(open_tensors(tmp_path / "out"))  # each was read once, not once a device
+    assert peak[0] == max(sizes) < sum(sizes) / 4
+
+
+# --- bad input: one line, exit code 2, nothing left behind
+
+
+def edit(folder, **changes):
+    settings = settings_of(folder) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if v != "gone"}))
+
+
+def retensor(folder, change):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def truncate(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
+BAD = {
+    "truncated": (truncate, "expected a whole safetensors file, got one of"),
+    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"x"), "expected a whole safetensors file"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "expected the weights in model.safetensors"),
+    "missing": (lambda f: retensor(f, lambda t: t.pop(NORM)), rf"expected tensor {NORM} \[16\], got none"),
+    "extra": (lambda f: retensor(f, lambda t: t.update(odd=t[NORM])), "expected only tensors .* got odd as well"),
+    "shape": (lambda f: retensor(f, lambda t: t.update({EMBED: t[EMBED][:-1].copy()})),
+              rf"expected tensor {EMBED} \[64, 16\], got \[63, 16\]"),
+    "dtype": (lambda f: retensor(f, lambda t: t.update({NORM: t[NORM].astype(np.int8)})), "in F32, .* got I8"),
+    "model_type": (lambda f: edit(f, model_type="mamba"), "expected model_type to be one of llama, .* got 'mamba'"),
+    "code": (lambda f: edit(f, auto_map={"AutoModel": "modeling.Evil"}), "expected a model that needs no code of its"),
+    "switch": (lambda f: edit(f, attention_bias=True), "expected attention_bias=False, got True"),
+    "unknown": (lambda f: edit(f, quantization_config={"bits": 4}), "got quantization_config={'bits': 4}"),
+    "activation": (lambda f: edit(f, hidden_act="tanh"), "expected hidden_act to be one of 'silu'.* got 'tanh'"),
+    "rope": (lambda f: edit(f, rope_scaling={"rope_type": "longrope", "factor": 2}),
+             "expected rope_type to be one of .* got 'longrope'"),
+    "no size": (lambda f: edit(f, hidden_size="gone"), "expected a value for hidden_size, got none"),
+    "bad size": (lambda f: edit(f, hidden_size="wide"), "embed_dim: expected an integer, got 'wide'"),
+    "tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(train_model(
+        TokenizerConfig(vocab_size=300), ["ab abc abcd é 日本 stop here\n"] * 50)),
+                  "expected a tokenizer for an embedding of 64 rows, got one of 300 tokens"),
+    "tied, no table": (lambda f: (edit(f, tie_word_embeddings=True), retensor(f, lambda t: t.pop(EMBED))),
+                       rf"expected tensor {EMBED} \[64, 16\], got none"),
+    "no index": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'),
+                 r"expected weight_map to name each tensor's file, got \[\]"),
+    "no text": (lambda f: (f / "tokenizer.json").write_bytes(b'{"\xff": 0}'),
+                "expected tokenizer.json .*in UTF-8, got"),
+    "no json": (lambda f: (f / "config.json").write_text("{"), "expected JSON, got"),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good") / "out"
+    written(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, good, tmp_path, capsys):
+    spoil, message = BAD[case]
+    shutil.copytree(good, tmp_path / "hf")
+    spoil(tmp_path / "hf")
+    assert main(["import-hf", str(tmp_path / "hf"), "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert re.search(message, printed), printed
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_disk_without_room_is_one_line_and_leaves_nothing(small_disk, tmp_path, capsys):
+    written(tmp_path / "hf", replace(CONFIG, vocab_size=20_000))
+    for command in ("import-hf", "export-hf"):
+        capsys.readouterr()
+        assert main([command, str(tmp_path / "hf"), "--out", str(small_disk / "out")]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert re.search("expected .* MB.*, got.*; make room", line), line
+        assert not list(small_disk.iterdir())
+
+
+def test_nothing_is_overwritten(good, tmp_path):
+    (tmp_path / "there").mkdir()
+    for command in ("import-hf", "export-hf"):
+        assert main([command, str(good), "--out", str(tmp_path / "there")]) == 2
+    assert not list((tmp_path / "there").iterdir())
+
+
+def test_two_at_work_on_one_directory_do_no_harm(good, tmp_path, capsys):
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part" / "left by a process that was killed").write_text("")
+    with new_directory(tmp_path / "out") as part:
+        (part / "first").write_text("")
+        assert main(["export-hf", str(good), "--out", str(tmp_path / "out")]) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        assert re.search(r"/out: expected nobody else at work there, got another process .*; wait", line)
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["out", "out/first"]
+
+
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path):
+    written(tmp_path / "out", max_shard_bytes=2000)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    for change, message in ((lambda m: m.update({NORM: "../x.safetensors"}), "path out of it"),
+                            (lambda m: m.pop(NORM), f"another list .first: {NORM}.")):
+        bad = json.loads(json.dumps(good))
+        change(bad["weight_map"])
+        index.write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=message):
+            lmjax.load(tmp_path / "out")
+
+
+def test_every_family_names_each_tensor_once():
+    for family in FAMILIES.values():
+        rows = [(row.theirs, row.part[0]) for row in family.table.values()]
+        assert len(set(rows)) == len(rows)

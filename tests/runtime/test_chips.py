@@ -1,0 +1,110 @@
+"""What is known of chips, and what `launch/gpu_check` says of a GPU."""
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from lmjax.runtime.chips import CHIPS, parse_topology, peak_flops
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+# A machine with a GPU -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu_check():
+    loader = importlib.machinery.SourceFileLoader("gpu_check", str(ROOT / "launch/gpu_check"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_check", loader))
+    loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name, millions", [("124M", 124), ("350M", 355), ("1B", 1056)])
+def test_gpu_check_times_what_it_says(gpu_check, name, millions):
+    from lmjax.models import build_model
+    from lmjax.tree import num_elements
+
+    recipe = gpu_check.recipe(name)
+    model = build_model(recipe.model, vocab_size=0, platform="gpu", dtype=recipe.train.dtype("gpu"),
+                        seq_len=recipe.data.seq_len)
+    assert round(num_elements(model.shapes) / 1e6) == millions
+    assert model.kernel == "cudnn" and str(model.dtype) == "bfloat16"
+    pytest.importorskip("torch")
+    from lmjax.benchmarks.torch_step import lacking
+
+    assert not lacking(model.config)
+
+
+@pytest.mark.slow  # PyTorch, and a test run of its own
+def test_gpu_check_goes_its_way_on_a_cpu(tmp_path):
+    pytest.importorskip("torch")
+    done = subprocess.run([ROOT / "launch/gpu_check", "--tiny", "--seconds", "1", "--out", tmp_path / "gpu.json"],
+                          env={**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert re.match(r"\d+ passed", report["tests"])
+    row = report["sizes"]["tiny"]
+    for who in ("lmjax", "PyTorch"):
+        assert row[who]["mfu"] is None and row[who]["model_flops_per_second"] > 0
+        assert row[who]["tokens_per_second"] == pytest.approx(2 * 32 / row[who]["step_seconds"])
+    assert row["rounds"] >= 3 and len(done.stdout.splitlines()) == 4
+
+
+# Chips -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, flops", [
+    ("TPU v5 lite", CHIPS["v5e"].flops), ("TPU v5", CHIPS["v5p"].flops), ("TPU v6 lite", CHIPS["v6e"].flops),
+    ("TPU v4", CHIPS["v4"].flops), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200 NVL", 836e12), ("NVIDIA H200", 989e12), ("NVIDIA GH200 480GB", 989e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("NVIDIA RTX A1000", None),
+    ("cpu", None)])
+def test_peaks(kind, flops):
+    assert peak_flops(kind) == flops
+
+
+@pytest.mark.parametrize("topology, hosts", [
+    ("v5e:1x1", (1, 1)), ("v5e:2x2", (1, 4)), ("v6e:2x4", (1, 8)), ("v5e:4x4", (4, 4)), ("2xv6e:16x16", (64, 4)),
+    ("v4:2x2x1", (1, 4)), ("v5p:2x2x2", (2, 4)), ("v5p:4x4x12", (48, 4))])
+def test_hosts_of_a_slice(topology, hosts):
+    assert parse_topology(topology).hosts == hosts
+
+
+@pytest.mark.parametrize("topology", [
+    "v5e:1x2", "v5e:3x5", "v5e:2x5", "v5e:2x8", "v6e:8x4", "v5p:1x1x1", "v5p:3x3x3", "v5p:2x2x16", "v5p:8x4x4"])
+def test_shapes_that_are_not_to_be_had(topology):
+    """A program compiles for them; no launcher asks for them."""
+    with pytest.raises(ValueError, match="--topology: expected a slice"):
+        _ = parse_topology(topology).hosts
+
+
+@pytest.mark.slow  # loads the TPU compiler
+@pytest.mark.parametrize("topology", ["v5e:4x4", "2xv6e:4x4", "2xv5p:2x2x2", "v4:2x2x2"])
+def test_the_compiler_takes_the_flags(topology):
+    """It ends the process at one that it does not know."""
+    pytest.importorskip("libtpu")
+    program = f"""
+import os
+from lmjax.chips import parse_topology, tpu_compiler
+topology = parse_topology({topology!r})
+tpu_compiler()
+os.environ["LIBTPU_INIT_ARGS"] = topology.flags + os.environ.get("MORE", "")
+import jax
+from lmjax.plan_compile import _devices
+sharding = jax.sharding.SingleDeviceSharding(_devices(topology)[0])
+x = jax.ShapeDtypeStruct((128, 128), "bfloat16", sharding=sharding)
+print(jax.jit(lambda x: x @ x).lower(x).compile().as_text()[:9])
+"""
+    for more, works in (("", True), (" --xla_no_such_flag=1", False)):
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "MORE": more})
+        assert (done.stdout.strip() == "HloModule") == works, done.stdout + done.stderr
