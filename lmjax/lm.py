@@ -23,9 +23,9 @@ from lmjax.decoding.generate import Generator, bucket, jit_on
 from lmjax.decoding.sampling import Sampling
 from lmjax.decoding.speculative import Draft, speculate
 from lmjax.decoding.stopping import Watch, cut
-from lmjax.models import Batch, Model, build_model
+from lmjax.models.model import Batch, Model, build_model
 from lmjax.nn.module import Params
-from lmjax.runtime.distributed import new_directory
+from lmjax.runtime.files import new_directory
 from lmjax.sharding import Layout, MeshConfig, make_layout, use_layout
 from lmjax.training.checkpoint import About, Checkpointer
 from lmjax.training.losses import log_likelihoods

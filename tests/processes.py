@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lmjax.models import build_model
+from lmjax.models.model import build_model
 from lmjax.training.checkpoint import checkpoint_steps, read_about, restore_params
 from lmjax.training.recipe import build_recipe
 
@@ -25,7 +25,7 @@ def start(workdir: pathlib.Path, *overrides: str, config: str = "configs/synthet
 
     first: lines of Python to run before it in its process. more: further overrides.
     """
-    command = [sys.executable, "-c", f"{first}\nimport sys, lmjax.cli\nsys.exit(lmjax.cli.main())",
+    command = [sys.executable, "-c", f"{first}\nimport sys\nfrom lmjax.cli.main import main\nsys.exit(main())",
                "train", "--config", config, "--workdir", str(workdir),
                *(f"--config.{item}" for item in (*overrides, *more))]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")

@@ -1,7 +1,6 @@
 """The shape of the source, read from the source: imports point downwards, and nothing grows too large."""
 
 import ast
-import fnmatch
 import graphlib
 import pathlib
 from collections.abc import Iterator
@@ -11,17 +10,30 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lmjax"
 
-# A module may import from its own layer and from those below. A new module needs a row here.
-LAYERS = [
-    {"sharding", "config", "tree", "claim", "runtime", "hlo", "chips"},
-    {"nn"},
-    {"models", "data", "losses", "optim", "sampling"},
-    {"recipe", "program", "train_state", "train_step", "checkpoint", "metrics", "goodput", "watch", "adapt", "interop",
-     "tasks", "pretrained"},
-    {"cli", "train", "run", "evaluate", "evaluate_tasks", "generate", "beam", "speculative", "stream",
-     "attention_maps", "lm", "pods", "plan", "plan_*", "report", "report_*", "prepare", "prepare_*", "data_command",
-     "bench", "bench_*"},
-]
+# The rooms of lmjax/, from the top of the house to the ground: a room imports only those after it.
+# A folder that is named with its parent (nn.kernels) is a room of its own; any other folder is part of its parent.
+ROOMS = (
+    "cli",               # commands: arguments in, result out
+    "benchmarks",        # commands: measurements behind `lmjax bench`
+    "lm_eval",           # commands: lm-eval's adapter
+    "planning",          # wholes: what a run would take on a TPU
+    "lm",                # wholes: a trained model as an object
+    "training",          # training: recipe, program, step, state, checkpoints, loop
+    "training.optim",    # training: optimizers and their schedules
+    "decoding",          # use: text out of a model
+    "huggingface",       # use: weights and tokenizers in and out
+    "models",            # parts: one file per architecture
+    "data.preparation",  # parts: from text to stored tokens
+    "data",              # parts: from stored tokens to batches
+    "nn",                # blocks: layers, attention, the stack of layers
+    "reporting",         # blocks: pages and pictures
+    "monitoring",        # records: metrics, goodput, watchdog
+    "sharding",          # ground: meshes and rules
+    "runtime",           # ground: processes, files, signals, devices, chips
+    "config",            # ground: strict configs
+    "tree",              # ground: named paths of a tree
+    "errors",            # ground: mistakes that a user can mend
+)
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 # Each of these has cost others days: their state rules, host time or memory. Plain JAX does the same.
@@ -57,11 +69,13 @@ def imports(tree: ast.AST) -> Iterator[str]:
                 yield full if full in MODULES else str(node.module)
 
 
-def layer_of(module: str) -> int:
-    part = module.split(".")[1]
-    layers = [i for i, parts in enumerate(LAYERS) if any(fnmatch.fnmatch(part, name) for name in parts)]
-    assert layers, f"{module}: expected a module of the layer table, got a new one; add it to LAYERS"
-    return layers[0]
+def room_of(module: str) -> str:
+    """lmjax.nn.layers -> "nn", lmjax.training.optim.adam -> "training.optim"."""
+    parts = module.split(".")[1:]
+    for name in (".".join(parts[:2]), parts[0]):
+        if name in ROOMS:
+            return name
+    raise AssertionError(f"{module}: expected a room of the table ROOMS, got a new one; add it there")
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -85,9 +99,17 @@ def test_imports_point_downwards(path):
     module = module_of(path)
     if module == "lmjax":  # the public face: may name anything, and anyone may read its version
         return
+    floor = ROOMS.index(room_of(module))
     for target in imports(parsed(path)):
         if target.startswith("lmjax."):
-            assert layer_of(target) <= layer_of(module), f"imports {target}, from a layer above"
+            assert ROOMS.index(room_of(target)) >= floor, f"imports {target}, from a room above"
+
+
+def test_every_room_of_the_table_is_there_and_no_other():
+    assert {room_of(module) for module in MODULES - {"lmjax"}} == set(ROOMS)
+    for module in ("lmjax.extra", "lmjax.extra.layers"):
+        with pytest.raises(AssertionError, match="expected a room of the table ROOMS"):
+            room_of(module)
 
 
 def test_no_two_modules_import_each_other():

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from lmjax.config import Text, build, load, plain
-from lmjax.models import build_model
+from lmjax.models.model import build_model
 from lmjax.runtime.chips import parse_topology
 from lmjax.sharding import MESH_AXES, Layout, MeshConfig, make_layout
 from lmjax.training.recipe import Recipe, blocking_changes, build_recipe, check_schedule

@@ -12,8 +12,8 @@ import lmjax
 from lmjax import huggingface
 from lmjax.cli.main import main
 from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, train_model
-from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.model import build_model
 
 TEXTS = ["the cat sat on the mat", "a dog ran to the red house", "one two three four five", "stop here: a cat"]
 TASKS = {

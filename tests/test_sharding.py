@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.model import build_model
 from lmjax.nn import ops, positions
-from lmjax.optim import OptimizerConfig, make_optimizer
 from lmjax.sharding import MESH_AXES, RULES, MeshConfig, constrain, make_layout, use_layout
+from lmjax.training.optim.table import OptimizerConfig, make_optimizer
 from lmjax.training.state import state_spec
 from lmjax.training.step import next_token_loss
 from lmjax.tree import named_leaves

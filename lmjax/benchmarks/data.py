@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from lmjax.benchmarks.pipeline import Work, pipelines
+from lmjax.data.config import DedupConfig
 from lmjax.data.preparation import dedup, shards
 from lmjax.data.preparation.engine import Engine
 from lmjax.data.preparation.shards import Shard
@@ -127,7 +128,7 @@ def _dedup(engine: Engine, texts: Sequence[str], folder: str, *, near: bool) -> 
     def run() -> None:
         with tempfile.TemporaryDirectory(dir=where) as at:
             if near:
-                dedup.near(engine, [part], nothing, dedup.DedupConfig(threshold=0.8), at)
+                dedup.near(engine, [part], nothing, DedupConfig(threshold=0.8), at)
             else:
                 dedup.exact(engine, [part], at)
 

@@ -21,8 +21,8 @@ from lmjax import huggingface
 from lmjax.decoding.generate import CHUNK, Generator
 from lmjax.decoding.sampling import Sampling
 from lmjax.lm import load
-from lmjax.models import build_model
-from lmjax.runtime.distributed import use_compilation_cache
+from lmjax.models.model import build_model
+from lmjax.runtime.devices import use_compilation_cache
 from lmjax.training.recipe import Recipe
 from lmjax.tree import num_elements
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmjax.huggingface.settings import write_settings
-from lmjax.models import ModelConfig
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.model import ModelConfig
 
 GELU = {"gelu": "none", "gelu_tanh": "tanh", "geglu": "tanh"}
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lmjax.models import Batch
+from lmjax.models.model import Batch
 from lmjax.monitoring.metrics import MetricsWriter
-from lmjax.runtime.distributed import StopSignal
+from lmjax.runtime.devices import matmul_rate
+from lmjax.runtime.signals import StopSignal
 from lmjax.training.loop import Loop
 from lmjax.training.recipe import Recipe
 from lmjax.training.setup import Run, set_up
@@ -140,20 +140,6 @@ def _in_turn(contestants: dict[str, Callable[[int], None]], seconds: float,
             times[name].append(statistics.mean(values))
     print(file=sys.stderr)
     return times
-
-
-def matmul_rate(dtype: str = "float32", repeats: int = 5) -> float:
-    """FLOP/s of a square matmul on one device, the best of `repeats`: what it can do at most."""
-    size = 2048 if jax.devices()[0].platform == "cpu" else 8192  # enough to fill the device
-    a = jnp.ones((size, size), dtype)
-    multiply = jax.jit(lambda a, b: a @ b)
-    multiply(a, a).block_until_ready()
-    best = float("inf")
-    for _ in range(repeats):
-        at = time.monotonic()
-        multiply(a, a).block_until_ready()
-        best = min(best, time.monotonic() - at)
-    return 2 * size**3 / best
 
 
 def _figures(run: Run, times: dict[str, list[float]]) -> Report:

@@ -2,16 +2,13 @@
 
 import argparse
 import ctypes
-import errno
 import json
 import os
-import re
-import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lmjax.runtime.files import Busy
+from lmjax.cli.errors import explain, passing
 
 if TYPE_CHECKING:
     from lmjax.lm import LM
@@ -54,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        code, line = _explain(error)
-        if (code == 1 and not _passing(error)) or os.environ.get("LMJAX_TRACEBACK"):
+        code, line = explain(error)
+        if (code == 1 and not passing(error)) or os.environ.get("LMJAX_TRACEBACK"):
             raise
         return _refuse(line, code)
     except KeyboardInterrupt:
@@ -76,12 +73,13 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     _keep_freed_memory()
     from lmjax.config import load
-    from lmjax.runtime import distributed as runtime  # JAX is imported from here on
+    from lmjax.runtime.devices import use_compilation_cache  # JAX is imported from here on
+    from lmjax.runtime.distributed import together
     from lmjax.training.recipe import build_recipe
 
-    runtime.use_compilation_cache()
+    use_compilation_cache()
     if command == "train":
-        with runtime.together(_explain):
+        with together(explain):
             from lmjax.training.loop import train
 
             stopped = _stopped_code()
@@ -260,56 +258,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--stream", action="store_true", help="print as it is generated")
     add("--seed", type=int, default=0)
     return parser
-
-
-# Of errors of files, what trying again does not mend: the class or the number, and what does.
-LASTING = (
-    ((FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError), (errno.ENAMETOOLONG, errno.ELOOP),
-     "check the path"),
-    ((PermissionError,), (errno.EROFS,), "correct its permissions, or write elsewhere"),
-    ((), (errno.ENOSPC, errno.EDQUOT), "make room"),
-)
-NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror)
-
-
-def _explain(error: BaseException) -> tuple[int, str]:
-    """The exit code of an error that ended a command, and its one line.
-
-    2: what was asked cannot be. Such errors say what was expected and what was got; a ValueError that does not is a
-    fault, 1, as is whatever the next try may not meet.
-    """
-    message = " ".join(str(error).split())
-    if isinstance(error, RuntimeError) and message.startswith("RESOURCE_EXHAUSTED"):
-        return 2, (f"expected what was asked to fit in the device's memory, got {message:.300}; lower the batch size, "
-                   "raise train.microbatches, set model.remat=full, or split weights over more devices (mesh.fsdp); "
-                   "`lmjax plan` tells beforehand")
-    told = re.search(r"\bexpected\b.*\bgot\b", message)
-    if isinstance(error, OSError) and not told:
-        message = _of_the_system(error, message)
-    if isinstance(error, OSError) or isinstance(error, ValueError) and told:
-        return 1 if _passing(error) else 2, message
-    return 130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {message}"[:500]
-
-
-def _passing(error: BaseException) -> bool:
-    """Whether trying again may mend it: the network, a disk or mount that does not answer, who else is at work."""
-    cause = error.__cause__
-    if isinstance(error, ValueError) and isinstance(cause, OSError) and cause.errno:  # a reader that names its file
-        error = cause
-    return isinstance(error, Busy) or isinstance(error, OSError) and _lasting(error) is None
-
-
-def _lasting(error: OSError) -> str | None:
-    return next((fix for kinds, numbers, fix in LASTING if isinstance(error, kinds) or error.errno in numbers), None)
-
-
-def _of_the_system(error: OSError, message: str) -> str:
-    got = message or type(error).__name__
-    if fix := _lasting(error):
-        return f"expected to read and write files, got {got}; {fix}"
-    if isinstance(error, NETWORK) or type(error).__module__.partition(".")[0] in ("requests", "urllib", "urllib3"):
-        return f"expected an answer over the network, got {got:.400}; check the network and start again"
-    return f"expected to read and write files, got {got}; check the disk or its mount and start again"
 
 
 def _refuse(message: str, code: int = 2) -> int:

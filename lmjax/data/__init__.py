@@ -1,7 +1,8 @@
 """Data: from raw text to rows of tokens in a pure, replayable order."""
 
 from lmjax.data.batches import eval_batches, make_batches
-from lmjax.data.pipeline import DataConfig, open_splits
+from lmjax.data.config import DataConfig
+from lmjax.data.pipeline import open_splits
 from lmjax.data.text.sources import SourceConfig
 from lmjax.data.tokenizer import Tokenizer, TokenizerConfig
 

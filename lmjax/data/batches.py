@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from lmjax.data import packing
-from lmjax.data.order import key_of, permute
+from lmjax.data.hashing import key_of, permute
 from lmjax.data.packing import Rows
 from lmjax.data.pipeline import Split
 

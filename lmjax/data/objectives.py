@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmjax.config import at_least, choice
-from lmjax.data.order import fold, permute
+from lmjax.data.hashing import fold, permute
 from lmjax.data.packing import DECODER, Rows, empty, fill_rows, ramps, segments, starts
 
 START_ID = 0  # what a decoder reads first: the id that also pads, as T5 has it

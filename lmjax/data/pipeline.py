@@ -5,139 +5,22 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
-from lmjax.config import at_least, choice, plain
+from lmjax.config import plain
 from lmjax.data import packing
+from lmjax.data.config import SYNTHETIC_ROWS, DataConfig, check_prepared_by
+from lmjax.data.hashing import fold, key_of
 from lmjax.data.objectives import AugmentConfig, Objective, ObjectiveConfig, Pieces
-from lmjax.data.order import StagedMixture, fold, key_of
+from lmjax.data.order import StagedMixture
 from lmjax.data.packing import Rows
-from lmjax.data.preparation.curate import CurateConfig
 from lmjax.data.store import Documents, SplitStore, canonical, read_manifest
 from lmjax.data.synthetic import SyntheticRows
-from lmjax.data.text import clean
-from lmjax.data.text.sources import SourceConfig, is_synthetic
-from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, word_tables
-
-SYNTHETIC_ROWS = 4096  # an epoch of `synthetic`; `synthetic:N` has N
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """Another mixture from some row of the run on.
-
-    row: of the run, from which on it holds. weights: share of the rows by name of the source; a source that is not
-    named stays out.
-    """
-
-    row: int
-    weights: dict[str, float]
-
-    def __post_init__(self) -> None:
-        at_least(0, row=self.row, **{f"weights.{name}": weight for name, weight in self.weights.items()})
-        if not any(self.weights.values()):
-            raise ValueError(f"weights: expected one above 0, got {self.weights}; raise one")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What a model is trained on, how it is cut into rows, and in which order they come.
-
-    sources: what is read, in which proportion.
-    stages: other proportions, each from some row of the run on.
-    max_epochs: by source, how often a run may go through it; a run that would go on is refused. Others have no limit.
-    tokenizer: how it is tokenised.
-    directory: the prepared data, local or gs:// or s3://; "" for `data` in the run's own directory.
-    seq_len: tokens in a row, of the encoder where there is one.
-    packing: best_fit (cuts no document unless it is longer than a row), concat, or none.
-    objective: what is predicted of a row.
-    seed: of the order of training rows, and of synthetic data.
-    heldout_fraction: share of documents, chosen by hash, that is only evaluated on.
-    broken_budget: share of records that may be skipped because they are broken: not UTF-8, not JSON, without text.
-    min_chars: documents that are shorter once cleaned are dropped.
-    clean: rules of lmjax/data/clean.py, applied in this order.
-    curate: filters, redundancy removal, decontamination, and what preparing may use.
-    memory_limit_mib: a split's tokens that fit are held in memory, others are read as they are needed.
-    """
-
-    sources: tuple[SourceConfig, ...] = (SourceConfig(name="python-stdlib", uri="builtin:python-stdlib"),)
-    stages: tuple[StageConfig, ...] = ()
-    max_epochs: dict[str, float] = field(default_factory=dict)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    directory: str = ""
-    seq_len: int = 256
-    packing: str = "best_fit"
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    seed: int = 0
-    heldout_fraction: float = 0.02
-    broken_budget: float = 0.02
-    min_chars: int = 32
-    clean: tuple[str, ...] = ("newlines", "control", "nfc")
-    curate: CurateConfig = field(default_factory=CurateConfig)
-    memory_limit_mib: int = 1024
-
-    def __post_init__(self) -> None:
-        choice("packing", self.packing, packing.METHODS)
-        at_least(2, seq_len=self.seq_len)
-        at_least(0, min_chars=self.min_chars, memory_limit_mib=self.memory_limit_mib, seed=self.seed)
-        for rule in self.clean:
-            choice("clean", rule, clean.RULES)
-        if not 0 < self.heldout_fraction < 1:
-            raise ValueError(f"heldout_fraction: expected a share in (0, 1), got {self.heldout_fraction}; "
-                             "use e.g. 0.02")
-        if not 0 <= self.broken_budget <= 1:
-            raise ValueError("broken_budget: expected a share in [0, 1], got "
-                             f"{self.broken_budget}; use e.g. 0.02")
-        names = [source.name for source in self.sources]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"sources: expected one or more with different names, got {names}; "
-                             f"{'rename them' if names else 'name one'}")
-        if 0 < sum(map(is_synthetic, self.sources)) < len(self.sources):
-            raise ValueError("sources: expected all or none to be synthetic, got a mixture; "
-                             "train on them separately")
-        if self.packing == "concat" and not self.objective.joins:
-            raise ValueError(f"packing: expected best_fit or none for {self.objective.name}, whose rows cannot be cut "
-                             "from a stream of text, got concat; use best_fit")
-        if self.objective.whole_word and self.synthetic:
-            raise ValueError("objective.whole_word: expected false for synthetic data, which has no words, got true; "
-                             "set it to false")
-        self._check_stages(names)
-
-    def _check_stages(self, names: Sequence[str]) -> None:
-        unknown = [n for stage in self.stages for n in stage.weights if n not in names]
-        unknown += [n for n in self.max_epochs if n not in names]
-        if unknown:
-            raise ValueError(f"stages, max_epochs: expected names of sources ({', '.join(names)}), got {unknown[0]!r}; "
-                             "correct it")
-        rows = [stage.row for stage in self.stages]
-        if sorted(set(rows)) != rows:
-            raise ValueError(f"stages: expected rising rows, got {rows}; sort them")
-        at_least(0, **{f"max_epochs.{name}": most for name, most in self.max_epochs.items()})
-
-    @property
-    def mixture(self) -> list[tuple[int, list[float]]]:
-        """(first row, weight of each source) of every stretch of the run with one mixture."""
-        stages = [(s.row, [s.weights.get(source.name, 0.0) for source in self.sources]) for s in self.stages]
-        if stages and stages[0][0] == 0:
-            return stages
-        return [(0, [source.weight for source in self.sources]), *stages]
-
-    @property
-    def synthetic(self) -> bool:
-        """Whether the data is made up on the fly: nothing to prepare, no tokenizer."""
-        return is_synthetic(self.sources[0])
-
-    def prepared_by(self) -> dict[str, Any]:
-        """The part of the config that decides what `prepare` writes, as plain JSON values."""
-        keys = ("tokenizer", "heldout_fraction", "broken_budget", "min_chars", "clean")
-        sources = [plain(source) for source in self.sources]
-        for source in sources:
-            del source["weight"]  # may change from run to run
-        decided = {key: plain(getattr(self, key)) for key in keys}
-        return {"sources": sources} | decided | {"curate": self.curate.decides()}
+from lmjax.data.text.sources import SourceConfig
+from lmjax.data.tokenizer import Tokenizer, word_tables
 
 
 class RowSource(Protocol):
@@ -329,11 +212,3 @@ def _stored(config: DataConfig, directory: str, verify: bool) -> Callable[..., R
     return make
 
 
-def check_prepared_by(config: DataConfig, manifest: dict[str, Any], directory: str) -> None:
-    """Raises a ValueError that names the first key in which the data was prepared otherwise."""
-    got, expected = manifest["config"], config.prepared_by()
-    for key in expected:
-        if got.get(key) != expected[key]:
-            raise ValueError(f"{directory}: expected data prepared with {key} = {canonical(expected[key])}, "
-                             f"got {canonical(got.get(key))}; repeat the config.data settings that it was "
-                             "prepared with, or use another directory")

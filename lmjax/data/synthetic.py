@@ -12,7 +12,7 @@ import functools
 
 import numpy as np
 
-from lmjax.data.order import fold, key_of, permute
+from lmjax.data.hashing import fold, key_of, permute
 from lmjax.data.packing import DECODER, Rows, empty_rows, ramps
 
 BOS_ID, EOS_ID, SPECIALS = 1, 2, 4  # the ids that the tokenizer reserves too: pad 0, bos 1, eos 2, unk 3

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from lmjax.config import at_least, choice
-from lmjax.data.order import key_of, permute
+from lmjax.data.hashing import key_of, permute
 from lmjax.data.packing import ramps
 
 SPACE = "\u2581"  # SentencePiece's own sign for a space

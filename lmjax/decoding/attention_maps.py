@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.models import Batch, Model, build_model
+from lmjax.models.model import Batch, Model, build_model
 from lmjax.nn.kernels.choose import KERNELS
 from lmjax.nn.kernels.xla import xla_attention
 from lmjax.nn.masking import Visibility

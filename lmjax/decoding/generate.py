@@ -14,7 +14,7 @@ import numpy as np
 
 from lmjax.config import at_least
 from lmjax.decoding.sampling import PLAIN, Sampling, penalise, sample
-from lmjax.models import Model
+from lmjax.models.model import Model
 from lmjax.nn.module import Params
 from lmjax.sharding import Layout, use_layout
 

@@ -15,7 +15,7 @@ import numpy as np
 from lmjax.config import at_least
 from lmjax.decoding.generate import Generator, bucket, jit_on, known, padded, prefill, row_keys
 from lmjax.decoding.sampling import PLAIN, Sampling, adjust
-from lmjax.models import Model
+from lmjax.models.model import Model
 from lmjax.nn.module import Params
 from lmjax.sharding import Layout
 

@@ -25,10 +25,10 @@ from lmjax.huggingface.tensors import (
 )
 from lmjax.huggingface.tokenizers import read_tokenizer, write_tokenizer
 from lmjax.huggingface.weights import Table, check_tensors, read_tree, tensor_getter, tensor_shapes
-from lmjax.models import Model, ModelConfig, build_model
+from lmjax.models.model import Model, ModelConfig, build_model
 from lmjax.nn.layers import MLP_KINDS
 from lmjax.nn.module import Params
-from lmjax.runtime.distributed import new_directory
+from lmjax.runtime.files import new_directory
 
 MAX_PADDING = 0.05  # share of an embedding's rows that may be there only to make its size round
 

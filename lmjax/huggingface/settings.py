@@ -6,7 +6,7 @@ from typing import Any
 
 from lmjax.config import ConfigError, build
 from lmjax.huggingface.families import FAMILIES, NEUTRAL, REQUIRED, Family, Key
-from lmjax.models import ModelConfig
+from lmjax.models.model import ModelConfig
 
 Settings = Mapping[str, Any]
 # What a model computes does not depend on these, nor do T5's and a rotating model's positions end anywhere.

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lmjax.monitoring.metrics import Appender, human_seconds
+from lmjax.monitoring.jsonl import Appender
+from lmjax.monitoring.units import human_seconds
 
 FILE = "ledger.jsonl"
 ROW_SECONDS = 60.0  # between rows: what a kill can take out of the account

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 
 from lmjax.monitoring.goodput import KINDS, SLOW
-from lmjax.runtime import distributed as runtime
+from lmjax.runtime import distributed
 
 T = TypeVar("T")
 POLL_SECONDS = 15.0  # between looks, at most
@@ -38,7 +38,7 @@ class Watchdog:
 
     def __init__(self, seconds: float, folder: Path):
         self._seconds, self._folder = seconds, folder
-        self._place = runtime.Place(0, 0, "setting up")
+        self._place = distributed.Place(0, 0, "setting up")
         self._moved = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lmjax-watchdog", daemon=True)
@@ -57,7 +57,7 @@ class Watchdog:
     def at(self, step: int, doing: str) -> None:
         """The main thread begins `doing` at `step`: the same sequence of calls on every process."""
         before = self._limit
-        self._place, self._moved = runtime.Place(self._place.moves + 1, step, doing), time.monotonic()
+        self._place, self._moved = distributed.Place(self._place.moves + 1, step, doing), time.monotonic()
         if self._seconds and self._limit != before:  # not at the next look: there is none if this holds the interpreter
             self._arm()
 
@@ -81,26 +81,26 @@ class Watchdog:
             place, limit = self._place, self._limit
             if place != told:
                 told = place
-                runtime.tell(told)
+                distributed.tell(told)
             still = time.monotonic() - self._moved
             if still >= limit and place is self._place:
                 self._end(still, limit)
 
     def _end(self, still: float, limit: float) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._folder / f"stall-{runtime.process()}.txt"  # JAX's own index may be what it hangs at
+        file = self._folder / f"stall-{distributed.process()}.txt"  # JAX's own index may be what it hangs at
         with open(file, "w") as stacks:
             faulthandler.dump_traceback(stacks)
         faulthandler.dump_traceback(sys.__stderr__)
-        everyone = runtime.places(self._place)
+        everyone = distributed.places(self._place)
         if len(everyone) > 1:
             time.sleep(min(GRACE_SECONDS, self._seconds / 2))
         what = self._place.doing if self._place.doing in PATIENCE else "a step"
-        runtime.fail(1, f"expected {what} to end within {limit:g} s, got no end in {still:.0f} s: {late(everyone)}; "
-                        f"see the stacks in {file}, or raise watch.stall_seconds")
+        distributed.fail(1, f"expected {what} to end within {limit:g} s, got no end in {still:.0f} s: "
+                            f"{late(everyone)}; see the stacks in {file}, or raise watch.stall_seconds")
 
 
-def late(everyone: dict[int, tuple[runtime.Place, str]]) -> str:
+def late(everyone: dict[int, tuple[distributed.Place, str]]) -> str:
     """Who is behind: the processes that have moved least, by number, host and what they are at."""
     least, most = (f(place.moves for place, _ in everyone.values()) for f in (min, max))
     behind = [f"process {number} ({host}) is {place.doing} at step {place.step}"

@@ -7,16 +7,18 @@ TPU and GPU, where that fusion is what one wants, it does nothing. docs/speed.md
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from lmjax.nn import quantized
 from lmjax.nn.quantized import EightBits, current_matmuls
-from lmjax.sharding import num_devices, platform, sum_where_it_lies
+from lmjax.sharding import current_layout, num_devices, platform
 
 Dims = Any  # the dimension numbers of lax.dot_general
 MATMUL = "matmul"  # what remat policies know the results by: they do not see into a custom_vjp
@@ -134,3 +136,41 @@ def _rms_backward(saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array
 
 
 _rms_norm.defvjp(_rms_forward, _rms_backward)
+
+
+def sum_where_it_lies(contract: Callable[[jax.Array, jax.Array], jax.Array], a: jax.Array, b: jax.Array,
+                      rows: tuple[str, str], sides: tuple[str, str]) -> jax.Array:
+    """`contract` of a [B, T, D, ...] and b [B, T, F, ...] over B and T (named by `rows`) to [D, ..., F, ...], laid out
+    by D and F, which `sides` names.
+
+    Each device contracts its own rows, and the sum over devices is a reduce-scatter along every mesh axis that a side
+    is split over, one after the other. Left alone, TPU's compiler sums all of it everywhere before it takes each
+    device's share, at twice the traffic, whenever the devices are more than one ring of the torus.
+    """
+    layout = current_layout()
+    if layout is None:
+        return contract(a, b)
+    lead, own = [layout.on(name) for name in rows], [layout.on(name) for name in sides]
+    over = [axis for on in lead for axis in on]
+    if {*own[1]} & {*over} and not {*own[0]} & {*over}:  # narrow pieces of the last dimension would be all-reduced
+        total = sum_where_it_lies(contract, b, a, rows, sides[::-1])
+        return jnp.moveaxis(total, range(b.ndim - 2), range(2 - b.ndim, 0))
+    inner = [tuple(axis for axis in side if axis not in over) for side in own]  # split before the sum as well
+    mixed = any(split and split != side for split, side in zip(inner, own, strict=True))
+    ways = [layout.ways(name) for name in rows]
+    ragged = any(size % n for size, n in zip(a.shape[:2], ways, strict=True))
+    if mixed or ragged or not over:  # the pieces would come in another order, or be of different sizes
+        return contract(a, b)
+
+    def local(a: jax.Array, b: jax.Array) -> jax.Array:
+        total = contract(a, b)
+        for dim, side in zip((0, a.ndim - 2), own, strict=True):
+            for axis in side:
+                if axis in over:
+                    total = jax.lax.psum_scatter(total, axis, scatter_dimension=dim, tiled=True)
+        rest = tuple(axis for axis in over if axis not in (*own[0], *own[1]))
+        return jax.lax.psum(total, rest) if rest else total
+
+    specs = tuple(PartitionSpec(*(on or None for on in (*lead, side))) for side in inner)
+    out = PartitionSpec(own[0] or None, *[None] * (a.ndim - 3), own[1] or None)
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=out, check_vma=False)(a, b)

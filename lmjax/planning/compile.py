@@ -26,13 +26,13 @@ from typing import Any
 
 import jax
 
-from lmjax.benchmarks.train import matmul_rate
 from lmjax.config import plain
 from lmjax.data.objectives import Objective
-from lmjax.models import ModelConfig
+from lmjax.models.model import ModelConfig
 from lmjax.nn.kernels.choose import spreads
 from lmjax.nn.sequence import ways
 from lmjax.runtime.chips import FLAGS, Topology, parse_topology, tpu_compiler
+from lmjax.runtime.devices import matmul_rate
 from lmjax.sharding import use_layout
 from lmjax.training.program import Program, make_program
 from lmjax.training.recipe import Recipe, build_recipe
@@ -43,7 +43,7 @@ Log = Callable[[str], None]
 HERE = ("cpu", "gpu", "cuda", "tpu")  # a topology that is a platform: the devices at hand
 # What a compiled step depends on besides its config. A change of any of these files compiles anew.
 SOURCES = ("nn/**/*.py", "models/*.py", "data/objectives.py", "data/packing.py", "training/losses.py",
-           "training/optim/*.py", "training/optim.py", "training/step.py", "training/state.py", "training/program.py",
+           "training/optim/*.py", "training/step.py", "training/state.py", "training/program.py",
            "training/recipe.py", "sharding.py", "tree.py", "runtime/chips.py", "planning/compile.py")
 
 

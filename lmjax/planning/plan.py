@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmjax.config import plain
-from lmjax.monitoring.metrics import human_count
+from lmjax.monitoring.units import human_count
 from lmjax.planning.compile import HERE, Log, Result, compiled
 from lmjax.planning.estimate import (
     LEAST,

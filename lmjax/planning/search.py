@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from lmjax.models import ModelConfig, build_model
+from lmjax.models.model import ModelConfig, build_model
 from lmjax.nn.layers import MLP_KINDS
 from lmjax.nn.stack import NAMES, REMAT, kept_names
-from lmjax.optim import make_schedule
 from lmjax.planning.compile import Log, compiled
 from lmjax.planning.estimate import Estimate, estimate, readable, span
 from lmjax.runtime.chips import CHIPS, GIB, Topology, parse_topology
+from lmjax.training.optim.table import make_schedule
 from lmjax.training.recipe import Recipe
 from lmjax.tree import num_elements
 

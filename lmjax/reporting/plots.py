@@ -18,7 +18,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from lmjax.monitoring.metrics import human_count
+from lmjax.monitoring.units import human_count
 
 # From the palette of Okabe and Ito (2008), told apart with every common kind of colour blindness.
 COLORS = {

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lmjax.monitoring.goodput import KINDS, SLOW
-from lmjax.monitoring.metrics import human_count, human_seconds
+from lmjax.monitoring.units import human_count, human_seconds
 from lmjax.reporting import page as html
 from lmjax.reporting.run_files import Columns, Run, last, median, read_run
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lmjax.monitoring.goodput import FILE, account
-from lmjax.monitoring.metrics import read_jsonl
+from lmjax.monitoring.jsonl import read_jsonl
 
 PARSED_BYTES = 4 << 20  # of a file of metrics; longer ones are thinned
 STRETCHES = 400  # of a file that is thinned: as many as points are drawn

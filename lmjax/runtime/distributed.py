@@ -1,28 +1,20 @@
 """The process: its place among others, its compilation cache, how it is asked to stop, and directories it makes."""
 
 import contextlib
-import errno
 import itertools
 import json
 import os
-import re
-import shutil
-import signal
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
 import jax
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax._src.distributed import global_state  # its client is the key-value store, which has no public name
-from jax.experimental import multihost_utils
-
-from lmjax.runtime.files import claim
 
 T = TypeVar("T")
 Explain = Callable[[BaseException], tuple[int, str]]  # the exit code and the line of an error
@@ -225,103 +217,3 @@ def _local_devices() -> list[int] | None:
     return list(range(int(gpus))) if gpus.isdigit() and alone else None
 
 
-@contextlib.contextmanager
-def when_full(say: Exception) -> Iterator[None]:
-    """Raises `say` where the block meets a full disk, however a library words that (TensorStore, NumPy)."""
-    try:
-        yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if full or re.search(r"No space left|RESOURCE_EXHAUSTED|^\d+ requested and \d+ written", str(error)):
-            raise say from error
-        raise
-
-
-@contextlib.contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """An empty directory to write into, which becomes `out` when the block is done and goes if it fails.
-
-    Raises:
-      ValueError: `out` is there already, or another process is making it.
-    """
-    out = out.expanduser().absolute()
-    part = out.with_name(f".{out.name}.part")
-    lock = claim(part, out)
-    try:
-        if out.exists():
-            raise ValueError(f"--out: expected a directory that does not exist yet, got {out}; choose another")
-        _empty(part)  # of what a killed process has left
-        yield part
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
-
-
-def _empty(directory: Path) -> None:
-    for path in directory.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, or in ~/.cache/lmjax/xla: those that took 0.2 s, or
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS."""
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lmjax" / "xla"))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def device_memory() -> int:
-    """Bytes that each device of this process may use: of CPU devices, a share of the machine's."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-    return (device.memory_stats() or {}).get("bytes_limit", sys.maxsize)  # not every plugin says
-
-
-class StopSignal:
-    """Whether this run was asked to stop: SIGTERM (pre-emption) or SIGINT (Ctrl-C)."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.deferred = False  # set once there is a step to save: until then a signal ends the process at once
-        self._calls, self._due = 0, False
-
-    def due(self) -> bool:
-        """True on every process at the same call, and from then on. Call it as often on each of them."""
-        if self._due:
-            return True
-        self._calls += 1
-        if jax.process_count() > 1:  # the distributed runtime holds SIGTERM and agrees on a call
-            self._due = multihost_utils.reached_preemption_sync_point(self._calls)
-        else:
-            self._due = self.received is not None
-        return self._due
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[StopSignal]:
-    """Collects SIGTERM and SIGINT while inside; before there is anything to save, and on a second SIGINT, they act."""
-    stop = StopSignal()
-
-    several = jax.process_count() > 1
-
-    def handle(number: int, frame: object) -> None:
-        if number == signal.SIGINT and (stop.received == number or not stop.deferred):
-            raise KeyboardInterrupt
-        if not stop.deferred:
-            raise SystemExit(128 + number)  # nothing is saved: who waits for the run must not think it done
-        stop.received = number
-        if several:  # the distributed runtime, which holds that signal, tells the others
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
-    before = {n: signal.signal(n, handle) for n in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -25,7 +25,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
 from lmjax.nn.module import Params
-from lmjax.runtime.distributed import agreed, when_full
+from lmjax.runtime.distributed import agreed
+from lmjax.runtime.files import when_full
 from lmjax.training.state import StateSpec, TrainState
 from lmjax.tree import named_leaves, num_bytes
 

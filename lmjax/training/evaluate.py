@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import jax
 
 from lmjax.data.pipeline import Split
-from lmjax.models import Batch
+from lmjax.models.model import Batch
 from lmjax.nn.module import Params
 from lmjax.training.losses import Loss
 

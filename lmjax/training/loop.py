@@ -13,13 +13,17 @@ import jax
 
 from lmjax.data import eval_batches, make_batches
 from lmjax.decoding.sampling import Sampling
-from lmjax.models import Batch
+from lmjax.models.model import Batch
 from lmjax.monitoring.goodput import FILE, KINDS, SLOW, Ledger, account, goodput_line
-from lmjax.monitoring.metrics import MetricsWriter, Progress, human_count, read_jsonl
+from lmjax.monitoring.jsonl import read_jsonl
+from lmjax.monitoring.metrics import MetricsWriter
+from lmjax.monitoring.progress import Progress
+from lmjax.monitoring.units import human_count
 from lmjax.monitoring.watch import Outliers, Trace, Watchdog, write_hlo
 from lmjax.reporting.report import write_report
 from lmjax.runtime.chips import peak_flops
-from lmjax.runtime.distributed import StopSignal, late_with, stop_signal, tell_late
+from lmjax.runtime.distributed import late_with, tell_late
+from lmjax.runtime.signals import StopSignal, stop_signal
 from lmjax.training.evaluate import bits_per_byte, evaluate
 from lmjax.training.recipe import Recipe
 from lmjax.training.setup import Log, Run, claimed, set_up

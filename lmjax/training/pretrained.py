@@ -16,7 +16,7 @@ import lmjax
 from lmjax import huggingface
 from lmjax.config import plain
 from lmjax.data.tokenizer import HF_FILES, Tokenizer, TokenizerConfig, train_model
-from lmjax.models import Model
+from lmjax.models.model import Model
 from lmjax.nn.module import Params
 from lmjax.training.checkpoint import About, checkpoint_steps, read_about, restore_params
 from lmjax.training.recipe import Recipe, build_recipe

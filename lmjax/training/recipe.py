@@ -13,12 +13,12 @@ from lmjax.config import at_least, build, choice, differences, plain
 from lmjax.data import DataConfig
 from lmjax.data.objectives import KINDS
 from lmjax.decoding.sampling import Sampling
-from lmjax.models import ModelConfig
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.model import ModelConfig
 from lmjax.models.presets import with_preset
 from lmjax.nn.quantized import KINDS as KINDS_OF_MATMUL
-from lmjax.optim import OptimizerConfig, make_schedule
 from lmjax.sharding import MeshConfig
+from lmjax.training.optim.table import OptimizerConfig, make_schedule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,15 +20,16 @@ from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture, Split
 from lmjax.data.preparation.prepare import prepare
 from lmjax.decoding.generate import Generator
-from lmjax.models import Model
+from lmjax.models.model import Model
 from lmjax.monitoring.goodput import KINDS
-from lmjax.monitoring.metrics import human_count
-from lmjax.optim import make_schedule
+from lmjax.monitoring.units import human_count
 from lmjax.runtime.chips import FLAGS, GIB
-from lmjax.runtime.distributed import agreed, device_memory
+from lmjax.runtime.devices import device_memory
+from lmjax.runtime.distributed import agreed
 from lmjax.runtime.files import Busy
 from lmjax.sharding import Layout, make_layout
 from lmjax.training.checkpoint import About, Checkpointer, checkpoint_steps, checksums
+from lmjax.training.optim.table import make_schedule
 from lmjax.training.pretrained import Pretrained, check_start, find
 from lmjax.training.program import Program, make_model, make_program
 from lmjax.training.recipe import Recipe, blocking_changes, build_recipe, check_schedule
@@ -111,8 +112,8 @@ def _lock(workdir: Path, held: contextlib.ExitStack) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise Busy(f"{workdir}: expected a directory that no run is using, got one that another process trains in; "
-                   "wait for it or use another --workdir") from None
+        raise Busy("a directory that no run is using", "one that another process trains in",
+                   "wait for it or use another --workdir", where=str(workdir)) from None
 
 
 def set_up(recipe: Recipe, workdir: Path, log: Log, at: At = lambda step, doing: None) -> Run:

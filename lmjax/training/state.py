@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmjax.models import Model
+from lmjax.models.model import Model
 from lmjax.nn.module import Params
-from lmjax.optim import state_shardings
 from lmjax.sharding import Layout
+from lmjax.training.optim.table import state_shardings
 
 
 class TrainState(NamedTuple):

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmjax.models import Batch, Model
+from lmjax.models.model import Batch, Model
 from lmjax.nn.module import Params
 from lmjax.nn.pipeline import split_rows
-from lmjax.optim import ema_update
 from lmjax.sharding import Layout, constrain, current_microbatches, use_layout
 from lmjax.training.losses import Loss, cross_entropy, with_experts
+from lmjax.training.optim.table import ema_update
 from lmjax.training.state import StateSpec, TrainState
 
 

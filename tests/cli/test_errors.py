@@ -30,7 +30,7 @@ PASSING = {
     OSError(errno.EIO, "Input/output error"): (FILES, "; check the disk or its mount and start again"),
     OSError("a cable is loose"): (FILES, "; check the disk or its mount and start again"),
     OSError(errno.EIO, "expected a disk, got none; put one in"): ("[Errno 5] expected a disk", "; put one in"),
-    Busy("a: expected nobody, got another process; wait"): ("a: expected nobody", "; wait"),
+    Busy("nobody", "another process", "wait", where="a"): ("a: expected nobody", "; wait"),
 }
 
 

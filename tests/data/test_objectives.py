@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lmjax.data import DataConfig, SourceConfig, TokenizerConfig, eval_batches, open_splits
+from lmjax.data.hashing import fold, key_of
 from lmjax.data.objectives import (
     START_ID,
     UL2,
@@ -16,7 +17,6 @@ from lmjax.data.objectives import (
     noise_counts,
     random_parts,
 )
-from lmjax.data.order import fold, key_of
 from lmjax.data.pipeline import PackedRows
 from lmjax.data.synthetic import SyntheticRows
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from lmjax.data.order import BLOCK, PERIOD, BlockMixture, StagedMixture, block_counts, fold, key_of, permute
+from lmjax.data.hashing import fold, key_of, permute
+from lmjax.data.order import BLOCK, PERIOD, BlockMixture, StagedMixture, block_counts
 
 FROZEN_PERMUTATION = [4, 8, 0, 7, 5, 2, 9, 6, 3, 1]
 FROZEN_ROWS = [[0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 0, 4, 2, 3, 1]]  # source, epoch, row

@@ -11,8 +11,8 @@ import pytest
 import lmjax
 from lmjax import huggingface
 from lmjax.decoding.attention_maps import attention_maps
-from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.model import build_model
 
 MISSING = "is not installed, so nothing is compared with it: pip install lmjax[oracle]"
 TEXTS = ["A man is eating food.", "Someone has a meal", "The stock market fell by three percent on Tuesday.",

@@ -12,7 +12,7 @@ from lmjax.data.objectives import START_ID, Objective, Pieces
 from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, train_model
 from lmjax.decoding.sampling import Sampling
 from lmjax.lm import LM
-from lmjax.models import build_model
+from lmjax.models.model import build_model
 from lmjax.sharding import MeshConfig, make_layout
 from lmjax.training.recipe import build_recipe
 

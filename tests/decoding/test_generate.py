@@ -10,8 +10,8 @@ import pytest
 
 from lmjax.decoding.generate import Generator
 from lmjax.decoding.sampling import Sampling, sample
-from lmjax.models import Model, build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.model import Model, build_model
 from lmjax.nn.moe import MoEConfig
 from lmjax.sharding import MeshConfig, make_layout
 

@@ -18,9 +18,9 @@ from lmjax.cli.main import main
 from lmjax.data.tokenizer import TokenizerConfig, train_model
 from lmjax.huggingface.families import FAMILIES
 from lmjax.huggingface.tensors import open_tensors, read_tensor
-from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
-from lmjax.runtime.distributed import new_directory
+from lmjax.models.model import build_model
+from lmjax.runtime.files import new_directory
 from lmjax.sharding import MeshConfig, make_layout
 from lmjax.tree import named_leaves
 

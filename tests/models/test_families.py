@@ -9,10 +9,10 @@ import pytest
 from families import COMMON, DECODERS, ENCDECS, ENCODERS, V, tree_of
 
 from lmjax.config import build
-from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.encdec import EncDecConfig
 from lmjax.models.encoder import EncoderConfig
+from lmjax.models.model import build_model
 from lmjax.sharding import MeshConfig, make_layout, use_layout
 from lmjax.training.step import next_token_loss
 from lmjax.tree import named_leaves, num_elements

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from lmjax.config import Text
-from lmjax.models import build_model
+from lmjax.models.model import build_model
 from lmjax.models.presets import PRESETS, with_preset
 from lmjax.training.recipe import build_recipe
 from lmjax.tree import num_elements

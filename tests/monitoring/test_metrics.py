@@ -9,7 +9,10 @@ import struct
 import numpy as np
 import pytest
 
-from lmjax.monitoring.metrics import MetricsWriter, Progress, human_count, human_seconds, read_jsonl
+from lmjax.monitoring.jsonl import read_jsonl
+from lmjax.monitoring.metrics import MetricsWriter
+from lmjax.monitoring.progress import Progress
+from lmjax.monitoring.units import human_count, human_seconds
 
 TRAIN = {"loss": 0.1 + 0.2, "learning_rate": 1e-3 / 3, "tokens": 4096}
 

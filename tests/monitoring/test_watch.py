@@ -10,7 +10,7 @@ import pytest
 from processes import finish, finish_together, lines
 
 from lmjax.monitoring.goodput import KINDS, Ledger, account, goodput_line
-from lmjax.monitoring.metrics import read_jsonl
+from lmjax.monitoring.jsonl import read_jsonl
 from lmjax.monitoring.watch import Outliers, Trace, late
 from lmjax.runtime.distributed import Place
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.model import build_model
 from lmjax.nn.masking import Visibility
 from lmjax.nn.positions import apply_rope, rope_rotation
 

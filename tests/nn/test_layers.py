@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.model import build_model
 from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, NORMS, Dense, Embedding, dropout, residual_init
 from lmjax.nn.module import functional, normal
-from lmjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from lmjax.sharding import MeshConfig, make_layout
 from lmjax.training.losses import Loss
+from lmjax.training.optim.table import OptimizerConfig, make_optimizer, make_schedule
 from lmjax.training.state import state_spec
 from lmjax.training.step import make_train_step, next_token_loss
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from lmjax.config import build
-from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.model import build_model
 from lmjax.nn.module import functional
 from lmjax.nn.moe import MoE, MoEConfig, _in_blocks, block_rows
-from lmjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from lmjax.sharding import MeshConfig, make_layout
 from lmjax.training.losses import Loss, with_experts
+from lmjax.training.optim.table import OptimizerConfig, make_optimizer, make_schedule
 from lmjax.training.state import state_spec
 from lmjax.training.step import make_train_step, next_token_loss
 

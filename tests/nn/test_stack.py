@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lmjax.config import build
-from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.model import build_model
 from lmjax.nn.stack import REMAT
 from lmjax.training.step import next_token_loss
 

@@ -29,7 +29,7 @@ def gpu_check():
 
 @pytest.mark.parametrize("name, millions", [("124M", 124), ("350M", 355), ("1B", 1056)])
 def test_gpu_check_times_what_it_says(gpu_check, name, millions):
-    from lmjax.models import build_model
+    from lmjax.models.model import build_model
     from lmjax.tree import num_elements
 
     recipe = gpu_check.recipe(name)

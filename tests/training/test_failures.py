@@ -15,6 +15,7 @@ import pytest
 import tensorstore
 from processes import assert_same_run, finish, lines, start
 
+from lmjax.cli import errors
 from lmjax.cli import main as cli
 from lmjax.data import store
 from lmjax.data.preparation import shards
@@ -265,7 +266,7 @@ def test_a_finished_run_started_again_changes_nothing(finished, capsys):
     (FileNotFoundError(2, "nothing there", "a/b"), 2, "expected to read and write files, got .*nothing there.*"),
     (OSError(28, "expected room, got none; make some"), 2, r"\[Errno 28\] expected room, got none; make some")])
 def test_only_what_says_expected_and_got_is_the_users(error, code, line):
-    found = cli._explain(error)
+    found = errors.explain(error)
     assert found[0] == code and re.fullmatch(line, found[1]), found
 
 

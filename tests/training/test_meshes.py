@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from lmjax.config import build
-from lmjax.models import FAMILIES, build_model
+from lmjax.models.model import FAMILIES, build_model
 from lmjax.planning import hlo
 from lmjax.sharding import MESH_AXES, MeshConfig, make_layout
 from lmjax.training.state import state_spec

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lmjax.optim import (
+from lmjax.training.optim.table import (
     OPTIMIZERS,
     SCHEDULES,
     OptimizerConfig,

@@ -7,16 +7,17 @@ import pytest
 from processes import finish, lines
 
 import lmjax
+from lmjax.data.config import DataConfig
 from lmjax.data.objectives import ObjectiveConfig
-from lmjax.data.pipeline import DataConfig, open_splits
+from lmjax.data.pipeline import open_splits
 from lmjax.data.text.sources import SourceConfig
 from lmjax.data.tokenizer import TokenizerConfig
 from lmjax.decoding.beam import beam_search
 from lmjax.decoding.generate import Generator
 from lmjax.decoding.sampling import Sampling
 from lmjax.decoding.speculative import Draft, speculate
-from lmjax.models import build_model
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.model import build_model
 from lmjax.nn.attention import Visibility
 from lmjax.nn.moe import MoEConfig
 from lmjax.training.step import next_token_loss

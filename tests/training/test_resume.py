@@ -72,7 +72,7 @@ def test_sigterm_saves_the_step_and_exits_cleanly(straight, tmp_path):
 
 
 TOLD_WHILE_EVALUATING = """
-import os, signal, lmjax.train as train
+import os, signal, lmjax.training.loop as train
 evaluate = train.evaluate
 def told(step, params, batches, split):
     def watched():

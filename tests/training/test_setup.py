@@ -158,7 +158,7 @@ def test_an_old_python_is_refused(checkout):
 
 @pytest.mark.parametrize("asked", ("", "3.5"))
 def test_the_compilation_cache_keeps_what_its_user_says(asked, monkeypatch):
-    from lmjax.runtime import distributed as runtime
+    from lmjax.runtime.devices import use_compilation_cache
 
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
@@ -167,7 +167,7 @@ def test_the_compilation_cache_keeps_what_its_user_says(asked, monkeypatch):
         monkeypatch.setenv(name.upper(), asked)
         jax.config.update(name, float(asked))  # as JAX does at its import
     try:
-        runtime.use_compilation_cache()
+        use_compilation_cache()
         assert getattr(jax.config, name) == float(asked or 0.2)
     finally:
         jax.config.update(name, before)

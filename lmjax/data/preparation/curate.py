@@ -14,61 +14,19 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from lmjax.config import at_least, plain
+from lmjax.data.config import CurateConfig, DecontaminateConfig, DedupConfig
 from lmjax.data.preparation import dedup, shards
-from lmjax.data.preparation.decontaminate import DecontaminateConfig, Index
-from lmjax.data.preparation.dedup import DedupConfig
+from lmjax.data.preparation.decontaminate import Index
 from lmjax.data.preparation.engine import between
 from lmjax.data.preparation.shards import SHARD_BYTES, Samples, Shard, excerpt
-from lmjax.data.text import clean, filters, language, sources
-from lmjax.data.text.filters import C4, FAMILIES, Batch, FineWeb, GopherQuality, GopherRepetition
+from lmjax.data.text import clean, filters, sources
+from lmjax.data.text.filters import Batch
 from lmjax.data.text.sources import Broken, SourceConfig
 from lmjax.data.text.words import batches, split
-
-
-@dataclass(frozen=True)
-class CurateConfig:
-    """Which documents of a corpus stay, beyond `data.clean` and `data.min_chars`.
-
-    max_chars: longer documents are dropped; it bounds what one may need in memory.
-    languages: ISO 639-1 codes, and `und` for what has none (code, tables); empty keeps all.
-    gopher_quality, gopher_repetition, c4, fineweb: published filters, `{}` for their own thresholds; None is off.
-    dedup, decontaminate: see there.
-    workers: processes; 0 is one for each core. memory_mib: what they may hold together.
-    beam: options of an Apache Beam pipeline that runs the stages instead, such as `--runner=FlinkRunner`.
-    """
-
-    max_chars: int = 4_000_000
-    languages: tuple[str, ...] = ()
-    gopher_quality: GopherQuality | None = None
-    gopher_repetition: GopherRepetition | None = None
-    c4: C4 | None = None
-    fineweb: FineWeb | None = None
-    dedup: DedupConfig = field(default_factory=DedupConfig)
-    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
-    workers: int = 0
-    memory_mib: int = 2048
-    beam: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        at_least(0, workers=self.workers)
-        at_least(256, memory_mib=self.memory_mib)
-        at_least(1, max_chars=self.max_chars)
-        known = [*language.WORDS, "zh", "ja", "ko", "el", "he", "ar", "hi", "th", language.UNDETERMINED]
-        if unknown := set(self.languages) - set(known):
-            raise ValueError(f"languages: expected some of {', '.join(known)}, got {sorted(unknown)}; correct them")
-
-    def decides(self) -> dict[str, Any]:
-        """The part that decides the result: not what runs it, in how many processes and in what memory."""
-        return {key: value for key, value in plain(self).items() if key not in ("workers", "memory_mib", "beam")}
-
-    def families(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in FAMILIES if getattr(self, name) is not None}
 
 
 class Tally:

@@ -11,32 +11,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lmjax.config import at_least
-from lmjax.data.text.sources import SourceConfig
+from lmjax.data.config import DecontaminateConfig
 from lmjax.data.text.words import LETTER, UNSPACED, batches, classes, hash_runs, ngrams, split
 
 KINDS = ("words", "letters")
 _BITS = 22  # of the table that says at once of most hashes that no example has them
-
-
-@dataclass(frozen=True)
-class DecontaminateConfig:
-    """Which evaluation sets no training document may share a long passage with.
-
-    sources: their texts; none switches the step off. words: in a run that counts. letters: in a run that counts.
-    """
-
-    sources: tuple[SourceConfig, ...] = ()
-    words: int = 13
-    letters: int = 50
-
-    def __post_init__(self) -> None:
-        at_least(2, words=self.words, letters=self.letters)
 
 
 def runs(texts: Sequence[str], kind: str, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,13 +13,12 @@ import functools
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lmjax.config import at_least
-from lmjax.data.order import fold, key_of, mix64
+from lmjax.data.config import DedupConfig
+from lmjax.data.hashing import fold, key_of, mix64
 from lmjax.data.preparation import shards
 from lmjax.data.preparation.engine import Engine, between
 from lmjax.data.preparation.shards import Shard
@@ -30,33 +29,6 @@ PAIRS = 20_000  # verified by a worker at once
 POSITION = 32  # bits of a place within a document; the rest is the document's number
 _LOWER = bytes(range(256)).lower()
 _SPACES = b" \t\n\r\v\f"
-
-
-@dataclass(frozen=True)
-class DedupConfig:
-    """What is removed because it is there already. 0 switches a step off, but for exact copies.
-
-    threshold: Jaccard similarity of two documents' sets of shingles from which the later one is removed.
-    shingle: words in a shingle. bands, rows: of the MinHash signature: a pair of similarity s is compared with
-      probability 1 - (1 - s**rows)**bands, for the defaults 0.998 at s = 0.8.
-    window: words; a run of this many that has come before, anywhere, is cut.
-    line_documents: a line that is in more documents than this stays in the first only. line_chars: shorter lines
-      are left alone.
-    """
-
-    threshold: float = 0.0
-    shingle: int = 5
-    bands: int = 20
-    rows: int = 6
-    window: int = 0
-    line_documents: int = 0
-    line_chars: int = 20
-
-    def __post_init__(self) -> None:
-        at_least(1, shingle=self.shingle, bands=self.bands, rows=self.rows, line_chars=self.line_chars)
-        at_least(0, window=self.window, line_documents=self.line_documents)
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold: expected a similarity in [0, 1], got {self.threshold}; 0.8 is usual")
 
 
 def exact(engine: Engine, parts: Sequence[Shard], folder: str) -> np.ndarray:

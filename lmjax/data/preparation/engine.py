@@ -255,7 +255,7 @@ def work() -> None:
 def _start_worker() -> subprocess.Popen:
     # Not multiprocessing: a fork would copy JAX's locks, and its other ways run the user's own script once more.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", "from lmjax.data.engine import work; work()"],
+    return subprocess.Popen([sys.executable, "-c", "from lmjax.data.preparation.engine import work; work()"],
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from etils import epath
 
 from lmjax.data import store
-from lmjax.data.pipeline import DataConfig, check_prepared_by
+from lmjax.data.config import DataConfig, check_prepared_by
 from lmjax.data.preparation import shards
 from lmjax.data.preparation.engine import Engine, Log, versions
 from lmjax.data.preparation.engine_beam import BeamEngine
@@ -32,8 +32,7 @@ from lmjax.data.preparation.writer import baselines, contamination, write_store
 from lmjax.data.text import sources
 from lmjax.data.text.clean import check_installed
 from lmjax.data.tokenizer import Tokenizer
-from lmjax.runtime.distributed import when_full
-from lmjax.runtime.files import claim
+from lmjax.runtime.files import claim, when_full
 
 
 def to_stderr(line: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lmjax.data.pipeline import DataConfig
+from lmjax.data.config import DataConfig
 from lmjax.data.preparation import shards
 from lmjax.data.preparation.shards import Shard
 from lmjax.data.preparation.stages import Prepared

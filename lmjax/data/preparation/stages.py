@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmjax.data import store
-from lmjax.data.order import key_of, permute
-from lmjax.data.pipeline import DataConfig
+from lmjax.data.config import DataConfig
+from lmjax.data.hashing import key_of, permute
 from lmjax.data.preparation import curate, decontaminate, dedup, shards
 from lmjax.data.preparation.engine import Engine, Stage
 from lmjax.data.preparation.shards import SHARD_BYTES, Samples, Shard

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from lmjax.data import store
-from lmjax.data.order import key_of, permute
-from lmjax.data.pipeline import DataConfig
+from lmjax.data.config import DataConfig
+from lmjax.data.hashing import key_of, permute
 from lmjax.data.preparation import shards
 from lmjax.data.preparation.engine import Stage
 from lmjax.data.preparation.shards import Shard

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmjax.data.order import mix64
+from lmjax.data.hashing import mix64
 from lmjax.data.text import language
 from lmjax.data.text.words import LETTER, UNSPACED, Words, classes, split
 

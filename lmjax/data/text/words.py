@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmjax.data.order import key_of, mix64
+from lmjax.data.hashing import key_of, mix64
 
 BATCH_CHARS = 1 << 20  # texts are taken together up to this many characters: some 60 MB while they are hashed
 SEPARATOR, LETTER, OTHER, UNSPACED = 0, 1, 2, 3  # classes of characters

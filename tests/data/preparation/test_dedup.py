@@ -7,8 +7,8 @@ import datasketch
 import numpy as np
 import pytest
 
+from lmjax.data.config import DedupConfig
 from lmjax.data.preparation import dedup, shards
-from lmjax.data.preparation.dedup import DedupConfig
 from lmjax.data.preparation.engine import Engine
 from lmjax.data.preparation.shards import Shard
 from lmjax.data.text.words import ngrams, split

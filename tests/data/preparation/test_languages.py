@@ -5,9 +5,7 @@ import json
 import numpy as np
 
 from lmjax.data import DataConfig, SourceConfig, Tokenizer, TokenizerConfig, store
-from lmjax.data.preparation.curate import CurateConfig
-from lmjax.data.preparation.decontaminate import DecontaminateConfig
-from lmjax.data.preparation.dedup import DedupConfig
+from lmjax.data.config import CurateConfig, DecontaminateConfig, DedupConfig
 from lmjax.data.preparation.prepare import prepare
 from lmjax.data.text.filters import FineWeb, GopherQuality, GopherRepetition
 

@@ -17,13 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lmjax.cli import main as cli
+from lmjax.cli import errors
 from lmjax.data import DataConfig, SourceConfig, Tokenizer, TokenizerConfig, open_splits, store
+from lmjax.data.config import CurateConfig, DecontaminateConfig, DedupConfig
 from lmjax.data.preparation import curate, stages
 from lmjax.data.preparation import prepare as module
-from lmjax.data.preparation.curate import CurateConfig, split_key
-from lmjax.data.preparation.decontaminate import DecontaminateConfig
-from lmjax.data.preparation.dedup import DedupConfig
+from lmjax.data.preparation.curate import split_key
 from lmjax.data.preparation.engine import Engine
 from lmjax.data.preparation.engine_beam import BeamEngine
 from lmjax.data.preparation.prepare import prepare, trace
@@ -159,7 +158,7 @@ def test_a_package_that_is_not_installed_is_asked_for(package, extra, changed, t
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"expected the package .*, got none.*; pip install 'lmjax\[{extra}\]'") as e:
         prepare(make_config(texts, **changed), str(tmp_path / "out"), log=silent)
-    assert cli._explain(e.value)[0] == 2
+    assert errors.explain(e.value)[0] == 2
 
 
 def test_prepared_data_is_used_again_and_a_changed_source_is_told(tmp_path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lmjax.data import DataConfig, SourceConfig, TokenizerConfig, batches, open_splits
+from lmjax.data.config import StageConfig
 from lmjax.data.order import BLOCK, StagedMixture, Steps
-from lmjax.data.pipeline import StageConfig
 
 HOSTS = [1, 2, 3, 4, 8]
 NAMES, SIZES = ("a", "b", "c"), (97, 230, 1)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lmjax.data.config import DecontaminateConfig
 from lmjax.data.preparation import decontaminate
-from lmjax.data.preparation.decontaminate import DecontaminateConfig
 from lmjax.data.text import clean, filters
 from lmjax.data.text.filters import FAMILIES, FEATURES, Batch
 

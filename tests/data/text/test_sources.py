@@ -167,6 +167,6 @@ def test_identity_follows_the_files(tmp_path):
 
 
 def test_importing_the_data_layer_does_not_import_tensorflow():
-    code = ("import sys, lmjax.data, lmjax.prepare; "
+    code = ("import sys, lmjax.data, lmjax.data.preparation.prepare; "
             "assert not {m for m in sys.modules if m.startswith('tensorflow')}")
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,24 @@
+"""Mistakes that a user can mend: one line each, which says what was expected, what was got and the fix."""
+
+
+class UserError(ValueError):
+    """A command cannot run as asked. It prints one line and exits with code 2, without a traceback.
+
+    The line reads `WHERE: expected EXPECTED, got GOT; FIX`. Any other exception is a fault of lmjax or of the
+    machine: it exits with code 1 and shows its traceback.
+    """
+
+    def __init__(self, expected: str, got: object, fix: str, where: str = "") -> None:
+        """
+        Args:
+          expected: what would have been right.
+          got: what was there instead.
+          fix: what the user can do about it, as an imperative.
+          where: the config key, option, file or feature that the error is about; "" leaves it out.
+        """
+        super().__init__(expected, got, fix, where)  # `args` hold all four, so that the error can be pickled
+        self.expected, self.got, self.fix, self.where = expected, got, fix, where
+
+    def __str__(self) -> str:
+        subject = f"{self.where}: " if self.where else ""
+        return f"{subject}expected {self.expected}, got {self.got}; {self.fix}"
