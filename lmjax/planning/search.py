@@ -18,7 +18,7 @@ from lmjax.nn.stack import NAMES, REMAT, kept_names
 from lmjax.planning.compile import Log, compiled
 from lmjax.planning.estimate import Estimate, estimate, readable, span
 from lmjax.runtime.chips import CHIPS, GIB, Topology, parse_topology
-from lmjax.training.optim.table import make_schedule
+from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.recipe import Recipe
 from lmjax.tree import num_elements
 

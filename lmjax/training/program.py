@@ -11,7 +11,8 @@ from lmjax.nn.module import Params
 from lmjax.nn.quantized import check_matmul_dtype, matmuls_in
 from lmjax.sharding import Layout, make_layout
 from lmjax.training.losses import Loss
-from lmjax.training.optim.table import make_optimizer, make_schedule
+from lmjax.training.optim.schedules import make_schedule
+from lmjax.training.optim.table import make_optimizer
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import StateSpec, state_spec
 from lmjax.training.step import LossFn, make_eval_step, make_train_step, next_token_loss

@@ -18,7 +18,8 @@ from lmjax.models.model import ModelConfig
 from lmjax.models.presets import with_preset
 from lmjax.nn.quantized import KINDS as KINDS_OF_MATMUL
 from lmjax.sharding import MeshConfig
-from lmjax.training.optim.table import OptimizerConfig, make_schedule
+from lmjax.training.optim.config import OptimizerConfig
+from lmjax.training.optim.schedules import make_schedule
 
 
 @dataclasses.dataclass(frozen=True)

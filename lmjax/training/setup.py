@@ -29,7 +29,7 @@ from lmjax.runtime.distributed import agreed
 from lmjax.runtime.files import Busy
 from lmjax.sharding import Layout, make_layout
 from lmjax.training.checkpoint import About, Checkpointer, checkpoint_steps, checksums
-from lmjax.training.optim.table import make_schedule
+from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.pretrained import Pretrained, check_start, find
 from lmjax.training.program import Program, make_model, make_program
 from lmjax.training.recipe import Recipe, blocking_changes, build_recipe, check_schedule

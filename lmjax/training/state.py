@@ -9,7 +9,7 @@ import optax
 from lmjax.models.model import Model
 from lmjax.nn.module import Params
 from lmjax.sharding import Layout
-from lmjax.training.optim.table import state_shardings
+from lmjax.training.optim.sharding import state_shardings
 
 
 class TrainState(NamedTuple):

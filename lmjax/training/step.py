@@ -13,7 +13,7 @@ from lmjax.nn.module import Params
 from lmjax.nn.pipeline import split_rows
 from lmjax.sharding import Layout, constrain, current_microbatches, use_layout
 from lmjax.training.losses import Loss, cross_entropy, with_experts
-from lmjax.training.optim.table import ema_update
+from lmjax.training.optim.ema import ema_update
 from lmjax.training.state import StateSpec, TrainState
 
 

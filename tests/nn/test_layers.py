@@ -13,7 +13,9 @@ from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, NORMS, Dense, Embedding
 from lmjax.nn.module import functional, normal
 from lmjax.sharding import MeshConfig, make_layout
 from lmjax.training.losses import Loss
-from lmjax.training.optim.table import OptimizerConfig, make_optimizer, make_schedule
+from lmjax.training.optim.config import OptimizerConfig
+from lmjax.training.optim.schedules import make_schedule
+from lmjax.training.optim.table import make_optimizer
 from lmjax.training.state import state_spec
 from lmjax.training.step import make_train_step, next_token_loss
 

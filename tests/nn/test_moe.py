@@ -14,7 +14,9 @@ from lmjax.nn.module import functional
 from lmjax.nn.moe import MoE, MoEConfig, _in_blocks, block_rows
 from lmjax.sharding import MeshConfig, make_layout
 from lmjax.training.losses import Loss, with_experts
-from lmjax.training.optim.table import OptimizerConfig, make_optimizer, make_schedule
+from lmjax.training.optim.config import OptimizerConfig
+from lmjax.training.optim.schedules import make_schedule
+from lmjax.training.optim.table import make_optimizer
 from lmjax.training.state import state_spec
 from lmjax.training.step import make_train_step, next_token_loss
 

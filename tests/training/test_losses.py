@@ -13,7 +13,9 @@ from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
 from lmjax.sharding import MeshConfig, make_layout, use_layout
 from lmjax.training.losses import Loss, cross_entropy, log_likelihoods
-from lmjax.training.optim.table import OptimizerConfig, make_optimizer, make_schedule
+from lmjax.training.optim.config import OptimizerConfig
+from lmjax.training.optim.schedules import make_schedule
+from lmjax.training.optim.table import make_optimizer
 from lmjax.training.state import state_spec
 from lmjax.training.step import make_eval_step, make_train_step, next_token_loss
 

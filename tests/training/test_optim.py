@@ -10,16 +10,12 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lmjax.training.optim.table import (
-    OPTIMIZERS,
-    SCHEDULES,
-    OptimizerConfig,
-    ema_update,
-    kind_of,
-    make_optimizer,
-    make_schedule,
-    state_shardings,
-)
+from lmjax.training.optim.config import OPTIMIZER_NAMES, SCHEDULE_NAMES, OptimizerConfig
+from lmjax.training.optim.ema import ema_update
+from lmjax.training.optim.parameters import kind_of
+from lmjax.training.optim.schedules import SCHEDULES, make_schedule
+from lmjax.training.optim.sharding import state_shardings
+from lmjax.training.optim.table import OPTIMIZERS, make_optimizer
 
 LAYERS, EMBED, HEADS, HEAD_DIM, MLP, VOCAB = 3, 16, 2, 4, 24, 40
 AXES = {
@@ -359,3 +355,7 @@ def test_ema_forgets_the_start_and_then_averages():
     np.testing.assert_allclose(ema_update(ema, params, 0.9, 0)["w"], 0.1 * 1 + 0.9 * 2, rtol=1e-6)
     np.testing.assert_allclose(ema_update(ema, params, 0.9, 8)["w"], 0.5 * 1 + 0.5 * 2, rtol=1e-6)
     np.testing.assert_allclose(ema_update(ema, params, 0.9, 10 ** 6)["w"], 0.9 * 1 + 0.1 * 2, rtol=1e-6)
+
+
+def test_the_config_names_every_row_of_the_tables():
+    assert OPTIMIZER_NAMES == tuple(OPTIMIZERS) and SCHEDULE_NAMES == tuple(SCHEDULES)

@@ -1,1 +1,1 @@
-"""Optimizers, one kind per file, and their schedules, told what a parameter is by its axis names."""
+"""Optimizers, one family per file, and their schedules. Axis names tell what each parameter is."""

@@ -1,0 +1,25 @@
+"""AdamW, Lion and SGD: updates that are computed for each element of a parameter by itself.
+
+Weight decay and the learning rate are applied by `table.make_optimizer`.
+"""
+
+from typing import Any
+
+import optax
+
+from lmjax.training.optim.config import OptimizerConfig
+
+
+def adamw(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
+    """Adam's rescaling (Kingma and Ba 2015, arXiv:1412.6980)."""
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+
+def lion(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
+    """The sign of a momentum (Chen et al. 2023, arXiv:2302.06675)."""
+    return optax.scale_by_lion(config.b1, config.b2)
+
+
+def sgd(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
+    """Gradient descent, with momentum unless `momentum` is 0."""
+    return optax.trace(config.momentum) if config.momentum else optax.identity()
