@@ -32,10 +32,13 @@ KINDS = {  # in the order in which they are shown
 
 
 class Ledger:
-    """Adds up seconds by kind and writes a row of them now and then, to `ledger.jsonl` in `workdir`."""
+    """Adds up seconds by kind and writes a row of them now and then, to `ledger.jsonl` in `workdir`.
 
-    def __init__(self, workdir: Path):
-        self._file = Appender(workdir / FILE)
+    workdir: None on processes that write nothing.
+    """
+
+    def __init__(self, workdir: Path | None):
+        self._file = Appender(workdir / FILE if workdir else None)
         self._step, self._spent, self._next = 0, Counter[str](), 0.0
 
     def start(self, step: int, seconds: float, **spent: float) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lmjax.runtime.files import write_whole
+
 
 def _plain(value: Any) -> Any:
     """Numpy and JAX scalars as Python ones; NaN and infinities as strings, since JSON has no such numbers.
@@ -65,25 +67,25 @@ def _truncate(path: Path, last_step: float) -> Counter[bytes]:
     kept = [(line, record) for line, record in _whole_lines(path) if record["step"] <= last_step]
     content = b"".join(line for line, _ in kept)
     if path.exists() and path.stat().st_size != len(content):
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, content)
     return Counter(line for line, record in kept if record["step"] == last_step)
 
 
 class Appender:
-    """Appends whole lines, each given to the system at once: what was appended survives a kill."""
+    """Appends whole lines, each given to the system at once: what was appended survives a kill.
 
-    def __init__(self, path: Path, last_step: float = math.inf):
+    path: None on processes that write nothing.
+    """
+
+    def __init__(self, path: Path | None, last_step: float = math.inf):
         # A run resumed at step k may replay what it logged at step k; no line is added twice.
-        self._seen = _truncate(path, last_step)
-        self._file = path.open("ab")
+        self._seen = _truncate(path, last_step) if path else Counter[bytes]()
+        self._file = path.open("ab") if path else None
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds it, unless it is one of the last step that is there."""
+        if self._file is None:
+            return
         line = _line(record)
         if self._seen[line]:
             self._seen[line] -= 1
@@ -93,8 +95,10 @@ class Appender:
 
     def sync(self) -> None:
         """Returns once all of it is on the disk."""
-        os.fsync(self._file.fileno())
+        if self._file:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file:
+            self._file.close()

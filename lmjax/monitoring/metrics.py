@@ -34,7 +34,7 @@ class MetricsWriter:
     before the checkpoint of step k is committed (and call `flush` in between).
 
     Args:
-      workdir: the run's directory; made if missing.
+      workdir: the run's directory; made if missing. None on processes that write nothing.
       resume_step: the step of the checkpoint that was restored; 0 or -1 on a fresh start. Metrics and samples
         after it are removed.
       tensorboard: whether to write TensorBoard events.
@@ -46,16 +46,17 @@ class MetricsWriter:
       ValueError: one of the files holds something other than JSON lines with a step.
     """
 
-    def __init__(self, workdir: str | os.PathLike, resume_step: int, tensorboard: bool = True):
-        workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
+    def __init__(self, workdir: str | os.PathLike | None, resume_step: int, tensorboard: bool = True):
+        folder = None if workdir is None else Path(workdir)
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
         last_steps = {"metrics": resume_step, "samples": resume_step, "timing": math.inf}
         self._metrics, self._samples, self._timing = (
-            Appender(workdir / f"{name}.jsonl", step) for name, step in last_steps.items())  # may refuse a file
-        timed = (line for line in read_jsonl(workdir / "timing.jsonl") if "event" not in line)
+            Appender(folder and folder / f"{name}.jsonl", step) for name, step in last_steps.items())  # may refuse
+        timed = (line for line in read_jsonl(folder / "timing.jsonl") if "event" not in line) if folder else ()
         earlier = [line["seconds"] for line in timed if "seconds" in line]
         self.seconds_before = float(earlier[-1]) if earlier else 0.0
-        self._events = _EventFile(workdir, purge_step=resume_step + 1) if tensorboard else None
+        self._events = _EventFile(folder, purge_step=resume_step + 1) if tensorboard and folder else None
         self._files = [f for f in (self._metrics, self._samples, self._timing, self._events) if f]
         self._sample_step, self._sample_index = -1, 0
 

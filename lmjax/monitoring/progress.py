@@ -18,12 +18,14 @@ class Progress:
     Piped lines come at the first update, then 1, 2, 4, 8, 15, 15, ... seconds apart, and always at the end.
 
     total_steps: the step at which the run ends. stream: standard error unless given, so that standard output
-    stays clean. clock: seconds, monotonic.
+    stays clean. clock: seconds, monotonic. quiet: on processes that show nothing.
     """
 
     def __init__(
-        self, total_steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+        self, total_steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
+        quiet: bool = False
     ):
+        self._quiet = quiet
         self._total = total_steps
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
@@ -95,5 +97,7 @@ class Progress:
         self._shown = True
 
     def _emit(self, text: str) -> None:
+        if self._quiet:
+            return
         self._stream.write(text)
         self._stream.flush()

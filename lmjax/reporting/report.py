@@ -18,6 +18,7 @@ from lmjax.monitoring.goodput import KINDS, SLOW
 from lmjax.monitoring.units import human_count, human_seconds
 from lmjax.reporting import page as html
 from lmjax.reporting.run_files import Columns, Run, last, median, read_run
+from lmjax.runtime.files import write_whole
 
 
 def write_report(workdir: str | os.PathLike) -> Path:
@@ -34,9 +35,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
         )
     run = read_run(workdir)
     path = workdir / "report.html"
-    temporary = path.with_name("report.html.tmp")
-    temporary.write_text(html.page(f"{workdir.resolve().name} \u00b7 lmjax", _body(run)), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, html.page(f"{workdir.resolve().name} \u00b7 lmjax", _body(run)))
     return path
 
 

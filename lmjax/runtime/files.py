@@ -1,4 +1,4 @@
-"""A directory that one process at a time works in."""
+"""Files and directories: locks, whole writes, directories that appear when they are complete, full disks."""
 
 import contextlib
 import errno
@@ -16,25 +16,52 @@ class Busy(UserError):
     """Another process is at work there. It may have ended the next time, so a launcher may try again."""
 
 
-def claim(directory: str | Path, out: str | Path) -> int:
-    """Makes `directory`, or finds it, and holds it for this process alone, to make `out` in it.
+def lock(path: str | Path, busy: Busy) -> int:
+    """Locks a directory, or a file that is made if missing, for this process alone.
 
-    Returns the file descriptor of a lock, to be closed in the end; it dies with its process, too.
+    Returns:
+      A file descriptor. Closing it releases the lock, and so does the end of the process.
 
     Raises:
-      Busy: another process holds it.
+      Busy: `busy`, if another process holds the lock.
     """
-    os.makedirs(directory, exist_ok=True)
-    lock = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(lock), os.stat(directory)):
-            raise BlockingIOError  # the other process has just finished, and renamed it
-    except (BlockingIOError, FileNotFoundError):
-        os.close(lock)
-        raise Busy("nobody else at work there", "another process that is making it", "wait until it has ended",
-                   where=str(out)) from None
-    return lock
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise busy from None
+    return descriptor
+
+
+def claim(directory: str | Path, out: str | Path) -> int:
+    """Makes `directory` if it is missing and locks it, so that one process alone makes `out` in it.
+
+    Returns:
+      The file descriptor of the `lock`.
+
+    Raises:
+      Busy: another process makes `out`.
+    """
+    busy = Busy("nobody else at work there", "another process that is making it", "wait until it has ended",
+                where=str(out))
+    os.makedirs(directory, exist_ok=True)
+    descriptor = lock(directory, busy)
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), os.stat(directory)):
+            return descriptor
+    os.close(descriptor)  # the other process finished a moment ago and renamed the directory
+    raise busy
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file in one piece: a kill at any moment leaves the old content or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -66,7 +65,7 @@ def train(recipe: Recipe, workdir: str | Path, log: Log = _to_stderr) -> str:
 
 def _go(run: Run, start: int, seconds: float, stop: StopSignal, watchdog: Watchdog) -> str:
     """The steps from `start` on, with their records; `seconds` went into setting up."""
-    writer = MetricsWriter(run.workdir, start) if jax.process_index() == 0 else _Silent()
+    writer = MetricsWriter(run.workdir if jax.process_index() == 0 else None, start)
     with contextlib.closing(writer):
         writer.event(start, "resume" if start else "start", seconds)
         loop = Loop(run, writer, watchdog)
@@ -89,7 +88,7 @@ class Loop:
         self.pending: tuple[int, Metrics] | None = None  # a step that is on its way, and its metrics
         self.waited = 0.0  # seconds since `last` that went to waiting for data
         self.progress: Progress | None = None
-        self.ledger = Ledger(run.workdir) if jax.process_index() == 0 else _Silent()
+        self.ledger = Ledger(run.workdir if jax.process_index() == 0 else None)
         self.watchdog = watchdog or Watchdog(0.0, run.workdir)
         self.slow, self.saved = Outliers(), 0  # saved: the newest step that is being
         devices = run.layout.mesh.devices
@@ -108,8 +107,8 @@ class Loop:
         batches = make_batches(run.train_split, batch_size=recipe.train.batch_size, start_row=run.steps.rows(start),
                                steps=max(end - start, 1), sharding=run.layout.sharding(("batch", "seq")))
         trace = Trace(recipe.watch.profile, run.workdir)
-        with (contextlib.closing(batches), contextlib.closing(_progress(steps)) as self.progress,
-              contextlib.closing(trace)):
+        with (contextlib.closing(batches), contextlib.closing(trace),
+              contextlib.closing(Progress(steps, quiet=jax.process_index() > 0)) as self.progress):
             if missed := trace.missed(start):
                 self.progress.log(missed)
             if run.compiled is None and start < end:  # while the first batches are made in the background
@@ -273,16 +272,3 @@ def _compile(run: Run) -> None:
     run.compiled = lowered.compile()
     if run.recipe.watch.hlo and jax.process_index() == 0:
         write_hlo(run.recipe.watch.hlo, lowered, run.compiled)
-
-
-def _progress(steps: int) -> Any:
-    return Progress(steps) if jax.process_index() == 0 else _Silent()
-
-
-class _Silent:
-    """Stands in for writers on processes that write nothing."""
-
-    seconds_before = 0.0
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import time
@@ -26,7 +25,7 @@ from lmjax.monitoring.units import human_count
 from lmjax.runtime.chips import FLAGS, GIB
 from lmjax.runtime.devices import device_memory
 from lmjax.runtime.distributed import agreed
-from lmjax.runtime.files import Busy
+from lmjax.runtime.files import Busy, lock, write_whole
 from lmjax.sharding import Layout, make_layout
 from lmjax.training.checkpoint import About, Checkpointer, checkpoint_steps, checksums
 from lmjax.training.optim.schedules import make_schedule
@@ -102,18 +101,15 @@ def claimed(workdir: Path) -> Iterator[None]:
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir: expected a directory, got the file {workdir}; choose another")
     workdir.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        agreed(lambda: _lock(workdir, held))
-        yield
-
-
-def _lock(workdir: Path, held: contextlib.ExitStack) -> None:
-    file = held.enter_context(open(workdir / ".lock", "w"))
+    busy = Busy("a directory that no run is using", "one that another process trains in",
+                "wait for it or use another --workdir", where=str(workdir))
+    held: list[int] = []
+    agreed(lambda: held.append(lock(workdir / ".lock", busy)))  # by process 0
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Busy("a directory that no run is using", "one that another process trains in",
-                   "wait for it or use another --workdir", where=str(workdir)) from None
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
 
 
 def set_up(recipe: Recipe, workdir: Path, log: Log, at: At = lambda step, doing: None) -> Run:
@@ -144,8 +140,8 @@ def set_up(recipe: Recipe, workdir: Path, log: Log, at: At = lambda step, doing:
     at(0, KINDS["restore"])
     facts = _tell(run, directory, log) | _restore(run, source, log)
     if jax.process_index() == 0:  # only now: a start that is refused leaves the directory as it was
-        _write_json(workdir / "run.json", facts)
-        _write_json(workdir / "config.json", plain(recipe))
+        for name, value in (("run.json", facts), ("config.json", plain(recipe))):
+            write_whole(workdir / name, json.dumps(value, indent=2) + "\n")
     return run
 
 
@@ -307,10 +303,3 @@ def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
 def _dtype_reason(run: Run) -> str:
     platform = run.layout.mesh.devices.flat[0].platform
     return f"auto: on {platform}" if run.recipe.train.compute_dtype == "auto" else "asked for"
-
-
-def _write_json(file: Path, value: Any) -> None:
-    """All of it, or what was there before."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(file)
