@@ -1,0 +1,73 @@
+"""What version 0.1.0 wrote (its files lay side by side then) still loads, resumes and is taken as it is.
+
+`fixtures/version_0.1.0.tar.gz` holds a corpus (docs/), the tokens prepared from it (data/), and a run that
+version 0.1.0 stopped at step 5 of 8 (run/). `expected.json` says what that version computed from them.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+import lmjax
+from lmjax.monitoring.jsonl import read_jsonl
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DATA = ['data.sources=[{"name":"docs","uri":"text:docs/*.md"}]', "data.tokenizer.vocab_size=352",
+        "data.seq_len=32", "data.heldout_fraction=0.3", "data.curate.dedup.threshold=0.8"]
+TRAIN = ["data.directory=data", "train.steps=8", "train.batch_size=4", "model.embed_dim=16",
+         "model.mlp_dim=32", "optimizer.ema_decay=0.9", "sample.every=0", "checkpoint.keep_last=5"]
+
+
+@pytest.fixture
+def written(tmp_path):
+    """The folder with what version 0.1.0 wrote, and what it computed."""
+    with tarfile.open(ROOT / "tests/fixtures/version_0.1.0.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    return tmp_path, json.loads((tmp_path / "expected.json").read_text())
+
+
+def command(folder: pathlib.Path, *words: str, overrides: Sequence[str] = ()) -> str:
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "lmjax.cli", *words, *(f"--config.{o}" for o in overrides)],
+                          cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_checkpoint_loads_and_computes_the_same(written):
+    folder, expected = written
+    lm = lmjax.load(folder / "run/checkpoints/5")
+    np.testing.assert_allclose(lm.logits([[1, 40, 41, 7]])[0, -1, :8], expected["logits"], atol=1e-5)
+    assert lm.score(["import os\n"])[0].log_likelihood == pytest.approx(expected["log_likelihood"], abs=1e-3)
+
+
+@pytest.mark.long
+def test_a_run_goes_on_where_the_version_before_stopped(written):
+    """The optimizer's state, the average of the weights and the order of rows are all read."""
+    folder, expected = written
+    config = ["--config", f"{ROOT}/configs/quickstart.py:tiny"]
+    command(folder, "train", *config, "--workdir", "run", overrides=DATA + TRAIN)
+    found = [line for line in read_jsonl(folder / "run/metrics.jsonl") if line["step"] > 5]
+    assert [set(line) for line in found] == [set(line) for line in expected["metrics"]]
+    for line, wanted in zip(found, expected["metrics"], strict=True):
+        for key, value in wanted.items():
+            assert line[key] == pytest.approx(value, rel=1e-4), (line["step"], key)
+    order = command(folder, "data", "order", "--workdir", "run").splitlines()
+    assert order[1:9] == expected["order"]
+
+
+def test_prepared_data_is_taken_as_it_is(written):
+    folder, expected = written
+    before = {path: path.stat().st_mtime_ns for path in (folder / "data").rglob("*")}
+    config = ["--config", f"{ROOT}/configs/quickstart.py:tiny"]
+    printed = command(folder, "prepare", *config, "--out", "data", overrides=DATA)
+    assert f"using the data prepared in data, fingerprint {expected['fingerprint'][:12]}" in printed
+    assert {path: path.stat().st_mtime_ns for path in (folder / "data").rglob("*")} == before
