@@ -93,8 +93,9 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
              tokens=arguments.tokens, find=arguments.search)
     elif command == "prepare":
         from lmjax.data.preparation.prepare import prepare
+        from lmjax.training.pretrained import make_tokenizer
 
-        prepare(build_recipe(load(arguments.config, overrides)).data, arguments.out)
+        prepare(build_recipe(load(arguments.config, overrides)).data, arguments.out, make_tokenizer=make_tokenizer)
     elif command == "data":
         from lmjax.cli.data import order, show
 
@@ -113,9 +114,8 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     elif command == "bench":
         from lmjax.benchmarks.train import bench
 
-        bench(build_recipe(load(arguments.config, overrides)),
-              [arguments.config, *(f"--config.{item}" for item in overrides)], seconds=arguments.seconds,
-              out=arguments.out)
+        argv = [arguments.config, *(f"--config.{item}" for item in overrides)]
+        bench(build_recipe(load(arguments.config, overrides)), argv, seconds=arguments.seconds, out=arguments.out)
     else:
         _use(arguments)
     return 0

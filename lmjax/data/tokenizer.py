@@ -18,7 +18,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import numpy as np
 from lmjax.config import at_least, choice
 from lmjax.data.hashing import key_of, permute
 from lmjax.data.packing import ramps
+from lmjax.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece's own sign for a space
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
@@ -307,6 +308,39 @@ class NamedIds:
     def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """The text of `ids` where they follow `before`."""
         return self.decode(ids) if self.names else self.tokenizer.continuation(before, ids)
+
+
+TokenizerFactory = Callable[[TokenizerConfig, Sequence[str]], Tokenizer]  # (config, texts)
+
+
+def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
+    """Trains a tokenizer on `texts`, or reads the SentencePiece model at `config.path`.
+
+    `training.pretrained.make_tokenizer` also reads the directories of runs and Hugging Face models.
+
+    Raises:
+      UserError: no SentencePiece model at `path`, another vocabulary size than `vocab_size`, or a
+        vocabulary size that the texts do not support.
+    """
+    from etils import epath
+
+    if not config.path:
+        return Tokenizer(train_model(config, texts))
+    path = epath.Path(config.path).expanduser()
+    if not path.exists() or path.is_dir():
+        got = "is a directory" if path.is_dir() else "does not exist"
+        raise UserError("a SentencePiece model, a directory with a tokenizer or a run",
+                        f"{config.path!r}, which {got}",
+                        "correct it, or leave it empty to train one", where="data.tokenizer.path")
+    return check_vocab_size(config, Tokenizer(path.read_bytes()))
+
+
+def check_vocab_size(config: TokenizerConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """Returns the tokenizer of `config.path`, or raises a UserError if `vocab_size` is not its size."""
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(f"{tokenizer.vocab_size}, as {config.path} has", config.vocab_size,
+                        f"set it to {tokenizer.vocab_size}", where="data.tokenizer.vocab_size")
+    return tokenizer
 
 
 def train_model(config: TokenizerConfig, texts: Sequence[str]) -> bytes:

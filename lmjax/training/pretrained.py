@@ -15,7 +15,9 @@ from etils import epath
 import lmjax
 from lmjax import huggingface
 from lmjax.config import plain
-from lmjax.data.tokenizer import HF_FILES, Tokenizer, TokenizerConfig, train_model
+from lmjax.data import tokenizer as data_tokenizer
+from lmjax.data.tokenizer import HF_FILES, Tokenizer, TokenizerConfig
+from lmjax.errors import UserError
 from lmjax.models.model import Model
 from lmjax.nn.module import Params
 from lmjax.training.checkpoint import About, checkpoint_steps, read_about, restore_params
@@ -61,29 +63,21 @@ def find(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
-    """The tokenizer of a config: that of `path`, or trained on a sample of `texts`.
+    """As `data.tokenizer.make_tokenizer`; `config.path` may be the directory of a model as well.
 
     Raises:
-      ValueError: no tokenizer there, another vocabulary size, or one that the texts cannot support.
+      UserError: no tokenizer at `path`, another vocabulary size than `vocab_size`, or a vocabulary
+        size that the texts do not support.
     """
-    if not config.path:
-        return Tokenizer(train_model(config, texts))
     path = epath.Path(config.path).expanduser()
-    if not path.exists():
-        raise ValueError(f"data.tokenizer.path: expected a SentencePiece model, a directory with a tokenizer or a "
-                         f"run, got {config.path!r}, which does not exist; correct it, or leave it empty to train one")
-    if path.is_dir():
-        files = any((path / name).exists() for name in (huggingface.SENTENCEPIECE, HF_FILES[0]))
-        tokenizer = huggingface.read_tokenizer(Path(path)) if files else _tokenizer(read_about(_checkpoint(path, None)))
-    else:
-        tokenizer = Tokenizer(path.read_bytes())
+    if not config.path or not path.is_dir():
+        return data_tokenizer.make_tokenizer(config, texts)
+    is_hf = any((path / name).exists() for name in (huggingface.SENTENCEPIECE, HF_FILES[0]))
+    tokenizer = huggingface.read_tokenizer(Path(path)) if is_hf else _tokenizer(read_about(_checkpoint(path, None)))
     if tokenizer is None:
-        raise ValueError(f"data.tokenizer.path: expected a model with a tokenizer, got {config.path}, which was "
-                         "trained on synthetic data; use another")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(f"data.tokenizer.vocab_size: expected {tokenizer.vocab_size}, as {config.path} has, "
-                         f"got {config.vocab_size}; set it to {tokenizer.vocab_size}")
-    return tokenizer
+        raise UserError("a model with a tokenizer", f"{config.path}, which was trained on synthetic data",
+                        "use another", where="data.tokenizer.path")
+    return data_tokenizer.check_vocab_size(config, tokenizer)
 
 
 def check_start(found: Pretrained, model: Model, tokenizer: Tokenizer | None) -> None:

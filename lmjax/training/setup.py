@@ -29,7 +29,7 @@ from lmjax.runtime.files import Busy, lock, write_whole
 from lmjax.sharding import Layout, make_layout
 from lmjax.training.checkpoint import About, Checkpointer, checkpoint_steps, checksums
 from lmjax.training.optim.schedules import make_schedule
-from lmjax.training.pretrained import Pretrained, check_start, find
+from lmjax.training.pretrained import Pretrained, check_start, find, make_tokenizer
 from lmjax.training.program import Program, make_model, make_program
 from lmjax.training.recipe import Recipe, blocking_changes, build_recipe, check_schedule
 from lmjax.training.state import StateSpec, TrainState
@@ -264,7 +264,7 @@ def _data(recipe: Recipe, workdir: Path, log: Log) -> str:
     """The directory of the prepared data, prepared now if it is not; process 0 does it for all."""
     directory = recipe.data.directory or str(workdir.absolute() / "data")
     if not recipe.data.synthetic:
-        agreed(lambda: prepare(recipe.data, directory, log=log))
+        agreed(lambda: prepare(recipe.data, directory, make_tokenizer=make_tokenizer, log=log))
     return directory
 
 

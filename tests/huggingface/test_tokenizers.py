@@ -98,7 +98,7 @@ def test_a_corpus_is_prepared_with_theirs(byte_level, tmp_path):
     theirs = read_tokenizer(byte_level)
     config = DataConfig(sources=(SourceConfig("a", f"jsonl:{tmp_path}/a.jsonl"),), min_chars=1, clean=(),
                         tokenizer=TokenizerConfig(path=str(byte_level), vocab_size=theirs.vocab_size))
-    out = prepare(config, str(tmp_path / "out"), log=lambda line: None)
+    out = prepare(config, str(tmp_path / "out"), make_tokenizer=make_tokenizer, log=lambda line: None)
     tokenizer, found = Tokenizer.read(out), []
     assert tokenizer.to_bytes() == theirs.to_bytes()
     for split, facts in store.read_manifest(out)["sources"]["a"].items():

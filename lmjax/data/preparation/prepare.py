@@ -31,7 +31,7 @@ from lmjax.data.preparation.stages import Prepared, run_stages
 from lmjax.data.preparation.writer import baselines, contamination, write_store
 from lmjax.data.text import sources
 from lmjax.data.text.clean import check_installed
-from lmjax.data.tokenizer import Tokenizer
+from lmjax.data.tokenizer import Tokenizer, TokenizerFactory, make_tokenizer
 from lmjax.runtime.files import claim, when_full
 
 
@@ -39,12 +39,14 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def prepare(config: DataConfig, out: str, *, log: Log = to_stderr) -> str:
+def prepare(config: DataConfig, out: str, *, make_tokenizer: TokenizerFactory = make_tokenizer,
+            log: Log = to_stderr) -> str:
     """Makes a prepared data directory, or finds that `out` already is that one.
 
     Args:
       config: the data config; sources must not be synthetic.
       out: the directory to make: local, gs:// or s3://.
+      make_tokenizer: makes the tokenizer from its config and the training texts.
       log: called with each line of progress.
     Returns:
       the directory.
@@ -65,7 +67,7 @@ def prepare(config: DataConfig, out: str, *, log: Log = to_stderr) -> str:
         curate = config.curate
         make = functools.partial(BeamEngine, options=curate.beam) if curate.beam else Engine
         with make(folder, workers=curate.workers, memory_mib=curate.memory_mib, log=log) as engine:
-            made = run_stages(config, engine)
+            made = run_stages(config, engine, make_tokenizer)
             inputs = {"tokens": made.tokens.receipt["output"], "text": made.texts[-1].digest}
             built = engine.stage("store", config.prepared_by(), inputs, lambda f: _build(config, made, f, log),
                                  describe=lambda facts: f"{facts['tokens']:,} tokens")

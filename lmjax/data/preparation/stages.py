@@ -20,7 +20,7 @@ from lmjax.data.preparation.engine import Engine, Stage
 from lmjax.data.preparation.shards import SHARD_BYTES, Samples, Shard
 from lmjax.data.text import clean, sources
 from lmjax.data.text.words import batches
-from lmjax.data.tokenizer import Tokenizer
+from lmjax.data.tokenizer import Tokenizer, TokenizerFactory
 
 BATCH_CHARS = 1 << 20  # tokenised at once
 
@@ -47,7 +47,7 @@ class Prepared(NamedTuple):
     tokens: Stage
 
 
-def run_stages(config: DataConfig, engine: Engine) -> Prepared:
+def run_stages(config: DataConfig, engine: Engine, make_tokenizer: TokenizerFactory) -> Prepared:
     """From the sources to tokens.
 
     Raises:
@@ -64,7 +64,7 @@ def run_stages(config: DataConfig, engine: Engine) -> Prepared:
     for source in config.sources:
         _check_enough(source, read, finished)
     bounds = _bounds(config, finished)
-    tokenizer, trained = _tokenizer(config, engine, finished, bounds)
+    tokenizer, trained = _tokenizer(config, engine, finished, bounds, make_tokenizer)
     tokens = _tokens(engine, finished, bounds, trained)
     stages = [read.stage, cleaned.stage, *removed.values(), cuts, evals, finished.stage, trained, tokens]
     return Prepared([stage for stage in stages if stage], [read, cleaned, finished], removed, evals, tokenizer, tokens)
@@ -221,10 +221,9 @@ def _check_enough(source: sources.SourceConfig, read: Text, finished: Text) -> N
                          "more files, or lower data.min_chars, data.heldout_fraction or the filters")
 
 
-def _tokenizer(config: DataConfig, engine: Engine, text: Text, bounds: dict[str, int]) -> tuple[Tokenizer, Stage]:
+def _tokenizer(config: DataConfig, engine: Engine, text: Text, bounds: dict[str, int],
+               make_tokenizer: TokenizerFactory) -> tuple[Tokenizer, Stage]:
     def build(folder: str) -> dict[str, Any]:
-        from lmjax.training.pretrained import make_tokenizer  # it reads checkpoints: seconds of imports
-
         texts = [] if config.tokenizer.path else sample(text.parts, bounds, config.tokenizer.train_bytes,
                                                         config.tokenizer.seed)
         tokenizer = make_tokenizer(config.tokenizer, texts)

@@ -27,7 +27,6 @@ from lmjax.data.preparation.engine import Engine
 from lmjax.data.preparation.engine_beam import BeamEngine
 from lmjax.data.preparation.prepare import prepare, trace
 from lmjax.data.text.filters import GopherRepetition
-from lmjax.training import pretrained
 
 WORDS = ["alpha", "beta", "gamma", "return self", "    if x:", "print(1)", "\u65e5\u672c", "\u2581", "\t"]
 
@@ -197,7 +196,7 @@ def test_something_else_in_the_way_is_not_touched(texts, tmp_path):
 
 
 STAGES = [("ingest", "1-ingest", curate), ("clean_shard", "2-clean", curate),
-          ("make_tokenizer", "8-tokenizer", pretrained),
+          ("make_tokenizer", "8-tokenizer", None),
           ("write_store", "store", module)]
 
 
@@ -206,13 +205,16 @@ def test_a_full_disk_in_any_stage_leaves_what_was_finished(texts, tmp_path, monk
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before, lines = getattr(where, function), []
-    monkeypatch.setattr(where, function, full)
-    with pytest.raises(ValueError, match="expected room for the prepared data, got a full disk; free"):
-        prepare(make_config(texts), str(tmp_path / "out"), log=silent)
+    lines, options = [], {}
+    with monkeypatch.context() as patched:
+        if function == "make_tokenizer":
+            options[function] = full
+        else:
+            patched.setattr(where, function, full)
+        with pytest.raises(ValueError, match="expected room for the prepared data, got a full disk; free"):
+            prepare(make_config(texts), str(tmp_path / "out"), log=silent, **options)
     finished = sorted(path.name for path in (tmp_path / ".out.partial").iterdir())
     assert not (tmp_path / "out").exists() and all(name < stage for name in finished)
-    monkeypatch.setattr(where, function, before)
     prepare(make_config(texts), str(tmp_path / "out"), log=lines.append)
     assert [line.split(":")[1].strip() for line in lines if "done before" in line] == finished
     assert not (tmp_path / ".out.partial").exists()
