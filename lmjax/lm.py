@@ -16,7 +16,7 @@ from lmjax import huggingface
 from lmjax.config import at_least, choice
 from lmjax.data.objectives import ENCODER, START_ID, Objective
 from lmjax.data.packing import Rows, fill_rows
-from lmjax.data.tokenizer import NamedIds, Tokenizer
+from lmjax.data.tokenizers import NamedIds, Tokenizer
 from lmjax.decoding.attention_maps import attention_maps, draw_attention
 from lmjax.decoding.beam import beam_search
 from lmjax.decoding.generate import Generator, bucket, jit_on

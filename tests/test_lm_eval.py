@@ -11,7 +11,7 @@ import pytest
 import lmjax
 from lmjax import huggingface
 from lmjax.cli.main import main
-from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, train_model
+from lmjax.data.tokenizers import TokenizerConfig, train_tokenizer
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
 
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
         file.writelines(json.dumps({"text": phrase(n)}) + "\n" for n in (3, 30, 90, 1))
     for name, text in TASKS.items():
         (made / f"{name}.yaml").write_text(text.replace("FOLDER", str(made)))
-    tokenizer = Tokenizer(train_model(TokenizerConfig(vocab_size=300), TEXTS * 20))
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), TEXTS * 20)
     model = build_model(DecoderConfig(num_layers=2, embed_dim=32, num_heads=2, mlp_dim=48, vocab_size=300,
                                       max_positions=64, init_std=0.3), vocab_size=0, platform="cpu", dtype=jnp.float32)
     huggingface.write_directory(made / "hf", model, jax.jit(model.init)(jax.random.key(0)), tokenizer,

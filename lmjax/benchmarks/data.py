@@ -27,7 +27,7 @@ from lmjax.data.preparation.shards import Shard
 from lmjax.data.text import clean, filters, sources
 from lmjax.data.text.sources import Document, SourceConfig
 from lmjax.data.text.words import batches
-from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, train_model
+from lmjax.data.tokenizers import TokenizerConfig, train_tokenizer
 
 RULES = ("newlines", "control", "nfc", "trailing_spaces", "blank_lines", "boilerplate", "mask_email", "mask_ip")
 CHARS = 4 << 20  # of the corpus
@@ -87,7 +87,7 @@ def corpus(limit: int) -> list[str]:
 
 def stages(texts: Sequence[str], folder: str, stack: contextlib.ExitStack) -> dict[str, Work]:
     """The work of each stage; dedup with the reading of its shards, the others without."""
-    tokenizer = Tokenizer(train_model(TokenizerConfig(train_bytes=2_000_000), texts))
+    tokenizer = train_tokenizer(TokenizerConfig(train_bytes=2_000_000), texts)
     gopher = {name: filters.FAMILIES[name]() for name in ("gopher_quality", "gopher_repetition")}
     tokens = sum(map(len, tokenizer.encode_batch(texts)))
     engine = stack.enter_context(Engine(folder, workers=1))

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmjax.data import DataConfig, Tokenizer, open_splits
+from lmjax.data import DataConfig, open_splits
 from lmjax.data.objectives import Objective
 from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture
-from lmjax.data.tokenizer import NamedIds
+from lmjax.data.tokenizers import NamedIds, prepared_tokenizer
 from lmjax.training.checkpoint import checkpoint_steps, read_about
 from lmjax.training.recipe import Recipe, build_recipe
 
@@ -100,6 +100,6 @@ def make_reader(config: DataConfig, directory: str) -> Callable[[np.ndarray], st
     """A function from token ids [n] to text; made-up tokens are shown as their numbers, added ids by their names."""
     if config.synthetic:
         return lambda ids: " ".join(map(str, ids))
-    tokenizer = Tokenizer.read(directory)
+    tokenizer = prepared_tokenizer(directory)
     objective = Objective(config.objective, seq_len=config.seq_len, vocab_size=tokenizer.vocab_size)
     return NamedIds(tokenizer, objective.extra).decode

@@ -13,7 +13,7 @@ from lmjax.data.store import canonical
 from lmjax.data.text import clean, language
 from lmjax.data.text.filters import C4, FAMILIES, FineWeb, GopherQuality, GopherRepetition
 from lmjax.data.text.sources import SourceConfig, is_synthetic
-from lmjax.data.tokenizer import TokenizerConfig
+from lmjax.data.tokenizers import TokenizerConfig
 
 
 @dataclass(frozen=True)

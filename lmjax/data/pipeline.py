@@ -20,7 +20,7 @@ from lmjax.data.packing import Rows
 from lmjax.data.store import Documents, SplitStore, canonical, read_manifest
 from lmjax.data.synthetic import SyntheticRows
 from lmjax.data.text.sources import SourceConfig
-from lmjax.data.tokenizer import Tokenizer, word_tables
+from lmjax.data.tokenizers import prepared_tokenizer, word_tables
 
 
 class RowSource(Protocol):
@@ -201,7 +201,7 @@ def _synthetic(config: DataConfig, source: SourceConfig, split: str) -> RowSourc
 def _stored(config: DataConfig, directory: str, verify: bool) -> Callable[..., RowSource]:
     manifest = read_manifest(directory)
     check_prepared_by(config, manifest, directory)
-    words = word_tables(Tokenizer.read(directory)) if config.objective.whole_word else None
+    words = word_tables(prepared_tokenizer(directory)) if config.objective.whole_word else None
 
     def make(config: DataConfig, source: SourceConfig, split: str) -> PackedRows:
         store = SplitStore(directory, source.name, split, manifest["sources"][source.name][split],

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from lmjax.data.tokenizer import NamedIds, Tokenizer
+from lmjax.data.tokenizers import NamedIds, Tokenizer
 
 
 def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.data.objectives import START_ID
-from lmjax.data.tokenizer import Tokenizer
+from lmjax.data.tokenizers import Tokenizer
 from lmjax.huggingface.families import FAMILIES, Family
 from lmjax.huggingface.settings import family_of, read_settings, write_settings
 from lmjax.huggingface.tensors import (

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmjax.data.tokenizer import HF_FILES, SPACE, HuggingFaceTokenizer, Tokenizer
+from lmjax.data.tokenizers import HF_FILES, SPACE, HuggingFaceTokenizer, Tokenizer, tokenizer_from_bytes
 from lmjax.huggingface.tensors import write_json
 
 SENTENCEPIECE = "tokenizer.model"
@@ -27,7 +27,7 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
     sentencepiece = None
     if (path / SENTENCEPIECE).is_file():
         try:
-            sentencepiece = Tokenizer.from_bytes((path / SENTENCEPIECE).read_bytes())
+            sentencepiece = tokenizer_from_bytes((path / SENTENCEPIECE).read_bytes())
         except ValueError as error:
             if not (path / HF_FILES[0]).is_file():
                 raise ValueError(f"{path / SENTENCEPIECE}: {error}") from None

@@ -15,8 +15,8 @@ from etils import epath
 import lmjax
 from lmjax import huggingface
 from lmjax.config import plain
-from lmjax.data import tokenizer as data_tokenizer
-from lmjax.data.tokenizer import HF_FILES, Tokenizer, TokenizerConfig
+from lmjax.data import tokenizers
+from lmjax.data.tokenizers import HF_FILES, Tokenizer, TokenizerConfig, tokenizer_from_bytes
 from lmjax.errors import UserError
 from lmjax.models.model import Model
 from lmjax.nn.module import Params
@@ -63,7 +63,7 @@ def find(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
-    """As `data.tokenizer.make_tokenizer`; `config.path` may be the directory of a model as well.
+    """As `data.tokenizers.make_tokenizer`; `config.path` may be the directory of a model as well.
 
     Raises:
       UserError: no tokenizer at `path`, another vocabulary size than `vocab_size`, or a vocabulary
@@ -71,13 +71,13 @@ def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
     """
     path = epath.Path(config.path).expanduser()
     if not config.path or not path.is_dir():
-        return data_tokenizer.make_tokenizer(config, texts)
+        return tokenizers.make_tokenizer(config, texts)
     is_hf = any((path / name).exists() for name in (huggingface.SENTENCEPIECE, HF_FILES[0]))
     tokenizer = huggingface.read_tokenizer(Path(path)) if is_hf else _tokenizer(read_about(_checkpoint(path, None)))
     if tokenizer is None:
         raise UserError("a model with a tokenizer", f"{config.path}, which was trained on synthetic data",
                         "use another", where="data.tokenizer.path")
-    return data_tokenizer.check_vocab_size(config, tokenizer)
+    return tokenizers.check_vocab_size(config, tokenizer)
 
 
 def check_start(found: Pretrained, model: Model, tokenizer: Tokenizer | None) -> None:
@@ -123,4 +123,4 @@ def _checkpoint(path: str | os.PathLike, step: int | None) -> epath.Path:
 
 
 def _tokenizer(about: About) -> Tokenizer | None:
-    return Tokenizer.from_bytes(base64.b64decode(about["tokenizer"])) if about["tokenizer"] else None
+    return tokenizer_from_bytes(base64.b64decode(about["tokenizer"])) if about["tokenizer"] else None

@@ -18,6 +18,7 @@ from lmjax.data import Tokenizer, open_splits
 from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture, Split
 from lmjax.data.preparation.prepare import prepare
+from lmjax.data.tokenizers import prepared_tokenizer
 from lmjax.decoding.generate import Generator
 from lmjax.models.model import Model
 from lmjax.monitoring.goodput import KINDS
@@ -122,7 +123,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log, at: At = lambda step, doing:
     directory = _data(recipe, workdir, log)
     at(0, "setting up")
     train_split, heldout = open_splits(recipe.data, directory)
-    tokenizer = None if recipe.data.synthetic else Tokenizer.read(directory)
+    tokenizer = None if recipe.data.synthetic else prepared_tokenizer(directory)
     program = make_program(recipe, jax.devices(), vocab_size=train_split.vocab_size, fields=train_split.fields)
     _check_memory(program.spec)
     layout, model = program.layout, program.model

@@ -12,9 +12,9 @@ from processes import finish, lines, start, wait_for
 
 from lmjax.cli.data import make_reader, open_run
 from lmjax.cli.main import main
-from lmjax.data import DataConfig, Tokenizer, TokenizerConfig, make_batches
+from lmjax.data import DataConfig, TokenizerConfig, make_batches
 from lmjax.data.objectives import AugmentConfig, ObjectiveConfig
-from lmjax.data.tokenizer import train_model
+from lmjax.data.tokenizers import train_tokenizer
 from lmjax.training.checkpoint import checkpoint_steps, read_about
 
 SOURCES = json.dumps([{"name": "a", "uri": "synthetic:70"}, {"name": "b", "uri": "synthetic:90", "weight": 2.0}])
@@ -118,9 +118,8 @@ def test_a_run_over_its_cap_is_refused_before_it_starts(tmp_path):
 
 
 def test_added_ids_are_shown_by_their_names(tmp_path):
-    model = train_model(TokenizerConfig(vocab_size=280), ["def read(self): return self.text"] * 5)
-    (tmp_path / "tokenizer.model").write_bytes(model)
-    tokenizer = Tokenizer.from_bytes(model)
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=280), ["def read(self): return self.text"] * 5)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.to_bytes())
     mask = tokenizer.vocab_size
     ids = [1, *tokenizer.encode("def r"), mask, mask, *tokenizer.encode("(self)\u00e9"), 2]
     data = DataConfig(seq_len=32, objective=ObjectiveConfig(augment=AugmentConfig(share=1.0)))

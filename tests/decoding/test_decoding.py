@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_generate import GREEDY, PROMPTS, V, chi_square, exact, greedy, made, next_logits
 
-from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, train_model
+from lmjax.data.tokenizers import TokenizerConfig, train_tokenizer
 from lmjax.decoding.beam import beam_search
 from lmjax.decoding.generate import CHUNK, Generator
 from lmjax.decoding.sampling import Sampling, adjust, penalise
@@ -193,7 +193,7 @@ def test_refusals():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(train_model(TokenizerConfig(vocab_size=300), ["ab abc abcd é 日本 stop here\n"] * 50))
+    return train_tokenizer(TokenizerConfig(vocab_size=300), ["ab abc abcd é 日本 stop here\n"] * 50)
 
 
 def test_streamed_pieces_are_the_answer_and_never_show_a_stop_string(tokenizer):

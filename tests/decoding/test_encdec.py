@@ -9,7 +9,7 @@ import pytest
 
 import lmjax
 from lmjax.data.objectives import START_ID, Objective, Pieces
-from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, train_model
+from lmjax.data.tokenizers import TokenizerConfig, train_tokenizer
 from lmjax.decoding.sampling import Sampling
 from lmjax.lm import LM
 from lmjax.models.model import build_model
@@ -27,7 +27,7 @@ TEXT = "1234567890 is 3141592653"  # each digit is a token, whatever stands besi
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(train_model(TokenizerConfig(vocab_size=KNOWN), ["Document 7 tells of the number 49.\n"] * 40))
+    return train_tokenizer(TokenizerConfig(vocab_size=KNOWN), ["Document 7 tells of the number 49.\n"] * 40)
 
 
 @pytest.fixture(scope="module", params=MODELS)

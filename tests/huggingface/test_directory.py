@@ -15,7 +15,7 @@ import pytest
 import lmjax
 from lmjax import huggingface
 from lmjax.cli.main import main
-from lmjax.data.tokenizer import TokenizerConfig, train_model
+from lmjax.data.tokenizers import TokenizerConfig, train_tokenizer
 from lmjax.huggingface.families import FAMILIES
 from lmjax.huggingface.tensors import open_tensors, read_tensor
 from lmjax.models.decoder import DecoderConfig
@@ -317,8 +317,8 @@ BAD = {
              "expected rope_type to be one of .* got 'longrope'"),
     "no size": (lambda f: edit(f, hidden_size="gone"), "expected a value for hidden_size, got none"),
     "bad size": (lambda f: edit(f, hidden_size="wide"), "embed_dim: expected an integer, got 'wide'"),
-    "tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(train_model(
-        TokenizerConfig(vocab_size=300), ["ab abc abcd é 日本 stop here\n"] * 50)),
+    "tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(train_tokenizer(
+        TokenizerConfig(vocab_size=300), ["ab abc abcd é 日本 stop here\n"] * 50).to_bytes()),
                   "expected a tokenizer for an embedding of 64 rows, got one of 300 tokens"),
     "tied, no table": (lambda f: (edit(f, tie_word_embeddings=True), retensor(f, lambda t: t.pop(EMBED))),
                        rf"expected tensor {EMBED} \[64, 16\], got none"),

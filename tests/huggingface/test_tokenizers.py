@@ -7,7 +7,13 @@ import pytest
 
 from lmjax.data import DataConfig, SourceConfig, store
 from lmjax.data.preparation.prepare import prepare
-from lmjax.data.tokenizer import HuggingFaceTokenizer, Tokenizer, TokenizerConfig, train_model
+from lmjax.data.tokenizers import (
+    HuggingFaceTokenizer,
+    TokenizerConfig,
+    prepared_tokenizer,
+    tokenizer_from_bytes,
+    train_tokenizer,
+)
 from lmjax.huggingface.tokenizers import PROBES, read_tokenizer, write_tokenizer
 from lmjax.training.pretrained import make_tokenizer
 
@@ -18,7 +24,7 @@ UNSEEN = ["A dog\tran 345 miles.", "  two\n\nlines ", "Ωμέγα 🇯🇵", ""]
 
 @pytest.fixture(scope="module")
 def ours():
-    return Tokenizer(train_model(TokenizerConfig(vocab_size=360), TEXTS))
+    return train_tokenizer(TokenizerConfig(vocab_size=360), TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,7 @@ def test_transformers_reads_what_we_write(ours, tmp_path):
 
 def test_a_tokenizer_that_cannot_be_converted_is_said_to_be(tmp_path):
     """Their unigram model takes the name of a byte's token in a text for that token."""
-    ours = Tokenizer(train_model(TokenizerConfig(vocab_size=300, model="unigram"), TEXTS))
+    ours = train_tokenizer(TokenizerConfig(vocab_size=300, model="unigram"), TEXTS)
     said = []
     write_tokenizer(tmp_path, ours, log=said.append)
     assert "tokenizer.json is left out, use tokenizer.model: it would split '<0x41>'" in said[0]
@@ -82,7 +88,7 @@ def test_theirs_behind_our_interface(byte_level, tmp_path):
         assert theirs.surface(ids)[0] == text.encode()
     assert theirs.lossy(texts, batch) is None
     assert theirs.lossy(texts, [*batch[:-1], np.array([5], np.int32)]) == len(texts) - 1
-    again = Tokenizer.from_bytes(theirs.to_bytes())
+    again = tokenizer_from_bytes(theirs.to_bytes())
     assert isinstance(again, HuggingFaceTokenizer) and again.encode(texts[0]) == theirs.encode(texts[0])
     assert again.hash == theirs.hash
     write_tokenizer(tmp_path, again)
@@ -99,7 +105,7 @@ def test_a_corpus_is_prepared_with_theirs(byte_level, tmp_path):
     config = DataConfig(sources=(SourceConfig("a", f"jsonl:{tmp_path}/a.jsonl"),), min_chars=1, clean=(),
                         tokenizer=TokenizerConfig(path=str(byte_level), vocab_size=theirs.vocab_size))
     out = prepare(config, str(tmp_path / "out"), make_tokenizer=make_tokenizer, log=lambda line: None)
-    tokenizer, found = Tokenizer.read(out), []
+    tokenizer, found = prepared_tokenizer(out), []
     assert tokenizer.to_bytes() == theirs.to_bytes()
     for split, facts in store.read_manifest(out)["sources"]["a"].items():
         if split in ("train", "heldout"):

@@ -11,7 +11,7 @@ from lmjax.data.config import DataConfig
 from lmjax.data.objectives import ObjectiveConfig
 from lmjax.data.pipeline import open_splits
 from lmjax.data.text.sources import SourceConfig
-from lmjax.data.tokenizer import TokenizerConfig
+from lmjax.data.tokenizers import TokenizerConfig
 from lmjax.decoding.beam import beam_search
 from lmjax.decoding.generate import Generator
 from lmjax.decoding.sampling import Sampling

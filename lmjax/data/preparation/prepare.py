@@ -31,7 +31,7 @@ from lmjax.data.preparation.stages import Prepared, run_stages
 from lmjax.data.preparation.writer import baselines, contamination, write_store
 from lmjax.data.text import sources
 from lmjax.data.text.clean import check_installed
-from lmjax.data.tokenizer import Tokenizer, TokenizerFactory, make_tokenizer
+from lmjax.data.tokenizers import Tokenizer, TokenizerFactory, make_tokenizer
 from lmjax.runtime.files import claim, when_full
 
 

@@ -20,7 +20,7 @@ from lmjax.data.preparation.engine import Engine, Stage
 from lmjax.data.preparation.shards import SHARD_BYTES, Samples, Shard
 from lmjax.data.text import clean, sources
 from lmjax.data.text.words import batches
-from lmjax.data.tokenizer import Tokenizer, TokenizerFactory
+from lmjax.data.tokenizers import Tokenizer, TokenizerFactory, tokenizer_from_bytes
 
 BATCH_CHARS = 1 << 20  # tokenised at once
 
@@ -237,7 +237,7 @@ def _tokenizer(config: DataConfig, engine: Engine, text: Text, bounds: dict[str,
     stage = engine.stage("8-tokenizer", config.prepared_by()["tokenizer"], inputs, build,
                          describe=lambda facts: f"{facts['vocab_size']:,} tokens, {facts['hash'][:12]}")
     with open(stage.path("tokenizer.model"), "rb") as file:
-        return Tokenizer.from_bytes(file.read()), stage
+        return tokenizer_from_bytes(file.read()), stage
 
 
 def sample(parts: Sequence[Shard], bounds: dict[str, int], budget: int, seed: int) -> list[str]:
@@ -282,7 +282,7 @@ def _tokens(engine: Engine, text: Text, bounds: dict[str, int], trained: Stage) 
 @functools.lru_cache(maxsize=1)
 def _load_tokenizer(path: str, hash: str) -> Tokenizer:
     with open(path, "rb") as file:
-        return Tokenizer.from_bytes(file.read())
+        return tokenizer_from_bytes(file.read())
 
 
 def tokenise(part: Shard, model: str, bounds: dict[str, int], folder: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lmjax.data.preparation.engine import Stage
 from lmjax.data.preparation.shards import Shard
 from lmjax.data.preparation.stages import Prepared
 from lmjax.data.text import ngram, sources
-from lmjax.data.tokenizer import Tokenizer
+from lmjax.data.tokenizers import Tokenizer
 
 BASELINE_TOKENS = 16_000_000  # of the training split that the n-grams count: some 10 s and 2 GB
 

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 
-from lmjax.data import DataConfig, SourceConfig, Tokenizer, TokenizerConfig, store
+from lmjax.data import DataConfig, SourceConfig, TokenizerConfig, store
 from lmjax.data.config import CurateConfig, DecontaminateConfig, DedupConfig
 from lmjax.data.preparation.prepare import prepare
 from lmjax.data.text.filters import FineWeb, GopherQuality, GopherRepetition
+from lmjax.data.tokenizers import prepared_tokenizer
 
 BOOKS = {
     "en": ["""Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do.
@@ -50,7 +51,7 @@ def test_every_stage_works_on_each_language(tmp_path):
     config = DataConfig(sources=(SourceConfig("s", f"text:{tmp_path}/texts/*"),), curate=curate, seq_len=32,
                         tokenizer=TokenizerConfig(vocab_size=640), clean=("newlines", "nfc", "boilerplate"))
     out = prepare(config, str(tmp_path / "out"), log=lambda line: None)
-    entry, tokenizer, found = store.read_manifest(out)["sources"]["s"], Tokenizer.read(out), {}
+    entry, tokenizer, found = store.read_manifest(out)["sources"]["s"], prepared_tokenizer(out), {}
     for split in ("train", "heldout"):
         part = store.SplitStore(out, "s", split, entry[split])
         found |= {name: tokenizer.decode(ids) for name, ids in

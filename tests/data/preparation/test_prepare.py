@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lmjax.cli import errors
-from lmjax.data import DataConfig, SourceConfig, Tokenizer, TokenizerConfig, open_splits, store
+from lmjax.data import DataConfig, SourceConfig, TokenizerConfig, open_splits, store
 from lmjax.data.config import CurateConfig, DecontaminateConfig, DedupConfig
 from lmjax.data.preparation import curate, stages
 from lmjax.data.preparation import prepare as module
@@ -27,6 +27,7 @@ from lmjax.data.preparation.engine import Engine
 from lmjax.data.preparation.engine_beam import BeamEngine
 from lmjax.data.preparation.prepare import prepare, trace
 from lmjax.data.text.filters import GopherRepetition
+from lmjax.data.tokenizers import tokenizer_from_bytes
 
 WORDS = ["alpha", "beta", "gamma", "return self", "    if x:", "print(1)", "\u65e5\u672c", "\u2581", "\t"]
 
@@ -64,7 +65,7 @@ def contents(directory):
 def test_the_stored_documents_are_the_texts(texts, tmp_path):
     lines = []
     out = prepare(make_config(texts), str(tmp_path / "out"), log=lines.append)
-    tokenizer = Tokenizer.from_bytes((tmp_path / "out/tokenizer.model").read_bytes())
+    tokenizer = tokenizer_from_bytes((tmp_path / "out/tokenizer.model").read_bytes())
     manifest, found = store.read_manifest(out), {}
     for split in ("train", "heldout"):
         facts = manifest["sources"]["texts"][split]

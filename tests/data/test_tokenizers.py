@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from lmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer, TokenizerConfig, word_tables
-from lmjax.data.tokenizer import train_model as train
-from lmjax.training.pretrained import make_tokenizer as make
+from lmjax.data.tokenizers import (
+    SentencePieceTokenizer,
+    TokenizerConfig,
+    make_tokenizer,
+    tokenizer_from_bytes,
+    train_tokenizer,
+    word_tables,
+)
+from lmjax.data.tokenizers.sentencepiece import BOS_ID, EOS_ID, PAD_ID
 
 NASTY = [
     "", " ", "  ", "a  b   c    d", "  lead", "trail  ", "\n", "\n\n\n", "\r", "\r\n\r", "\t\tx\t",
@@ -31,7 +37,7 @@ def corpus():
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def tokenizer(request):
     size = {"bpe": 330, "unigram": 290}[request.param]
-    return make(TokenizerConfig(vocab_size=size, model=request.param), corpus())
+    return make_tokenizer(TokenizerConfig(vocab_size=size, model=request.param), corpus())
 
 
 def test_every_text_comes_back(tokenizer):
@@ -55,7 +61,7 @@ def test_words_are_encoded_once_where_that_is_the_same_and_only_there(tokenizer)
         sentence_iterator=iter(corpus()), model_writer=model, vocab_size=330, model_type="bpe", byte_fallback=True,
         split_by_whitespace=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
         add_dummy_prefix=False, minloglevel=2)
-    over = Tokenizer(model.getvalue())
+    over = SentencePieceTokenizer(model.getvalue())
     assert any("\u2581" in over._sp.id_to_piece(i).strip("\u2581") for i in range(330)) and not over._by_unit
     assert [i.tolist() for i in over.encode_batch(corpus())] == [over.encode(text) for text in corpus()]
 
@@ -84,22 +90,22 @@ def test_half_a_character_decodes_to_a_replacement(tokenizer):
 
 
 def test_the_model_is_a_pure_function_and_describes_itself(tokenizer):
-    again = Tokenizer.from_bytes(tokenizer.to_bytes())
+    again = tokenizer_from_bytes(tokenizer.to_bytes())
     assert again.hash == tokenizer.hash and again.encode("a b") == tokenizer.encode("a b")
     config = TokenizerConfig(vocab_size=300, train_bytes=5000)
-    assert train(config, corpus()) == train(config, corpus())
-    other = train(TokenizerConfig(300, "bpe", 5000, seed=1), corpus())
-    assert train(config, corpus()) != other
+    model = train_tokenizer(config, corpus()).to_bytes()
+    assert train_tokenizer(config, corpus()).to_bytes() == model
+    assert train_tokenizer(TokenizerConfig(300, "bpe", 5000, seed=1), corpus()).to_bytes() != model
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (PAD_ID, BOS_ID, EOS_ID)
 
 
 def test_long_lines_are_not_left_out_of_training():
-    tokenizer = make(TokenizerConfig(vocab_size=278), ["needle " * 20_000])
+    tokenizer = make_tokenizer(TokenizerConfig(vocab_size=278), ["needle " * 20_000])
     assert len(tokenizer.encode("needle needle")) <= 4
 
 
 def test_runs_of_spaces_are_one_token():
-    code = make(TokenizerConfig(vocab_size=272), ["        x = 1\n    y\n" * 50])
+    code = make_tokenizer(TokenizerConfig(vocab_size=272), ["        x = 1\n    y\n" * 50])
     assert len(code.encode("        ")) <= 2
 
 
@@ -110,18 +116,18 @@ def test_runs_of_spaces_are_one_token():
 ])
 def test_a_tokenizer_that_cannot_be_made(config, message):
     with pytest.raises(ValueError, match=message):
-        make(config, corpus())
+        make_tokenizer(config, corpus())
 
 
 def test_an_existing_model(tmp_path, tokenizer):
     path = tmp_path / "t.model"
     path.write_bytes(tokenizer.to_bytes())
-    assert make(TokenizerConfig(tokenizer.vocab_size, path=str(path)), []).hash == tokenizer.hash
+    assert make_tokenizer(TokenizerConfig(tokenizer.vocab_size, path=str(path)), []).hash == tokenizer.hash
     with pytest.raises(ValueError, match=f"expected {tokenizer.vocab_size}.*, got 4096"):
-        make(TokenizerConfig(path=str(path)), [])
+        make_tokenizer(TokenizerConfig(path=str(path)), [])
     path.write_bytes(b"junk")
     with pytest.raises(ValueError, match="expected a SentencePiece model, got 4 bytes"):
-        make(TokenizerConfig(path=str(path)), [])
+        make_tokenizer(TokenizerConfig(path=str(path)), [])
 
 
 def test_words_end_where_letters_do(tokenizer):
@@ -137,7 +143,7 @@ def test_words_end_where_letters_do(tokenizer):
 
 
 def test_spaces_come_back_that_the_training_text_did_not_have():
-    tokenizer = Tokenizer(train(TokenizerConfig(vocab_size=300), ["学而时习之不亦说乎有朋自远方来"]))
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), ["学而时习之不亦说乎有朋自远方来"])
     text = "  a b\u2581 c "
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode_batch([text])[0].tolist() == tokenizer.encode(text)

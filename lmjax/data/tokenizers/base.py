@@ -1,0 +1,155 @@
+"""The interface of all tokenizers, and what follows from it: exact surfaces, word borders, extra ids.
+
+Shape legend: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import hashlib
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from lmjax.data.packing import ramps
+
+SPACE = "\u2581"  # the sign that SentencePiece writes for a space
+
+
+class Tokenizer(abc.ABC):
+    """Turns text into token ids and back.
+
+    Attributes:
+      vocab_size: number of token ids, with the special ones.
+      bos_id, eos_id: ids of the tokens that begin and end a document.
+      pad_id: id of the padding token; padding is masked, so the id never matters.
+      prefix, suffix: ids that stand before and after a text that the model reads.
+    """
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+
+    def __init__(self, model: bytes):
+        self._model = model
+
+    def to_bytes(self) -> bytes:
+        """The whole tokenizer, as `tokenizer_from_bytes` reads it."""
+        return self._model
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of the model, hex."""
+        return hashlib.sha256(self._model).hexdigest()
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens around it."""
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[np.ndarray]:
+        """Token ids of many texts, one int32 array per text.
+
+        Args:
+          texts: what to encode.
+          num_threads: by default one per core; the result does not depend on it.
+        """
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids. Special tokens are dropped; invalid UTF-8 becomes U+FFFD."""
+        return self.surface(np.fromiter(ids, np.int64))[0].decode(errors="replace")
+
+    def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of `ids` where they follow `before`."""
+        return self.decode(ids)
+
+    def surface(self, ids: np.ndarray) -> tuple[bytes, np.ndarray]:
+        """The UTF-8 bytes of token ids [n], and the number of bytes of each id (int64 [n])."""
+        blob, starts, lengths = self._surfaces
+        return blob[ramps(starts[ids], lengths[ids])].tobytes(), lengths[ids]
+
+    def lossy(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> int | None:
+        """Index of the first text that its ids do not reproduce exactly; None if all do."""
+        raw = [text.encode() for text in texts]
+        got, lengths = self.surface(np.concatenate([*ids, np.zeros(0, np.int32)]))
+        ends = np.cumsum([len(i) for i in ids], dtype=np.int64)
+        per_text = np.diff(np.concatenate([[0], np.concatenate([[0], np.cumsum(lengths)])[ends]]))
+        if got == b"".join(raw) and np.array_equal(per_text, [len(r) for r in raw]):
+            return None
+        return next(n for n, i in enumerate(ids) if self.surface(i)[0] != raw[n])
+
+    @functools.cached_property
+    def _surfaces(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bytes of all tokens end to end; where each token begins in them, and its length, [V]."""
+        table = [self._surface_of(i) for i in range(self.vocab_size)]
+        lengths = np.array([len(s) for s in table], np.int64)
+        return np.frombuffer(b"".join(table), np.uint8), np.cumsum(lengths) - lengths, lengths
+
+    @abc.abstractmethod
+    def _surface_of(self, i: int) -> bytes:
+        """The bytes of text that token `i` stands for."""
+
+
+class NamedIds:
+    """A tokenizer with names for further ids: names[i] stands for id tokenizer.vocab_size + i.
+
+    The names are read in texts and written into decoded texts.
+
+    Args:
+      tokenizer: the tokenizer of all lower ids.
+      names: names of the further ids, such as an objective's mask or sentinels.
+    Attributes:
+      vocab_size: number of ids, with the named ones.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, names: Sequence[str] = ()):
+        self.tokenizer, self.names = tokenizer, names
+        self.vocab_size = tokenizer.vocab_size + len(names)
+        self._ids = {name: tokenizer.vocab_size + i for i, name in enumerate(names)}
+        self._name = re.compile(f"({'|'.join(map(re.escape, names))})")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text and of the names in it."""
+        parts = self._name.split(text) if self.names else [text]
+        return [i for part in parts
+                for i in ([self._ids[part]] if part in self._ids else self.tokenizer.encode(part))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, with a name for each further id."""
+        size = self.tokenizer.vocab_size
+        return "".join(
+            "".join(self.names[i - size] for i in run) if named else self.tokenizer.decode(run)
+            for named, run in itertools.groupby(ids, lambda i: i >= size))
+
+    def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of `ids` where they follow `before`."""
+        return self.decode(ids) if self.names else self.tokenizer.continuation(before, ids)
+
+
+def word_tables(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """For each token, whether it begins outside a word and whether it ends outside a word; bool [V].
+
+    A word continues across the border of two tokens if the characters on both sides are letters or
+    digits. Each Chinese or Japanese character is a word of its own. A token that is a single byte
+    of a longer character is inside a word.
+    """
+    begins, ends = np.ones(tokenizer.vocab_size, bool), np.ones(tokenizer.vocab_size, bool)
+    for i in range(tokenizer.vocab_size):
+        text = tokenizer.surface(np.array([i]))[0].decode(errors="replace")
+        if text:
+            begins[i], ends[i] = not _in_word(text[0]), not _in_word(text[-1])
+    return begins, ends
+
+
+def _in_word(character: str) -> bool:
+    if character == "\ufffd" or unicodedata.combining(character) > 0:
+        return True
+    cjk = "\u2e80" <= character <= "\u9fff"  # Han and kana
+    return character.isalnum() and not cjk

@@ -1,0 +1,52 @@
+"""Tokenizers from a config, from the bytes in a checkpoint, and from prepared data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from etils import epath
+
+from lmjax.data.tokenizers.base import Tokenizer
+from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
+from lmjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, TokenizerConfig, train_tokenizer
+from lmjax.errors import UserError
+
+TokenizerFactory = Callable[[TokenizerConfig, Sequence[str]], Tokenizer]  # (config, texts)
+
+
+def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
+    """Trains a tokenizer on `texts`, or reads the SentencePiece model at `config.path`.
+
+    `training.pretrained.make_tokenizer` also reads the directories of runs and Hugging Face models.
+
+    Raises:
+      UserError: no SentencePiece model at `path`, another vocabulary size than `vocab_size`, or a
+        vocabulary size that the texts do not support.
+    """
+    if not config.path:
+        return train_tokenizer(config, texts)
+    path = epath.Path(config.path).expanduser()
+    if not path.exists() or path.is_dir():
+        got = "is a directory" if path.is_dir() else "does not exist"
+        raise UserError("a SentencePiece model, a directory with a tokenizer or a run",
+                        f"{config.path!r}, which {got}",
+                        "correct it, or leave it empty to train one", where="data.tokenizer.path")
+    return check_vocab_size(config, SentencePieceTokenizer(path.read_bytes()))
+
+
+def check_vocab_size(config: TokenizerConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """Returns the tokenizer of `config.path`, or raises a UserError if `vocab_size` is not its size."""
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(f"{tokenizer.vocab_size}, as {config.path} has", config.vocab_size,
+                        f"set it to {tokenizer.vocab_size}", where="data.tokenizer.vocab_size")
+    return tokenizer
+
+
+def tokenizer_from_bytes(model: bytes) -> Tokenizer:
+    """The tokenizer whose `to_bytes` gave these bytes: JSON is Hugging Face's, else SentencePiece's."""
+    return HuggingFaceTokenizer(model) if model.startswith(b"{") else SentencePieceTokenizer(model)
+
+
+def prepared_tokenizer(directory: str) -> Tokenizer:
+    """The tokenizer of a directory of prepared data."""
+    return tokenizer_from_bytes((epath.Path(directory) / "tokenizer.model").read_bytes())
