@@ -1,8 +1,8 @@
-"""Strict configs: a `ConfigDict` in the file and on the command line, frozen dataclasses in the code.
+"""Strict configs: a `ConfigDict` in files and on the command line, frozen dataclasses in the code.
 
-Every part of lmjax declares one frozen dataclass next to its factory, and that dataclass is the only
-place where its defaults live. `build` turns plain nested dicts into these, and refuses a misspelt key,
-a NaN or a wrong type with one line that names the key.
+Every part of lmjax declares one frozen dataclass beside its factory. That dataclass is the only
+place where the part's defaults live. `build` turns nested dicts into these dataclasses. It refuses
+an unknown key, a NaN or a wrong type with one line that names the key.
 """
 
 import dataclasses
@@ -17,57 +17,64 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from lmjax.errors import UserError
+
 T = TypeVar("T")
-MAX_FLOAT32 = 3.4028234663852886e38  # what is computed with is float32
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run. The message holds what was expected, what was got, and the fix."""
+MAX_FLOAT32 = 3.4028234663852886e38  # the largest float: training computes in float32
 
 
 class Text(str):
-    """A value from the command line: still text, parsed by the type of the field that it lands in."""
+    """A value from the command line that is not parsed yet: the type of its field decides how."""
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Runs `path.py` or `path.py:variant` and returns its `get_config([variant])` as a plain dict.
+    """Runs a config file and returns what its `get_config` returns, as a plain dict.
 
     Args:
-      spec: the config file, with an optional variant behind a colon (`configs/quickstart.py:tiny`).
-      overrides: `key.path=value` strings, applied on top, in order. They stay `Text` until `build`.
+      spec: `path.py`, or `path.py:variant` to call `get_config(variant)`
+        (`configs/quickstart.py:tiny`).
+      overrides: `key.path=value` strings, applied in order. They stay `Text` until `build`.
 
     Raises:
-      ConfigError: no such file, no `get_config` in it, or an override without `=`.
+      UserError: the file is missing or fails, it has no `get_config`, or an override has no `=`.
     """
     path, _, variant = spec.partition(":")
     if not os.path.isfile(path):
-        raise ConfigError(f"--config: expected a Python file, got {path!r}, which does not exist; "
-                          "pass a path such as configs/quickstart.py")
+        raise UserError("a Python file", f"{path!r}, which does not exist",
+                        "pass a path such as configs/quickstart.py", where="--config")
     try:
-        get_config = runpy.run_path(path).get("get_config")
-        config = plain(get_config(variant) if variant else get_config()) if callable(get_config) else get_config
-    except Exception as error:  # whatever the user's code raises
-        lines = [str(f.lineno) for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        config = get_config = runpy.run_path(path).get("get_config")
+        if callable(get_config):
+            config = plain(get_config(variant) if variant else get_config())
+    except Exception as error:  # anything that the user's code raises
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [str(frame.lineno) for frame in frames if frame.filename == path]
         at = f"line {lines[-1]}: " if lines else ""
-        raise ConfigError(f"--config: expected {path} to be a Python file that runs, got {at}{type(error).__name__}: "
-                          f"{error}; correct it") from None
+        got = f"{at}{type(error).__name__}: {error}"
+        raise UserError(f"{path} to be a Python file that runs", got, "correct it",
+                        where="--config") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"--config: expected {path} to define get_config(), which returns a ConfigDict, got "
-                          f"{config!r}; add one")
+        raise UserError(f"{path} to define get_config(), which returns a ConfigDict", repr(config),
+                        "add one", where="--config")
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals:
-            raise ConfigError(f"--config.{key}: expected --config.{key}=VALUE, got no '='; write "
-                              "the value behind an equals sign")
+            raise UserError(f"--config.{key}=VALUE", "no '='",
+                            "write the value after an equals sign", where=f"--config.{key}")
         _assign(config, key.split("."), Text(value), key)
     return config
 
 
 def build(cls: type[T], value: Any, path: str = "config") -> T:
-    """Makes the dataclass `cls` from a nested mapping, strictly.
+    """Makes the dataclass `cls` from a nested mapping.
+
+    Args:
+      cls: a frozen dataclass. It may hold other dataclasses, tuples, dicts and scalars.
+      value: a mapping or a ConfigDict. A finished `cls` is returned as it is.
+      path: the name of `value` in error messages.
 
     Raises:
-      ConfigError: an unknown key, a NaN, a value of the wrong type, or one that the class refuses.
+      UserError: an unknown key, a NaN, a value of the wrong type, or a value that `cls` refuses.
     """
     if isinstance(value, cls):
         return value
@@ -80,21 +87,21 @@ def build(cls: type[T], value: Any, path: str = "config") -> T:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, 1)
             fix = f"did you mean {near[0]!r}?" if near else "remove it"
-            raise ConfigError(f"{path}.{key}: expected one of {_keys(cls)}, got an unknown key; {fix}")
+            raise UserError(f"one of {_keys(cls)}", "an unknown key", fix, where=f"{path}.{key}")
     fields = {key: _convert(hints[key], item, f"{path}.{key}") for key, item in value.items()}
+    if missing := [name for name in _required(cls) if name not in fields]:
+        raise UserError(f"a value for {', '.join(missing)}", "none", "set it", where=path)
     try:
         return cls(**fields)
-    except ConfigError:
-        raise
+    except UserError as error:  # from __post_init__, which names a key without its path
+        where = f"{path}.{error.where}" if error.where else path
+        raise UserError(error.expected, error.got, error.fix, where=where) from None
     except ValueError as error:
-        raise ConfigError(f"{path}.{error}") from None
-    except TypeError:
-        missing = [f.name for f in dataclasses.fields(cls) if f.name not in fields and _required(f)]
-        raise ConfigError(f"{path}: expected a value for {', '.join(missing)}, got none; set it") from None
+        raise ValueError(f"{path}.{error}") from None
 
 
 def plain(value: Any) -> Any:
-    """Nested dicts, lists and scalars of a ConfigDict, a dataclass or a mix of them (for JSON)."""
+    """Turns ConfigDicts and dataclasses, at any depth, into dicts, lists and scalars for JSON."""
     if dataclasses.is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if hasattr(value, "to_dict"):
@@ -107,7 +114,7 @@ def plain(value: Any) -> Any:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """`key: old -> new` for every leaf that differs between two plain configs."""
+    """Compares two plain configs: one line `key: old -> new` for every leaf that differs."""
     out = []
     for key in dict.fromkeys([*old, *new]):
         a, b, name = old.get(key), new.get(key), f"{path}{key}"
@@ -119,19 +126,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
 
 
 def choice(key: str, value: str, options: Sequence[str] | Mapping[str, Any]) -> None:
-    """Raises a `ValueError` that lists `options` when `value` is not one of them (for `__post_init__`)."""
+    """Raises a `UserError` if `value` is not one of `options`. For use in `__post_init__`."""
     if value not in options:
-        raise ValueError(f"{key}: expected one of {', '.join(options)}, got {value!r}; choose one of them")
+        raise UserError(f"one of {', '.join(options)}", repr(value), "choose one of them",
+                        where=key)
 
 
 def at_least(low: float, **values: float) -> None:
-    """Raises a `ValueError` that names the first of `values` below `low` (for `__post_init__`)."""
+    """Raises a `UserError` that names the first of `values` below `low`. For `__post_init__`."""
     for key, value in values.items():
         if value < low:
-            raise ValueError(f"{key}: expected at least {low}, got {value}; raise it")
+            raise UserError(f"at least {low}", value, "raise it", where=key)
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Converts `value` to the type `hint`: a scalar, a dataclass, a tuple, a dict, or a union."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if all(map(dataclasses.is_dataclass, args)):
@@ -140,10 +149,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, path)
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, path)
+        return build(typing.cast(type, hint), value, path)
     if origin is tuple:
-        value = _items(value, path)
-        return tuple(_convert(args[0], item, f"{path}.{i}") for i, item in enumerate(value))
+        items = _items(value, path)
+        return tuple(_convert(args[0], item, f"{path}.{i}") for i, item in enumerate(items))
     if origin is dict:
         if isinstance(value, Text):
             value = _parse_json(value, path, "a JSON object")
@@ -153,20 +162,26 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return _SCALARS[hint](value, path)
 
 
-def _variant(classes: Sequence[type], value: Any, path: str) -> type:
-    """The one of `classes` whose default `family` is that of `value`; the first where `value` has none."""
+def _variant(classes: Sequence[Any], value: Any, path: str) -> type:
+    """Chooses a dataclass of a union by the key `family` of `value`; the first if there is none."""
     by_family, keys = {cls.family: cls for cls in classes}, plain(value)
-    family = keys.get("family", classes[0].family) if isinstance(keys, Mapping) else classes[0].family
+    default = classes[0].family
+    family = keys.get("family", default) if isinstance(keys, Mapping) else default
     if family not in by_family:
-        raise _wrong(f"{path}.family", f"one of {', '.join(by_family)}", family, "choose one of them")
+        options = ", ".join(by_family)
+        raise _wrong(f"{path}.family", f"one of {options}", family, "choose one of them")
     return by_family[family]
 
 
 def _items(value: Any, path: str) -> Sequence[Any]:
+    """Reads a list: a sequence, `[...]` as JSON, `a,b`, or a mapping of all indices."""
     if isinstance(value, Text):
-        value = _parse_json(value, path, "a JSON list") if value.startswith("[") else (
-            [Text(item) for item in value.split(",")] if value else [])
-    if isinstance(value, Mapping) and set(value) == {str(i) for i in range(len(value))}:  # sources.0.weight=2
+        if value.startswith("["):
+            value = _parse_json(value, path, "a JSON list")
+        else:
+            value = [Text(item) for item in value.split(",")] if value else []
+    # `sources.0.weight=2` makes a mapping of indices where the file sets no list.
+    if isinstance(value, Mapping) and set(value) == {str(i) for i in range(len(value))}:
         value = [value[str(i)] for i in range(len(value))]
     if not isinstance(value, (tuple, list)):
         raise _wrong(path, "a list", value, "write it as [a, b]")
@@ -207,11 +222,11 @@ def _real(value: Any, path: str) -> float:
             value = float(value)
         except ValueError:
             raise _wrong(path, "a number", str(value), "write it as 0.001 or 1e-3") from None
-    if isinstance(value, bool) or not (hasattr(value, "__float__") and not isinstance(value, str)):
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
         raise _wrong(path, "a number", value, "write it as 0.001 or 1e-3")
     try:
         value = float(value)
-    except OverflowError:  # an integer beyond the greatest float
+    except OverflowError:  # an integer beyond the largest float
         value = math.inf
     if not abs(value) <= MAX_FLOAT32:
         raise _wrong(path, "a finite number", value, "write a number; 0 switches most options off")
@@ -235,19 +250,22 @@ def _string(value: Any, path: str) -> str:
 _SCALARS = {int: _integer, float: _real, bool: _boolean, str: _string}
 
 
-def _wrong(path: str, expected: str, got: Any, fix: str) -> ConfigError:
-    return ConfigError(f"{path}: expected {expected}, got {got!r}; {fix}")
+def _wrong(path: str, expected: str, got: Any, fix: str) -> UserError:
+    return UserError(expected, repr(got), fix, where=path)
 
 
-def _keys(cls: type) -> str:
+def _keys(cls: Any) -> str:
     return ", ".join(f.name for f in dataclasses.fields(cls))
 
 
-def _required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def _required(cls: Any) -> list[str]:
+    """The fields without a default."""
+    none = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is none]
 
 
 def _assign(config: Any, keys: Sequence[str], value: Any, path: str) -> None:
+    """Sets `config[keys[0]][keys[1]]...` to `value`, making the dicts that are missing."""
     for key in keys[:-1]:
         config = _child(config, key, path)
     if isinstance(config, list):
@@ -261,12 +279,13 @@ def _child(config: Any, key: str, path: str) -> Any:
         return config[_index(config, key, path)]
     child = config.setdefault(key, {})
     if not isinstance(child, (dict, list)):
-        raise ConfigError(f"config.{path}: expected a group of keys at {key!r}, got the value {child!r}; "
-                          "check the key's path")
+        raise UserError(f"a group of keys at {key!r}", f"the value {child!r}",
+                        "check the key's path", where=f"config.{path}")
     return child
 
 
 def _index(items: list, key: str, path: str) -> int:
     if not key.isdigit() or int(key) >= len(items):
-        raise ConfigError(f"config.{path}: expected an index below {len(items)}, got {key!r}; check the key's path")
+        raise UserError(f"an index below {len(items)}", repr(key), "check the key's path",
+                        where=f"config.{path}")
     return int(key)

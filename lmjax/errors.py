@@ -1,11 +1,11 @@
-"""Mistakes that a user can mend: one line each, which says what was expected, what was got and the fix."""
+"""A user's mistake: one line that says what was expected, what was got, and the fix."""
 
 
 class UserError(ValueError):
     """A command cannot run as asked. It prints one line and exits with code 2, without a traceback.
 
-    The line reads `WHERE: expected EXPECTED, got GOT; FIX`. Any other exception is a fault of lmjax or of the
-    machine: it exits with code 1 and shows its traceback.
+    The line reads `WHERE: expected EXPECTED, got GOT; FIX`. Any other exception is a fault of lmjax
+    or of the machine: the command exits with code 1 and shows the traceback.
     """
 
     def __init__(self, expected: str, got: object, fix: str, where: str = "") -> None:
@@ -16,7 +16,7 @@ class UserError(ValueError):
           fix: what the user can do about it, as an imperative.
           where: the config key, option, file or feature that the error is about; "" leaves it out.
         """
-        super().__init__(expected, got, fix, where)  # `args` hold all four, so that the error can be pickled
+        super().__init__(expected, got, fix, where)  # pickle restores an exception from its `args`
         self.expected, self.got, self.fix, self.where = expected, got, fix, where
 
     def __str__(self) -> str:

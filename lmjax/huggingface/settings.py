@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lmjax.config import ConfigError, build
+from lmjax.config import build
+from lmjax.errors import UserError
 from lmjax.huggingface.families import FAMILIES, NEUTRAL, REQUIRED, Family, Key
 from lmjax.models.model import ModelConfig
 
@@ -48,8 +49,9 @@ def read_settings(settings: Settings, where: str, present: Mapping[str, Any] | N
     family = family_of(settings, where)
     try:
         return build(family.config, _fields(family, settings, where, present or {}), path=where)
-    except ConfigError as error:
-        raise ValueError(f"{error} (config.json, in lmjax's names)") from None
+    except UserError as error:
+        raise UserError(error.expected, error.got, f"{error.fix} (config.json, in lmjax's names)",
+                        where=error.where) from None
     except (TypeError, AttributeError, ZeroDivisionError) as error:  # a list for a number, say
         raise ValueError(f"{where}: expected settings as transformers writes them, got one that is none ({error}); "
                          "fetch it again") from None
