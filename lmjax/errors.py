@@ -22,3 +22,12 @@ class UserError(ValueError):
     def __str__(self) -> str:
         subject = f"{self.where}: " if self.where else ""
         return f"{subject}expected {self.expected}, got {self.got}; {self.fix}"
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's text, without a final stop, to be quoted in another message.
+
+    It is cut after 300 characters. An error without text gives the name of its type.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".;")[:300] if lines else type(error).__name__

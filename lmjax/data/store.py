@@ -20,6 +20,8 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from lmjax.errors import first_line
+
 FORMAT, VERSION = "lmjax-tokens", 1
 SHARD, CHUNK = 1 << 24, 1 << 14  # tokens: one file holds a shard, one read decodes a chunk
 CACHE_BYTES = 256 << 20  # of decoded chunks, for stores too large to be held in memory
@@ -246,6 +248,5 @@ class SplitStore:
 
     def _damaged(self, name: str, got: object) -> ValueError:
         expected = self.facts["sha256"][name][:12]
-        text = str(got).splitlines()[0]
-        return ValueError(f"{self.path / name}: expected the array of sha256 {expected}, got {text}; "
+        return ValueError(f"{self.path / name}: expected the array of sha256 {expected}, got {first_line(got)}; "
                           "delete the directory and prepare the data again")

@@ -1,20 +1,17 @@
-"""Watching a run: whether it still moves and who is late, steps that took long, traces of chosen steps."""
+"""Watching a run: whether it still moves and who is late, traces of chosen steps."""
 
 import contextlib
 import faulthandler
-import math
-import statistics
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
-from lmjax.monitoring.goodput import KINDS, SLOW
+from lmjax.monitoring.goodput import KINDS
 from lmjax.runtime import distributed
 
 T = TypeVar("T")
@@ -25,7 +22,6 @@ PATIENCE = {  # seconds, at least, for what may take long with nothing to show f
     "preparing data": 24 * 3600.0,
     **dict.fromkeys((KINDS["restore"], KINDS["compile"], KINDS["checkpoint"]), 1800.0),
 }
-WINDOW, FEW = 64, 16  # steps that a median is of, and the fewest
 
 
 class Watchdog:
@@ -110,27 +106,6 @@ def late(everyone: dict[int, tuple[distributed.Place, str]]) -> str:
         return few
     ahead = max(place.step for place, _ in everyone.values())
     return f"{few}, and late: {len(everyone) - len(behind)} of {len(everyone)} processes are further, at step {ahead}"
-
-
-class Outliers:
-    """Which steps took long beside those before them, for another reason than this process's data."""
-
-    def __init__(self) -> None:
-        self._seconds: deque[float] = deque(maxlen=WINDOW)
-
-    @property
-    def usual(self) -> float:
-        """The median of the last steps' seconds; infinite while they are few."""
-        return statistics.median(self._seconds) if len(self._seconds) >= FEW else math.inf
-
-    def __call__(self, seconds: float, waited: float = 0.0) -> bool:
-        """Whether this step took more than SLOW times the usual, without what of it was `waited` for data.
-
-        The usual is with it: where all steps wait, what is left of them is next to nothing, and noise.
-        """
-        slow = seconds - waited > SLOW * self.usual
-        self._seconds.append(seconds)
-        return slow
 
 
 class Trace:

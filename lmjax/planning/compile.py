@@ -28,6 +28,7 @@ import jax
 
 from lmjax.config import plain
 from lmjax.data.objectives import Objective
+from lmjax.errors import first_line
 from lmjax.models.model import ModelConfig
 from lmjax.nn.kernels.choose import spreads
 from lmjax.nn.sequence import ways
@@ -111,7 +112,7 @@ def measure(recipe: Recipe, topology: Topology | str) -> tuple[Result, str]:
         step = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if (needs := _needed(str(error))) is None:
-            raise ValueError(f"--topology {topology}: expected the step to compile, got {_first_line(error)}; change "
+            raise ValueError(f"--topology {topology}: expected the step to compile, got {first_line(error)}; change "
                              "the mesh, model.remat or LIBTPU_INIT_ARGS") from None
         return result | {"needs": needs}, ""
     seconds = {"trace": traced - began, "compile": time.monotonic() - traced}
@@ -167,7 +168,7 @@ def _devices(topology: Topology | str) -> Sequence[jax.Device]:
                                              **topology.options).devices
     except RuntimeError as error:
         _ = topology.hosts  # says which shapes there are, if this is none of them
-        raise ValueError(f"--topology {topology}: expected one that libtpu knows, got {_first_line(error)}; "
+        raise ValueError(f"--topology {topology}: expected one that libtpu knows, got {first_line(error)}; "
                          "try another shape") from None
 
 
@@ -224,10 +225,6 @@ def _child(work: str, topology: Topology | str, flags: dict[str, str], log: Log)
     if child.returncode:
         raise ValueError(f"--topology {topology}: expected the step to compile, got exit code {child.returncode}: "
                          f"{lines[-1] if lines else 'no message'}; if memory ran out, use a machine with more of it")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".;")
 
 
 def main(work: str) -> int:

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
+from lmjax.errors import first_line
 from lmjax.nn.module import Params
 from lmjax.runtime.distributed import agreed
 from lmjax.runtime.files import when_full
@@ -156,7 +157,7 @@ def read_about(path: str | os.PathLike) -> About:
         about = json.loads(file.read_text())
         recorded = about.pop("sha256")
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or no object
-        raise ValueError(f"{file}: expected a JSON object with its sha256, got {_first_line(error)}; the file is "
+        raise ValueError(f"{file}: expected a JSON object with its sha256, got {first_line(error)}; the file is "
                          "damaged") from None
     if _digest(about) != recorded:
         raise ValueError(f"{file}: expected sha256 {recorded}, got {_digest(about)}; the file is damaged")
@@ -177,7 +178,7 @@ def restore_params(path: str | os.PathLike, shapes: Params, *, name: str = "para
     try:
         tree = ocp.StandardCheckpointer().restore(epath.Path(path) / name, shapes)
     except Exception as error:  # noqa: BLE001
-        raise ValueError(f"{path}: expected readable arrays, got {_first_line(error)}; the checkpoint is damaged, "
+        raise ValueError(f"{path}: expected readable arrays, got {first_line(error)}; the checkpoint is damaged, "
                          "take another one") from None
     verify({name: tree}, about)
     return tree
@@ -250,7 +251,7 @@ def _attempt(read: Callable[[], T]) -> tuple[T | None, str | None]:
     except Exception as exception:  # noqa: BLE001 - whatever a damaged file makes a reader raise
         if isinstance(exception, MemoryError) or "Out of memory" in str(exception):
             raise  # says nothing about the checkpoint
-        error = _first_line(exception)
+        error = first_line(exception)
     if jax.process_count() > 1 and not np.all(multihost_utils.process_allgather(np.asarray(error is None))):
         error = error or "another process could not read it"
     return (value, None) if error is None else (None, error)
@@ -292,11 +293,6 @@ def _fresh(tree: Any) -> Any:
 
 def _digest(about: About) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def _when_full(directory: epath.Path) -> contextlib.AbstractContextManager[None]:

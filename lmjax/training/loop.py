@@ -17,8 +17,9 @@ from lmjax.monitoring.goodput import FILE, KINDS, SLOW, Ledger, account, goodput
 from lmjax.monitoring.jsonl import read_jsonl
 from lmjax.monitoring.metrics import MetricsWriter
 from lmjax.monitoring.progress import Progress
+from lmjax.monitoring.slow_steps import Outliers, SlowStepLog
 from lmjax.monitoring.units import human_count
-from lmjax.monitoring.watch import Outliers, Trace, Watchdog, write_hlo
+from lmjax.monitoring.watch import Trace, Watchdog, write_hlo
 from lmjax.reporting.report import write_report
 from lmjax.runtime.chips import peak_flops
 from lmjax.runtime.distributed import late_with, tell_late
@@ -88,6 +89,7 @@ class Loop:
         self.pending: tuple[int, Metrics] | None = None  # a step that is on its way, and its metrics
         self.waited = 0.0  # seconds since `last` that went to waiting for data
         self.progress: Progress | None = None
+        self.slow_log: SlowStepLog | None = None
         self.ledger = Ledger(run.workdir if jax.process_index() == 0 else None)
         self.watchdog = watchdog or Watchdog(0.0, run.workdir)
         self.slow, self.saved = Outliers(), 0  # saved: the newest step that is being
@@ -108,7 +110,8 @@ class Loop:
                                steps=max(end - start, 1), sharding=run.layout.sharding(("batch", "seq")))
         trace = Trace(recipe.watch.profile, run.workdir)
         with (contextlib.closing(batches), contextlib.closing(trace),
-              contextlib.closing(Progress(steps, quiet=jax.process_index() > 0)) as self.progress):
+              contextlib.closing(Progress(steps, quiet=jax.process_index() > 0)) as self.progress,
+              contextlib.closing(SlowStepLog(self.progress.log)) as self.slow_log):
             if missed := trace.missed(start):
                 self.progress.log(missed)
             if run.compiled is None and start < end:  # while the first batches are made in the background
@@ -200,7 +203,8 @@ class Loop:
         waited, self.waited = self.waited, 0.0
         self.tokens += weight
         self.ledger.spend(step, useful=seconds - waited, data=waited)
-        self._tell_slow(step, seconds, waited)
+        self._note_slow(step, seconds, waited)
+        self.slow_log.tick()
         if step % r.log_every and step != r.steps:
             return
         values = {name: float(value) for name, value in metrics.items()
@@ -216,8 +220,8 @@ class Loop:
                                   "model_flops_per_second": flops, **mfu})
         self.progress.update(step, values["loss"], bits, rate, share, **mfu)
 
-    def _tell_slow(self, step: int, seconds: float, waited: float) -> None:
-        """Says it of a step that took long, and which process had kept the others waiting with its data, if one had."""
+    def _note_slow(self, step: int, seconds: float, waited: float) -> None:
+        """Records a step that took long, and the process whose late data kept the others waiting, if there is one."""
         usual = self.slow.usual
         if not self.slow(seconds, waited) or jax.process_index():
             return
@@ -225,8 +229,7 @@ class Loop:
         process, host = late if late else (0, socket.gethostname())
         doing = DATA if late else "running the step"
         self.writer.event(step, "slow_step", seconds - waited, process=process, host=host, doing=doing)
-        self.progress.log(f"step {step}: slow, {seconds - waited:.2f} s where {usual:.2f} s are usual; "
-                          f"process {process} ({host}) was {doing}")
+        self.slow_log.add((seconds - waited) / usual, f"process {process} ({host}) was {doing}")
 
     def _timed(self, step: int, name: str, do: Callable[[], None]) -> None:
         self.watchdog.at(step, KINDS[name])

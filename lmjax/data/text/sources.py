@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmjax.errors import first_line
+
 STDLIB_SUFFIXES = {".py", ".txt", ".rst", ".md", ".html", ".c", ".h"}
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
 
@@ -203,7 +205,7 @@ def _lines(path: str, source: SourceConfig) -> Iterator[bytes]:
         with pa.input_stream(path, compression=compression) as stream:
             yield from io.BufferedReader(stream, 1 << 20)
     except OSError as error:
-        raise _problem(source, "a whole file", f"{str(error).splitlines()[0]} in {path}",
+        raise _problem(source, "a whole file", f"{first_line(error)} in {path}",
                        "fetch it again") from error
 
 
@@ -232,7 +234,7 @@ def _parquet(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, 
                     yield f"{name}:{row}", _field({source.text_field: value.as_py()}, source)
                     row += 1
     except (OSError, pa.ArrowException) as error:
-        raise _problem(source, "a whole Parquet file", f"{str(error).splitlines()[0]} in {path}",
+        raise _problem(source, "a whole Parquet file", f"{first_line(error)} in {path}",
                        "fetch it again, or use a text column") from error
 
 

@@ -24,7 +24,7 @@ from lmjax.config import at_least, choice
 from lmjax.data.hashing import key_of, permute
 from lmjax.data.packing import ramps
 from lmjax.data.tokenizers.base import SPACE, Tokenizer
-from lmjax.errors import UserError
+from lmjax.errors import UserError, first_line
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 MODELS = ("bpe", "unigram")
@@ -153,7 +153,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> SentencePi
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
     except RuntimeError as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise UserError("a size that the training text supports",
                         f"{config.vocab_size} ({first.partition('] ')[2] or first})",
                         "change it, or add text", where="data.tokenizer.vocab_size") from error

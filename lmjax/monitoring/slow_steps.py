@@ -1,0 +1,86 @@
+"""Slow steps: which steps are, and one line per minute that tells of them on the terminal."""
+
+import math
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+
+from lmjax.monitoring.goodput import SLOW
+from lmjax.monitoring.units import human_seconds
+
+WINDOW = 64  # steps whose median is the usual time of a step
+MIN_STEPS = 16  # no step is slow before so many have been timed
+SECONDS_PER_LINE = 60.0  # between two lines on the terminal
+
+
+class Outliers:
+    """Finds the steps that took much longer than those before them, waiting for data aside."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=WINDOW)
+
+    @property
+    def usual(self) -> float:
+        """The median time of the last steps, in seconds; infinite while there are few of them."""
+        return statistics.median(self._seconds) if len(self._seconds) >= MIN_STEPS else math.inf
+
+    def __call__(self, seconds: float, waited: float = 0.0) -> bool:
+        """Whether a step is slow: without the wait for data it took over SLOW times the usual time.
+
+        The usual time includes waiting; when every step waits, the rest is too small to judge.
+
+        Args:
+          seconds: how long the step took.
+          waited: the part of `seconds` in which this process waited for its data.
+        """
+        slow = seconds - waited > SLOW * self.usual
+        self._seconds.append(seconds)
+        return slow
+
+
+class SlowStepLog:
+    """Sums up slow steps on the terminal: one line per minute at most.
+
+    The minute of a line begins with its first slow step. The loop also writes each slow step as an
+    event to timing.jsonl.
+
+    Args:
+      log: prints one line.
+      clock: seconds, monotonic.
+    """
+
+    def __init__(self, log: Callable[[str], None],
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._log, self._clock = log, clock
+        self._began = math.inf  # when the first slow step that is not yet told ended
+        self._ratios: list[float] = []
+        self._causes: Counter[str] = Counter()
+
+    def add(self, ratio: float, cause: str) -> None:
+        """Notes a slow step that took `ratio` times the median.
+
+        cause: which process was slow and what it was doing, as a clause that the line can end with.
+        """
+        if not self._ratios:
+            self._began = self._clock()
+        self._ratios.append(ratio)
+        self._causes[cause] += 1
+
+    def tick(self) -> None:
+        """Prints the line if its minute is over. The loop calls it after every step."""
+        if self._clock() - self._began >= SECONDS_PER_LINE:
+            self.close()
+
+    def close(self) -> None:
+        """Prints the line of the slow steps that were not yet told, if there are any."""
+        if not self._ratios:
+            return
+        low, high = (f"{ratio:.1f}" for ratio in (min(self._ratios), max(self._ratios)))
+        factor = low if low == high else f"{low} to {high}"
+        (cause, count), *others = self._causes.most_common()
+        share = f" in {count} of them" if others else ""
+        number, passed = len(self._ratios), human_seconds(self._clock() - self._began)
+        when = f" in the last {passed}" if number > 1 else ""
+        self._log(f"slow steps: {number}{when}, {factor} times the median; {cause}{share}")
+        self._began, self._ratios, self._causes = math.inf, [], Counter()
