@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmjax.models.flops import flops_per_row
 from lmjax.models.model import Batch
 from lmjax.monitoring.metrics import MetricsWriter
 from lmjax.runtime.devices import matmul_rate
@@ -144,7 +145,7 @@ def _in_turn(contestants: dict[str, Callable[[int], None]], seconds: float,
 
 def _figures(run: Run, times: dict[str, list[float]]) -> Report:
     tokens = run.recipe.train.batch_size * run.recipe.data.seq_len
-    flops = run.model.flops_per_row(run.train_split.fields) / run.recipe.data.seq_len
+    flops = flops_per_row(run.model, run.train_split.fields) / run.recipe.data.seq_len
     devices = jax.device_count() if jax.devices()[0].platform != "cpu" else 1  # forced CPU devices share the cores
     peak = matmul_rate(str(run.model.dtype)) * devices
     bare = times["bare step"]

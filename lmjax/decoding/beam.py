@@ -13,8 +13,8 @@ import numpy as np
 
 from lmjax.config import at_least
 from lmjax.decoding.generate import Generator, bucket, jit_on, known, padded, prefill
+from lmjax.models.cache import Cache
 from lmjax.models.model import Model
-from lmjax.models.transformer import Cache
 from lmjax.nn.module import Params
 from lmjax.sharding import Layout
 

@@ -1,5 +1,6 @@
-"""The decoder: GPT, Llama, Qwen, Mistral, Gemma and their like from one set of switches (`presets` has the settings).
+"""The decoder: one class for GPT, Llama, Qwen, Mistral and Gemma, told apart by switches.
 
+The settings of published models are in `presets`.
 Shape suffixes: B batch, T sequence, D embed_dim, V vocab_size.
 """
 
@@ -11,12 +12,15 @@ import jax
 from flax import nnx
 
 from lmjax.config import choice
-from lmjax.models.transformer import Cache, TransformerConfig, Trunk, embed, token_table
+from lmjax.models.cache import Cache
+from lmjax.models.config import TransformerConfig
+from lmjax.models.transformer import TokenInfo, Trunk, embed, token_table
+from lmjax.nn.moe import Routing
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(TransformerConfig):
-    """A decoder's dimensions and switches: those of `TransformerConfig`."""
+    """The dimensions and switches of a decoder: those of `TransformerConfig`."""
 
     family: str = "decoder"
 
@@ -26,33 +30,39 @@ class DecoderConfig(TransformerConfig):
 
 
 class Decoder(Trunk):
-    """Token ids to hidden states; `unembedding` turns those into logits (or a loss that never holds them)."""
+    """From token ids to hidden states; multiplying them by `unembedding` gives logits."""
 
     def __init__(self, config: DecoderConfig, kernel: str, rngs: nnx.Rngs):
         self.embedding = token_table(config, rngs)
         super().__init__(config, kernel, rngs, causal=True)
         self.head = None if config.tie_embeddings else token_table(config, rngs)
 
-    def hidden(self, batch: Mapping[str, jax.Array], dtype: Any, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        """int32 [B, T] `tokens`, `positions`, `segment_ids`, and `bidirectional` if some tokens are seen by all of
-        their document -> normed hidden states [B, T, D] in `dtype`, and what the experts did."""
-        x_BTD = embed(self.config, self.embedding, batch["tokens"], dtype)
-        x_BTD, _, out = self(x_BTD, batch["positions"], batch["segment_ids"],
-                             prefix_BT=batch.get("bidirectional"), key=key)
-        return x_BTD, out
+    def hidden(self, batch: Mapping[str, jax.Array], dtype: Any,
+               key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
+        """Computes the hidden states of a batch.
 
-    def step(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache,
-             last_B: jax.Array, dtype: Any, *, prefix_BT: jax.Array | None = None) -> tuple[jax.Array, Cache]:
-        """Hidden states of T more tokens a row, and the cache with those up to position `last` in it.
-
-        prefix: given, all of these see each other.
+        Args:
+          batch: int32 [B, T] `tokens`, `positions` and `segment_ids`; optionally `bidirectional`,
+            1 on tokens that their whole document sees.
+          key: turns dropout on.
+        Returns:
+          (normed hidden states [B, T, D] in `dtype`, how experts were chosen in each layer).
         """
+        x_BTD = embed(self.config, self.embedding, batch["tokens"], dtype)
+        tokens = TokenInfo(batch["positions"], batch["segment_ids"], batch.get("bidirectional"))
+        x_BTD, _, routing = self(x_BTD, tokens, key=key)
+        return x_BTD, routing
+
+    states = hidden  # the head needs no other states
+
+    def step(self, tokens_BT: jax.Array, info: TokenInfo, cache: Cache,
+             dtype: Any) -> tuple[jax.Array, Cache]:
+        """The hidden states [B, T, D] of the next T tokens of each row, and the new cache."""
         x_BTD = embed(self.config, self.embedding, tokens_BT, dtype)
-        x_BTD, layers, _ = self(x_BTD, positions_BT, segments_BT, prefix_BT=prefix_BT, cache=cache.layers,
-                                last_B=last_B)
+        x_BTD, layers, _ = self(x_BTD, info, cache=cache.layers)
         return x_BTD, cache._replace(layers=layers)
 
     @property
     def unembedding(self) -> tuple[jax.Array, jax.Array | None]:
-        """The (V, D) matrix whose rows score the vocabulary, and the (V,) bias of the scores, if there is one."""
+        """The table (V, D) that scores the vocabulary, and the bias (V,) of the scores, if any."""
         return (self.head or self.embedding).table[...], None

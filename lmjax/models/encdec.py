@@ -1,5 +1,6 @@
-"""The encoder-decoder: the original Transformer and T5 from one set of switches (`presets` has the settings).
+"""The encoder-decoder: one class for the original Transformer and T5, told apart by switches.
 
+The settings of published models are in `presets`.
 Shape suffixes: B batch, T decoder sequence, S encoder sequence, D embed_dim, V vocab_size.
 """
 
@@ -12,25 +13,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.config import at_least, choice
-from lmjax.models.transformer import Cache, Source, TransformerConfig, Trunk, embed, token_table
-from lmjax.nn.layers import Embedding
+from lmjax.models.cache import Cache, Source
+from lmjax.models.config import TransformerConfig
+from lmjax.models.transformer import TokenInfo, Trunk, embed, token_table
 from lmjax.nn.module import param, zeros
+from lmjax.nn.moe import Routing
 from lmjax.nn.pipeline import split_key
 
 
 @dataclasses.dataclass(frozen=True)
 class EncDecConfig(TransformerConfig):
-    """`TransformerConfig`, and what only encoder-decoders have.
-
-    num_layers: of the decoder. num_encoder_layers: 0 takes num_layers. scale_output: hidden states are multiplied by
-    1 / sqrt(embed_dim) before a tied unembedding (T5 v1.0). output_bias: of the logits (Marian). One table embeds the
-    tokens of both halves.
-    """
+    """The dimensions and switches of an encoder-decoder; `num_layers` is the decoder's."""
 
     family: str = "encdec"
-    num_encoder_layers: int = 0
-    scale_output: bool = False
-    output_bias: bool = False
+    num_encoder_layers: int = 0  # 0: as many as num_layers
+    scale_output: bool = False  # divides the last states by sqrt(embed_dim) (T5 v1.0)
+    output_bias: bool = False  # of the logits (Marian)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,48 +37,66 @@ class EncDecConfig(TransformerConfig):
 
 
 class EncDec(nnx.Module):
-    """An encoder over `encoder_tokens`, and a decoder over `tokens` that looks at the encoder's states."""
+    """An encoder reads `encoder_tokens`; a decoder predicts `tokens` and attends to the encoder.
+
+    One table embeds the tokens of both.
+    """
 
     def __init__(self, config: EncDecConfig, kernel: str, rngs: nnx.Rngs):
         c = self.config = config
-        self.embedding: Embedding = token_table(c, rngs)
+        self.embedding = token_table(c, rngs)
         self.encoder = Trunk(c, kernel, rngs, causal=False, num_layers=c.num_encoder_layers)
         self.decoder = Trunk(c, kernel, rngs, causal=True, cross=True)
         self.head = None if c.tie_embeddings else token_table(c, rngs)
         self.head_bias = param(rngs, zeros, (c.vocab_size,), ("norm",)) if c.output_bias else None
 
-    def states(self, batch: Mapping[str, jax.Array], dtype: Any, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        """The encoder's states [B, S, D] in `dtype` of int32 [B, S] `encoder_tokens`, `encoder_positions` and
-        `encoder_segment_ids`, and what its experts did."""
+    def states(self, batch: Mapping[str, jax.Array], dtype: Any,
+               key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
+        """Computes the encoder's states.
+
+        Args:
+          batch: int32 [B, S] `encoder_tokens`, `encoder_positions` and `encoder_segment_ids`.
+          key: turns dropout on.
+        Returns:
+          (states [B, S, D] in `dtype`, how the encoder's experts were chosen in each layer).
+        """
         x_BSD = embed(self.config, self.embedding, batch["encoder_tokens"], dtype)
-        x_BSD, _, out = self.encoder(x_BSD, batch["encoder_positions"], batch["encoder_segment_ids"], key=key)
-        return x_BSD, out
+        tokens = TokenInfo(batch["encoder_positions"], batch["encoder_segment_ids"])
+        x_BSD, _, routing = self.encoder(x_BSD, tokens, key=key)
+        return x_BSD, routing
 
-    def hidden(self, batch: Mapping[str, jax.Array], dtype: Any, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        """The decoder's states [B, T, D] of int32 [B, T] `tokens`, `positions`, `segment_ids` and what `states` reads;
-        and what the experts of both halves did.
+    def hidden(self, batch: Mapping[str, jax.Array], dtype: Any,
+               key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
+        """Computes the decoder's hidden states.
 
-        A decoder token sees the encoder tokens that have its segment id.
+        Args:
+          batch: the arrays of `states`, and int32 [B, T] `tokens`, `positions` and `segment_ids`.
+            A decoder token sees the encoder tokens that have its segment id.
+          key: turns dropout on.
+        Returns:
+          (hidden states [B, T, D] in `dtype`, how experts were chosen in each layer: first the
+          encoder's layers, then the decoder's).
         """
         keys = (None, None) if key is None else split_key(key, 2)
-        states, encoder_out = self.states(batch, dtype, keys[0])
+        states, encoder_routing = self.states(batch, dtype, keys[0])
         x_BTD = embed(self.config, self.embedding, batch["tokens"], dtype)
-        x_BTD, _, out = self.decoder(x_BTD, batch["positions"], batch["segment_ids"], key=keys[1],
-                                     source=Source(batch["encoder_segment_ids"], states))
-        return self._scaled(x_BTD), jax.tree.map(lambda *layers: jnp.concatenate(layers), encoder_out, out)
+        tokens = TokenInfo(batch["positions"], batch["segment_ids"])
+        x_BTD, _, routing = self.decoder(x_BTD, tokens, key=keys[1],
+                                         source=Source(batch["encoder_segment_ids"], states))
+        return self._scaled(x_BTD), jax.tree.map(lambda *layers: jnp.concatenate(layers),
+                                                 encoder_routing, routing)
 
     def source(self, batch: Mapping[str, jax.Array], dtype: Any) -> Source:
-        """What decoding needs of the encoder's row: its keys and values in every layer, computed once."""
+        """Runs the encoder and computes its keys and values for every decoder layer, once."""
         states, _ = self.states(batch, dtype)
         cache = self.decoder.layers.map(lambda block: block.cross_attention.keys_values(states))
         return Source((batch["encoder_segment_ids"] > 0).astype(jnp.int32), cache=cache)
 
-    def step(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache,
-             last_B: jax.Array, dtype: Any) -> tuple[jax.Array, Cache]:
-        """Hidden states of T more decoder tokens a row, and the cache with those up to position `last` in it."""
+    def step(self, tokens_BT: jax.Array, info: TokenInfo, cache: Cache,
+             dtype: Any) -> tuple[jax.Array, Cache]:
+        """The hidden states [B, T, D] of the next T tokens of each row, and the new cache."""
         x_BTD = embed(self.config, self.embedding, tokens_BT, dtype)
-        x_BTD, layers, _ = self.decoder(x_BTD, positions_BT, segments_BT, cache=cache.layers, last_B=last_B,
-                                        source=cache.source)
+        x_BTD, layers, _ = self.decoder(x_BTD, info, cache=cache.layers, source=cache.source)
         return self._scaled(x_BTD), cache._replace(layers=layers)
 
     def _scaled(self, x_BTD: jax.Array) -> jax.Array:
@@ -88,5 +104,6 @@ class EncDec(nnx.Module):
 
     @property
     def unembedding(self) -> tuple[jax.Array, jax.Array | None]:
-        """The (V, D) matrix whose rows score the vocabulary, and the (V,) bias of the scores, if there is one."""
-        return (self.head or self.embedding).table[...], None if self.head_bias is None else self.head_bias[...]
+        """The table (V, D) that scores the vocabulary, and the bias (V,) of the scores, if any."""
+        bias = None if self.head_bias is None else self.head_bias[...]
+        return (self.head or self.embedding).table[...], bias

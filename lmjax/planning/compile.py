@@ -29,6 +29,7 @@ import jax
 from lmjax.config import plain
 from lmjax.data.objectives import Objective
 from lmjax.errors import first_line
+from lmjax.models.flops import flops_per_row
 from lmjax.models.model import ModelConfig
 from lmjax.nn.kernels.choose import spreads
 from lmjax.nn.sequence import ways
@@ -138,7 +139,7 @@ def _about(recipe: Recipe, program: Program) -> Result:
     return {"parameters": num_elements(model.shapes), "tokens": recipe.train.batch_size * recipe.data.seq_len,
             "seq_len": recipe.data.seq_len, "window": window_of(model.config),
             "causal": causal, "spread": spread, "expert_ways": expert_ways,
-            "flops_per_token": model.flops_per_row(fields) / recipe.data.seq_len, "compute_dtype": str(model.dtype),
+            "flops_per_token": flops_per_row(model, fields) / recipe.data.seq_len, "compute_dtype": str(model.dtype),
             "attention": {"kernel": model.kernel, "reason": model.kernel_reason}}
 
 

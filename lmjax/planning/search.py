@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from lmjax.models.flops import flops_per_token
 from lmjax.models.model import ModelConfig, build_model
 from lmjax.nn.layers import MLP_KINDS
 from lmjax.nn.stack import NAMES, REMAT, kept_names
@@ -228,7 +229,7 @@ def weights(c: ModelConfig, vocab_size: int) -> tuple[float, float, float]:
     """Parameters; those that a token is multiplied by; and of the latter, those of one layer."""
     model = build_model(dataclasses.replace(c, attention="auto"), vocab_size=vocab_size, platform="cpu",
                         dtype="float32")
-    active = model.flops_per_token(1) / 6
+    active = flops_per_token(model, 1) / 6
     return num_elements(model.shapes), active, (active - model.config.vocab_size * c.embed_dim) / c.num_layers
 
 

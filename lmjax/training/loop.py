@@ -12,6 +12,7 @@ import jax
 
 from lmjax.data import eval_batches, make_batches
 from lmjax.decoding.sampling import Sampling
+from lmjax.models.flops import flops_per_row
 from lmjax.models.model import Batch
 from lmjax.monitoring.goodput import FILE, KINDS, SLOW, Ledger, account, goodput_line
 from lmjax.monitoring.jsonl import read_jsonl
@@ -213,7 +214,8 @@ class Loop:
         rate, share = r.batch_size * self.run_.recipe.data.seq_len / seconds, waited / seconds
         epoch = max(self.run_.train_split.epochs(self.run_.steps.rows(step)).values())
         self.writer.train(step, {**values, "bits_per_byte": bits, "tokens": self.tokens, "epoch": epoch})
-        flops = self.run_.model.flops_per_row(self.run_.train_split.fields) * r.batch_size / seconds
+        flops = (flops_per_row(self.run_.model, self.run_.train_split.fields) * r.batch_size
+                 / seconds)
         mfu = {} if math.isnan(self.peak) else {"mfu": flops / self.peak}
         self.writer.timing(step, {"seconds": self.writer.seconds_before + time.monotonic() - self.began,
                                   "step_seconds": seconds, "tokens_per_second": rate, "data_wait_share": share,

@@ -20,6 +20,7 @@ from lmjax.data.pipeline import Mixture, Split
 from lmjax.data.preparation.prepare import prepare
 from lmjax.data.tokenizers import prepared_tokenizer
 from lmjax.decoding.generate import Generator
+from lmjax.models.flops import embedding_parameters, flops_per_row
 from lmjax.models.model import Model
 from lmjax.monitoring.goodput import KINDS
 from lmjax.monitoring.units import human_count
@@ -284,7 +285,7 @@ def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
         log(f"pipeline: {stages} stages and {parts} microbatches, so that each stage idles for "
             f"{(stages - 1) / (parts + stages - 1):.0%} of its time; more train.microbatches, less of it")
     log(f"attention: {model.kernel} ({model.kernel_reason})")
-    log(f"model: {human_count(parameters)} parameters, of which {human_count(model.embedding_parameters())} in "
+    log(f"model: {human_count(parameters)} parameters, of which {human_count(embedding_parameters(model))} in "
         f"embeddings; vocabulary {model.config.vocab_size:,}")
     log(f"data: {human_count(run.train_split.predictions)} tokens to train on, "
         f"{human_count(run.heldout.predictions)} held out, {run.train_split.bytes / run.train_split.predictions:.2f} "
@@ -295,8 +296,8 @@ def _tell(run: Run, directory: str, log: Log) -> dict[str, Any]:
     return {"lmjax": lmjax.__version__, "versions": lmjax.versions(), "flags": flags,
              "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": int(devices.size)},
              "mesh": dict(mesh.shape), "attention": {"kernel": model.kernel, "reason": model.kernel_reason},
-             "parameters": parameters, "embedding_parameters": model.embedding_parameters(), "tokens_per_step": tokens,
-             "flops_per_token": model.flops_per_row(run.train_split.fields) / r.data.seq_len,
+             "parameters": parameters, "embedding_parameters": embedding_parameters(model), "tokens_per_step": tokens,
+             "flops_per_token": flops_per_row(model, run.train_split.fields) / r.data.seq_len,
              "compute_dtype": str(model.dtype), "steps": r.train.steps,
              "data": {"fingerprint": run.train_split.fingerprint, "directory": directory}}
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from lmjax.config import build
-from lmjax.models.model import FAMILIES, build_model
+from lmjax.models.model import FAMILY_MODULES, build_model
 from lmjax.planning import hlo
 from lmjax.sharding import MESH_AXES, MeshConfig, make_layout
 from lmjax.training.state import state_spec
@@ -21,7 +21,7 @@ from lmjax.tree import named_leaves
 
 pytestmark = pytest.mark.long
 
-FAMILY = {family.__name__: config for config, family in FAMILIES.items()}
+FAMILY = {family.__name__: config for config, family in FAMILY_MODULES.items()}
 MOE = dict(experts=4, per_token=2, balance_loss=0.1, z_loss=0.01)
 SMALL = dict(num_layers=4, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=16, vocab_size=32, init_std=0.2)
 

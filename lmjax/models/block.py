@@ -1,0 +1,127 @@
+"""The residual block of every architecture: attention, cross-attention and MLP with their norms.
+
+Shape suffixes: B batch, T sequence, D embed_dim.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lmjax.models.config import TransformerConfig
+from lmjax.nn.attention import Attention, Fed, KVCache
+from lmjax.nn.layers import MLP, NORMS, dropout, residual_init
+from lmjax.nn.masking import Visibility
+from lmjax.nn.module import normal
+from lmjax.nn.moe import MoE, Routing
+from lmjax.nn.positions import Rotation
+from lmjax.nn.sequence import scattered, stream, whole
+from lmjax.sharding import constrain
+
+
+class Shared(NamedTuple):
+    """The arguments that all layers of one kind have in common."""
+
+    kernel: str  # of attention
+    real: jax.Array  # bool [B, T]: which tokens are not padding
+    visibility: Visibility
+    rotation: Rotation | None
+    bias: jax.Array | None  # added to the attention scores
+    fed: Fed | None  # how the tokens enter the cache
+    source: jax.Array | None  # an encoder's states
+    source_visibility: Visibility | None
+
+
+class PerLayer(NamedTuple):
+    """The arguments that differ from layer to layer."""
+
+    key: jax.Array | None  # of dropout
+    first: jax.Array | None  # bool: the first layer, whose attention norm also norms the stream
+    source: KVCache | None  # keys and values of an encoder's states
+
+
+class Block(nnx.Module):
+    """One layer: residual branches, each with its norms and dropout.
+
+    num_layers: the depth of the stack, which scales the initial output projections.
+    cross: whether the layer attends to an encoder.
+    """
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, num_layers: int, cross: bool):
+        c, norm = config, NORMS[config.norm]
+        init, out_init = normal(c.init_std), residual_init(c.init_std, num_layers)
+        self.config = c
+
+        def new_norm(wanted: bool = True) -> nnx.Module | None:
+            return norm(c.embed_dim, eps=c.norm_eps, rngs=rngs) if wanted else None
+
+        both = c.norm_position == "both"
+        self.attention_norm = new_norm()
+        self.attention = _attention(c, num_layers, rngs)
+        self.mlp_norm = new_norm()
+        mlp = dict(kind=c.mlp, init=init, out_init=out_init, rngs=rngs)
+        self.mlp = (MoE(c.embed_dim, c.mlp_dim, c.moe, **mlp) if c.moe.experts else
+                    MLP(c.embed_dim, c.mlp_dim, use_bias=c.use_bias, **mlp))
+        self.attention_post_norm, self.mlp_post_norm = new_norm(both), new_norm(both)
+        self.cross_norm = new_norm(cross)
+        self.cross_attention = _attention(c, num_layers, rngs) if cross else None
+        self.cross_post_norm = new_norm(both and cross)
+
+    def __call__(self, x_BTD: jax.Array, layer: PerLayer, cache: KVCache | None,
+                 shared: Shared) -> tuple[jax.Array, KVCache | None, Routing | None]:
+        """Returns the new x [B, T, D], the cache with x's tokens, and how experts were chosen."""
+        s, keys = shared, iter((None,) * 3)
+        if layer.key is not None:
+            keys = iter(jax.random.split(layer.key, 2 if self.cross_attention is None else 3))
+
+        def attention(y: jax.Array) -> tuple[jax.Array, KVCache | None]:
+            return self.attention(y, s.visibility, s.rotation, s.bias, cache, s.fed,
+                                  kernel=s.kernel)
+
+        def cross(y: jax.Array) -> tuple[jax.Array, None]:
+            seen = layer.source or self.cross_attention.keys_values(s.source, kernel=s.kernel)
+            return self.cross_attention.look(y, seen, s.source_visibility, kernel=s.kernel), None
+
+        def mlp(y: jax.Array) -> tuple[jax.Array, Routing | None]:
+            y, routing = self.mlp(y, s.real) if self.config.moe.experts else (self.mlp(y), None)
+            return scattered(y), routing
+
+        x, cache = self._add(x_BTD, attention, self.attention_norm, self.attention_post_norm,
+                             next(keys), layer.first)
+        if self.cross_attention is not None:
+            x, _ = self._add(x, cross, self.cross_norm, self.cross_post_norm, next(keys))
+        x, routing = self._add(x, mlp, self.mlp_norm, self.mlp_post_norm, next(keys))
+        return constrain(x, "batch", stream(x), "act_embed"), cache, routing
+
+    def _add(self, x: jax.Array, branch: Callable[[jax.Array], tuple[jax.Array, Any]],
+             norm: nnx.Module, post_norm: nnx.Module | None, key: jax.Array | None,
+             norms_stream: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        """(x + branch(x) with its norms and dropout, the branch's second result).
+
+        norms_stream: bool; where true, the normed x replaces x in the sum.
+        """
+        if self.config.norm_position == "post":
+            y, out = branch(whole(x))
+            return norm(x + dropout(y, self.config.dropout, key)), out
+        y = norm(x)
+        if norms_stream is not None:
+            x = jnp.where(norms_stream, y, x)
+        y, out = branch(whole(y))
+        y = y if post_norm is None else post_norm(y)
+        return x + dropout(y, self.config.dropout, key), out
+
+
+def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Attention:
+    dims, init = c.dims, normal(c.init_std)
+    scale = (c.query_scalar or dims.head_dim) ** -0.5
+    # Where scores are not divided by sqrt(head_dim) (T5), smaller initial queries give scores of
+    # the usual size.
+    query_init = normal(c.init_std * dims.head_dim ** -0.5 / scale)
+    return Attention(
+        c.embed_dim, num_heads=dims.num_heads, num_kv_heads=dims.num_kv_heads,
+        head_dim=dims.head_dim, qkv_bias=c.use_bias or c.qkv_bias, out_bias=c.use_bias,
+        norm_eps=c.norm_eps, scale=scale, softcap=c.attention_softcap,
+        qk_norm=NORMS[c.norm if c.norm.startswith("rms") else "rmsnorm"] if c.qk_norm else None,
+        init=init, query_init=query_init, out_init=residual_init(c.init_std, num_layers), rngs=rngs)

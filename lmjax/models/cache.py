@@ -1,0 +1,48 @@
+"""What decoding keeps from one token to the next: keys, values and positions.
+
+Shape suffixes: B batch, S cache slots or encoder sequence, D embed_dim, G kv heads, K head_dim.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmjax.models.config import TransformerConfig
+from lmjax.nn.attention import KVCache
+
+
+class Source(NamedTuple):
+    """What the cross-attention of a decoder reads: one of `states` and `cache` is there."""
+
+    segments: jax.Array  # int32 [B, S]: a decoder token sees the encoder tokens of its own segment
+    states: jax.Array | None = None  # the encoder's states [B, S, D]
+    # Their keys and values in each layer: [layers, B, G, S, K], or `Apart`, one array per layer.
+    cache: KVCache | None = None
+
+
+class Cache(NamedTuple):
+    """The state of cached decoding."""
+
+    # One entry per kind of layer: arrays [layers, B, G, S, K], or `Apart`, one array per layer.
+    # Local layers have at most as many slots as their window has tokens.
+    layers: tuple[KVCache, ...]
+    slot: jax.Array  # int32 [B]: the position of each row's next token
+    source: Source | None = None  # of an encoder-decoder
+
+
+def empty_cache(config: TransformerConfig, batch_size: int, slots: int, dtype: Any,
+                rings: bool = True) -> Cache:
+    """A cache with room for `slots` tokens per row.
+
+    rings: local layers keep only as many tokens as their window has.
+    """
+    kinds, pattern = config.kinds(config.num_layers)
+    layers = []
+    for i, kind in enumerate(kinds):
+        count = sum(pattern[layer % len(pattern)] == i for layer in range(config.num_layers))
+        window = config.window(kind) if rings else 0
+        shape = (count, batch_size, config.dims.num_kv_heads, min(slots, window or slots),
+                 config.dims.head_dim)
+        layers.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+    return Cache(tuple(layers), jnp.zeros((batch_size,), jnp.int32))

@@ -1,0 +1,151 @@
+"""The dimensions and switches that every architecture has."""
+
+import dataclasses
+from typing import NamedTuple
+
+from lmjax.config import at_least, choice
+from lmjax.errors import UserError
+from lmjax.nn.layers import MLP_KINDS, NORMS
+from lmjax.nn.moe import MoEConfig
+from lmjax.nn.positions import RopeScaling
+from lmjax.nn.stack import remat_policy
+
+CHOICES = {
+    "positions": ("rope", "learned", "sinusoidal", "relative", "none"),
+    "norm": NORMS,
+    "mlp": MLP_KINDS,
+    "norm_position": ("pre", "post", "both"),
+    "embedding_norm": ("none", "own", "first"),
+}
+LAYER_KINDS = ("global", "local")
+NOT_NEGATIVE = (
+    "num_kv_heads", "head_dim", "vocab_size", "sliding_window", "attention_softcap",
+    "logit_softcap", "dropout", "position_offset", "local_rope_theta", "query_scalar",
+    "embedding_std", "norm_eps", "init_std")
+
+
+class Dims(NamedTuple):
+    """The dimensions of the attention heads, none of them 0."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The dimensions and switches that every architecture has."""
+
+    num_layers: int = 12
+    embed_dim: int = 768
+    num_heads: int = 12
+    num_kv_heads: int = 0  # 0: as many as num_heads
+    head_dim: int = 0  # 0: embed_dim / num_heads
+    mlp_dim: int = 3072
+    vocab_size: int = 0  # 0: the tokenizer's
+    max_positions: int = 1024  # rows of the learned table
+    position_offset: int = 0  # more rows of it: position p reads row p + offset (RoBERTa)
+    positions: str = "rope"  # rope, learned, sinusoidal, relative (the buckets of T5) or none
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
+    local_rope_theta: float = 0.0  # of local layers, without scaling; 0: like the global layers
+    relative_buckets: int = 32
+    relative_distance: int = 128  # all larger distances share the last bucket
+    norm: str = "rmsnorm"  # rmsnorm, rmsnorm_1p (Gemma: 1 + scale), layernorm, layernorm_no_bias
+    norm_eps: float = 1e-5
+    norm_position: str = "pre"  # pre: before a branch; post: after the sum; both: around a branch
+    # none; own: a norm of the embeddings; first: the attention norm of the first layer also
+    # norms the residual stream (ModernBERT)
+    embedding_norm: str = "none"
+    scale_embeddings: bool = False  # multiplies embeddings by sqrt(embed_dim)
+    # gelu (exact), gelu_tanh, relu, silu; gated: swiglu, geglu (tanh), geglu_erf, reglu
+    mlp: str = "swiglu"
+    use_bias: bool = False  # in all matrices
+    qkv_bias: bool = False  # in the projections to queries, keys and values
+    qk_norm: bool = False  # norms each head's queries and keys
+    query_scalar: float = 0.0  # scores are divided by its square root; 0: head_dim
+    # A local layer sees this many tokens back, counting the token itself; an encoder's sees as
+    # many ahead, too. 0: no window.
+    sliding_window: int = 0
+    # "global" and "local" layers in this order, repeated; only local layers have the window.
+    # Empty: all layers are alike.
+    layer_pattern: tuple[str, ...] = ()
+    attention_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: off
+    logit_softcap: float = 0.0  # the same for logits
+    tie_embeddings: bool = False  # the token table is also the unembedding
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)  # experts that replace the MLP
+    dropout: float = 0.0  # of the embeddings and of each residual branch
+    init_std: float = 0.02
+    embedding_std: float = 0.0  # of the token table at the start; 0: init_std
+    attention: str = "auto"  # the kernel's name, or auto
+    scan_layers: bool = True  # one compiled loop over the layers instead of all layers in a row
+    # Which activations the backward pass finds stored and which it recomputes: none (recomputes
+    # nothing), full, attention, dots, or the names of stored ones, such as kernel+out (`nn.stack`).
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        for key, options in CHOICES.items():
+            choice(key, getattr(self, key), options)
+        remat_policy(self.remat)
+        for kind in self.layer_pattern:
+            choice("layer_pattern", kind, LAYER_KINDS)
+        at_least(1, num_layers=self.num_layers, embed_dim=self.embed_dim, num_heads=self.num_heads,
+                 mlp_dim=self.mlp_dim, max_positions=self.max_positions)
+        at_least(4, relative_buckets=self.relative_buckets,
+                 relative_distance=self.relative_distance)
+        at_least(0, **{key: getattr(self, key) for key in NOT_NEGATIVE})
+        at_least(1, rope_theta=self.rope_theta)
+        if self.dropout >= 1:
+            raise UserError("less than 1", self.dropout, "lower it", where="dropout")
+        self._check_heads()
+        self._check_layers()
+
+    def _check_heads(self) -> None:
+        """Refuses heads that do not divide what they share."""
+        if not self.head_dim and self.embed_dim % self.num_heads:
+            raise UserError(f"a divisor of embed_dim={self.embed_dim}", self.num_heads,
+                            "change one of them or set head_dim", where="num_heads")
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise UserError(f"a divisor of num_heads={self.num_heads}", self.num_kv_heads,
+                            "change one of them", where="num_kv_heads")
+        if self.positions == "rope" and self.dims.head_dim % 2:
+            raise UserError("an even number for rope", self.dims.head_dim, "change it",
+                            where="head_dim")
+
+    def _check_layers(self) -> None:
+        """Refuses switches that no layer can combine."""
+        if self.moe.experts and self.use_bias:
+            raise UserError("false with moe.experts", "true", "switch one of them off",
+                            where="use_bias")
+        if "local" in self.layer_pattern and not self.sliding_window:
+            raise UserError("at least 1 for the local layers of layer_pattern", 0, "set it",
+                            where="sliding_window")
+        if self.sliding_window and self.layer_pattern and "local" not in self.layer_pattern:
+            raise UserError(f"a local layer for sliding_window={self.sliding_window}", "none",
+                            "add one or set sliding_window=0", where="layer_pattern")
+        if self.embedding_norm == "first" and self.norm_position == "post":
+            raise UserError("none or own with norm_position=post", "first", "change one",
+                            where="embedding_norm")
+
+    @property
+    def dims(self) -> Dims:
+        """The dimensions of the heads, with 0 replaced by what it stands for."""
+        return Dims(self.num_heads, self.num_kv_heads or self.num_heads,
+                    self.head_dim or self.embed_dim // self.num_heads)
+
+    def kinds(self, num_layers: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """The kinds of layers among the first `num_layers`, and the kind of each layer.
+
+        Returns:
+          (kinds, pattern): "global" and "local", each if there are such layers, in the order of
+          their first layer; layer i is of kind kinds[pattern[i % len(pattern)]].
+        """
+        pattern = self.layer_pattern[:num_layers]
+        if not pattern:
+            pattern = ("local",) if self.sliding_window else ("global",)
+        kinds = tuple(dict.fromkeys(pattern))
+        return kinds, tuple(map(kinds.index, pattern))
+
+    def window(self, kind: str) -> int:
+        """The attention window of layers of this kind, in tokens; 0: none."""
+        return self.sliding_window if kind == "local" else 0
