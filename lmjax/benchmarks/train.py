@@ -23,12 +23,13 @@ import numpy as np
 
 from lmjax.models.flops import flops_per_row
 from lmjax.models.model import Batch
-from lmjax.monitoring.metrics import MetricsWriter
 from lmjax.runtime.devices import matmul_rate
 from lmjax.runtime.signals import StopSignal
-from lmjax.training.loop import Loop
+from lmjax.training.loop import run_steps
 from lmjax.training.recipe import Recipe
-from lmjax.training.setup import Run, set_up
+from lmjax.training.records import Records
+from lmjax.training.run import Run
+from lmjax.training.setup import set_up
 from lmjax.training.state import TrainState
 from lmjax.training.step import StepFn
 from lmjax.tree import num_elements
@@ -104,15 +105,14 @@ def repeated(step: StepFn, state: TrainState, batch: Batch) -> Callable[[int], N
 
 def _loop(run: Run) -> Callable[[int], None]:
     """The production loop: data, metrics files, progress line and checkpoints included."""
-    writer = MetricsWriter(run.workdir, 0)
+    with contextlib.redirect_stderr(io.StringIO()):  # the progress line is part of the work, not of the result
+        records = Records(run, 0)
     done = 0
 
     def steps(n: int) -> None:
         nonlocal done
-        with contextlib.redirect_stderr(io.StringIO()):  # the progress line is part of the work, not of the result
-            Loop(run, writer).run(done, done + n, StopSignal())
+        run_steps(run, records, StopSignal(), done, done + n)
         done += n
-        run.checkpointer.wait()
         jax.block_until_ready(run.state)
 
     return steps

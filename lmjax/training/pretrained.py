@@ -97,12 +97,17 @@ def check_start(found: Pretrained, model: Model, tokenizer: Tokenizer | None) ->
                          f"data.tokenizer.path={found.where}")
 
 
+def tokenizer_text(tokenizer: Tokenizer | None) -> str | None:
+    """Returns a tokenizer as the text that checkpoints hold, base64."""
+    return None if tokenizer is None else base64.b64encode(tokenizer.to_bytes()).decode()
+
+
 def _huggingface(path: Path) -> Pretrained:
     found = huggingface.read_directory(path)
     recipe = build_recipe({"model": plain(found.config), "data": {"seq_len": found.config.max_positions}})
     tokenizer = found.tokenizer
     about = {"recipe": plain(recipe), "data": {"fingerprint": "", "next_row": 0, "tokens": {}}, "step": 0,
-             "tokenizer": None if tokenizer is None else base64.b64encode(tokenizer.to_bytes()).decode(),
+             "tokenizer": tokenizer_text(tokenizer),
              "versions": lmjax.versions(), "huggingface": found.source}
     return Pretrained(str(path), recipe, tokenizer, about,
                       lambda model, shardings: huggingface.read_params(found, model, shardings))

@@ -83,13 +83,13 @@ def watched(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("watched") / "run"
     stopped = """
 import os, signal
-from lmjax.training import loop as train
-report = train.Loop._report
-def stop(self):
-    if self.pending and self.pending[0] == 3:  # and step 4 is on its way
+from lmjax.training.records import Records
+log_step = Records.log_step
+def stop(self, step, metrics):
+    if step == 3:  # and step 4 is on its way
         os.kill(os.getpid(), signal.SIGTERM)
-    report(self)
-train.Loop._report = stop
+    log_step(self, step, metrics)
+Records.log_step = stop
 """
     first = finish(workdir, *SHORT, "watch.profile=2:3", f"watch.hlo={workdir}/hlo", "watch.stall_seconds=60",
                    first=stopped)
@@ -159,9 +159,9 @@ def test_a_slow_step_names_the_process_that_waited_for_its_data(tmp_path):
 HANGS = {  # what the run is at -> Python that makes it hang there
     "setting up": "train.set_up = hang",
     "preparing data": "run._data = hang",
-    "restoring a checkpoint": "run._restore = hang",
+    "restoring a checkpoint": "run.begin = hang",
     "compiling": "train._compile = hang",
-    "saving checkpoints": "train.Loop.finish = lambda loop: loop._timed(6, 'checkpoint', hang)",
+    "saving checkpoints": "checkpoint.Checkpointer.wait = hang",
 }
 
 
@@ -171,7 +171,7 @@ def test_a_run_that_hangs_beside_its_steps(doing, tmp_path):
     hang = f"""
 import time
 from lmjax.monitoring import watch
-from lmjax.training import loop as train, setup as run
+from lmjax.training import checkpoint, loop as train, setup as run
 def hang(*args): time.sleep(600)
 {HANGS[doing]}
 watch.GRACE_SECONDS = 1.0
@@ -221,14 +221,14 @@ def test_a_process_that_cannot_run_python_any_more(tmp_path):
     stuck = """
 import ctypes
 from lmjax.monitoring import watch
-from lmjax.training import loop as train
+from lmjax.training.records import Records
 watch.GRACE_SECONDS = 1.0
-report = train.Loop._report
-def hold(self):
-    if self.pending and self.pending[0] == 3:
+log_step = Records.log_step
+def hold(self, step, metrics):
+    if step == 3:
         ctypes.PyDLL(None).sleep(600)  # holds the interpreter
-    report(self)
-train.Loop._report = hold
+    log_step(self, step, metrics)
+Records.log_step = hold
 """
     printed = finish(tmp_path / "run", "watch.stall_seconds=2", expect=1, first=stuck)
     assert "Timeout (0:00:04)!" in printed and "in hold" in printed

@@ -93,13 +93,13 @@ def test_an_error_that_nobody_foresaw(folder):
     """The other process holds the coordinator and waits for this one in a collective."""
     workdir = folder / "broken"
     broken = """
-from lmjax.training import loop as train
-report = train.Loop._report
-def fail(self):
-    if self.pending and self.pending[0] == 5:
+from lmjax.training.records import Records
+log_step = Records.log_step
+def fail(self, step, metrics):
+    if step == 5:
         raise ZeroDivisionError("a fault of the machine")
-    report(self)
-train.Loop._report = fail
+    log_step(self, step, metrics)
+Records.log_step = fail
 """
     line = end_together(workdir, *RUN, expect=1, only={1: {"first": broken}})
     assert "process 1: ZeroDivisionError: a fault of the machine" in line

@@ -21,7 +21,7 @@ from lmjax.data import store
 from lmjax.data.preparation import shards
 from lmjax.training import checkpoint
 from lmjax.training import loop as train
-from lmjax.training import setup as run_module
+from lmjax.training import workdir as workdir_module
 from lmjax.training.checkpoint import checkpoint_steps
 from lmjax.training.recipe import TrainConfig
 
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_other_arrays_is_not_taken_for_damage(finished, tmp_path
     """As if another version of the code, with the same config, had written it."""
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
-    monkeypatch.setattr(run_module, "blocking_changes", lambda before, now: ([], []))
+    monkeypatch.setattr(workdir_module, "blocking_changes", lambda before, now: ([], []))
     assert run(workdir, *SHORT, "optimizer.ema_decay=0.9") == 2
     assert "expected the arrays of this run in ema" in one_line(capsys)
     assert checkpoint_steps(workdir / "checkpoints") == [2, 4, 6]

@@ -1,0 +1,142 @@
+"""What a run records while it trains: metrics, timings, events, ledger and progress line."""
+
+import contextlib
+import math
+import socket
+import time
+from collections.abc import Iterator
+
+import jax
+
+from lmjax.errors import UserError
+from lmjax.models.flops import flops_per_row
+from lmjax.models.model import Batch
+from lmjax.monitoring.goodput import KINDS, SLOW, Ledger
+from lmjax.monitoring.metrics import MetricsWriter
+from lmjax.monitoring.progress import Progress
+from lmjax.monitoring.slow_steps import Outliers, SlowStepLog
+from lmjax.monitoring.watch import Watchdog
+from lmjax.runtime.chips import peak_flops
+from lmjax.runtime.distributed import late_with, tell_late
+from lmjax.training.evaluate import bits_per_byte
+from lmjax.training.run import Run
+from lmjax.training.step import Metrics
+
+WAITING = "waiting for data"
+RUNNING = "running the step"
+
+
+class Records:
+    """Measures what the loop does and writes it down; process 0 writes, the others only measure.
+
+    Args:
+      run: its workdir gets the files.
+      start: the step that this start goes on from.
+      setup_seconds: how long setting up took.
+      watchdog: told of everything that the loop begins.
+    """
+
+    def __init__(self, run: Run, start: int, setup_seconds: float = 0.0,
+                 watchdog: Watchdog | None = None):
+        writes = jax.process_index() == 0
+        self.run, self.tokens = run, run.tokens
+        self.writer = MetricsWriter(run.workdir if writes else None, start)
+        self.ledger = Ledger(run.workdir if writes else None)
+        self.progress = Progress(run.recipe.train.steps, quiet=not writes)
+        self.watchdog = watchdog or Watchdog(0.0, run.workdir)
+        self._outliers = Outliers()
+        self._slow_steps = SlowStepLog(self.progress.log)
+        devices = run.layout.mesh.devices
+        # FLOP/s of all devices; NaN if unknown
+        self._peak = (peak_flops(devices.flat[0].device_kind) or math.nan) * devices.size
+        self._waited = 0.0  # seconds of waiting for data since `_last`
+        self._began = self._last = time.monotonic()  # _last: when the last logged step was done
+        self.writer.event(start, "resume" if start else "start", setup_seconds)
+        self.ledger.start(start, setup_seconds, restore=run.restore_seconds)
+
+    def close(self) -> None:
+        """Writes what is left and closes the files."""
+        self._slow_steps.close()
+        self.progress.close()
+        self.ledger.close()
+        self.writer.close()
+
+    @contextlib.contextmanager
+    def timed(self, step: int, kind: str) -> Iterator[None]:
+        """Records the block's seconds as an event of `kind`, one of `goodput.KINDS`, at `step`."""
+        self.watchdog.at(step, KINDS[kind])
+        began = time.monotonic()
+        yield
+        seconds = time.monotonic() - began
+        self.writer.event(step, kind, seconds)
+        self.ledger.spend(step, **{kind: seconds})
+
+    def restart_clock(self) -> None:
+        """Starts the time of the next step now: what came before it is recorded elsewhere."""
+        self._last = time.monotonic()
+
+    def next_batch(self, batches: Iterator[Batch], step: int) -> Batch:
+        """Returns the batch of `step` and counts the wait for it.
+
+        The step before is still running then, so the wait counts as part of that step's time.
+        """
+        self.watchdog.at(step, WAITING)
+        began = time.monotonic()
+        batch = next(batches)
+        waited = time.monotonic() - began
+        self._waited += waited
+        if waited > (SLOW - 1) * self._outliers.usual:  # the other processes wait within the step
+            tell_late(step, waited)
+        self.watchdog.at(step, RUNNING)
+        return batch
+
+    def log_step(self, step: int, metrics: Metrics) -> None:
+        """Waits until `step` is done, then writes its metrics and timings.
+
+        Raises:
+          UserError: the loss or the weights are not finite. Raised before the step is saved, so
+            that it does not push the last good checkpoints out.
+        """
+        train = self.run.recipe.train
+        weight = int(metrics["weight"])  # returns when the step is done
+        loss, norm = float(metrics["loss"]), float(metrics["param_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError("finite loss and weights", f"loss {loss} and weight norm {norm}",
+                            "lower optimizer.peak_lr or clip_norm in another --workdir (the "
+                            "checkpoints are kept)", where=f"step {step}")
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        waited, self._waited = self._waited, 0.0
+        self.tokens += weight
+        self.ledger.spend(step, useful=seconds - waited, data=waited)
+        self._note_slow(step, seconds, waited)
+        self._slow_steps.tick()
+        if step % train.log_every and step != train.steps:
+            return
+        values = {name: float(value) for name, value in metrics.items()
+                  if name != "weight" and not value.ndim}
+        bits = bits_per_byte(values["loss"], self.run.train_split)
+        epoch = max(self.run.train_split.epochs(self.run.steps.rows(step)).values())
+        self.writer.train(step, {**values, "bits_per_byte": bits, "tokens": self.tokens,
+                                 "epoch": epoch})
+        row_flops = flops_per_row(self.run.model, self.run.train_split.fields)
+        flops = row_flops * train.batch_size / seconds
+        mfu = {} if math.isnan(self._peak) else {"mfu": flops / self._peak}
+        rate, share = train.batch_size * self.run.recipe.data.seq_len / seconds, waited / seconds
+        self.writer.timing(step, {"seconds": self.writer.seconds_before + now - self._began,
+                                  "step_seconds": seconds, "tokens_per_second": rate,
+                                  "data_wait_share": share, "model_flops_per_second": flops, **mfu})
+        self.progress.update(step, values["loss"], bits, rate, share, **mfu)
+
+    def _note_slow(self, step: int, seconds: float, waited: float) -> None:
+        """Records a step that took unusually long, and which process kept the others waiting."""
+        usual = self._outliers.usual
+        if not self._outliers(seconds, waited) or jax.process_index():
+            return
+        late = late_with(step)
+        process, host = late if late else (0, socket.gethostname())
+        doing = WAITING if late else RUNNING
+        self.writer.event(step, "slow_step", seconds - waited, process=process, host=host,
+                          doing=doing)
+        self._slow_steps.add((seconds - waited) / usual,
+                             f"process {process} ({host}) was {doing}")

@@ -1,0 +1,73 @@
+"""A run that is ready for its next step: what `setup.set_up` makes and the loop trains."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lmjax.data import Tokenizer
+from lmjax.data.order import Steps
+from lmjax.data.pipeline import Mixture, Split
+from lmjax.decoding.generate import Generator
+from lmjax.models.model import Model
+from lmjax.sharding import Layout
+from lmjax.training.checkpoint import Checkpointer
+from lmjax.training.program import Program
+from lmjax.training.recipe import Recipe
+from lmjax.training.state import StateSpec, TrainState
+from lmjax.training.step import StepFn
+
+Log = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Run:
+    """A recipe with its program, its data, its files and its state."""
+
+    recipe: Recipe
+    workdir: Path
+    program: Program
+    train_split: Mixture
+    heldout: Split
+    tokenizer: Tokenizer | None  # None on synthetic data
+    generator: Generator | None  # None without a tokenizer
+    checkpointer: Checkpointer
+    about: dict[str, Any]  # what every checkpoint of the run records, besides its own step
+    steps: Steps  # which rows of the data each step takes
+    state: TrainState | None = None  # None while the loop owns it
+    start: int = 0  # the step that this start goes on from
+    tokens: int = 0  # trained on before this start
+    unfinished: bool = False  # the step `start` was saved before it was evaluated
+    restore_seconds: float = 0.0  # spent on reading the checkpoint; 0: there was none
+    compiled: StepFn | None = None  # the train step, once the loop has started
+
+    def data_state(self, step: int) -> dict[str, Any]:
+        """Returns what a checkpoint after `step` steps records of the data.
+
+        That is the row to go on from, the changes of batch size, and the fingerprint of the data.
+        """
+        state = self.steps.state(step)
+        return {"fingerprint": self.train_split.fingerprint_of(state["next_row"]), **state}
+
+    @property
+    def layout(self) -> Layout:
+        """The mesh, and how arrays are placed on it."""
+        return self.program.layout
+
+    @property
+    def model(self) -> Model:
+        """The model; its parameters are in `state`."""
+        return self.program.model
+
+    @property
+    def spec(self) -> StateSpec:
+        """Shapes and shardings of the state."""
+        return self.program.spec
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Token ids of the prompts that the run samples from; without a tokenizer none."""
+        if self.tokenizer is None:
+            return []
+        return [[self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+                for prompt in self.recipe.sample.prompts]

@@ -1,0 +1,76 @@
+"""The working directory of a run: one process writes into it, and it belongs to one recipe."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lmjax.config import plain
+from lmjax.errors import UserError
+from lmjax.runtime.distributed import agreed
+from lmjax.runtime.files import Busy, lock
+from lmjax.training.recipe import Recipe, blocking_changes, build_recipe
+from lmjax.training.run import Log
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path) -> Iterator[None]:
+    """Makes the directory if it is missing and holds it for this run.
+
+    Raises:
+      UserError: it is not a local directory.
+      Busy: another process trains in it.
+    """
+    if ":/" in str(workdir):
+        raise UserError("a local directory", workdir, "keep the run local or on a mounted file "
+                        "system (data.directory and checkpoint.directory may be in a bucket)",
+                        where="--workdir")
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError("a directory", f"the file {workdir}", "choose another", where="--workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    busy = Busy("a directory that no run is using", "one that another process trains in",
+                "wait for it or use another --workdir", where=str(workdir))
+    held: list[int] = []
+    agreed(lambda: held.append(lock(workdir / ".lock", busy)))  # by process 0
+    try:
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def check_recipe(recipe: Recipe, workdir: Path, log: Log) -> None:
+    """Refuses a directory whose config.json is of another run; logs what changed otherwise.
+
+    Raises:
+      UserError: the recipes differ in what makes the run, or config.json is damaged.
+    """
+    file = workdir / "config.json"
+    if not file.exists():
+        return
+    try:
+        before = json.loads(file.read_text())
+        if not isinstance(before, dict):
+            raise ValueError(f"{before!r:.40}")
+    except ValueError as error:
+        raise UserError("a config as JSON", error, "the file is damaged, move it away to go by the "
+                        "checkpoints alone", where=str(file)) from None
+    for change in same_run(workdir, before, plain(recipe)):
+        log(f"changed since the last start: {change}")
+
+
+def same_run(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns the harmless changes between two plain recipes.
+
+    Raises:
+      UserError: other changes, which would make another run.
+    """
+    with contextlib.suppress(ValueError):  # a key that no longer exists is told as a change
+        before = plain(build_recipe(before))  # gives newer keys their defaults
+    blocking, harmless = blocking_changes(before, now)
+    if blocking:
+        raise UserError("the config that this run was started with", "; ".join(blocking),
+                        "use another --workdir or undo the change", where=str(workdir))
+    return harmless
