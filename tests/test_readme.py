@@ -26,7 +26,7 @@ SMALL = {
 STAND_IN = f"""#!{sys.executable}
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from lmjax.cli import main
+from lmjax.cli.main import main
 args, small = sys.argv[1:], {SMALL!r}
 given = " ".join(args)
 for config, overrides in small.items():
