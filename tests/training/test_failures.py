@@ -89,14 +89,16 @@ def test_refused_in_one_line_before_compiling(name, tmp_path, capsys, never_comp
 def test_a_device_without_room_is_told_with_what_helps(monkeypatch, capsys):
     with pytest.raises(RuntimeError) as found:
         jax.jit(lambda: jnp.zeros(1 << 44))().block_until_ready()  # 64 TiB
-    monkeypatch.setattr(cli, "_run", lambda *args: (_ for _ in ()).throw(found.value))
+    train = cli.COMMANDS["train"]._replace(run=lambda *args: (_ for _ in ()).throw(found.value))
+    monkeypatch.setitem(cli.COMMANDS, "train", train)
     assert cli.main(["train", "--config", CONFIG, "--workdir", "x"]) == 2
     line = one_line(capsys)
     assert all(word in line for word in ("Out of memory", "train.microbatches", "model.remat=full"))
 
 
 def test_a_fault_is_not_taken_for_a_mistake_of_the_user(monkeypatch):
-    monkeypatch.setattr(cli, "_run", lambda *args: np.zeros((2,)) @ np.zeros((3,)))
+    train = cli.COMMANDS["train"]._replace(run=lambda *args: np.zeros((2,)) @ np.zeros((3,)))
+    monkeypatch.setitem(cli.COMMANDS, "train", train)
     with pytest.raises(ValueError, match="mismatch"):
         cli.main(["train", "--config", CONFIG, "--workdir", "x"])
 
