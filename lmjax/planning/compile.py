@@ -31,8 +31,8 @@ from lmjax.data.objectives import Objective
 from lmjax.errors import first_line
 from lmjax.models.flops import flops_per_row
 from lmjax.models.model import ModelConfig
-from lmjax.nn.kernels.choose import spreads
-from lmjax.nn.sequence import ways
+from lmjax.nn.kernels.choose import uses_balanced_rows
+from lmjax.nn.sequence import num_shards
 from lmjax.runtime.chips import FLAGS, Topology, parse_topology, tpu_compiler
 from lmjax.runtime.devices import matmul_rate
 from lmjax.sharding import use_layout
@@ -134,13 +134,14 @@ def _about(recipe: Recipe, program: Program) -> Result:
     model, fields = program.model, {name: leaf.shape[1] for name, leaf in program.batch.items()}
     causal = model.config.family == "decoder"
     with use_layout(program.layout):
-        spread = spreads(model.kernel, recipe.data.seq_len, causal=causal, capacity=model.config.moe.capacity)
-        expert_ways = ways("experts")
+        spread = uses_balanced_rows(model.kernel, recipe.data.seq_len, causal=causal,
+                                    capacity=model.config.moe.capacity)
+        expert_ways = num_shards("experts")
     return {"parameters": num_elements(model.shapes), "tokens": recipe.train.batch_size * recipe.data.seq_len,
             "seq_len": recipe.data.seq_len, "window": window_of(model.config),
             "causal": causal, "spread": spread, "expert_ways": expert_ways,
             "flops_per_token": flops_per_row(model, fields) / recipe.data.seq_len, "compute_dtype": str(model.dtype),
-            "attention": {"kernel": model.kernel, "reason": model.kernel_reason}}
+            "attention": {"kernel": model.kernel.name, "reason": model.kernel_reason}}
 
 
 def _memory(program: Program, step: jax.stages.Compiled) -> dict[str, int]:

@@ -155,7 +155,7 @@ def attention_role(call: hlo.Call) -> str:
 
 def attention_flops(call: hlo.Call, window: int, causal: bool = True, spread: bool = False) -> float:
     """FLOPs of a Pallas attention call over the tiles that it visits on the device of the last queries; if these are
-    spread (`shards.balanced`) on every device, which has as many early ones.
+    spread (`sequence.balance_sequence`) on every device, which has as many early ones.
 
     Read off its operands: q is the first array of floats [..., H, T, K], k the next with the same K; a mask table
     [1 or H, tiles of T, tiles of S] of small integers gives the tiles' sizes, without which 512 is taken.

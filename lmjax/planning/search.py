@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from lmjax.models.flops import flops_per_token
 from lmjax.models.model import ModelConfig, build_model
 from lmjax.nn.layers import MLP_KINDS
-from lmjax.nn.stack import NAMES, REMAT, kept_names
+from lmjax.nn.stack import REMAT, REMAT_NAMES, kept_names
 from lmjax.planning.compile import Log, compiled
 from lmjax.planning.estimate import Estimate, estimate, readable, span
 from lmjax.runtime.chips import CHIPS, GIB, Topology, parse_topology
@@ -30,8 +30,8 @@ MICROBATCHES = (1, 2, 4, 8)
 MATMUL_SHARE = 0.75  # of peak, for a large matmul
 # Of the matmuls' time: norms, activations, the optimizer; with "none" also what is written to be kept.
 OVERHEAD = {False: 0.1, True: 0.35}
-EVERYTHING, MATMULS = "+".join(NAMES), "+".join(name for name in NAMES if name != "kernel")
-POLICIES = (*REMAT, "+".join(NAMES[:4]), EVERYTHING)  # and the recipe's own
+EVERYTHING, MATMULS = "+".join(REMAT_NAMES), "+".join(name for name in REMAT_NAMES if name != "kernel")
+POLICIES = (*REMAT, "+".join(REMAT_NAMES[:4]), EVERYTHING)  # and the recipe's own
 
 
 class Guess(NamedTuple):
@@ -219,7 +219,7 @@ def kept_and_again(c: ModelConfig, layer: float, tensor: int) -> tuple[float, fl
     kept = 2.0 * (D + sum(width[name] for name in device)) / tensor
     if c.remat == "none":
         kept = 8.0 * D / tensor + 2 * kept  # what is between the matmuls, too, and some of it in float32
-    lost = set(NAMES) - {*device, *host}
+    lost = set(REMAT_NAMES) - {*device, *host}
     again = D * sum(heads if name == "out" else width[name] for name in lost - {"kernel"})
     return kept, again / layer, float("kernel" in lost)
 

@@ -16,7 +16,7 @@ from lmjax.decoding.sampling import Sampling
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import ModelConfig
 from lmjax.models.presets import with_preset
-from lmjax.nn.quantized import KINDS as KINDS_OF_MATMUL
+from lmjax.nn.quantized import MATMUL_DTYPES
 from lmjax.sharding import MeshConfig
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.schedules import make_schedule
@@ -52,7 +52,7 @@ class TrainConfig:
             raise ValueError(f"seed: expected less than 2^32, got {self.seed}; lower it")
         at_least(0, seed=self.seed, z_loss=self.z_loss, loss_chunk=self.loss_chunk)
         choice("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
-        choice("matmul_dtype", self.matmul_dtype, ("auto", *KINDS_OF_MATMUL))
+        choice("matmul_dtype", self.matmul_dtype, ("auto", *MATMUL_DTYPES))
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches: expected a divisor of batch_size={self.batch_size}, got "
                              f"{self.microbatches}; change one of them")
