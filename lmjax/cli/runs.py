@@ -137,7 +137,7 @@ def add_trace(parser: ArgumentParser) -> None:
 
 def trace(arguments: Namespace, overrides: Sequence[str]) -> None:
     """Prints what preparation did with a document."""
-    from lmjax.data.preparation.prepare import trace
+    from lmjax.data.preparation.ledger import trace
 
     print("\n".join(trace(arguments.data, arguments.id)))
 
