@@ -393,6 +393,6 @@ WRITERS = {
 def test_a_full_disk_is_known_however_a_library_words_it(name, small_disk):
     data = np.random.default_rng(0).integers(0, 2**16, 1 << 20, np.uint16)
     with pytest.raises(OSError, match="make room and run the same command again") as caught:
-        with checkpoint._when_full(small_disk):
+        with checkpoint.when_disk_full(small_disk):
             WRITERS[name](small_disk / "data", data)
     assert caught.value.errno == errno.ENOSPC
