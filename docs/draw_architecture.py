@@ -85,7 +85,8 @@ def draw() -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         'font-family="Helvetica, Arial, sans-serif" fill="#222">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-        f'<path d="M{LEFT - 14} {TOP - 6} L{(LEFT + house) / 2:g} 8 L{house + 14 - GAP} {TOP - 6} Z" '
+        f'<path d="M{LEFT - 14} {TOP - 6} L{(LEFT + house) / 2:g} 8 '
+        f'L{house + 14 - GAP} {TOP - 6} Z" '
         'fill="#eef1f5" stroke="#9aa4b2"/>',
         text((LEFT + house) / 2, 48, "lmjax", 20, text_anchor="middle", font_weight="bold"),
     ]

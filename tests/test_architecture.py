@@ -189,7 +189,8 @@ def test_nothing_grows_too_large(path):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_public_functions_are_typed(path):
     tree = parsed(path)
-    scopes = [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))]
+    scopes = [tree, *(node for node in tree.body
+                      if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))]
     for scope in scopes:
         for node in scope.body:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -198,9 +199,11 @@ def test_public_functions_are_typed(path):
                 continue
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             arguments += [a for a in (node.args.vararg, node.args.kwarg) if a is not None]
-            missing = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
-            assert not missing, f"{node.name} (line {node.lineno}): no type for {', '.join(missing)}"
-            assert node.returns is not None or node.name == "__init__", f"{node.name}: no return type"
+            missing = [a.arg for a in arguments
+                       if a.annotation is None and a.arg not in ("self", "cls")]
+            where = f"{node.name} (line {node.lineno})"
+            assert not missing, f"{where}: no type for {', '.join(missing)}"
+            assert node.returns is not None or node.name == "__init__", f"{where}: no return type"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
