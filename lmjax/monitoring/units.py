@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 
 def human_count(value: float) -> str:
@@ -33,3 +34,25 @@ def human_seconds(seconds: float) -> str:
             break
         text = f"{whole // size}{unit}{whole % size // sub_size:02d}{sub_unit}"
     return text if whole >= 60 else f"{whole}s"
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The name and length in seconds of the unit in which a time reads well: s, ms or us."""
+    return ("s", 1.0) if seconds >= 0.1 else ("ms", 1e-3) if seconds >= 1e-4 else ("us", 1e-6)
+
+
+def size_unit(size: float) -> tuple[str, float]:
+    """The name and bytes of the unit in which a size reads well: GiB or MiB."""
+    return ("GiB", 2**30) if size >= 2**30 else ("MiB", 2**20)
+
+
+def human_bytes(size: float) -> str:
+    """`5368709120` -> `5.0 GiB`."""
+    unit, scale = size_unit(size)
+    return f"{size / scale:.1f} {unit}"
+
+
+def human_range(values: tuple[float, float], form: Callable[[float], str]) -> str:
+    """`(2.0, 1.0)` -> `1 .. 2`; one figure if both read the same."""
+    low, high = form(min(values)), form(max(values))
+    return low if low == high else f"{low} .. {high}"

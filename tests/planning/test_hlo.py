@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmjax.planning import hlo
+from lmjax.planning.collectives import replica_groups
+from lmjax.planning.costs import step_costs
+from lmjax.planning.hlo import arrays, num_bytes, parse
 
 LOOP = """HloModule jit_step, is_scheduled=true
 
@@ -73,7 +75,7 @@ frontend_attributes={kernel_metadata={
 
 
 def test_a_step_by_hand():
-    found = hlo.costs(hlo.parse(LOOP), num_devices=4)
+    found = step_costs(parse(LOOP), num_devices=4)
     # Five trips of a fused matmul (100, not the 999 inside it) and of a fusion that only carries a gather along.
     assert found.cycles == {"matmul": 500, "other": 5 * 10 + 7}
     assert found.flops == found.recomputed_flops == 5 * 2 * 8 * 16 * 4
@@ -98,11 +100,11 @@ def test_a_step_by_hand():
     ("replica_groups=mesh['a'=4,'b'=2] {'a':(1)2,'b'}", ((0, 1, 4, 5), (2, 3, 6, 7))),
     ("source_target_pairs={{3,0},{0,5}}", ((3, 0), (0, 5)))])
 def test_replica_groups(attributes, groups):
-    assert hlo.replica_groups(attributes, 8) == (groups, len(groups[0]))
+    assert replica_groups(attributes, 8) == (groups, len(groups[0]))
 
 
 def test_a_group_that_is_not_named_is_everyone():
-    assert hlo.replica_groups("replica_groups={}", 8) == ((), 8)
+    assert replica_groups("replica_groups={}", 8) == ((), 8)
 
 
 SENT = """ENTRY %main (x: bf16[176,8,128]) -> token[] {
@@ -123,7 +125,7 @@ _xla_megascale_transfer_type="TYPE"}
     ("ALL_GATHER", "all-gather", 3), ("ONE_TO_ONE", "collective-permute", 1)])
 def test_what_hosts_send_to_other_slices_is_a_collective(said, kind, traffic):
     """Once, at the send; what spans all devices of the text is within one slice."""
-    within, sent = hlo.costs(hlo.parse(SENT.replace("TYPE", said)), num_devices=32, slices=4).collectives
+    within, sent = step_costs(parse(SENT.replace("TYPE", said)), num_devices=32, slices=4).collectives
     assert (sent.kind, sent.by_hosts, sent.asynchronous, sent.times) == (kind, True, True, 1)
     assert sent.traffic == traffic * 176 * 8 * 128 * 2
     assert (within.by_hosts, within.group_size) == (False, 8)
@@ -131,22 +133,22 @@ def test_what_hosts_send_to_other_slices_is_a_collective(said, kind, traffic):
 
 def test_cycles_that_the_compiler_cannot_estimate_are_told():
     """It then writes the largest number that there is."""
-    found = hlo.costs(hlo.parse(LOOP.replace('"estimated_cycles":"10"', f'"estimated_cycles":"{2**63 - 1}"')), 4)
+    found = step_costs(parse(LOOP.replace('"estimated_cycles":"10"', f'"estimated_cycles":"{2**63 - 1}"')), 4)
     assert (found.cycles, found.unrated) == ({"matmul": 500, "other": 7}, 1)
 
 
 def test_loops_of_unknown_length_count_once_and_are_told():
     text = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)).lower(
         jnp.ones((16, 16)), 3).compile().as_text()
-    found = hlo.costs(hlo.parse(text), 1)
+    found = step_costs(parse(text), 1)
     assert (found.flops, found.unknown_loops) == (2 * 16**3, 1)
-    assert hlo.costs(hlo.parse(LOOP), 4).unknown_loops == 0
+    assert step_costs(parse(LOOP), 4).unknown_loops == 0
 
 
 def test_shapes():
     shape = "(bf16[4,128]{1,0:T(8,128)(2,1)S(1)}, f32[]{:T(128)}, /*index=2*/f8e4m3fn[3,<=5]{1,0}, pred[2]{0}, token[])"
-    assert hlo.arrays(shape)[:3] == [("bf16", (4, 128)), ("f32", ()), ("f8e4m3fn", (3, 5))]
-    assert hlo.num_bytes(shape) == 4 * 128 * 2 + 4 + 15 + 2
+    assert arrays(shape)[:3] == [("bf16", (4, 128)), ("f32", ()), ("f8e4m3fn", (3, 5))]
+    assert num_bytes(shape) == 4 * 128 * 2 + 4 + 15 + 2
 
 
 def test_a_convolution_that_is_a_batched_matmul():
@@ -157,12 +159,12 @@ def test_a_convolution_that_is_a_batched_matmul():
   ROOT %c = bf16[8,64,16]{2,1,0} convolution(%a, %b), \
 window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf
 }"""
-    assert hlo.costs(hlo.parse(text), 1).flops == 2 * 8 * 64 * 32 * 16
+    assert step_costs(parse(text), 1).flops == 2 * 8 * 64 * 32 * 16
 
 
 def test_text_that_is_no_module_is_refused():
     with pytest.raises(ValueError, match="expected the text of an HLO module, got .*; pass"):
-        hlo.parse("hello")
+        parse("hello")
 
 
 def test_flops_and_loops_of_a_compiled_program():
@@ -173,7 +175,7 @@ def test_flops_and_loops_of_a_compiled_program():
 
     w, x = jnp.ones((7, 32, 32)), jnp.ones((16, 32))
     text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(w, x).compile().as_text()
-    assert hlo.costs(hlo.parse(text), 1).flops == 7 * 3 * 2 * 16 * 32 * 32
+    assert step_costs(parse(text), 1).flops == 7 * 3 * 2 * 16 * 32 * 32
 
 
 def test_collectives_of_a_compiled_program():
@@ -181,6 +183,6 @@ def test_collectives_of_a_compiled_program():
     put = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((None, "b"), ("b", None))]
     multiply = jax.jit(lambda x, w: x @ w, in_shardings=put, out_shardings=NamedSharding(mesh, PartitionSpec()))
     text = multiply.lower(jnp.ones((8, 16)), jnp.ones((16, 4))).compile().as_text()
-    (one,) = hlo.costs(hlo.parse(text), 8).collectives
+    (one,) = step_costs(parse(text), 8).collectives
     assert (one.kind, one.bytes, one.group_size, one.times) == ("all-reduce", 8 * 4 * 4, 4, 1)
     assert one.traffic == pytest.approx(2 * 3 / 4 * one.bytes)

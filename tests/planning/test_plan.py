@@ -12,13 +12,18 @@ import pytest
 from lmjax.cli.main import main
 from lmjax.config import load
 from lmjax.data.packing import DECODER
+from lmjax.errors import UserError
 from lmjax.planning import compile as plan_compile
 from lmjax.planning import search as plan_search
-from lmjax.planning.compile import measure
-from lmjax.planning.estimate import attention_flops, estimate, grouped_flops, visited_tiles
-from lmjax.planning.hlo import Call, costs, parse
-from lmjax.planning.plan import as_json, in_short, table
+from lmjax.planning.analytic import guess, remat_costs
+from lmjax.planning.costs import CustomCall, step_costs
+from lmjax.planning.estimate import estimate_step
+from lmjax.planning.hlo import parse
+from lmjax.planning.kernels import attention_flops, grouped_flops, visited_tiles
+from lmjax.planning.measure import measure, needed_memory
+from lmjax.planning.plan import as_json
 from lmjax.planning.plots import draw
+from lmjax.planning.table import in_short, table
 from lmjax.runtime.chips import CHIPS, GIB, parse_topology
 from lmjax.training.program import make_program
 from lmjax.training.recipe import build_recipe
@@ -70,12 +75,13 @@ def test_flops_of_kernels():
     operands = (("s8", (1, 4, 2)), ("s32", (3, 64, 128)), ("s32", (3, 8, 64)), arrays, arrays)
     tile = 2 * 3 * 8 * 16 * 32 * 16  # heads, a tile of 16 by 32, head_dim
     for name, matmuls in (("splash_mha_fwd", 2), ("splash_mha_dq", 3), ("splash_mha_dkv", 4)):
-        assert attention_flops(Call("tpu_custom_call", name, operands, 1), 0) == matmuls * tile * 6
-    both = Call("tpu_custom_call", "splash_mha_dkv", operands, 1, (arrays,) * 3)  # makes dq, too
+        assert attention_flops(CustomCall("tpu_custom_call", name, operands, 1), 0) == matmuls * tile * 6
+    both = CustomCall("tpu_custom_call", "splash_mha_dkv", operands, 1, (arrays,) * 3)  # makes dq, too
     assert attention_flops(both, 0) == 5 * tile * 6
-    gmm = Call("tpu_custom_call", "gmm", (("s32", (4,)), ("bf16", (96, 8)), ("bf16", (4, 8, 16))), 1)
-    back = Call("tpu_custom_call", "ragged-dot-none", (("s32", (4,)), ("bf16", (96, 16)), ("bf16", (4, 8, 16))), 1)
-    tgmm = Call("tpu_custom_call", "tgmm", (("bf16", (8, 96)), ("bf16", (96, 16))), 1)
+    gmm = CustomCall("tpu_custom_call", "gmm", (("s32", (4,)), ("bf16", (96, 8)), ("bf16", (4, 8, 16))), 1)
+    back = CustomCall("tpu_custom_call", "ragged-dot-none",
+                      (("s32", (4,)), ("bf16", (96, 16)), ("bf16", (4, 8, 16))), 1)
+    tgmm = CustomCall("tpu_custom_call", "tgmm", (("bf16", (8, 96)), ("bf16", (96, 16))), 1)
     assert grouped_flops(gmm) == grouped_flops(back) == grouped_flops(tgmm) == 2 * 96 * 8 * 16
 
 
@@ -99,7 +105,7 @@ RESULT = {"topology": "v5p:2x2x1", "devices": 4, "slices": [0] * 4, "mesh": {"ex
 @pytest.mark.parametrize("ways", [1, 4])
 def test_kernels_count_as_compiled_and_as_computed_again(ways):
     """Of the experts' rows each of the devices that share them multiplies those of its own."""
-    made = estimate(RESULT | {"expert_ways": ways}, KERNELS)
+    made = estimate_step(RESULT | {"expert_ways": ways}, KERNELS)
     attention, grouped = 2 * 2 * 8 * 64 * 64 * 16, 2 * 96 * 8 * 16 / ways
     assert made.flops == 2 * attention + 2 * grouped and made.recomputed == attention + grouped
     assert made.seconds["grouped"] == pytest.approx(2 * grouped / 0.7 / CHIPS["v5p"].flops)
@@ -111,7 +117,7 @@ def test_spread_queries_visit_as_many_tiles_on_every_device(device, window):
     shapes = (("s8", (1, 4, 8)), ("bf16", (8, 64, 16)), ("bf16", (8, 256, 16)))
     queries = [*range(32 * device, 32 * (device + 1)), *range(32 * (7 - device), 32 * (8 - device))]
     seen = {(t // 16, s // 32) for t in queries for s in range(t + 1) if not window or t - s < window}
-    flops = attention_flops(Call("tpu_custom_call", "splash_mha_fwd", shapes, 1), window, spread=True)
+    flops = attention_flops(CustomCall("tpu_custom_call", "splash_mha_fwd", shapes, 1), window, spread=True)
     assert flops >= 2 * 2 * 8 * 16 * 32 * 16 * len(seen) and (flops == 2 * 2 * 8 * 16 * 32 * 16 * len(seen) or window)
 
 
@@ -126,7 +132,7 @@ def here():
 
 def test_memory_is_what_the_arrays_take(here):
     recipe, result, text = here
-    memory, made = result["memory"], estimate(result, text)
+    memory, made = result["memory"], estimate_step(result, text)
     state = make_program(recipe, jax.devices(), vocab_size=256, fields=dict.fromkeys(DECODER, 32)).spec.init(0)
     for kind, tree in (("parameters", state.params), ("optimizer", state.opt_state)):
         assert memory[kind] == sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
@@ -136,29 +142,29 @@ def test_memory_is_what_the_arrays_take(here):
 
 def test_flops_are_the_models_and_the_recomputed(here):
     recipe, result, text = here
-    made = estimate(result, text)
+    made = estimate_step(result, text)
     layers = 2 * (4 * 64 * 64 + 3 * 64 * 128)  # weights of the layers' matmuls
     tokens = made.tokens / made.chips
     assert made.model_flops == pytest.approx(6 * tokens * (layers + 256 * 64) + 12 * 2 * 64 * tokens * 32)
     # remat=full: the layers' forward matmuls again, or all but those whose results nothing of the backward pass needs.
     assert 2 * tokens * layers * 0.6 < made.recomputed < 2 * tokens * (layers + 2 * 2 * 64 * 64) * 1.01
     assert made.flops > made.model_flops
-    assert estimate(*measure(recipe_of("mesh.data=2", "mesh.fsdp=4", "model.remat=none"), "cpu")).recomputed == 0
+    assert estimate_step(*measure(recipe_of("mesh.data=2", "mesh.fsdp=4", "model.remat=none"), "cpu")).recomputed == 0
 
 
 def test_loops_of_unknown_length_make_a_lower_bound(here):
     """Attention in blocks visits those that can be seen: how many is known only where it runs."""
     recipe = recipe_of("mesh.fsdp=8", "model.attention=chunked", "data.seq_len=2048")
     result, text = measure(recipe, "cpu")
-    made = estimate(result, text)
+    made = estimate_step(result, text)
     assert made.unknown == ["all rounds but one of 3 loops whose length is not known before they run, such as those of "
                             "attention=chunked and ring"]
     assert f"not counted: {made.unknown[0]}" in table(recipe, result, made, 0) and in_short(made).startswith("at least")
-    assert not estimate(*here[1:]).unknown and not in_short(estimate(*here[1:])).startswith("at least")
+    assert not estimate_step(*here[1:]).unknown and not in_short(estimate_step(*here[1:])).startswith("at least")
 
 
 def test_collectives_are_those_of_the_mesh(here):
-    made = estimate(*here[1:])
+    made = estimate_step(*here[1:])
     sent = {row.kind: row.bytes for row in made.collectives}
     assert sent["all-gather"] > 0 and {row.link for row in made.collectives} == {"ici"}
     assert sum(sent.values()) < 40 * made.memory["parameters"] * 4  # weights and gradients, not logits or scores
@@ -170,7 +176,7 @@ def test_replicas_sum_gradients_and_tensor_parallelism_sums_activations(mesh, mo
     as the logits of a device's rows, and what is gathered is the residual stream: twice a layer in the forward pass, as
     often recomputed, and twice its gradient; before the head, and the gradient behind the table."""
     _, text = measure(recipe_of("mesh.data=1", "mesh.fsdp=1", *(f"mesh.{axis}" for axis in mesh.split())), "cpu")
-    found = costs(parse(text), 8).collectives
+    found = step_costs(parse(text), 8).collectives
     gathered = [c for c in found if c.kind == "all-gather"]
     assert {c.kind for c in found} - {"all-gather"} == {"all-reduce"}
     assert {c.bytes for c in gathered} <= {8 * 64 * 64 * 4}
@@ -183,7 +189,7 @@ def test_replicas_sum_gradients_and_tensor_parallelism_sums_activations(mesh, mo
 
 def test_gradients_of_layers_are_reduce_scattered(here):
     """Over fsdp, which splits the weights; what is then summed over data is a quarter of them."""
-    found = [c for c in costs(parse(here[2]), 8).collectives if "shard_map" in c.op_name]
+    found = [c for c in step_costs(parse(here[2]), 8).collectives if "shard_map" in c.op_name]
     sent = {kind: sum(c.times * c.bytes for c in found if c.kind == kind) for kind in ("reduce-scatter", "all-reduce")}
     weights = 2 * 4 * (4 * 64 * 64 + 3 * 64 * 128)  # bytes of both layers
     assert sent == {"reduce-scatter": weights, "all-reduce": weights // 4}
@@ -191,7 +197,7 @@ def test_gradients_of_layers_are_reduce_scattered(here):
 
 def test_the_report_holds_together(here, tmp_path):
     recipe, result, text = here
-    made = estimate(result, text)
+    made = estimate_step(result, text)
     report = json.loads(json.dumps(as_json(recipe, result, made, 1e9)))
     assert report["step_seconds"]["hidden"] <= report["step_seconds"]["exposed"]
     rate = report["tokens_per_second_per_chip"]["exposed"] * made.chips
@@ -210,7 +216,7 @@ def test_only_plans_for_what_is_not_here_are_kept(monkeypatch, tmp_path):
         made.append(str(topology))
         (pathlib.Path(work) / "result.json").write_text(json.dumps(made))
 
-    monkeypatch.setattr(plan_compile, "_child", child)
+    monkeypatch.setattr(plan_compile, "_run_child", child)
     for topology, count in (("cpu", 1), ("cpu", 2), (parse_topology("v5e-4"), 3), (parse_topology("v5e-4"), 3)):
         result, text = plan_compile.compiled(recipe_of(), topology, log=print)
         assert (len(result), text) == (count, "")
@@ -251,29 +257,29 @@ def test_what_is_kept_and_what_is_computed_again():
             ("full", D, 4 * D * D + 2 * D * F, 1), ("attention", 6 * D, 2 * D * F, 0),
             ("dots", 5 * D + 2 * F, 0, 1), ("query+key+value+kernel+out+gate+up", 6 * D + 2 * F, 0, 0),
             ("kernel+host:up", 2 * D, 4 * D * D + D * F, 0)):
-        found = plan_search.kept_and_again(dataclasses.replace(c, remat=remat), layer, 1)
+        found = remat_costs(dataclasses.replace(c, remat=remat), layer, 1)
         assert found == pytest.approx((2 * kept, again / layer, kernel)), remat
-    halves = plan_search.kept_and_again(dataclasses.replace(c, remat="attention"), layer, 2)
+    halves = remat_costs(dataclasses.replace(c, remat="attention"), layer, 2)
     assert halves[0] == 2 * 6 * D / 2
 
 
 def test_the_guess_knows_what_costs():
     recipe, topology = recipe_of("mesh.fsdp=64", config="configs/llama2_7b.py"), parse_topology("v5p-128")
-    guess = plan_search.guess(recipe, topology)
-    dots, micro = (plan_search.guess(recipe_of("mesh.fsdp=64", change, config="configs/llama2_7b.py"), topology)
+    guessed = guess(recipe, topology)
+    dots, micro = (guess(recipe_of("mesh.fsdp=64", change, config="configs/llama2_7b.py"), topology)
                    for change in ("model.remat=dots", "train.microbatches=4"))
-    assert dots.memory > guess.memory and dots.seconds_per_token < guess.seconds_per_token
-    assert micro.memory < guess.memory and micro.seconds_per_token >= guess.seconds_per_token
+    assert dots.memory > guessed.memory and dots.seconds_per_token < guessed.seconds_per_token
+    assert micro.memory < guessed.memory and micro.seconds_per_token >= guessed.seconds_per_token
     # Replicas sum the gradients of every microbatch: four cost four times what one does, for as many tokens.
     cost = {}
     for count in (1, 4):
-        alone, many = (plan_search.guess(recipe_of(f"mesh.data={data}", "mesh.fsdp=8", f"train.batch_size={64 * data}",
+        alone, many = (guess(recipe_of(f"mesh.data={data}", "mesh.fsdp=8", f"train.batch_size={64 * data}",
                                                    f"train.microbatches={count}", config="configs/llama2_7b.py"),
                                          topology).seconds_per_token for data in (1, 8))
         cost[count] = many - alone
     assert cost[4] == pytest.approx(4 * cost[1])
     state = 16 * 6.7e9 / 64
-    assert state < guess.memory < CHIPS["v5p"].hbm and guess.memory < state + 40 * GIB
+    assert state < guessed.memory < CHIPS["v5p"].hbm and guessed.memory < state + 40 * GIB
 
 
 def test_search_compiles_the_best_and_takes_the_fastest_that_fits(monkeypatch):
@@ -293,7 +299,7 @@ def test_search_compiles_the_best_and_takes_the_fastest_that_fits(monkeypatch):
             self.tokens_per_second = self.mfu = (1 / result["seconds"],) * 2
 
     monkeypatch.setattr(plan_search, "compiled", compiled)
-    monkeypatch.setattr(plan_search, "estimate", lambda result, text: Made(result))
+    monkeypatch.setattr(plan_search, "estimate_step", lambda result, text: Made(result))
     best, rows = plan_search.search(recipe, topology, log=lambda line: None)
     assert best.recipe == asked[2] and len(rows) == plan_search.COMPILED + 1 and "needs_bytes" in rows[0]
 
@@ -305,7 +311,7 @@ def test_search_leaves_out_what_the_compiler_refuses(monkeypatch):
     def compiled(changed, topology, log):
         asked.append(changed)
         if len(asked) == 1:
-            raise ValueError("expected the step to compile, got INTERNAL")
+            raise UserError("the step to compile", "INTERNAL", "change it")
         return {"needs": 20 * GIB}, ""
 
     monkeypatch.setattr(plan_search, "compiled", compiled)
@@ -320,7 +326,7 @@ def test_search_leaves_out_what_the_compiler_refuses(monkeypatch):
 @pytest.mark.parametrize("config", ["llama2_70b", "llama3_405b"])
 def test_what_would_fit_exists(config):
     named = re.findall(r"(?:(\d+) slices of )?(\d+) (v\w+)",
-                       plan_search.what_would(recipe_of(config=f"configs/{config}.py")))
+                       plan_search.what_would_fit(recipe_of(config=f"configs/{config}.py")))
     assert [name for *_, name in named] == list(CHIPS)
     for slices, chips, name in named:
         where = parse_topology(f"{slices or 1}x{name}-{int(chips) * CHIPS[name].cores}")
@@ -381,4 +387,4 @@ def test_slices_sum_gradients_and_gather_only_weights_that_are_split_over_them(e
      "temporaries (32.17G) exceeds available HBM (15.75G). HLO module: jit_step", 32.17),
     ("RESOURCE_EXHAUSTED: scoped vmem limit exceeded: 20.50M of 16.00M", None)])
 def test_the_memory_that_the_compiler_says_was_missing(message, gib):
-    assert plan_compile._needed(message) == (gib and pytest.approx(gib * GIB, rel=1e-6))
+    assert needed_memory(message) == (gib and pytest.approx(gib * GIB, rel=1e-6))

@@ -8,12 +8,14 @@ from jax.experimental import topologies
 
 from lmjax.cli.main import main
 from lmjax.config import load
+from lmjax.monitoring.units import human_bytes, time_unit
 from lmjax.planning import plan
 from lmjax.planning import search as plan_search
-from lmjax.planning.compile import measure
-from lmjax.planning.estimate import LEAST, estimate, readable, time_unit
-from lmjax.planning.plan import as_json, in_short, table
+from lmjax.planning.estimate import LEAST, estimate_step
+from lmjax.planning.measure import measure
+from lmjax.planning.plan import as_json
 from lmjax.planning.plots import draw
+from lmjax.planning.table import in_short, table
 from lmjax.runtime.chips import CHIPS, GIB, parse_topology
 from lmjax.training.recipe import build_recipe
 
@@ -26,7 +28,7 @@ def recipe_of(*overrides, config="configs/llama2_7b.py:tiny"):
 def here():
     recipe = recipe_of("mesh.data=2", "mesh.fsdp=4")
     result, text = measure(recipe, "cpu")
-    return recipe, result, estimate(result, text)
+    return recipe, result, estimate_step(result, text)
 
 
 def on_chip(made, **changes):
@@ -94,7 +96,7 @@ def test_search_prints_what_fits_in_order():
     rows = [{"overrides": [name], "peak_bytes": peak, "mfu": [0.4, 0.5], "tokens_per_second_per_chip": [speed, speed]}
             for name, peak, speed in (("slow", 2 * GIB, 10), ("fast", GIB // 2, 20))]
     fast, slow = plan_search.ranked([*rows, {"overrides": ["large"], "needs_bytes": 1}])
-    assert "512.0 MiB, 20 tokens/s a chip, MFU 40.0% .. 50.0%: fast" in fast and "2.0 GiB, 10 tokens/s" in slow
+    assert "512.0 MiB, 20 tokens/s per chip, MFU 40.0% .. 50.0%: fast" in fast and "2.0 GiB, 10 tokens/s" in slow
 
 
 # --- figures
@@ -127,10 +129,10 @@ def test_small_plans_are_in_small_units(here):
     said = table(recipe, result, dataclasses.replace(small, collectives=rows), 0)
     assert "MiB sent  us at bandwidth" in said and "3.000          50.0000" in said
     assert "0.4 .. 1.2   communication" in said and "1.200 ms with nothing hidden" in draw(small)
-    assert f"{readable(made.memory['peak'])} of 15.8 GiB at its peak" in draw(small)
+    assert f"{human_bytes(made.memory['peak'])} of 15.8 GiB at its peak" in draw(small)
     assert in_short(small).startswith("0.000400 .. 0.00120 s a step, ") and in_short(small).endswith("15.75 GiB a chip")
     large = dataclasses.replace(small, hidden=2.0, exposed=3.0, memory=made.memory | {"peak": 4 * GIB})
-    assert "  2 .. 3   communication" in table(recipe, result, large, 0) and "GiB a chip" in draw(large)
+    assert "  2 .. 3   communication" in table(recipe, result, large, 0) and "GiB per chip" in draw(large)
 
 
 def test_the_table_leaves_out_what_kernels_do_with_a_cache(here):

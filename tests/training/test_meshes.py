@@ -13,7 +13,8 @@ import pytest
 
 from lmjax.config import build
 from lmjax.models.model import FAMILY_MODULES, build_model
-from lmjax.planning import hlo
+from lmjax.planning.costs import step_costs
+from lmjax.planning.hlo import parse
 from lmjax.sharding import MESH_AXES, MeshConfig, make_layout
 from lmjax.training.state import state_spec
 from lmjax.training.step import make_train_step, next_token_loss
@@ -148,7 +149,7 @@ STRATEGIES = {  # mesh, model, keys -> collectives that there have to be, and th
 def test_a_strategy_sends_what_it_should(name):
     mesh, model, keys, needed, forbidden = STRATEGIES[name]
     run, spec, batch = program(mesh, **MODELS[model], **keys)
-    found = hlo.costs(hlo.parse(run.lower(spec.shapes, batch).compile().as_text()), 2).collectives
+    found = step_costs(parse(run.lower(spec.shapes, batch).compile().as_text()), 2).collectives
     kinds = {c.kind for c in found}
     assert needed <= kinds and not forbidden & kinds, found
     if name == "stage":  # in each of M + S - 1 steps: a microbatch forward, its derivative back
