@@ -22,7 +22,7 @@ from lmjax.decoding.beam import beam_search
 from lmjax.decoding.generate import Generator, bucket, jit_on
 from lmjax.decoding.sampling import Sampling
 from lmjax.decoding.speculative import Draft, speculate
-from lmjax.decoding.stopping import Watch, cut
+from lmjax.decoding.stopping import TextStream, cut
 from lmjax.models.model import Batch, Model, build_model
 from lmjax.nn.module import Params
 from lmjax.runtime.files import new_directory
@@ -163,7 +163,7 @@ class LM:
             ids, _ = speculate(self._generator, self.params, Draft(draft.model, draft.params), prompts,
                                max_tokens=max_tokens, sampling=sampling, seed=seed)
         else:
-            watch = Watch(self._names, before, stop, stream) if stop or stream else None
+            watch = TextStream(self._names, before, stop, stream) if stop or stream else None
             ids = self._generator(self.params, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed,
                                   watch=watch)
             if watch:

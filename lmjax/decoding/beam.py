@@ -1,4 +1,4 @@
-"""Beam search with a length penalty, as `transformers` defines it (its early_stopping=False).
+"""Beam search with a length penalty, as `transformers` defines it for early_stopping=False.
 
 Shape suffixes: B batch, N beams, S answer slots, V vocab_size.
 """
@@ -12,34 +12,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.config import at_least
-from lmjax.decoding.generate import Generator, bucket, jit_on, known, padded, prefill
+from lmjax.decoding.generate import Generator, Prompts, bucket, jit_on, known, padded, prefill
 from lmjax.models.cache import Cache
 from lmjax.models.model import Model
 from lmjax.nn.module import Params
 from lmjax.sharding import Layout
 
-NEVER = -1e9  # a score that no real sequence has
+NEVER = -1e9  # a score below that of every real sequence
 
 
 class _Beams(NamedTuple):
-    step: jax.Array
-    logits_BNV: jax.Array  # behind each running beam
-    cache: Cache  # of B * N rows
+    """The state of the search. Sequences are int32, -1 after their end."""
+
+    step: jax.Array  # int32: tokens of the running beams
+    logits_BNV: jax.Array  # of the next token of each running beam
+    cache: Cache  # with B * N rows
     running_BNS: jax.Array
     scores_BN: jax.Array  # log-likelihoods of the running beams
-    done_BNS: jax.Array
-    done_scores_BN: jax.Array  # log-likelihood / length^penalty of the finished ones
-    open_B: jax.Array  # whether a running beam may still beat a finished one
+    done_BNS: jax.Array  # the best finished beams, best first
+    done_scores_BN: jax.Array  # their log-likelihood / length^penalty
+    open_B: jax.Array  # bool: a running beam may still become better than a finished one
 
 
-def beam_search(generator: Generator, params: Params, prompts: Sequence[Sequence[int]], *, max_tokens: int,
-                num_beams: int, length_penalty: float = 1.0) -> list[list[int]]:
-    """The answer of each prompt with the best log-likelihood / length^length_penalty that the beams meet.
+def beam_search(generator: Generator, params: Params, prompts: Sequence[Sequence[int]], *,
+                max_tokens: int, num_beams: int, length_penalty: float = 1.0) -> list[list[int]]:
+    """Finds for each prompt the answer with the best log-likelihood / length^length_penalty.
 
-    Ended answers count their end-of-text token, which is left out of what is returned.
+    The length includes the end-of-text token; the returned answers do not.
 
     Raises:
-      ValueError: see `Generator.check`.
+      UserError: see `Generator.check`.
     """
     at_least(1, num_beams=num_beams)
     generator.check(prompts, max_tokens)
@@ -47,8 +49,8 @@ def beam_search(generator: Generator, params: Params, prompts: Sequence[Sequence
     slots = bucket(batch.tokens.shape[1] + max_tokens, 32)
     search = _compiled(generator.model, generator.layout, generator.eos_id, generator.vocab_size,
                        generator.start_id, slots, num_beams)
-    best = np.asarray(search(params, *batch, np.int32(max_tokens), np.float32(length_penalty)))
-    return [[int(t) for t in row[: _length(row, generator.eos_id)]] for row in best[: len(prompts)]]
+    best = np.asarray(search(params, batch, np.int32(max_tokens), np.float32(length_penalty)))
+    return [row[: _length(row, generator.eos_id)].tolist() for row in best[: len(prompts)]]
 
 
 def _length(row: np.ndarray, eos_id: int) -> int:
@@ -57,40 +59,42 @@ def _length(row: np.ndarray, eos_id: int) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int, start_id: int, slots: int,
-              N: int) -> Callable[..., jax.Array]:
-    """(params, prompts, max_tokens, length penalty) -> the best answers int32 [B, slots], -1 behind their ends."""
+def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int, start_id: int,
+              slots: int, N: int) -> Callable[..., jax.Array]:
+    """(params, prompts, max_tokens, length penalty) -> the best answers, int32 [B, slots]."""
 
-    def search(params: Params, tokens: jax.Array, lengths: jax.Array, unused: jax.Array, max_tokens: jax.Array,
-               penalty: jax.Array) -> jax.Array:
-        params, B = model.for_decoding(params), tokens.shape[0]
+    def begin(params: Params, prompts: Prompts) -> _Beams:
+        B = prompts.tokens.shape[0]
         rows = jnp.repeat(jnp.arange(B), N)
-        logits, cache, _ = prefill(model, params, tokens, lengths, slots, start_id)
+        logits, cache, _ = prefill(model, params, prompts, slots, start_id)
         empty = jnp.full((B, N, slots), -1, jnp.int32)
-        start = _Beams(
-            jnp.int32(0), logits[rows].reshape(B, N, -1), _reorder(cache, rows), empty,
-            # All beams begin equal, so only the first may be extended.
-            jnp.where(jnp.arange(N).reshape(1, N) > 0, NEVER, jnp.zeros((B, N))), empty,
-            jnp.full((B, N), NEVER), ~unused)
+        # All beams of a row begin alike, so only the first one may be extended.
+        scores = jnp.where(jnp.arange(N).reshape(1, N) > 0, NEVER, jnp.zeros((B, N)))
+        return _Beams(jnp.int32(0), logits[rows].reshape(B, N, -1), _rows(cache, rows), empty,
+                      scores, empty, jnp.full((B, N), NEVER), ~jnp.asarray(prompts.unused))
+
+    def search(params: Params, prompts: Prompts, max_tokens: jax.Array,
+               penalty: jax.Array) -> jax.Array:
+        params, B = model.for_decoding(params), prompts.tokens.shape[0]
 
         def more(s: _Beams) -> jax.Array:
             return (s.step < max_tokens) & jnp.any(s.open_B)
 
         def body(s: _Beams) -> _Beams:
             chosen = _extend(s, vocab_size, eos_id, max_tokens, penalty)
-            flat = (jnp.arange(B)[:, None] * N + chosen.origin_BN).reshape(-1)
+            rows = (jnp.arange(B)[:, None] * N + chosen.origin_BN).reshape(-1)
             last = jax.lax.dynamic_index_in_dim(chosen.running_BNS, s.step, 2, keepdims=False)
-            logits, cache = model.step(params, last.reshape(-1, 1), _reorder(s.cache, flat))
+            logits, cache = model.step(params, last.reshape(-1, 1), _rows(s.cache, rows))
             length = (s.step + 1).astype(jnp.float32)
-            # A running beam is worth its score at the present length; finished ones fall out once all N are better.
-            worst = jnp.where(jnp.min(chosen.done_scores_BN, axis=1) > NEVER / 2,
-                              jnp.min(chosen.done_scores_BN, axis=1), NEVER)
+            # A running beam is compared at its present length; while fewer than N beams have
+            # finished, the worst finished score is NEVER.
+            worst = jnp.min(chosen.done_scores_BN, axis=1)
+            worst = jnp.where(worst > NEVER / 2, worst, NEVER)
             still = s.open_B & (chosen.scores_BN[:, 0] / length**penalty > worst)
-            return _Beams(s.step + 1, logits.reshape(B, N, -1), cache, chosen.running_BNS, chosen.scores_BN,
-                          chosen.done_BNS, chosen.done_scores_BN, still)
+            return _Beams(s.step + 1, logits.reshape(B, N, -1), cache, chosen.running_BNS,
+                          chosen.scores_BN, chosen.done_BNS, chosen.done_scores_BN, still)
 
-        s = jax.lax.while_loop(more, body, start)
-        return s.done_BNS[:, 0]
+        return jax.lax.while_loop(more, body, begin(params, prompts)).done_BNS[:, 0]
 
     return jit_on(layout, search, out_shardings=None if layout is None else layout.replicated)
 
@@ -98,21 +102,24 @@ def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int,
 class _Chosen(NamedTuple):
     running_BNS: jax.Array
     scores_BN: jax.Array
-    origin_BN: jax.Array  # which beam each was before
+    origin_BN: jax.Array  # the beam that each running beam extends
     done_BNS: jax.Array
     done_scores_BN: jax.Array
 
 
-def _extend(s: _Beams, vocab_size: int, eos_id: int, max_tokens: jax.Array, penalty: jax.Array) -> _Chosen:
-    """The 2N best continuations: those that end now join the finished ones, the best N others run on."""
+def _extend(s: _Beams, vocab_size: int, eos_id: int, max_tokens: jax.Array,
+            penalty: jax.Array) -> _Chosen:
+    """Sorts the 2N best continuations into finished beams and the N best that run on."""
     B, N, V = s.logits_BNV.shape
-    log_p = jax.nn.log_softmax(known(s.logits_BNV.reshape(-1, V), vocab_size), axis=-1).reshape(B, N, V)
-    scores, index = jax.lax.top_k((log_p + s.scores_BN[:, :, None]).reshape(B, -1), 2 * N)
+    log_p = jax.nn.log_softmax(known(s.logits_BNV.reshape(-1, V), vocab_size), axis=-1)
+    totals = log_p.reshape(B, N, V) + s.scores_BN[:, :, None]
+    scores, index = jax.lax.top_k(totals.reshape(B, -1), 2 * N)
     origin, token = index // V, (index % V).astype(jnp.int32)
-    sequences = jnp.take_along_axis(s.running_BNS, origin[:, :, None], axis=1).at[:, :, s.step].set(token)
+    sequences = jnp.take_along_axis(s.running_BNS, origin[:, :, None], axis=1)
+    sequences = sequences.at[:, :, s.step].set(token)
     ends = (token == eos_id) | (s.step + 1 >= max_tokens)
     run_scores, run = jax.lax.top_k(jnp.where(ends, scores + NEVER, scores), N)
-    # Only an end among the N best counts: others would not have been beams.
+    # Only an end among the N best continuations counts: the others would not have been beams.
     counts = ends & (jnp.arange(2 * N).reshape(1, -1) < N) & s.open_B[:, None]
     finished = jnp.where(counts, scores / (s.step + 1).astype(jnp.float32)**penalty, NEVER)
     done_scores, done = jax.lax.top_k(jnp.concatenate([s.done_scores_BN, finished], axis=1), N)
@@ -122,8 +129,10 @@ def _extend(s: _Beams, vocab_size: int, eos_id: int, max_tokens: jax.Array, pena
                    jnp.take_along_axis(merged, done[:, :, None], axis=1), done_scores)
 
 
-def _reorder(cache: Cache, rows: jax.Array) -> Cache:
-    take = functools.partial(jax.tree.map, lambda x: jnp.take(x, rows, axis=-4))  # of [B, G, S, K], stacked or apart
+def _rows(cache: Cache, rows: jax.Array) -> Cache:
+    """The cache with the given rows in the given order."""
+    # Counted from the end, the axes are the same for stacked arrays and for one array per layer.
+    take = functools.partial(jax.tree.map, lambda x_BGSK: jnp.take(x_BGSK, rows, axis=-4))
     source = cache.source
     if source is not None:
         source = source._replace(segments=source.segments[rows], cache=take(source.cache))

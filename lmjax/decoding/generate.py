@@ -1,4 +1,4 @@
-"""Generation with a key/value cache; one compiled loop a bucket of shapes.
+"""Generation with a key/value cache: one compiled loop per bucket of shapes.
 
 Shape suffixes: B batch, P prompt bucket, S cache slots, V vocab_size.
 """
@@ -14,70 +14,85 @@ import numpy as np
 
 from lmjax.config import at_least
 from lmjax.decoding.sampling import PLAIN, Sampling, penalise, sample
+from lmjax.errors import UserError
+from lmjax.models.cache import Cache
 from lmjax.models.model import Model
 from lmjax.nn.module import Params
 from lmjax.sharding import Layout, use_layout
 
-Watch = Callable[[list[list[int]]], Sequence[bool]]
-CHUNK = 16  # tokens between two looks at what has been generated
+# Gets the answers so far and says, for each row, whether it is to end.
+StopCheck = Callable[[list[list[int]]], Sequence[bool]]
+CHUNK = 16  # tokens between two calls of a `StopCheck`
 
 
 class State(NamedTuple):
-    """A batch in mid-generation: `last` [B] has been drawn and is not yet fed, `step` tokens of `answers` [B, S] are
-    there, `ends` [B] of them before the row ended; seen: bool [B, V], the tokens of prompt and answer."""
+    """A batch in the middle of generation."""
 
-    step: jax.Array
-    last: jax.Array
-    answers: jax.Array
-    ends: jax.Array
-    ended: jax.Array
-    seen: jax.Array
-    cache: Any
+    step: jax.Array  # int32: tokens of the answers so far
+    last: jax.Array  # int32 [B]: the next token of each row, drawn but not yet fed
+    answers: jax.Array  # int32 [B, S]
+    ends: jax.Array  # int32 [B]: tokens of each answer before its end
+    ended: jax.Array  # bool [B]
+    seen: jax.Array  # bool [B, V]: the tokens of the prompt and of the answer
+    cache: Cache
 
 
 class Prompts(NamedTuple):
-    """Prompts as arrays of a bucket's size: tokens int32 [B, P], lengths int32 [B], unused rows bool [B]."""
+    """Prompts as arrays of a bucket's shape."""
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    unused: np.ndarray
+    tokens: np.ndarray | jax.Array  # int32 [B, P], padded on the right
+    lengths: np.ndarray | jax.Array  # int32 [B]
+    unused: np.ndarray | jax.Array  # bool [B]: rows without a prompt
 
 
 class Generator:
-    """Continues prompts. Compiles once for every (batch, prompt, total) bucket: powers of two."""
+    """Continues prompts with a model.
 
-    def __init__(self, model: Model, layout: Layout | None = None, *, eos_id: int = -1, vocab_size: int = 0,
-                 start_id: int = 0):
-        # An encoder-decoder reads the prompts with its encoder, and answers behind start_id.
-        self.start_id = start_id
-        # A model's table may be padded beyond the tokenizer's vocab_size; such ids are never drawn.
-        self.model, self.eos_id, self.vocab_size = model, eos_id, vocab_size or model.config.vocab_size
-        # A handful of rows, one token at a time, need not divide the mesh: only the weights are split.
+    It compiles one program per bucket: the rows, the prompts' tokens and the slots of the cache,
+    each rounded up to a power of two.
+    """
+
+    def __init__(self, model: Model, layout: Layout | None = None, *, eos_id: int = -1,
+                 vocab_size: int = 0, start_id: int = 0):
+        """
+        Args:
+          eos_id: the token that ends an answer; -1: none.
+          vocab_size: of the tokenizer; the model's table may have more rows, whose ids are never
+            drawn. 0: the model's.
+          start_id: with which an encoder-decoder's answer begins, whose encoder reads the prompt.
+        """
+        self.model, self.eos_id, self.start_id = model, eos_id, start_id
+        self.vocab_size = vocab_size or model.config.vocab_size
+        # A few rows of one token per step may not divide the mesh: only the weights are split.
         self.layout = layout and dataclasses.replace(
             layout, rules={**layout.rules, "batch": (), "seq": (), "stream_seq": ()})
 
     def __call__(self, params: Params, prompts: Sequence[Sequence[int]], *, max_tokens: int,
-                 sampling: Sampling = PLAIN, seed: int = 0, watch: Watch | None = None) -> list[list[int]]:
-        """The tokens that follow each prompt, up to `max_tokens` and without the end-of-text token.
+                 sampling: Sampling = PLAIN, seed: int = 0,
+                 watch: StopCheck | None = None) -> list[list[int]]:
+        """Generates up to `max_tokens` tokens after each prompt.
 
-        A row's randomness is keyed by (seed, row, position in the answer): it does not depend on the other rows.
+        A row's random numbers depend on (seed, row, position in the answer) and on no other row.
 
         Args:
-          watch: called with the answers so far every `CHUNK` tokens; says which rows are to end.
+          watch: called with all answers after every `CHUNK` tokens.
+        Returns:
+          The answers, each without its end-of-text token.
         Raises:
-          ValueError: see `check`.
+          UserError: see `check`.
         """
         self.check(prompts, max_tokens, sampling)
         batch = padded(prompts)
-        lay_out, start, advance = _compiled(self.model, self.layout, self.eos_id, self.vocab_size, self.start_id,
-                                            bucket(batch.tokens.shape[1] + max_tokens, 32))
+        lay_out, start, advance = _compiled(
+            self.model, self.layout, self.eos_id, self.vocab_size, self.start_id,
+            bucket(batch.tokens.shape[1] + max_tokens, 32))
         params = lay_out(params)
-        settings = np.int32(seed % 2**31), Sampling(*(np.asarray(v) for v in sampling))
-        state, done = start(params, *batch, *settings), 0
+        settings = np.int32(seed % 2**31), jax.tree.map(np.asarray, sampling)
+        state, done = start(params, batch, *settings), 0
         while True:
             done = min(done + CHUNK, max_tokens) if watch else max_tokens
             state = advance(params, state, np.int32(done), *settings)
-            answers, ends, ended = (np.asarray(x) for x in (state.answers, state.ends, state.ended))
+            answers, ends, ended = map(np.asarray, (state.answers, state.ends, state.ended))
             found = [answers[row, : ends[row]].tolist() for row in range(len(prompts))]
             if watch:
                 ended = ended | batch.unused
@@ -86,23 +101,24 @@ class Generator:
             if done >= max_tokens or ended.all():
                 return found
 
-    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling = PLAIN) -> int:
-        """The length of the longest prompt.
+    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int,
+              sampling: Sampling = PLAIN) -> int:
+        """Checks the arguments and returns the length of the longest prompt.
 
         Raises:
-          ValueError: no or an empty prompt, less than one token to add, more positions than a learned table has, or
-            sampling settings out of range.
+          UserError: there is no prompt or an empty one, `max_tokens` is below 1, the model has
+            fewer learned positions than prompt and answer have tokens, or a sampling setting is
+            out of its range.
         """
         sampling.check()
         at_least(1, max_tokens=max_tokens)
         if not prompts or not all(len(p) for p in prompts):
-            raise ValueError("prompts: expected one or more, each of at least one token, got an empty one; begin it "
-                             "with bos_id")
-        longest = max(map(len, prompts))
-        limit = self.model.config.max_positions if self.model.config.positions == "learned" else None
-        if limit and longest + max_tokens > limit:
-            raise ValueError(f"max_tokens: expected prompt and answer within max_positions={limit}, got {longest} "
-                             f"+ {max_tokens}; shorten one of them")
+            raise UserError("one or more, each of at least one token", "an empty one",
+                            "begin it with bos_id", where="prompts")
+        longest, config = max(map(len, prompts)), self.model.config
+        if config.positions == "learned" and longest + max_tokens > config.max_positions:
+            raise UserError(f"prompt and answer within max_positions={config.max_positions}",
+                            f"{longest} + {max_tokens}", "shorten one of them", where="max_tokens")
         return longest
 
 
@@ -115,21 +131,29 @@ def padded(prompts: Sequence[Sequence[int]]) -> Prompts:
     return Prompts(tokens, lengths, np.arange(B) >= len(prompts))
 
 
-def prefill(model: Model, params: Params, tokens: jax.Array, lengths: jax.Array, slots: int, start_id: int,
-            rings: bool = True) -> tuple[jax.Array, Any, jax.Array]:
-    """Logits [B, V] behind the prompts, the cache with the prompts in it, and which tokens were there, bool [B, V]."""
+def prefill(model: Model, params: Params, prompts: Prompts, slots: int, start_id: int,
+            rings: bool = True) -> tuple[jax.Array, Cache, jax.Array]:
+    """Feeds the prompts.
+
+    Returns:
+      (logits [B, V] of the first token of each answer, the cache, bool [B, V]: the tokens of the
+      prompt). An encoder-decoder's prompt is `start_id`; its encoder reads the given one.
+    """
+    tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
     B, P = tokens.shape
     real = jnp.arange(P).reshape(1, P) < lengths[:, None]
     if model.config.family == "encdec":
         positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32).reshape(1, P), (B, P))
         cache = model.init_cache(B, slots, rings=rings, params=params, batch={
-            "encoder_tokens": tokens, "encoder_positions": positions, "encoder_segment_ids": real.astype(jnp.int32)})
+            "encoder_tokens": tokens, "encoder_positions": positions,
+            "encoder_segment_ids": real.astype(jnp.int32)})
         tokens, lengths = jnp.full((B, 1), start_id, jnp.int32), jnp.ones_like(lengths)
         real = jnp.ones((B, 1), jnp.bool_)
     else:
         cache = model.init_cache(B, slots, rings=rings)
     logits, cache = model.step(params, tokens, cache, lengths - 1)
-    seen = jax.vmap(lambda s, t, r: s.at[t].max(r))(jnp.zeros(logits.shape, jnp.bool_), tokens, real)
+    none = jnp.zeros(logits.shape, jnp.bool_)
+    seen = jax.vmap(lambda row, ids, real: row.at[ids].max(real))(none, tokens, real)
     return logits, cache, seen
 
 
@@ -139,18 +163,20 @@ def bucket(n: int, least: int) -> int:
 
 
 def row_keys(seed: jax.Array, rows: int, step: jax.Array) -> jax.Array:
-    """A key a row, [B], of (seed, row, step)."""
+    """One random key per row, [B], made from (seed, row, step)."""
     key = jax.random.key(seed)
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step))(jnp.arange(rows))
+    return jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step))(
+        jnp.arange(rows))
 
 
 def known(logits_BV: jax.Array, vocab_size: int) -> jax.Array:
-    """-inf for the ids that only fill up a model's table."""
-    return jnp.where(jnp.arange(logits_BV.shape[-1]).reshape(1, -1) < vocab_size, logits_BV, -jnp.inf)
+    """The logits, with -inf for ids that the tokenizer does not have."""
+    is_known = jnp.arange(logits_BV.shape[-1]).reshape(1, -1) < vocab_size
+    return jnp.where(is_known, logits_BV, -jnp.inf)
 
 
 def jit_on(layout: Layout | None, fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit` of a function that is traced for `layout`."""
+    """`jax.jit(fn, **options)`, traced for `layout`."""
     def traced(*args: Any) -> Any:
         with use_layout(layout):
             return fn(*args)
@@ -160,21 +186,29 @@ def jit_on(layout: Layout | None, fn: Callable[..., Any], **options: Any) -> Cal
 
 @functools.lru_cache(maxsize=32)
 def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int, start_id: int,
-              slots: int) -> tuple[Callable[[Params], Params], Callable[..., State], Callable[..., State]]:
-    """(lay_out, start, advance): parameters for the others, the state behind the prompts, that state some tokens on."""
+              slots: int) -> tuple[Callable[[Params], Params], Callable[..., State],
+                                   Callable[..., State]]:
+    """The compiled functions (lay_out, start, advance).
 
-    def draw(logits: jax.Array, seen: jax.Array, step: jax.Array, seed: jax.Array, sampling: Sampling) -> jax.Array:
+    lay_out(params): the parameters that the other two take. start(params, prompts, seed,
+    sampling): the state after the prompts. advance(params, state, until, seed, sampling): the state
+    after `until` tokens.
+    """
+
+    def draw(logits: jax.Array, seen: jax.Array, step: jax.Array, seed: jax.Array,
+             sampling: Sampling) -> jax.Array:
         logits = penalise(known(logits, vocab_size), seen, sampling.repetition_penalty)
         return sample(logits, row_keys(seed, logits.shape[0], step), sampling)
 
-    def start(params: Params, tokens: jax.Array, lengths: jax.Array, unused: jax.Array, seed: jax.Array,
-              sampling: Sampling) -> State:
-        B = tokens.shape[0]
-        logits, cache, seen = prefill(model, params, tokens, lengths, slots, start_id)
+    def start(params: Params, prompts: Prompts, seed: jax.Array, sampling: Sampling) -> State:
+        B = prompts.tokens.shape[0]
+        logits, cache, seen = prefill(model, params, prompts, slots, start_id)
         last = draw(logits, seen, jnp.int32(0), seed, sampling)
-        return State(jnp.int32(0), last, jnp.zeros((B, slots), jnp.int32), jnp.zeros(B, jnp.int32), unused, seen, cache)
+        return State(jnp.int32(0), last, jnp.zeros((B, slots), jnp.int32),
+                     jnp.zeros(B, jnp.int32), jnp.asarray(prompts.unused), seen, cache)
 
-    def advance(params: Params, state: State, until: jax.Array, seed: jax.Array, sampling: Sampling) -> State:
+    def advance(params: Params, state: State, until: jax.Array, seed: jax.Array,
+                sampling: Sampling) -> State:
         def more(s: State) -> jax.Array:
             return (s.step < until) & ~jnp.all(s.ended)
 
@@ -188,4 +222,5 @@ def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int,
 
         return jax.lax.while_loop(more, body, state)
 
-    return jit_on(layout, model.for_decoding), jit_on(layout, start), jit_on(layout, advance, donate_argnums=1)
+    return (jit_on(layout, model.for_decoding), jit_on(layout, start),
+            jit_on(layout, advance, donate_argnums=1))

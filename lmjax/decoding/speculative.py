@@ -1,77 +1,99 @@
-"""Speculative decoding: a small model proposes, the large one checks several tokens at once.
+"""Speculative decoding: a small draft model proposes tokens, the large model checks them at once.
 
-What comes out is distributed exactly as if the large model had drawn every token (Leviathan et al. 2023,
-arXiv:2211.17192, theorem 1). Shape suffixes: B batch, K proposed tokens, S answer slots, V vocab_size.
+The answers are distributed exactly as if the large model had drawn every token (Leviathan et al.
+2023, arXiv:2211.17192, theorem 1).
+
+Shape suffixes: B batch, K proposed tokens, S answer slots, V vocab_size.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lmjax.config import at_least
-from lmjax.decoding.generate import Generator, bucket, jit_on, known, padded, prefill, row_keys
+from lmjax.decoding.generate import (
+    Generator,
+    Prompts,
+    bucket,
+    jit_on,
+    known,
+    padded,
+    prefill,
+    row_keys,
+)
 from lmjax.decoding.sampling import PLAIN, Sampling, adjust
+from lmjax.errors import UserError
+from lmjax.models.cache import Cache
 from lmjax.models.model import Model
 from lmjax.nn.module import Params
 from lmjax.sharding import Layout
 
 
 class Draft(NamedTuple):
-    """A small model with the same tokenizer, and how many tokens it proposes at a time."""
+    """A small model with the same tokenizer."""
 
     model: Model
     params: Params
-    propose: int = 4
+    propose: int = 4  # tokens per round
 
 
 class _State(NamedTuple):
-    round: jax.Array
-    last: jax.Array
-    answers: jax.Array
-    ends: jax.Array
-    ended: jax.Array
-    accepted: jax.Array  # of all proposals, by row
-    cache: Any
-    draft_cache: Any
+    round: jax.Array  # int32: checks of the large model so far
+    last: jax.Array  # int32 [B]: the next token of each row, drawn but not yet fed
+    answers: jax.Array  # int32 [B, S]
+    ends: jax.Array  # int32 [B]: tokens of each answer
+    ended: jax.Array  # bool [B]
+    gained: jax.Array  # int32 [B]: tokens that all rounds of the row gave
+    cache: Cache
+    draft_cache: Cache
 
 
-def speculate(generator: Generator, params: Params, draft: Draft, prompts: Sequence[Sequence[int]], *, max_tokens: int,
-              sampling: Sampling = PLAIN, seed: int = 0) -> tuple[list[list[int]], float]:
-    """(answers like those of `Generator`, tokens a row gained with each look of the large model at the text).
+def speculate(generator: Generator, params: Params, draft: Draft,
+              prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = PLAIN,
+              seed: int = 0) -> tuple[list[list[int]], float]:
+    """Answers like `Generator`, with fewer steps of the large model.
 
+    Returns:
+      (the answers, the tokens that a row gained per step of the large model).
     Raises:
-      ValueError: another vocabulary, a repetition penalty (it would change between proposal and check), or what
-        `Generator.check` refuses.
+      UserError: the draft has fewer tokens than the tokenizer, there is a repetition penalty (its
+        distribution would change between proposal and check), or see `Generator.check`.
     """
     at_least(1, propose=draft.propose)
     for model in (generator.model, draft.model):
         if model.config.vocab_size < generator.vocab_size:
-            raise ValueError(f"draft: expected a model of {generator.vocab_size} tokens, got one of "
-                             f"{model.config.vocab_size}; use one trained with the same tokenizer")
+            raise UserError(f"a model of {generator.vocab_size} tokens",
+                            f"one of {model.config.vocab_size}",
+                            "use one trained with the same tokenizer", where="draft")
     if sampling.repetition_penalty != 1:
-        raise ValueError(f"repetition_penalty: expected 1 with a draft model, got {sampling.repetition_penalty}; leave "
-                         "one of them out")
+        raise UserError("1 with a draft model", sampling.repetition_penalty,
+                        "leave one of them out", where="repetition_penalty")
     longest = generator.check(prompts, max_tokens + draft.propose, sampling)
     Generator(draft.model, eos_id=-1).check(prompts, max_tokens + draft.propose)
     batch = padded(prompts)
     slots = bucket(max(longest, batch.tokens.shape[1]) + max_tokens + draft.propose + 1, 32)
-    run = _compiled(generator.model, draft.model, generator.layout, generator.eos_id, generator.vocab_size,
-                    generator.start_id, slots, draft.propose)
-    answers, ends, gained = run(params, draft.params, *batch, np.int32(max_tokens), np.int32(seed % 2**31),
-                                Sampling(*(np.asarray(v) for v in sampling)))
-    answers, ends = np.asarray(answers), np.minimum(np.asarray(ends), max_tokens)
+    run = _compiled(generator.model, draft.model, generator.layout, generator.eos_id,
+                    generator.vocab_size, generator.start_id, slots, draft.propose)
+    answers, ends, gained = map(np.asarray, run(
+        (params, draft.params), batch, np.int32(max_tokens), np.int32(seed % 2**31),
+        jax.tree.map(np.asarray, sampling)))
+    ends = np.minimum(ends, max_tokens)
     return [answers[row, : ends[row]].tolist() for row in range(len(prompts))], float(gained)
 
 
 def verify(p_BKV: jax.Array, q_BKV: jax.Array, proposed_BK: jax.Array,
            keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many proposals each row keeps, int32 [B], and the token behind them, int32 [B].
+    """Decides how many proposals each row keeps, and draws the token after them.
 
-    p: the large model's probabilities, [B, K + 1, V]. q: those that the proposals were drawn from, [B, K, V].
+    Args:
+      p_BKV: [B, K + 1, V], the large model's probabilities.
+      q_BKV: [B, K, V], the draft's probabilities, from which the proposals were drawn.
+    Returns:
+      (number of kept proposals, next token), both int32 [B].
     """
     K = proposed_BK.shape[1]
     u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (K,)))(keys_B)
@@ -80,67 +102,83 @@ def verify(p_BKV: jax.Array, q_BKV: jax.Array, proposed_BK: jax.Array,
     q_of = jnp.take_along_axis(q_BKV, of, axis=2)[:, :, 0]
     keeps = jnp.cumprod((u * q_of < p_of).astype(jnp.int32), axis=1)
     count = jnp.sum(keeps, axis=1)
-    # Behind the first refusal what q covers too often is left out; behind the last proposal there is no q.
+    # After a refusal the next token comes from max(p - q, 0); after the last proposal, from p.
     q = jnp.concatenate([q_BKV, jnp.zeros_like(q_BKV[:, :1])], axis=1)
-    rest = jnp.take_along_axis(jnp.maximum(p_BKV - q, 0.0), count[:, None, None], axis=1)[:, 0]
-    token = jax.vmap(lambda key, r: jax.random.categorical(jax.random.fold_in(key, 1), jnp.log(r)))(keys_B, rest)
+    rest = jnp.maximum(p_BKV - q, 0.0)
+    rest = jnp.take_along_axis(rest, count[:, None, None], axis=1)[:, 0]
+    token = jax.vmap(lambda key, r: jax.random.categorical(
+        jax.random.fold_in(key, 1), jnp.log(r)))(keys_B, rest)
     return count, token.astype(jnp.int32)
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(model: Model, draft: Model, layout: Layout | None, eos_id: int, vocab_size: int, start_id: int,
-              slots: int, K: int) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """(params, draft's, prompts, max_tokens, seed, sampling) -> (answers [B, slots], their lengths, tokens a look)."""
+def _compiled(model: Model, draft: Model, layout: Layout | None, eos_id: int, vocab_size: int,
+              start_id: int, slots: int,
+              K: int) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """((params, the draft's), prompts, max_tokens, seed, sampling) -> (answers, lengths, gain)."""
 
-    def run(params: Params, draft_params: Params, tokens: jax.Array, lengths: jax.Array, unused: jax.Array,
-            max_tokens: jax.Array, seed: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array, jax.Array]:
-        B = tokens.shape[0]
-        params, draft_params = model.for_decoding(params), draft.for_decoding(draft_params)
+    def draw(logits_BV: jax.Array, step: jax.Array, seed: jax.Array,
+             sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+        """The next token of each row, and the probabilities that it was drawn from."""
+        wanted = adjust(known(logits_BV, vocab_size), sampling)
+        keys = row_keys(seed, len(wanted), step)
+        token = jax.vmap(jax.random.categorical)(keys, wanted)
+        return token.astype(jnp.int32), jax.nn.softmax(wanted, axis=-1)
 
-        def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-            wanted = adjust(known(logits, vocab_size), sampling)
-            token = jax.vmap(jax.random.categorical)(row_keys(seed, B, step), wanted)
-            return token.astype(jnp.int32), jax.nn.softmax(wanted, axis=-1)
+    def run(params: tuple[Params, Params], prompts: Prompts, max_tokens: jax.Array,
+            seed: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array, jax.Array]:
+        B = prompts.tokens.shape[0]
+        large, small = model.for_decoding(params[0]), draft.for_decoding(params[1])
 
         def body(s: _State) -> _State:
-            step, token, cache = s.round * (K + 2) + 1, s.last, s.draft_cache
-            proposed, q = [], []
-            for k in range(K):
-                logits, cache = draft.step(draft_params, token[:, None], cache)
-                token, probability = draw(logits, step + k)
-                proposed.append(token)
-                q.append(probability)
-            _, cache = draft.step(draft_params, token[:, None], cache)  # for the rows that keep them all
-            proposed_BK = jnp.stack(proposed, axis=1)
+            step = s.round * (K + 2) + 1
+            proposed_BK, q_BKV, draft_cache = _propose(
+                draft, small, s, K, lambda logits, k: draw(logits, step + k, seed, sampling))
             fed = jnp.concatenate([s.last[:, None], proposed_BK], axis=1)
-            logits, checked = model.extend(params, fed, s.cache)
-            V = logits.shape[-1]
-            p = jax.nn.softmax(adjust(known(logits.reshape(-1, V), vocab_size), sampling), axis=-1).reshape(B, K + 1, V)
-            count, after = verify(p, jnp.stack(q, axis=1), proposed_BK, row_keys(seed, B, step + K))
-            # What was drawn stays: the proposals that were kept and the token behind them; last was there before.
+            logits, cache = model.extend(large, fed, s.cache)
+            flat = known(logits.reshape(-1, logits.shape[-1]), vocab_size)
+            p_BKV = jax.nn.softmax(adjust(flat, sampling), axis=-1).reshape(logits.shape)
+            count, after = verify(p_BKV, q_BKV, proposed_BK, row_keys(seed, B, step + K))
+            # The answer grows by `last` and the kept proposals; `after` is the next `last`.
             block = jnp.where(jnp.arange(K + 1).reshape(1, -1) <= count[:, None], fed, -1)
             ends, ended = _until_eos(block, s, eos_id)
             answers = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
                 s.answers, block, s.ends)
-            kept = s.cache.slot + count + 1
+            slot = s.cache.slot + count + 1
             return _State(s.round + 1, after, answers, ends, ended | (ends >= max_tokens),
-                          s.accepted + jnp.where(s.ended, 0, count + 1),
-                          checked._replace(slot=kept), cache._replace(slot=kept))
+                          s.gained + jnp.where(s.ended, 0, count + 1),
+                          cache._replace(slot=slot), draft_cache._replace(slot=slot))
 
-        # What is refused is taken back, which a ring that holds a window's tokens only cannot.
-        logits, cache, _ = prefill(model, params, tokens, lengths, slots, start_id, rings=False)
-        _, draft_cache, _ = prefill(draft, draft_params, tokens, lengths, slots, start_id, rings=False)
-        last, _ = draw(logits, jnp.int32(0))
+        # Refused tokens are taken back, which a ring of a window's tokens does not allow.
+        logits, cache, _ = prefill(model, large, prompts, slots, start_id, rings=False)
+        _, draft_cache, _ = prefill(draft, small, prompts, slots, start_id, rings=False)
+        last, _ = draw(logits, jnp.int32(0), seed, sampling)
         zeros = jnp.zeros(B, jnp.int32)
-        s = _State(jnp.int32(0), last, jnp.zeros((B, slots), jnp.int32), zeros, unused, zeros, cache, draft_cache)
+        s = _State(jnp.int32(0), last, jnp.zeros((B, slots), jnp.int32), zeros,
+                   jnp.asarray(prompts.unused), zeros, cache, draft_cache)
         s = jax.lax.while_loop(lambda s: ~jnp.all(s.ended), body, s)
-        return s.answers, s.ends, jnp.max(s.accepted) / jnp.maximum(s.round, 1)
+        return s.answers, s.ends, jnp.max(s.gained) / jnp.maximum(s.round, 1)
 
     return jit_on(layout, run, out_shardings=None if layout is None else layout.replicated)
 
 
+def _propose(draft: Model, params: Params, s: _State, K: int,
+             draw: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]],
+             ) -> tuple[jax.Array, jax.Array, Cache]:
+    """K proposals [B, K], the probabilities [B, K, V] that they were drawn from, and the cache."""
+    token, cache, proposed, q = s.last, s.draft_cache, [], []
+    for k in range(K):
+        logits, cache = draft.step(params, token[:, None], cache)
+        token, probability = draw(logits, k)
+        proposed.append(token)
+        q.append(probability)
+    # Where a row keeps all proposals, its cache needs the last one, too.
+    _, cache = draft.step(params, token[:, None], cache)
+    return jnp.stack(proposed, axis=1), jnp.stack(q, axis=1), cache
+
+
 def _until_eos(block: jax.Array, s: _State, eos_id: int) -> tuple[jax.Array, jax.Array]:
-    """The rows' new lengths and which have ended, when `block` (-1 behind its end) follows."""
+    """(the new lengths of the answers, which rows have ended) after `block`, -1 after its end."""
     is_eos = (block == eos_id) & (block >= 0)
     real = (jnp.cumsum(is_eos, axis=1) == 0) & (block >= 0)
     return s.ends + jnp.where(s.ended, 0, jnp.sum(real, axis=1)), s.ended | jnp.any(is_eos, axis=1)

@@ -13,7 +13,7 @@ from lmjax.decoding.beam import beam_search
 from lmjax.decoding.generate import CHUNK, Generator
 from lmjax.decoding.sampling import Sampling, adjust, penalise
 from lmjax.decoding.speculative import Draft, speculate, verify
-from lmjax.decoding.stopping import Watch, cut
+from lmjax.decoding.stopping import TextStream, cut
 
 MISSING = "is not installed, so nothing is compared with it: pip install lmjax[oracle]"
 
@@ -201,7 +201,7 @@ def test_streamed_pieces_are_the_answer_and_never_show_a_stop_string(tokenizer):
     ids = tokenizer.encode(text)
     for stop, expected in (((), text), (("stop",), "ab é日本 abcd "), (("zz", "日"), "ab é")):
         pieces, ended = [], False
-        watch = Watch(tokenizer, [[1]], stop, lambda row, piece, pieces=pieces: pieces.append(piece))
+        watch = TextStream(tokenizer, [[1]], stop, lambda row, piece, pieces=pieces: pieces.append(piece))
         for n in range(1, len(ids) + 1):
             ended = watch([ids[:n]])[0]
             if ended:
