@@ -13,9 +13,15 @@ __all__ = ["LM", "load", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """lmjax's own version and those of the libraries that decide a run's result."""
-    found = {"lmjax": __version__}
-    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorstore", "sentencepiece"):
+    """Returns the version of lmjax and of the libraries that decide the result of a run."""
+    return {"lmjax": __version__} | installed("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy",
+                                              "tensorstore", "sentencepiece")
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """Returns the version of every package that is installed."""
+    found = {}
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

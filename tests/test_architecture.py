@@ -1,8 +1,12 @@
-"""The shape of the source, read from the source: imports point downwards, and nothing grows too large."""
+"""The source has the shape that docs/architecture.md promises.
+
+Imports point downwards, and nothing grows too large. All of it is read from the source.
+"""
 
 import ast
 import graphlib
 import pathlib
+import runpy
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lmjax"
 
 # The rooms of lmjax/, from the top of the house to the ground: a room imports only those after it.
-# A folder that is named with its parent (nn.kernels) is a room of its own; any other folder is part of its parent.
+# A folder named with its parent (training.optim) is a room; any other folder belongs to its parent.
 ROOMS = (
     "cli",               # commands: arguments in, result out
     "benchmarks",        # commands: measurements behind `lmjax bench`
@@ -36,13 +40,16 @@ ROOMS = (
 )
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-# Each of these has cost others days: their state rules, host time or memory. Plain JAX does the same.
+# Plain JAX replaces each of these: their rules for state, host time or memory cost others days.
 BANNED_NNX = {"jit", "grad", "value_and_grad", "scan", "vmap", "remat", "Optimizer"}
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-LAUNCHERS = [f for f in (ROOT / "launch").iterdir() if f.suffix == ".py" or b"python3" in f.read_bytes()[:30]]
-ALL_FILES = sorted([*FILES, *(ROOT / "configs").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *LAUNCHERS])
+LAUNCHERS = [file for file in (ROOT / "launch").iterdir()
+             if file.suffix == ".py" or b"python3" in file.read_bytes()[:30]]
+ALL_FILES = sorted([*FILES, *LAUNCHERS,
+                    *(path for folder in ("configs", "docs", "tests")
+                      for path in (ROOT / folder).rglob("*.py"))])
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -75,11 +82,13 @@ def room_of(module: str) -> str:
     for name in (".".join(parts[:2]), parts[0]):
         if name in ROOMS:
             return name
-    raise AssertionError(f"{module}: expected a room of the table ROOMS, got a new one; add it there")
+    raise AssertionError(f"{module}: expected a room of the table ROOMS, got a new one; "
+                         "add it there")
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return (node for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 def at_import(node: ast.AST) -> Iterator[ast.AST]:
@@ -105,6 +114,28 @@ def test_imports_point_downwards(path):
             assert ROOMS.index(room_of(target)) >= floor, f"imports {target}, from a room above"
 
 
+def arrows() -> set[tuple[str, str]]:
+    """The pairs of rooms of which the first imports the second."""
+    pairs = {(room_of(module_of(path)), room_of(target))
+             for path in FILES if module_of(path) != "lmjax"
+             for target in imports(parsed(path)) if target.startswith("lmjax.")}
+    return {(here, there) for here, there in pairs if here != there}
+
+
+def test_the_architecture_page_counts_rooms_and_arrows():
+    page = (ROOT / "docs/architecture.md").read_text()
+    assert f"{len(ROOMS)} rooms and {len(arrows())} arrows" in page.replace("\n", " ")
+    for room in ROOMS:
+        assert f"`{room.replace('.', '/')}" in page, f"no row for {room}"
+
+
+def test_the_drawing_is_what_its_script_draws():
+    script = runpy.run_path(str(ROOT / "docs/draw_architecture.py"))
+    assert script["OUT"].read_text() == script["draw"](), "run `python docs/draw_architecture.py`"
+    drawn = {room.name.replace("/", ".") for _, _, rooms in script["FLOORS"] for room in rooms}
+    assert drawn == set(ROOMS)
+
+
 def test_every_room_of_the_table_is_there_and_no_other():
     assert {room_of(module) for module in MODULES - {"lmjax"}} == set(ROOMS)
     for module in ("lmjax.extra", "lmjax.extra.layers"):
@@ -127,17 +158,20 @@ def test_tensorflow_feeds_data_only(path):
     for node in at_import(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {target.split(".")[0] for target in imports(node)}
-            assert not names & TENSORFLOW, f"line {node.lineno}: import it in the function that needs it"
+            where = f"line {node.lineno}"
+            assert not names & TENSORFLOW, f"{where}: import it in the function that needs it"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_plain_jax_runs_the_modules(path):
     for node in ast.walk(parsed(path)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nnx":
+        if (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+                and node.value.id == "nnx"):
             where = f"line {node.lineno}"
             assert node.attr not in BANNED_NNX, f"{where}: use plain JAX, not nnx.{node.attr}"
             if node.attr in ("split", "merge"):
-                assert name_of(path) == "lmjax/nn/module.py", f"{where}: only nn/module.py splits and merges"
+                only = "lmjax/nn/module.py"
+                assert name_of(path) == only, f"{where}: only nn/module.py splits and merges"
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("flax"):
             # Any other way in would go past the checks above.
             only = "from flax import nnx"
@@ -155,7 +189,8 @@ def test_nothing_grows_too_large(path):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_public_functions_are_typed(path):
     tree = parsed(path)
-    scopes = [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))]
+    scopes = [tree, *(node for node in tree.body
+                      if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))]
     for scope in scopes:
         for node in scope.body:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -164,9 +199,11 @@ def test_public_functions_are_typed(path):
                 continue
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             arguments += [a for a in (node.args.vararg, node.args.kwarg) if a is not None]
-            missing = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
-            assert not missing, f"{node.name} (line {node.lineno}): no type for {', '.join(missing)}"
-            assert node.returns is not None or node.name == "__init__", f"{node.name}: no return type"
+            missing = [a.arg for a in arguments
+                       if a.annotation is None and a.arg not in ("self", "cls")]
+            where = f"{node.name} (line {node.lineno})"
+            assert not missing, f"{where}: no type for {', '.join(missing)}"
+            assert node.returns is not None or node.name == "__init__", f"{where}: no return type"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

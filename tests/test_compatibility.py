@@ -1,7 +1,7 @@
-"""What version 0.1.0 wrote (its files lay side by side then) still loads, resumes and is taken as it is.
+"""What version 0.1.0 wrote still loads, resumes, and is taken as it is.
 
-`fixtures/version_0.1.0.tar.gz` holds a corpus (docs/), the tokens prepared from it (data/), and a run that
-version 0.1.0 stopped at step 5 of 8 (run/). `expected.json` says what that version computed from them.
+`fixtures/version_0.1.0.tar.gz` holds a corpus (docs/), the tokens prepared from it (data/), and a run
+that version 0.1.0 stopped at step 5 of 8 (run/). `expected.json` has what that version computed.
 """
 
 import json
@@ -36,8 +36,8 @@ def written(tmp_path):
 def command(folder: pathlib.Path, *words: str, overrides: Sequence[str] = ()) -> str:
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "lmjax.cli", *words, *(f"--config.{o}" for o in overrides)],
-                          cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    line = [sys.executable, "-m", "lmjax.cli", *words, *(f"--config.{item}" for item in overrides)]
+    done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -45,8 +45,10 @@ def command(folder: pathlib.Path, *words: str, overrides: Sequence[str] = ()) ->
 def test_a_checkpoint_loads_and_computes_the_same(written):
     folder, expected = written
     lm = lmjax.load(folder / "run/checkpoints/5")
-    np.testing.assert_allclose(lm.logits([[1, 40, 41, 7]])[0, -1, :8], expected["logits"], atol=1e-5)
-    assert lm.score(["import os\n"])[0].log_likelihood == pytest.approx(expected["log_likelihood"], abs=1e-3)
+    logits = lm.logits([[1, 40, 41, 7]])[0, -1, :8]
+    np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)
+    found = lm.score(["import os\n"])[0].log_likelihood
+    assert found == pytest.approx(expected["log_likelihood"], abs=1e-3)
 
 
 @pytest.mark.long

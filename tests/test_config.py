@@ -16,7 +16,8 @@ from lmjax.config import Text, build, load, plain
 from lmjax.models.model import build_model
 from lmjax.runtime.chips import parse_topology
 from lmjax.sharding import MESH_AXES, Layout, MeshConfig, make_layout
-from lmjax.training.recipe import Recipe, blocking_changes, build_recipe, check_schedule
+from lmjax.training.changes import blocking_changes, check_schedule
+from lmjax.training.recipe import Recipe, build_recipe
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SYNTHETIC = str(ROOT / "configs" / "synthetic.py")

@@ -1,4 +1,4 @@
-"""Exit codes: what an error that ends a command tells the user and the launcher."""
+"""Exit codes: what an error tells the user and the launcher, which may start the command again."""
 
 import errno
 import re
@@ -7,51 +7,63 @@ import socket
 from lmjax.errors import UserError
 from lmjax.runtime.files import Busy
 
-# Of errors of files, what trying again does not mend: the class or the number, and what does.
+# Errors of files that trying again will not mend: exception classes, error numbers, the fix.
 LASTING = (
-    ((FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError), (errno.ENAMETOOLONG, errno.ELOOP),
-     "check the path"),
+    ((FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError),
+     (errno.ENAMETOOLONG, errno.ELOOP), "check the path"),
     ((PermissionError,), (errno.EROFS,), "correct its permissions, or write elsewhere"),
     ((), (errno.ENOSPC, errno.EDQUOT), "make room"),
 )
 NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror)
+NETWORK_LIBRARIES = ("requests", "urllib", "urllib3")
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """The exit code of an error that ended a command, and its one line.
+    """Gives the exit code and the one line of an error that ended a command.
 
-    2: what was asked cannot be. Such errors say what was expected and what was got; a ValueError that does not is a
-    fault, 1, as is whatever the next try may not meet.
+    Returns:
+      The code (2: cannot run as asked; 1: a fault, or an error that the next try may not meet; 130:
+      interrupted) and the line.
     """
     message = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and message.startswith("RESOURCE_EXHAUSTED"):
-        return 2, (f"expected what was asked to fit in the device's memory, got {message:.300}; lower the batch size, "
-                   "raise train.microbatches, set model.remat=full, or split weights over more devices (mesh.fsdp); "
-                   "`lmjax plan` tells beforehand")
+        return 2, str(UserError(
+            "the command to fit in the device's memory", f"{message:.300}",
+            "lower the batch size, raise train.microbatches, set model.remat=full, or split "
+            "weights over more devices (mesh.fsdp); `lmjax plan` tells before a run starts"))
     told = isinstance(error, UserError) or re.search(r"\bexpected\b.*\bgot\b", message)
     if isinstance(error, OSError) and not told:
-        message = of_the_system(error, message)
+        message = _describe(error, message)
     if isinstance(error, OSError) or isinstance(error, ValueError) and told:
         return 1 if passing(error) else 2, message
-    return 130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {message}"[:500]
+    code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    return code, f"{type(error).__name__}: {message}"[:500]
 
 
 def passing(error: BaseException) -> bool:
-    """Whether trying again may mend it: the network, a disk or mount that does not answer, who else is at work."""
+    """Whether trying again may succeed.
+
+    True if a network, disk or mount failed, or if another process works in the same place.
+    """
     cause = error.__cause__
-    if isinstance(error, ValueError) and isinstance(cause, OSError) and cause.errno:  # a reader that names its file
+    # A reader that names its file raises a UserError from the system's error.
+    if isinstance(error, ValueError) and isinstance(cause, OSError) and cause.errno:
         error = cause
-    return isinstance(error, Busy) or isinstance(error, OSError) and lasting(error) is None
+    return isinstance(error, Busy) or isinstance(error, OSError) and _lasting_fix(error) is None
 
 
-def lasting(error: OSError) -> str | None:
-    return next((fix for kinds, numbers, fix in LASTING if isinstance(error, kinds) or error.errno in numbers), None)
+def _lasting_fix(error: OSError) -> str | None:
+    """The fix of an error that trying again will not mend; None for any other."""
+    return next((fix for classes, numbers, fix in LASTING
+                 if isinstance(error, classes) or error.errno in numbers), None)
 
 
-def of_the_system(error: OSError, message: str) -> str:
+def _describe(error: OSError, message: str) -> str:
     got = message or type(error).__name__
-    if fix := lasting(error):
-        return f"expected to read and write files, got {got}; {fix}"
-    if isinstance(error, NETWORK) or type(error).__module__.partition(".")[0] in ("requests", "urllib", "urllib3"):
-        return f"expected an answer over the network, got {got:.400}; check the network and start again"
-    return f"expected to read and write files, got {got}; check the disk or its mount and start again"
+    if fix := _lasting_fix(error):
+        return str(UserError("to read and write files", got, fix))
+    if isinstance(error, NETWORK) or type(error).__module__.split(".")[0] in NETWORK_LIBRARIES:
+        return str(UserError("an answer over the network", f"{got:.400}",
+                             "check the network and start again"))
+    return str(UserError("to read and write files", got,
+                         "check the disk or its mount and start again"))

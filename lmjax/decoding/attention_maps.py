@@ -17,21 +17,19 @@ import numpy as np
 from lmjax.models.model import Batch, Model, build_model
 from lmjax.nn.kernels.choose import KERNELS
 from lmjax.nn.kernels.xla import xla_attention
-from lmjax.nn.masking import Visibility
+from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import Params
 
-RECORDED = "recorded"
 
-
-def _record(maps: list[np.ndarray], q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: Visibility,
-            **options: Any) -> jax.Array:
+def _record(maps: list[np.ndarray], q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,
+            mask: AttentionMask, **options: Any) -> jax.Array:
     B, S, G, K = k_BSGK.shape
     eye_SS = jnp.pad(jnp.eye(S, dtype=q_BTHK.dtype), ((0, 0), (0, -S % K)))
     # Attention to the identity is the weights themselves, as many columns at a time as a value has.
     parts = [xla_attention(q_BTHK, k_BSGK, jnp.broadcast_to(eye_SS[None, :, None, at : at + K], (B, S, G, K)),
-                           visibility, **options) for at in range(0, S, K)]
+                           mask, **options) for at in range(0, S, K)]
     maps.append(np.asarray(jnp.concatenate(parts, axis=-1)[..., :S]).swapaxes(1, 2))
-    return xla_attention(q_BTHK, k_BSGK, v_BSGK, visibility, **options)
+    return xla_attention(q_BTHK, k_BSGK, v_BSGK, mask, **options)
 
 
 def attention_maps(model: Model, params: Params, batch: Batch) -> np.ndarray:
@@ -40,17 +38,11 @@ def attention_maps(model: Model, params: Params, batch: Batch) -> np.ndarray:
     batch: as `Model.encode` takes it; an encoder-decoder's layers are its encoder's. Runs operation by operation, for a
     few texts.
     """
-    config = dataclasses.replace(model.config, attention=RECORDED)
     maps: list[np.ndarray] = []
-    # Only while it can work: no config may ask for it.
-    KERNELS[RECORDED] = dataclasses.replace(KERNELS["xla"], run=functools.partial(_record, maps),
-                                            note="keeps the weights; outside of jit only")
-    try:
-        watched = build_model(config, vocab_size=0, platform="cpu", dtype=jnp.float32)
-        with jax.disable_jit():  # a scan over layers becomes a loop, whose attention weights are plain arrays
-            watched.encode(params, batch)
-    finally:
-        del KERNELS[RECORDED]
+    kernel = dataclasses.replace(KERNELS["xla"], name="recording", run=functools.partial(_record, maps))
+    watched = build_model(model.config, vocab_size=0, platform="cpu", dtype=jnp.float32, kernel=kernel)
+    with jax.disable_jit():  # a scan over layers becomes a loop, whose attention weights are plain arrays
+        watched.encode(params, batch)
     return np.stack(maps)
 
 

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T sequence, D embed_dim.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,27 +12,28 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.models.config import TransformerConfig
-from lmjax.nn.attention import Attention, Fed, KVCache
+from lmjax.nn.attention import Attention, AttentionConfig, AttentionInit, CacheUpdate, KVCache
+from lmjax.nn.kernels.choose import Kernel
 from lmjax.nn.layers import MLP, NORMS, dropout, residual_init
-from lmjax.nn.masking import Visibility
+from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import normal
 from lmjax.nn.moe import MoE, Routing
 from lmjax.nn.positions import Rotation
-from lmjax.nn.sequence import scattered, stream, whole
+from lmjax.nn.sequence import gather_sequence, scatter_sequence, stream_axis
 from lmjax.sharding import constrain
 
 
 class Shared(NamedTuple):
     """The arguments that all layers of one kind have in common."""
 
-    kernel: str  # of attention
+    kernel: Kernel  # of attention
     real: jax.Array  # bool [B, T]: which tokens are not padding
-    visibility: Visibility
+    visibility: AttentionMask
     rotation: Rotation | None
     bias: jax.Array | None  # added to the attention scores
-    fed: Fed | None  # how the tokens enter the cache
+    fed: CacheUpdate | None  # how the tokens enter the cache
     source: jax.Array | None  # an encoder's states
-    source_visibility: Visibility | None
+    source_visibility: AttentionMask | None
 
 
 class PerLayer(NamedTuple):
@@ -82,18 +84,18 @@ class Block(nnx.Module):
 
         def cross(y: jax.Array) -> tuple[jax.Array, None]:
             seen = layer.source or self.cross_attention.keys_values(s.source, kernel=s.kernel)
-            return self.cross_attention.look(y, seen, s.source_visibility, kernel=s.kernel), None
+            return self.cross_attention.attend(y, seen, s.source_visibility, kernel=s.kernel), None
 
         def mlp(y: jax.Array) -> tuple[jax.Array, Routing | None]:
             y, routing = self.mlp(y, s.real) if self.config.moe.experts else (self.mlp(y), None)
-            return scattered(y), routing
+            return scatter_sequence(y), routing
 
         x, cache = self._add(x_BTD, attention, self.attention_norm, self.attention_post_norm,
                              next(keys), layer.first)
         if self.cross_attention is not None:
             x, _ = self._add(x, cross, self.cross_norm, self.cross_post_norm, next(keys))
         x, routing = self._add(x, mlp, self.mlp_norm, self.mlp_post_norm, next(keys))
-        return constrain(x, "batch", stream(x), "act_embed"), cache, routing
+        return constrain(x, "batch", stream_axis(x), "act_embed"), cache, routing
 
     def _add(self, x: jax.Array, branch: Callable[[jax.Array], tuple[jax.Array, Any]],
              norm: nnx.Module, post_norm: nnx.Module | None, key: jax.Array | None,
@@ -103,12 +105,12 @@ class Block(nnx.Module):
         norms_stream: bool; where true, the normed x replaces x in the sum.
         """
         if self.config.norm_position == "post":
-            y, out = branch(whole(x))
+            y, out = branch(gather_sequence(x))
             return norm(x + dropout(y, self.config.dropout, key)), out
         y = norm(x)
         if norms_stream is not None:
             x = jnp.where(norms_stream, y, x)
-        y, out = branch(whole(y))
+        y, out = branch(gather_sequence(y))
         y = y if post_norm is None else post_norm(y)
         return x + dropout(y, self.config.dropout, key), out
 
@@ -119,9 +121,11 @@ def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Attenti
     # Where scores are not divided by sqrt(head_dim) (T5), smaller initial queries give scores of
     # the usual size.
     query_init = normal(c.init_std * dims.head_dim ** -0.5 / scale)
-    return Attention(
-        c.embed_dim, num_heads=dims.num_heads, num_kv_heads=dims.num_kv_heads,
-        head_dim=dims.head_dim, qkv_bias=c.use_bias or c.qkv_bias, out_bias=c.use_bias,
-        norm_eps=c.norm_eps, scale=scale, softcap=c.attention_softcap,
-        qk_norm=NORMS[c.norm if c.norm.startswith("rms") else "rmsnorm"] if c.qk_norm else None,
-        init=init, query_init=query_init, out_init=residual_init(c.init_std, num_layers), rngs=rngs)
+    qk_norm = NORMS[c.norm if c.norm.startswith("rms") else "rmsnorm"]
+    config = AttentionConfig(
+        c.embed_dim, dims.num_heads, dims.num_kv_heads, dims.head_dim,
+        qkv_bias=c.use_bias or c.qkv_bias, out_bias=c.use_bias, scale=scale,
+        softcap=c.attention_softcap,
+        qk_norm=functools.partial(qk_norm, eps=c.norm_eps) if c.qk_norm else None)
+    return Attention(config, AttentionInit(query_init, init, residual_init(c.init_std, num_layers)),
+                     rngs)

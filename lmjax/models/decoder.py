@@ -15,6 +15,7 @@ from lmjax.config import choice
 from lmjax.models.cache import Cache
 from lmjax.models.config import TransformerConfig
 from lmjax.models.transformer import TokenInfo, Trunk, embed, token_table
+from lmjax.nn.kernels.choose import Kernel
 from lmjax.nn.moe import Routing
 
 
@@ -32,7 +33,7 @@ class DecoderConfig(TransformerConfig):
 class Decoder(Trunk):
     """From token ids to hidden states; multiplying them by `unembedding` gives logits."""
 
-    def __init__(self, config: DecoderConfig, kernel: str, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, kernel: Kernel, rngs: nnx.Rngs):
         self.embedding = token_table(config, rngs)
         super().__init__(config, kernel, rngs, causal=True)
         self.head = None if config.tie_embeddings else token_table(config, rngs)

@@ -16,6 +16,7 @@ from lmjax.config import at_least, choice
 from lmjax.models.cache import Cache, Source
 from lmjax.models.config import TransformerConfig
 from lmjax.models.transformer import TokenInfo, Trunk, embed, token_table
+from lmjax.nn.kernels.choose import Kernel
 from lmjax.nn.module import param, zeros
 from lmjax.nn.moe import Routing
 from lmjax.nn.pipeline import split_key
@@ -42,7 +43,7 @@ class EncDec(nnx.Module):
     One table embeds the tokens of both.
     """
 
-    def __init__(self, config: EncDecConfig, kernel: str, rngs: nnx.Rngs):
+    def __init__(self, config: EncDecConfig, kernel: Kernel, rngs: nnx.Rngs):
         c = self.config = config
         self.embedding = token_table(c, rngs)
         self.encoder = Trunk(c, kernel, rngs, causal=False, num_layers=c.num_encoder_layers)

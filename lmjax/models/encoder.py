@@ -15,6 +15,7 @@ from flax import nnx
 from lmjax.config import at_least, choice
 from lmjax.models.config import TransformerConfig
 from lmjax.models.transformer import TokenInfo, Trunk, embed, token_table
+from lmjax.nn.kernels.choose import Kernel
 from lmjax.nn.layers import ACTIVATIONS, MLP_KINDS, NORMS, Dense, Embedding
 from lmjax.nn.module import normal, param, zeros
 from lmjax.nn.moe import Routing
@@ -38,7 +39,7 @@ class EncoderConfig(TransformerConfig):
 class Encoder(Trunk):
     """From token ids to hidden states, each of which depends on the whole document."""
 
-    def __init__(self, config: EncoderConfig, kernel: str, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, kernel: Kernel, rngs: nnx.Rngs):
         c, init = config, normal(config.init_std)
 
         def square(use_bias: bool) -> Dense:

@@ -16,10 +16,10 @@ from lmjax.models.decoder import Decoder, DecoderConfig
 from lmjax.models.encdec import EncDec, EncDecConfig
 from lmjax.models.encoder import Encoder, EncoderConfig
 from lmjax.models.transformer import TokenInfo
-from lmjax.nn.kernels.choose import choose_kernel
+from lmjax.nn.kernels.choose import Kernel, Needs, choose_kernel
 from lmjax.nn.module import Functional, Params, functional
 from lmjax.nn.moe import Routing
-from lmjax.nn.stack import Apart, is_apart
+from lmjax.nn.stack import Unstacked, is_unstacked
 from lmjax.sharding import platform
 
 Batch = Mapping[str, jax.Array]
@@ -42,7 +42,7 @@ class Model:
 
     config: ModelConfig
     functional: Functional
-    kernel: str  # of attention
+    kernel: Kernel  # of attention
     kernel_reason: str  # why it was chosen, in words
     dtype: Any  # of activations and matmuls; parameters are float32
     prefix_lm: bool = False  # the tokens of a prompt see each other, later ones included
@@ -157,24 +157,25 @@ class Model:
     def for_decoding(self, params: Params) -> Params:
         """The parameters in the form that a loop over tokens reads fastest.
 
-        That is the compute dtype, and on a CPU one array per layer (`Apart`). All methods that
+        That is the compute dtype, and on a CPU one array per layer (`Unstacked`). All methods that
         take parameters take this form, too.
         """
         params = self._cast(params)
         if platform() != "cpu":
             return params
-        return jax.tree.map(lambda p, axes: Apart(p) if axes[0] == "layers" else p, params,
+        return jax.tree.map(lambda p, axes: Unstacked(p) if axes[0] == "layers" else p, params,
                             self.axes)
 
     def _cast(self, params: Params) -> Params:
         """Casts matrices once, before any layer gathers them; norms and biases stay float32."""
         return jax.tree.map(
-            lambda p, axes: p if "norm" in axes or is_apart(p) else p.astype(self.dtype), params,
-            self.axes, is_leaf=is_apart)
+            lambda p, axes: p if "norm" in axes or is_unstacked(p) else p.astype(self.dtype), params,
+            self.axes, is_leaf=is_unstacked)
 
 
 def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: Any,
-                seq_len: int = 0, context: bool = False, prefix_lm: bool = False) -> Model:
+                seq_len: int = 0, context: bool = False, prefix_lm: bool = False,
+                kernel: Kernel | None = None) -> Model:
     """Makes the model of a config.
 
     Args:
@@ -184,6 +185,7 @@ def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: A
       seq_len: tokens per training row, by which attention=auto chooses; 0: unknown.
       context: rows are split over devices.
       prefix_lm: see `Model`.
+      kernel: of attention, in place of the one that `config.attention` names.
     Raises:
       UserError: the config's vocabulary is smaller than the data's, or no attention kernel can
         serve the model.
@@ -193,11 +195,14 @@ def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: A
                         "raise it or set 0 to take the tokenizer's",
                         where="config.model.vocab_size")
     config = dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
-    kernel, reason = choose_kernel(
-        config.attention, platform, softcap=config.attention_softcap,
-        bias=config.positions == "relative", window=config.sliding_window,
-        causal=config.family == "decoder", cross=config.family == "encdec", context=context,
-        prefix=prefix_lm, head_dim=config.dims.head_dim, seq_len=seq_len, dtype=dtype)
+    if kernel is None:
+        kernel, reason = choose_kernel(config.attention, Needs(
+            platform, softcap=config.attention_softcap, bias=config.positions == "relative",
+            window=config.sliding_window, causal=config.family == "decoder",
+            cross=config.family == "encdec", context=context, prefix=prefix_lm,
+            head_dim=config.dims.head_dim, seq_len=seq_len, dtype=dtype))
+    else:
+        reason = kernel.note
     build = FAMILY_MODULES[type(config)]
     return Model(config, functional(lambda rngs: build(config, kernel, rngs)), kernel, reason,
                  jnp.dtype(dtype), prefix_lm)

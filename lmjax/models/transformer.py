@@ -13,15 +13,15 @@ from flax import nnx
 from lmjax.models.block import Block, PerLayer, Shared
 from lmjax.models.cache import Source
 from lmjax.models.config import TransformerConfig
-from lmjax.nn.attention import Fed, KVCache
-from lmjax.nn.kernels.choose import prepare, spreads, with_cache
+from lmjax.nn.attention import CacheUpdate, KVCache
+from lmjax.nn.kernels.choose import Kernel, kernel_for_cache, prepare, uses_balanced_rows
 from lmjax.nn.layers import NORMS, Embedding, dropout
-from lmjax.nn.masking import Visibility
+from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import normal
 from lmjax.nn.moe import Routing
 from lmjax.nn.pipeline import per_part, split_key
 from lmjax.nn.positions import Rotation, relative_buckets, rope_rotation, sinusoids
-from lmjax.nn.sequence import balanced, scattered, whole
+from lmjax.nn.sequence import balance_sequence, gather_sequence, scatter_sequence
 from lmjax.nn.stack import Stack
 from lmjax.sharding import constrain
 
@@ -43,7 +43,7 @@ class Trunk(nnx.Module):
     num_layers: 0 takes the config's.
     """
 
-    def __init__(self, config: TransformerConfig, kernel: str, rngs: nnx.Rngs, *, causal: bool,
+    def __init__(self, config: TransformerConfig, kernel: Kernel, rngs: nnx.Rngs, *, causal: bool,
                  cross: bool = False, num_layers: int = 0):
         c, norm, num_layers = config, NORMS[config.norm], num_layers or config.num_layers
         self.config, self.kernel, self.causal = c, kernel, causal
@@ -58,7 +58,7 @@ class Trunk(nnx.Module):
         self.positions = (table(c.max_positions + c.position_offset, c.embed_dim, "embed")
                           if c.positions == "learned" else None)
         self.layers = Stack(lambda r: Block(c, r, num_layers=num_layers, cross=cross), num_layers,
-                            scan=c.scan_layers, remat=c.remat, rngs=rngs, kinds=pattern)
+                            scan=c.scan_layers, remat=c.remat, rngs=rngs, pattern=pattern)
         self.norm = new_norm(c.norm_position != "post")
         self.embedding_norm = new_norm(c.embedding_norm == "own")
         self.relative_bias = (table(c.relative_buckets, c.num_heads, "heads")
@@ -86,20 +86,20 @@ class Trunk(nnx.Module):
         # Before the scattering: otherwise the compiler gathers the table.
         x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
         # From here on each token is computed by itself, or by the place that `index` gives it.
-        balance = cache is None and tokens.prefix is None and spreads(
+        balance = cache is None and tokens.prefix is None and uses_balanced_rows(
             self.kernel, x_BTD.shape[1], causal=self.causal, capacity=c.moe.capacity)
         if balance:
-            x_BTD, tokens = balanced(x_BTD), _balanced(tokens)
-        x_BTD = scattered(x_BTD)
+            x_BTD, tokens = balance_sequence(x_BTD), _balanced(tokens)
+        x_BTD = scatter_sequence(x_BTD)
         first = jnp.arange(num_layers) == 0 if c.embedding_norm == "first" else None
         per_layer = PerLayer(keys, first, None if source is None else source.cache)
         shared = [self._shared(kind, tokens, cache and _slots(cache[i]), source)
                   for i, kind in enumerate(self.kinds)]
         x_BTD, new, routing = self.layers(x_BTD, per_layer, cache or (None,) * len(self.kinds),
                                           shared)
-        x_BTD = balanced(x_BTD, back=True) if balance else x_BTD
+        x_BTD = balance_sequence(x_BTD, back=True) if balance else x_BTD
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
-        return whole(x_BTD), cache and new, routing
+        return gather_sequence(x_BTD), cache and new, routing
 
     def _with_positions(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Adds the embeddings of the positions, if there are any, and norms."""
@@ -117,17 +117,17 @@ class Trunk(nnx.Module):
         kernel, fed = self.kernel, None
         kv_positions, kv_segments, prefix = tokens.positions, tokens.segments, tokens.prefix
         if slots is not None:
-            kernel = with_cache(kernel, T, slots)
-            fed = Fed(tokens.positions[:, 0], tokens.last, ring=slots == window)
+            kernel = kernel_for_cache(kernel, T, slots)
+            fed = CacheUpdate(tokens.positions[:, 0], tokens.last, ring=slots == window)
             kv_positions = fed.kv_positions(slots, T)
             # Causality hides empty slots; in a ring, empty slots have negative positions.
             kv_segments = (kv_positions >= 0).astype(jnp.int32)
             if prefix is not None:
                 prefix = (kv_positions <= tokens.last[:, None]).astype(jnp.int32)
-        see = Visibility(tokens.positions, kv_positions, tokens.segments, kv_segments,
-                         causal=self.causal, window=window, in_order=slots is None,
-                         kv_prefix=prefix, index=tokens.index)
-        see_source = None if source is None else prepare(Visibility(
+        see = AttentionMask(tokens.positions, kv_positions, tokens.segments, kv_segments,
+                            causal=self.causal, window=window, in_order=slots is None,
+                            kv_prefix=prefix, reading_index=tokens.index)
+        see_source = None if source is None else prepare(AttentionMask(
             tokens.positions, jnp.zeros_like(source.segments), tokens.segments, source.segments,
             causal=False), kernel)
         return Shared(kernel, tokens.segments > 0, prepare(see, kernel),
@@ -154,11 +154,11 @@ class Trunk(nnx.Module):
 
 
 def _balanced(tokens: TokenInfo) -> TokenInfo:
-    """The tokens in the order of `balanced`, with the places that they had."""
+    """The tokens in the order of `balance_sequence`, with the places that they had."""
     B, T = tokens.positions.shape
     index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    return TokenInfo(balanced(tokens.positions), balanced(tokens.segments),
-                     index=balanced(index_BT))
+    return TokenInfo(balance_sequence(tokens.positions), balance_sequence(tokens.segments),
+                     index=balance_sequence(index_BT))
 
 
 def _slots(cache: KVCache) -> int:

@@ -1,9 +1,10 @@
-"""The attention layer: projections, rotation and key/value caches around `kernels.attend`.
+"""The attention layer: projections, rotation and key/value caches around `kernels.choose.attend`.
 
-Shape suffixes: B batch, T query sequence, S key sequence or cache slots, H query heads, G key/value heads,
-K head_dim, D embed_dim.
+Shape suffixes: B batch, T query sequence, S key sequence or cache slots, H query heads,
+G key/value heads, K head_dim, D embed_dim.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,115 +13,160 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lmjax.nn.kernels.choose import KERNELS, attend
+from lmjax.nn.kernels.choose import KERNELS, Kernel, attend
 from lmjax.nn.layers import Dense
-from lmjax.nn.masking import Visibility
+from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import Initializer
 from lmjax.nn.ops import gradient_barrier
 from lmjax.nn.positions import Rotation, apply_rope
-from lmjax.nn.sequence import scattered
+from lmjax.nn.sequence import scatter_sequence
 from lmjax.sharding import constrain
 
 
 class KVCache(NamedTuple):
-    """Keys and values [B, G, S, K]: what a matmul over the heads reads as it lies."""
+    """Keys and values [B, G, S, K]: the layout in which a matmul per head reads them."""
 
     key: jax.Array
     value: jax.Array
 
 
-class Fed(NamedTuple):
-    """Which tokens a cached step feeds: positions of the first and of the last that stays, int32 [B].
+class CacheUpdate(NamedTuple):
+    """Which tokens a step adds to a cache of S slots.
 
-    ring: the cache holds the last S tokens, that of position p in slot p % S; else slot p holds position p.
+    T tokens are fed per row, of consecutive positions. Those after position `last` are padding and
+    do not stay in a ring.
     """
 
-    first: jax.Array
-    last: jax.Array
+    first: jax.Array  # position of a row's first new token, int32 [B]
+    last: jax.Array  # position of its last token that is not padding, int32 [B]
+    # True: slot p % S holds position p, so the cache keeps the last S tokens. False: slot p does.
     ring: bool
 
-    def kv_positions(self, slots: int, num_fed: int) -> jax.Array:
-        """The position of every key that `extend` returns, int32 [B, S]; below 0 there is none."""
+    def kv_positions(self, slots: int, num_new: int) -> jax.Array:
+        """The position of every key that `extend` returns, int32 [B, S]; negative: an empty slot."""
         B = self.first.shape[0]
         if not self.ring:
-            return jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32).reshape(1, -1), (B, slots))
-        if num_fed == 1:
-            return _ring(self.first, slots)
-        fed = self.first[:, None] + jnp.arange(num_fed, dtype=jnp.int32).reshape(1, -1)
-        return jnp.concatenate([_ring(self.first - 1, slots), fed], axis=1)
+            positions = jnp.arange(slots, dtype=jnp.int32).reshape(1, -1)
+            return jnp.broadcast_to(positions, (B, slots))
+        if num_new == 1:
+            return _ring_positions(self.first, slots)
+        new = self.first[:, None] + jnp.arange(num_new, dtype=jnp.int32).reshape(1, -1)
+        return jnp.concatenate([_ring_positions(self.first - 1, slots), new], axis=1)
 
     def extend(self, buffer_BGSK: jax.Array, new_BGTK: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(what the fed tokens look at, the buffer with those of them in it that stay)."""
+        """Adds the new tokens' keys or values to a buffer.
+
+        Returns:
+          What the new tokens attend to, and the new buffer.
+        """
         new = new_BGTK.astype(buffer_BGSK.dtype)
         S, T = buffer_BGSK.shape[2], new.shape[2]
         if not self.ring or T == 1:
             written = _write(buffer_BGSK, new, self.first % S if self.ring else self.first)
             return written, written
-        # Each token has to see those before it that its successors in the same step push out of the ring.
-        from_fed = _ring(self.last, S) - self.first[:, None]
-        taken = jnp.take_along_axis(new, jnp.clip(from_fed, 0, T - 1)[:, None, :, None], axis=2)
-        kept = jnp.where((from_fed >= 0)[:, None, :, None], taken, buffer_BGSK)
+        # The first of the new tokens still attend to old ones that the later new tokens push out of
+        # the ring, so all of them attend to the old buffer and the new tokens side by side.
+        source = _ring_positions(self.last, S) - self.first[:, None]
+        taken = jnp.take_along_axis(new, jnp.clip(source, 0, T - 1)[:, None, :, None], axis=2)
+        kept = jnp.where((source >= 0)[:, None, :, None], taken, buffer_BGSK)
         return jnp.concatenate([buffer_BGSK, new], axis=2), kept
 
 
-def _ring(last_B: jax.Array, slots: int) -> jax.Array:
-    """The newest position up to `last` that each slot can hold, int32 [B, S]."""
+def _ring_positions(last_B: jax.Array, slots: int) -> jax.Array:
+    """The position that each slot of a ring holds after the token at `last`, int32 [B, S]."""
     last = last_B[:, None]
     return last - (last - jnp.arange(slots, dtype=jnp.int32).reshape(1, -1)) % slots
 
 
 def _write(buffer_BGSK: jax.Array, new_BGTK: jax.Array, slot_B: jax.Array) -> jax.Array:
-    """Puts T new entries of every row at that row's own slot."""
+    """Writes each row's T new entries into the buffer, beginning at that row's own slot."""
     put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))
     return put(buffer_BGSK, new_BGTK, slot_B)
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """The shape of an attention layer, and how it computes its scores."""
+
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool  # whether the projections to queries, keys and values have a bias
+    out_bias: bool  # whether the output projection has one
+    scale: float  # multiplies the scores
+    softcap: float  # of the scores; 0: none
+    # Makes the norms of queries and keys, called with (head_dim, rngs=); None: there are none.
+    qk_norm: Callable[..., nnx.Module] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionInit:
+    """Initializers of an attention layer's matrices."""
+
+    query: Initializer
+    key_value: Initializer
+    out: Initializer
+
+
 class Attention(nnx.Module):
-    """Multi-head attention with grouped keys and values (Ainslie et al. 2023, arXiv:2305.13245).
+    """Attention with grouped keys and values (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    scale: of the scores. qk_norm: makes the norms over head_dim of queries and keys, or None.
-    """
+    def __init__(self, config: AttentionConfig, init: AttentionInit, rngs: nnx.Rngs):
+        c = config
+        self.scale, self.softcap = c.scale, c.softcap
+        into, heads = (c.embed_dim,), (c.num_heads, c.head_dim)
+        kv_heads, kv_axes = (c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim")
+        self.query = Dense(into, heads, ("embed", "heads", "head_dim"), use_bias=c.qkv_bias,
+                           init=init.query, rngs=rngs)
+        self.key = Dense(into, kv_heads, kv_axes, use_bias=c.qkv_bias, init=init.key_value,
+                         rngs=rngs)
+        self.value = Dense(into, kv_heads, kv_axes, use_bias=c.qkv_bias, init=init.key_value,
+                           rngs=rngs)
+        self.out = Dense(heads, into, ("heads", "head_dim", "embed"), use_bias=c.out_bias,
+                         init=init.out, rngs=rngs)
+        self.query_norm = c.qk_norm(c.head_dim, rngs=rngs) if c.qk_norm else None
+        self.key_norm = c.qk_norm(c.head_dim, rngs=rngs) if c.qk_norm else None
 
-    def __init__(self, dim: int, *, num_heads: int, num_kv_heads: int, head_dim: int, qkv_bias: bool, out_bias: bool,
-                 qk_norm: Callable[..., nnx.Module] | None, norm_eps: float, scale: float, softcap: float,
-                 init: Initializer, query_init: Initializer, out_init: Initializer, rngs: nnx.Rngs):
-        self.scale, self.softcap = scale, softcap
-        kv = ("embed", "kv_heads", "head_dim")
-        self.query = Dense((dim,), (num_heads, head_dim), ("embed", "heads", "head_dim"), use_bias=qkv_bias,
-                           init=query_init, rngs=rngs)
-        self.key = Dense((dim,), (num_kv_heads, head_dim), kv, use_bias=qkv_bias, init=init, rngs=rngs)
-        self.value = Dense((dim,), (num_kv_heads, head_dim), kv, use_bias=qkv_bias, init=init, rngs=rngs)
-        self.out = Dense((num_heads, head_dim), (dim,), ("heads", "head_dim", "embed"), use_bias=out_bias,
-                         init=out_init, rngs=rngs)
-        self.query_norm = qk_norm(head_dim, eps=norm_eps, rngs=rngs) if qk_norm else None
-        self.key_norm = qk_norm(head_dim, eps=norm_eps, rngs=rngs) if qk_norm else None
+    def __call__(self, x_BTD: jax.Array, mask: AttentionMask, rotation: Rotation | None = None,
+                 bias_BHTS: jax.Array | None = None, cache: KVCache | None = None,
+                 update: CacheUpdate | None = None, *,
+                 kernel: Kernel) -> tuple[jax.Array, KVCache | None]:
+        """Self-attention of x, with a cache or without.
 
-    def __call__(self, x_BTD: jax.Array, visibility: Visibility, rotation: Rotation | None = None,
-                 bias_BHTS: jax.Array | None = None, cache: KVCache | None = None, fed: Fed | None = None, *,
-                 kernel: str) -> tuple[jax.Array, KVCache | None]:
-        """Attends from x to itself, or to `cache` with x's keys and values added as `fed` says (returned)."""
-        seen = self.keys_values(x_BTD, rotation, kernel)
+        Args:
+          cache: older keys and values; those of x are added to it as `update` says.
+
+        Returns:
+          [B, T, D], and the new cache if one was given.
+        """
+        kv = self.keys_values(x_BTD, rotation, kernel)
         if cache is not None:
-            both = [fed.extend(old, new) for old, new in zip(cache, seen, strict=True)]
-            seen, cache = (KVCache(*part) for part in zip(*both, strict=True))
-        return self.look(x_BTD, seen, visibility, rotation, bias_BHTS, kernel=kernel), cache
+            assert update is not None
+            both = [update.extend(old, new) for old, new in zip(cache, kv, strict=True)]
+            kv, cache = (KVCache(*part) for part in zip(*both, strict=True))
+        return self.attend(x_BTD, kv, mask, rotation, bias_BHTS, kernel=kernel), cache
 
-    def keys_values(self, x_BSD: jax.Array, rotation: Rotation | None = None, kernel: str = "xla") -> KVCache:
-        """The keys and values of x, placed as `kernel` wants them."""
+    def keys_values(self, x_BSD: jax.Array, rotation: Rotation | None = None,
+                    kernel: Kernel = KERNELS["xla"]) -> KVCache:
+        """The keys and values of x, placed on the mesh as `kernel` wants them."""
         k, v = self.key(x_BSD), self.value(x_BSD)
         k = k if self.key_norm is None else self.key_norm(k)
         k = k if rotation is None else apply_rope(k, rotation)
-        k, v = (constrain(x, "batch", KERNELS[kernel].keys, "act_kv_heads", None) for x in (k, v))
-        return KVCache(checkpoint_name(k, "key").swapaxes(1, 2), checkpoint_name(v, "value").swapaxes(1, 2))
+        k, v = (constrain(x, "batch", kernel.keys, "act_kv_heads", None) for x in (k, v))
+        return KVCache(checkpoint_name(k, "key").swapaxes(1, 2),
+                       checkpoint_name(v, "value").swapaxes(1, 2))
 
-    def look(self, x_BTD: jax.Array, seen: KVCache, visibility: Visibility, rotation: Rotation | None = None,
-             bias_BHTS: jax.Array | None = None, *, kernel: str) -> jax.Array:
-        """Attends from x to keys and values that are there already."""
+    def attend(self, x_BTD: jax.Array, kv: KVCache, mask: AttentionMask,
+               rotation: Rotation | None = None, bias_BHTS: jax.Array | None = None, *,
+               kernel: Kernel) -> jax.Array:
+        """Attention from x to the given keys and values, [B, T, D]."""
         q = self.query(x_BTD)
         q = q if self.query_norm is None else self.query_norm(q)
         q = q if rotation is None else apply_rope(q, rotation)
         q = checkpoint_name(constrain(q, "batch", "seq", "act_heads", None), "query")
-        k, v = (x.swapaxes(1, 2) for x in seen)
-        y = attend(q, k, v, visibility, scale=self.scale, softcap=self.softcap, bias=bias_BHTS, kernel=kernel)
-        y = gradient_barrier(y)
-        return checkpoint_name(scattered(self.out(constrain(y, "batch", "seq", "act_heads", None))), "out")
+        k, v = (x.swapaxes(1, 2) for x in kv)
+        y = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap, bias=bias_BHTS,
+                   kernel=kernel)
+        y = constrain(gradient_barrier(y), "batch", "seq", "act_heads", None)
+        return checkpoint_name(scatter_sequence(self.out(y)), "out")

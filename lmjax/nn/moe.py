@@ -20,7 +20,7 @@ from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, Dense
 from lmjax.nn.module import Initializer, param
 from lmjax.nn.ops import MATMUL
 from lmjax.nn.quantized import matmuls_in
-from lmjax.nn.sequence import axes_of
+from lmjax.nn.sequence import mesh_axes
 from lmjax.sharding import constrain, current_layout, platform
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]  # rows and the experts' matrices [E, in, out] -> rows
@@ -113,7 +113,7 @@ class MoE(nnx.Module):
         sides = [k if k is None else layout.spec(axes, k.shape)
                  for k, axes in zip(kernels, (INTO, INTO, OUT), strict=True)]
         # Devices with the same rows gather the same matrices, as where a model generates; that cannot be checked.
-        same = {*axes_of("expert_embed")} - {*axes_of("batch"), *axes_of("seq")}
+        same = {*mesh_axes("expert_embed")} - {*mesh_axes("batch"), *mesh_axes("seq")}
         run = jax.shard_map(self._sorted, mesh=layout.mesh, in_specs=(*rows, tuple(sides)), out_specs=rows[0],
                             check_vma=not same)
         return run(*arrays, kernels), None
@@ -124,7 +124,7 @@ class MoE(nnx.Module):
         On a mesh the arguments are a device's own: its matrices are made whole along `expert_embed`, and what its
         experts make of all rows of their group goes back, summed, to where the rows came from.
         """
-        group, halves, across = axes_of("experts"), axes_of("mlp"), axes_of("expert_embed")
+        group, halves, across = mesh_axes("experts"), mesh_axes("mlp"), mesh_axes("expert_embed")
         if across:
             kernels = tuple(k if k is None else lax.all_gather(k, across, axis=side, tiled=True)
                             for k, side in zip(kernels, (1, 1, 2), strict=True))
@@ -136,7 +136,7 @@ class MoE(nnx.Module):
         chosen_M = jnp.where((chosen_M >= 0) & (chosen_M < E), chosen_M, E)  # those of other devices' experts go last
         order_M = jnp.argsort(chosen_M, stable=True)
         sizes_E = jnp.zeros((E,), jnp.int32).at[chosen_M].add(1, mode="drop")
-        staged = bool(axes_of("layers"))
+        staged = bool(mesh_axes("layers"))
         rows = block_rows(B * T * k, E) if platform() == "cpu" and not staged else 0
         if rows:
             order_M, experts = _in_blocks(order_M, sizes_E, rows)

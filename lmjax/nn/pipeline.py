@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmjax.nn.sequence import stream
+from lmjax.nn.sequence import stream_axis
 from lmjax.sharding import constrain, current_layout, current_microbatches
 
 
@@ -76,9 +76,9 @@ def pipeline(layers: Callable[..., tuple[jax.Array, Any, Any]], block: tuple[Any
     def step(held_SBTD: jax.Array, fed: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         at, x_BTD = fed
         held = jnp.where(number_S.reshape(S, 1, 1, 1) == 0, x_BTD[None], jnp.roll(held_SBTD, 1, axis=0))
-        held = constrain(held, "layers", "batch", stream(held), "act_embed")
+        held = constrain(held, "layers", "batch", stream_axis(held), "act_embed")
         held, out = stages(params, per_layer, held, jnp.clip(at - number_S, 0, M - 1))
-        held = constrain(held, "layers", "batch", stream(held), "act_embed")
+        held = constrain(held, "layers", "batch", stream_axis(held), "act_embed")
         return held, (held, out)
 
     x_MBTD = split_rows(x_BTD, M)
@@ -87,4 +87,4 @@ def pipeline(layers: Callable[..., tuple[jax.Array, Any, Any]], block: tuple[Any
     # Part m leaves stage s at step m + s.
     outs = jax.tree.map(lambda a: jnp.stack([a[s : s + M, s] for s in range(S)]).swapaxes(1, 2), outs)
     outs = jax.tree.map(lambda a: a.reshape(num_layers, *(a.shape[2:] if M > 1 else a.shape[3:])), outs)
-    return constrain(join_rows(held[S - 1:, S - 1]), "batch", stream(held), "act_embed"), outs
+    return constrain(join_rows(held[S - 1:, S - 1]), "batch", stream_axis(held), "act_embed"), outs

@@ -23,12 +23,12 @@ class EightBits(NamedTuple):
 
 
 # fp8: range for gradients, precision for the rest (Micikevicius et al. 2022, arXiv:2209.05433).
-KINDS = {"int8": EightBits(jnp.int8, jnp.int8), "fp8": EightBits(jnp.float8_e4m3fn, jnp.float8_e5m2)}
+MATMUL_DTYPES = {"int8": EightBits(jnp.int8, jnp.int8), "fp8": EightBits(jnp.float8_e4m3fn, jnp.float8_e5m2)}
 _KIND: ContextVar[EightBits | None] = ContextVar("eight_bits", default=None)
 
 
 def check_matmul_dtype(kind: str, platform: str) -> None:
-    """Refuses a `kind`, "auto" or one of `KINDS`, that cannot be had or gains nothing.
+    """Refuses a `kind`, "auto" or one of `MATMUL_DTYPES`, that cannot be had or gains nothing.
 
     Raises:
       ValueError: Qwix is missing, or a TPU, whose matrix units up to v6e take no fp8, is to do fp8.
@@ -43,8 +43,8 @@ def check_matmul_dtype(kind: str, platform: str) -> None:
 
 @contextlib.contextmanager
 def matmuls_in(kind: str) -> Iterator[None]:
-    """While tracing inside, `ops.matmul` is done in `kind`: one of `KINDS`, or "auto" for the compute dtype."""
-    token = _KIND.set(KINDS.get(kind))
+    """While tracing inside, `ops.matmul` is done in `kind`: one of `MATMUL_DTYPES`, or "auto" for the compute dtype."""
+    token = _KIND.set(MATMUL_DTYPES.get(kind))
     try:
         yield
     finally:

@@ -1,48 +1,55 @@
-"""A stack of equal layers: scanned (one compiled body) or unrolled, under a named remat policy."""
+"""A stack of equal layers, scanned (compiled once) or unrolled, under a named remat policy."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lmjax.errors import UserError
 from lmjax.nn.module import Params, merge_module, split_module, stack_modules
 from lmjax.nn.ops import MATMUL
 from lmjax.nn.pipeline import pipeline
-from lmjax.nn.sequence import axes_of
+from lmjax.nn.sequence import mesh_axes
 
-NAMES = ("query", "key", "value", "kernel", "out", "gate", "up")  # of a layer's arrays, that `remat` may list
-# What the backward pass finds saved of a layer's forward pass; the rest it computes again.
+# Names of a layer's arrays that `remat` may list.
+REMAT_NAMES = ("query", "key", "value", "kernel", "out", "gate", "up")
+# What each policy saves of a layer's forward pass; the backward pass computes the rest again.
 REMAT = {
-    "none": None,  # keep everything
+    "none": None,  # saves everything
     "full": (),
-    "attention": NAMES[:5],  # all but the MLP
+    "attention": REMAT_NAMES[:5],  # everything outside the MLP
     "dots": (MATMUL,),  # every matmul's result
 }
 
 
 def kept_names(remat: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a row of `REMAT` but "none", or some of `NAMES` joined by +, keeps on the device, and what in the host's
-    memory (of a list, those written host:NAME).
+    """The names of the arrays that `remat` saves: on the device, and in the host's memory.
+
+    Args:
+      remat: a row of `REMAT` but "none", or names of `REMAT_NAMES` joined by "+". One written
+        host:NAME is saved in the host's memory.
 
     Raises:
-      ValueError: an unknown name.
+      UserError: an unknown name.
     """
-    assert remat != "none", "which keeps everything"
-    if remat in REMAT:
-        return REMAT[remat], ()
+    assert remat != "none", "saves everything"
+    if (names := REMAT.get(remat)) is not None:
+        return names, ()
     parts = remat.split("+")
     host = tuple(part.removeprefix("host:") for part in parts if part.startswith("host:"))
     device = tuple(part for part in parts if not part.startswith("host:"))
-    if unknown := set(host + device) - set(NAMES):
-        raise ValueError(f"remat: expected one of {', '.join(REMAT)}, or names of {', '.join(NAMES)} joined by + "
-                         f"(host:NAME: kept in the host's memory), got {remat!r}; correct {sorted(unknown)[0]!r}")
+    if unknown := set(host + device) - set(REMAT_NAMES):
+        raise UserError(
+            f"one of {', '.join(REMAT)}, or names of {', '.join(REMAT_NAMES)} joined by + "
+            "(host:NAME: kept in the host's memory)",
+            repr(remat), f"correct {sorted(unknown)[0]!r}", where="remat")
     return device, host
 
 
 def remat_policy(remat: str) -> Any:
-    """What `jax.checkpoint` takes for `remat` (see `kept_names`); None: keep everything."""
+    """The policy of `jax.checkpoint` for `remat` (see `kept_names`); None for "none"."""
     if remat == "none":
         return None
     device, host = kept_names(remat)
@@ -54,125 +61,182 @@ def remat_policy(remat: str) -> Any:
 
 
 @jax.tree_util.register_pytree_node_class
-class Apart(tuple):
-    """A stacked array taken apart: one array a layer. XLA's CPU backend copies a layer out of a stacked one each time
-    that it is used, and with a loop around copies are most of what decoding would do (docs/speed.md)."""
+class Unstacked(tuple):
+    """A parameter of all layers as one array per layer, in place of one stacked array.
+
+    XLA's CPU backend copies a layer out of a stacked array each time that it is used. In a loop
+    over generated tokens these copies would take most of the time (docs/speed.md).
+    """
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
         return tuple(self), None
 
     @classmethod
-    def tree_unflatten(cls, _: None, arrays: Sequence[Any]) -> "Apart":
+    def tree_unflatten(cls, _: None, arrays: Sequence[Any]) -> "Unstacked":
         return cls(arrays)
 
 
-def is_apart(x: Any) -> bool:
-    """Whether x is a parameter with an array a layer: a leaf, where layers are concerned."""
-    return isinstance(x, Apart)
+def is_unstacked(x: Any) -> bool:
+    """Whether x is an `Unstacked` parameter, which functions over layers treat as one leaf."""
+    return isinstance(x, Unstacked)
+
+
+class Inputs(NamedTuple):
+    """What several layers read besides x; every array has a leading dimension of layers."""
+
+    params: Params
+    per_layer: Any
+    caches: Sequence[Any]  # one per kind of layer
 
 
 class Stack(nnx.Module):
     """`num_layers` copies of a block; every parameter has a leading "layers" dimension.
 
-    scan: one loop over the layers, which compiles once whatever the depth. Without it the layers are
-    laid out one after the other, which the compiler can optimise across but must compile one by one.
-    kinds: layers may differ in what they are called with (a window, an angle): layer i is of kind
-    kinds[i % len(kinds)]. The loop is then over repetitions of `kinds`; layers that are left come after it.
-    Parameters that are `Apart` have their layers laid out in any case, and so are the caches that come back.
+    Layers may differ in the arguments of their call, such as a window: layer i is of kind
+    pattern[i % len(pattern)]. If parameters are `Unstacked`, the layers are unrolled in any case,
+    and the new caches are `Unstacked` too.
+
+    Args:
+      scan: runs the layers in one loop over repetitions of the pattern, whose body is compiled once
+        whatever the depth. False unrolls the loop: the compiler can optimise across layers, but has
+        to compile every one. Layers after the last full repetition follow the loop.
+      remat: see `kept_names`.
     """
 
-    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module], num_layers: int, *, scan: bool, remat: str,
-                 rngs: nnx.Rngs, kinds: Sequence[int] = (0,)):
-        self.num_layers, self.scan, self.remat, self.kinds = num_layers, scan, remat, tuple(kinds)
+    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module], num_layers: int, *, scan: bool,
+                 remat: str, rngs: nnx.Rngs, pattern: Sequence[int] = (0,)):
+        self.num_layers, self.scan, self.remat = num_layers, scan, remat
+        self.pattern = tuple(pattern)
         self.block = stack_modules(build, num_layers, rngs)
 
     def __call__(self, x: jax.Array, per_layer: Any, caches: Sequence[Any],
                  shared: Sequence[Any]) -> tuple[jax.Array, Sequence[Any], Any]:
-        """Runs x through `block(x, layer's share of per_layer, its cache, shared[its kind]) -> (x, cache, out)`.
+        """Runs x through block(x, per_layer[i], its cache, shared[its kind]) -> (x, cache, out).
 
-        per_layer: a tree of arrays with a leading dimension of all layers, or None. caches: one such tree a kind, with
-        a leading dimension of the layers of that kind, or None. Returns x, the new caches, and the outs, stacked.
+        Args:
+          per_layer: a tree of arrays with a leading dimension of all layers, or None.
+          caches: one such tree per kind, with a leading dimension of the layers of that kind, or
+            None.
+          shared: one tree per kind, the same for all layers of that kind.
+
+        Returns:
+          x, the new caches, and the layers' outs, stacked.
         """
-        if axes_of("layers") and not any(caches):
-            x, outs = pipeline(self._loop, split_module(self.block), x, per_layer, shared, period=len(self.kinds))
+        block = split_module(self.block)
+        if mesh_axes("layers") and not any(caches):
+            x, outs = pipeline(self._run, block, x, per_layer, shared, period=len(self.pattern))
             return x, caches, outs
-        return self._loop(split_module(self.block), x, per_layer, caches, shared)
+        return self._run(block, x, per_layer, caches, shared)
 
-    def _loop(self, block: tuple[Any, Params], x: jax.Array, per_layer: Any, caches: Sequence[Any],
-              shared: Sequence[Any]) -> tuple[jax.Array, Sequence[Any], Any]:
-        """`__call__` of as many layers as `block`, taken apart, has parameters of."""
+    def _run(self, block: tuple[Any, Params], x: jax.Array, per_layer: Any, caches: Sequence[Any],
+             shared: Sequence[Any]) -> tuple[jax.Array, Sequence[Any], Any]:
+        """`__call__` for the layers of `block`: all of them, or those of one pipeline stage."""
         graph, params = block
-        num_layers = len(jax.tree.leaves(params, is_leaf=is_apart)[0])
+        inputs = Inputs(params, per_layer, caches)
+        if not _any_unstacked(params):
+            return self._scanned(graph, x, inputs, shared)
+        num_layers = len(jax.tree.leaves(params, is_leaf=is_unstacked)[0])
+        kinds = [self.pattern[i % len(self.pattern)] for i in range(num_layers)]
+        return self._unrolled(graph, x, inputs, shared, kinds, join=_unstacked)
+
+    def _scanned(self, graph: Any, x: jax.Array, inputs: Inputs,
+                 shared: Sequence[Any]) -> tuple[jax.Array, Sequence[Any], Any]:
+        """Scans over the repetitions of the pattern, then unrolls the layers that are left."""
+        num_layers = len(jax.tree.leaves(inputs.params)[0])
+        rounds, num_left = divmod(num_layers, len(self.pattern))
+        in_rounds, left = self._split_rounds(inputs, rounds)
+        in_loop = self.scan and rounds > 1  # JAX inlines a loop of one round
+
+        def one_round(x: jax.Array, inputs: Inputs) -> tuple[jax.Array, Any]:
+            x, caches, outs = self._unrolled(graph, x, inputs, shared, self.pattern, join=_stack,
+                                             in_loop=in_loop)
+            return x, (caches, outs)
+
+        x, new = jax.lax.scan(one_round, x, in_rounds, length=rounds,
+                              unroll=1 if self.scan else rounds)
+        caches, outs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), new)
+        if num_left:
+            kinds = self.pattern[:num_left]
+            x, more_caches, more_outs = self._unrolled(graph, x, left, shared, kinds, join=_stack)
+            caches = tuple(map(_concatenate, caches, more_caches))
+            outs = _concatenate(outs, more_outs)
+        return x, caches, outs
+
+    def _unrolled(self, graph: Any, x: jax.Array, inputs: Inputs, shared: Sequence[Any],
+                  kinds: Sequence[int], *, join: Callable[[Sequence[Any]], Any],
+                  in_loop: bool = False) -> tuple[jax.Array, Sequence[Any], Any]:
+        """Runs one layer after another, layer i of kind kinds[i].
+
+        Args:
+          join: makes one tree of a list with one tree per layer.
+          in_loop: whether this is the body of a loop.
+        """
+        layers = [self._layer(graph, of_kind, in_loop) for of_kind in shared]
+        caches: list[list[Any]] = [[] for _ in shared]
+        outs = []
+        for i, kind in enumerate(kinds):
+            cache = _at(inputs.caches[kind], len(caches[kind]))
+            params, per_layer = _at(inputs.params, i), _at(inputs.per_layer, i)
+            x, cache, out = layers[kind](x, params, per_layer, cache)
+            caches[kind].append(cache)
+            outs.append(out)
+        return x, tuple(join(of_kind) for of_kind in caches), join(outs)
+
+    def _layer(self, graph: Any, shared: Any, in_loop: bool) -> Callable[..., Any]:
+        """The function of one kind of layer, under the remat policy."""
+
+        def layer(x: jax.Array, params: Params, per_layer: Any,
+                  cache: Any) -> tuple[jax.Array, Any, Any]:
+            return merge_module(graph, params)(x, per_layer, cache, shared)
+
         policy = remat_policy(self.remat)
+        if policy is None:
+            return layer
+        # In a loop, XLA cannot undo the recomputation by merging it with the forward pass.
+        return jax.checkpoint(layer, policy=policy, prevent_cse=not in_loop)
 
-        def layer_of(kind: int, looped: bool) -> Callable[..., Any]:
-            def layer(x: jax.Array, params: Any, per_layer: Any, cache: Any) -> tuple[jax.Array, Any, Any]:
-                return merge_module(graph, params)(x, per_layer, cache, shared[kind])
-
-            # Inside a scan the loop itself keeps XLA from undoing the recomputation.
-            return layer if policy is None else jax.checkpoint(layer, policy=policy, prevent_cse=not looped)
-
-        def run(x: jax.Array, part: Any, kinds: Sequence[int], join: Any = _stacked,
-                looped: bool = False) -> tuple[jax.Array, Any]:
-            params, per_layer, caches = part
-            layers = [layer_of(kind, looped) for kind in range(len(shared))]
-            new, outs = [[] for _ in shared], []
-            for i, kind in enumerate(kinds):
-                cache = _at(caches[kind], len(new[kind]))
-                x, cache, out = layers[kind](x, _at(params, i), _at(per_layer, i), cache)
-                new[kind].append(cache)
-                outs.append(out)
-            return x, (tuple(join(n) for n in new), join(outs))
-
-        period = len(self.kinds)
-        if _any_apart(params):
-            kinds = [self.kinds[i % period] for i in range(num_layers)]
-            x, (new, outs) = run(x, (params, per_layer, caches), kinds, _apart)
-            return x, new, outs
-        rounds, rest = divmod(num_layers, period)
-        each = [self.kinds.count(kind) for kind in range(len(shared))]
-        parts = [_split(params, rounds, period), _split(per_layer, rounds, period),
-                 tuple(_split(c, rounds, n) for c, n in zip(caches, each, strict=True))]
-        first, last = ((p[i], q[i], tuple(c[i] for c in cs)) for i in (0, 1) for p, q, cs in [parts])
-        looped = self.scan and rounds > 1  # a loop of one round is inlined
-        x, done = jax.lax.scan(lambda x, part: run(x, part, self.kinds, looped=looped), x, first, length=rounds,
-                               unroll=1 if self.scan else rounds)
-        new, outs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), done)
-        if rest:
-            x, (more, more_outs) = run(x, last, self.kinds[:rest])
-            new, outs = tuple(map(_joined, new, more)), _joined(outs, more_outs)
-        return x, new, outs
+    def _split_rounds(self, inputs: Inputs, rounds: int) -> tuple[Inputs, Inputs]:
+        """Inputs of the repetitions of the pattern [rounds, ...], and of the layers that are left."""
+        params, more_params = _split(inputs.params, rounds, len(self.pattern))
+        per_layer, more_per_layer = _split(inputs.per_layer, rounds, len(self.pattern))
+        caches = [_split(cache, rounds, self.pattern.count(kind))
+                  for kind, cache in enumerate(inputs.caches)]
+        return (Inputs(params, per_layer, tuple(first for first, _ in caches)),
+                Inputs(more_params, more_per_layer, tuple(rest for _, rest in caches)))
 
     def map(self, fn: Callable[[Any], Any]) -> Any:
-        """`fn(block)` of every layer, stacked."""
+        """`fn(block)` for every layer, stacked (`Unstacked` if the parameters are)."""
         graph, params = split_module(self.block)
-        if _any_apart(params):
-            return _apart([fn(merge_module(graph, _at(params, i))) for i in range(self.num_layers)])
+        if _any_unstacked(params):
+            layers = range(self.num_layers)
+            return _unstacked([fn(merge_module(graph, _at(params, i))) for i in layers])
         return jax.lax.map(lambda p: fn(merge_module(graph, p)), params)
 
 
 def _split(tree: Any, rounds: int, each: int) -> tuple[Any, Any]:
-    """The leading dimension as [rounds, each], and what is left of it."""
+    """Arrays [layers, ...] as [rounds, each, ...], and the layers beyond rounds * each."""
     cut = rounds * each
     return (jax.tree.map(lambda a: a[:cut].reshape(rounds, each, *a.shape[1:]), tree),
             jax.tree.map(lambda a: a[cut:], tree))
 
 
 def _at(tree: Any, i: int) -> Any:
-    return jax.tree.map(lambda a: a[i], tree, is_leaf=is_apart)
+    """Layer i of every array."""
+    return jax.tree.map(lambda a: a[i], tree, is_leaf=is_unstacked)
 
 
-def _stacked(trees: Sequence[Any]) -> Any:
+def _stack(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *a: jnp.stack(a), *trees) if trees else None
 
 
-def _apart(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *a: Apart(a), *trees)
+def _unstacked(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *a: Unstacked(a), *trees)
 
 
-def _any_apart(tree: Any) -> bool:
-    return any(map(is_apart, jax.tree.leaves(tree, is_leaf=is_apart)))
+def _any_unstacked(tree: Any) -> bool:
+    return any(map(is_unstacked, jax.tree.leaves(tree, is_leaf=is_unstacked)))
 
 
-def _joined(a: Any, b: Any) -> Any:
+def _concatenate(a: Any, b: Any) -> Any:
+    """Joins two trees of stacked layers; b may be None."""
     return a if b is None else jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lmjax.models.flops import flops_per_token
 from lmjax.models.model import ModelConfig, build_model
 from lmjax.nn.layers import MLP_KINDS
-from lmjax.nn.stack import NAMES, kept_names
+from lmjax.nn.stack import REMAT_NAMES, kept_names
 from lmjax.runtime.chips import Topology
 from lmjax.training.recipe import Recipe
 from lmjax.tree import num_elements
@@ -18,8 +18,8 @@ from lmjax.tree import num_elements
 MATMUL_SHARE = 0.75  # of the peak rate, that large matmuls reach
 OVERHEAD = 0.1  # of the matmuls' time: norms, activations, the optimizer
 OVERHEAD_KEEPING_ALL = 0.35  # the same with remat=none, which also writes all that it keeps
-EVERYTHING = "+".join(NAMES)  # as a remat policy: keep all results of matmuls and the kernel
-MATMULS = "+".join(name for name in NAMES if name != "kernel")
+EVERYTHING = "+".join(REMAT_NAMES)  # as a remat policy: keep all results of matmuls and the kernel
+MATMULS = "+".join(name for name in REMAT_NAMES if name != "kernel")
 
 
 class Guess(NamedTuple):
@@ -99,7 +99,7 @@ def remat_costs(c: ModelConfig, layer: float, tensor: int) -> tuple[float, float
     kept = 2.0 * (D + sum(width[name] for name in device)) / tensor
     if c.remat == "none":
         kept = 8.0 * D / tensor + 2 * kept  # also what lies between matmuls, partly in float32
-    lost = set(NAMES) - {*device, *host}
+    lost = set(REMAT_NAMES) - {*device, *host}
     again = D * sum(heads if name == "out" else width[name] for name in lost - {"kernel"})
     return kept, again / layer, float("kernel" in lost)
 

@@ -63,7 +63,7 @@ def attention_flops(call: CustomCall, window: int, causal: bool = True,
     """FLOPs of an attention kernel over the tiles that it visits, on the device that visits most.
 
     That is the device with the last queries, or every device if the queries are spread over all of
-    them (`sequence.balanced`). The operands give the sizes: q is the first array of floats
+    them (`sequence.balance_sequence`). The operands give the sizes: q is the first array of floats
     [..., H, T, K] and k the next one with the same K; a mask table of small integers
     [1 or H, tiles of T, tiles of S] gives the number of tiles.
     """

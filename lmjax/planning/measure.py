@@ -20,8 +20,8 @@ from lmjax.data.objectives import Objective
 from lmjax.errors import UserError, first_line
 from lmjax.models.flops import flops_per_row
 from lmjax.models.model import ModelConfig
-from lmjax.nn.kernels.choose import spreads
-from lmjax.nn.sequence import ways
+from lmjax.nn.kernels.choose import uses_balanced_rows
+from lmjax.nn.sequence import num_shards
 from lmjax.planning.kernels import StepFacts
 from lmjax.runtime.chips import Topology, parse_topology
 from lmjax.runtime.devices import matmul_rate
@@ -111,8 +111,9 @@ def _model_facts(recipe: Recipe, program: Program) -> StepFacts:
     fields = {name: leaf.shape[1] for name, leaf in program.batch.items()}
     causal = model.config.family == "decoder"
     with use_layout(program.layout):
-        spread = spreads(model.kernel, seq_len, causal=causal, capacity=model.config.moe.capacity)
-        expert_ways = ways("experts")
+        spread = uses_balanced_rows(model.kernel, seq_len, causal=causal,
+                                    capacity=model.config.moe.capacity)
+        expert_ways = num_shards("experts")
     return {
         "parameters": num_elements(model.shapes),
         "tokens": recipe.train.batch_size * seq_len,
@@ -123,7 +124,7 @@ def _model_facts(recipe: Recipe, program: Program) -> StepFacts:
         "expert_ways": expert_ways,
         "flops_per_token": flops_per_row(model, fields) / seq_len,
         "compute_dtype": str(model.dtype),
-        "attention": {"kernel": model.kernel, "reason": model.kernel_reason},
+        "attention": {"kernel": model.kernel.name, "reason": model.kernel_reason},
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lmjax.errors import UserError
 from lmjax.monitoring.units import human_bytes, human_range
-from lmjax.nn.stack import NAMES, REMAT
+from lmjax.nn.stack import REMAT, REMAT_NAMES
 from lmjax.planning.analytic import EVERYTHING, Guess, guess, splits
 from lmjax.planning.compile import Log, compiled
 from lmjax.planning.estimate import Estimate, estimate_step
@@ -24,7 +24,7 @@ COMPILED = 4  # of the best that fit, how many to find; at most twice as many ar
 ALIKE = 2  # of one mesh and remat policy, at most, so that others get their turn
 BATCHES = (0.5, 1, 2)  # times the recipe's own batch size
 MICROBATCHES = (1, 2, 4, 8)
-POLICIES = (*REMAT, "+".join(NAMES[:4]), EVERYTHING)  # of remat, besides the recipe's own
+POLICIES = (*REMAT, "+".join(REMAT_NAMES[:4]), EVERYTHING)  # of remat, besides the recipe's own
 
 
 class Candidate(NamedTuple):

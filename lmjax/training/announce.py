@@ -33,7 +33,7 @@ def announce(run: Run, directory: str, log: Log) -> dict[str, Any]:
         log(f"pipeline: {stages} stages and {parts} microbatches, so that each stage idles for "
             f"{(stages - 1) / (parts + stages - 1):.0%} of its time; more train.microbatches make "
             "it less")
-    log(f"attention: {model.kernel} ({model.kernel_reason})")
+    log(f"attention: {model.kernel.name} ({model.kernel_reason})")
     log(f"model: {human_count(parameters)} parameters, {human_count(embedding)} of them in "
         f"embeddings; vocabulary {model.config.vocab_size:,}")
     log(f"data: {human_count(train.predictions)} tokens to train on, "
@@ -49,7 +49,7 @@ def announce(run: Run, directory: str, log: Log) -> dict[str, Any]:
         "device": {"platform": devices[0].platform, "kind": devices[0].device_kind,
                    "count": int(devices.size)},
         "mesh": dict(mesh.shape),
-        "attention": {"kernel": model.kernel, "reason": model.kernel_reason},
+        "attention": {"kernel": model.kernel.name, "reason": model.kernel_reason},
         "parameters": parameters,
         "embedding_parameters": embedding,
         "tokens_per_step": recipe.train.batch_size * recipe.data.seq_len,

@@ -1,6 +1,7 @@
-"""Cross-entropy over the vocabulary, in float32, without ever holding all logits when asked.
+"""Cross-entropy over the vocabulary in float32, on request without ever holding all logits.
 
-Shape suffixes: B batch, T sequence, D embed_dim, V vocab_size, C chunk of the sequence.
+Shape suffixes: B batch, T sequence, C chunk of the sequence, D embed_dim, V vocab_size, L layers,
+E experts.
 """
 
 import functools
@@ -11,38 +12,44 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lmjax.errors import UserError
 from lmjax.nn.moe import MoEConfig, Routing
 from lmjax.nn.ops import barrier, dot, dot_rows
 from lmjax.sharding import constrain, num_devices
 
-Sums = tuple[jax.Array, jax.Array]  # total and nats
-Part = tuple[jax.Array, jax.Array, jax.Array]  # hidden, targets, mask
+Sums = tuple[jax.Array, jax.Array]  # total and nats, as in `Loss`
+Part = tuple[jax.Array, jax.Array, jax.Array]  # hidden, targets and mask of a chunk
 
 
 class Loss(NamedTuple):
-    """Sums over the tokens that count; divide by `weight` for means. float32 scalars.
+    """Sums over the tokens that count, float32. Divide by `weight` for means."""
 
-    total: what is minimised; only it has a gradient. nats: cross-entropy alone. weight: the loss mask's sum. extra:
-    scalars to report beside them, likewise to be divided, and arrays, which are sums as they are.
-    """
-
-    total: jax.Array
-    nats: jax.Array
-    weight: jax.Array
+    total: jax.Array  # what is minimised; only `total` has a gradient
+    nats: jax.Array  # cross-entropy alone
+    weight: jax.Array  # sum of the loss mask
+    # Reported as well: scalars are divided by `weight` too, arrays are reported as they are.
     extra: dict[str, jax.Array] = {}
 
 
-def cross_entropy(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, *,
-                  bias_V: jax.Array | None = None, softcap: float = 0.0, chunk: int = 0, z_loss: float = 0.0) -> Loss:
-    """Sums of -log softmax(hidden @ table.T + bias)[target] where the mask counts, plus z_loss * log(Z)^2 (PaLM,
-    arXiv:2204.02311).
+def cross_entropy(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array,
+                  mask_BT: jax.Array, *, bias_V: jax.Array | None = None, softcap: float = 0.0,
+                  chunk: int = 0, z_loss: float = 0.0) -> Loss:
+    """Sums -log softmax(hidden @ table.T + bias)[target] + z_loss * log(Z)^2 where the mask counts.
 
-    The gradient is made beside the loss, while the logits are there, so they are neither kept for the
-    backward pass nor computed again in it. chunk: at most this many positions' logits [B, C, V] exist at a
-    time; 0: all at once.
+    The forward pass also makes the gradient, while it holds the logits: they are neither kept for
+    the backward pass nor computed again. z_loss is that of PaLM (arXiv:2204.02311).
+
+    Args:
+      hidden_BTD, table_VD: in the compute dtype.
+      targets_BT: token ids.
+      mask_BT: 1 where a token counts, else 0.
+      bias_V: of the logits.
+      softcap: logits become softcap * tanh(logits / softcap); 0: no cap.
+      chunk: positions whose logits [B, C, V] exist at a time; 0: all.
+      z_loss: coefficient of log(Z)^2.
 
     Raises:
-      ValueError: `chunk` does not divide the sequence.
+      UserError: `chunk` does not divide the sequence.
     """
     chunk = _checked(chunk, targets_BT.shape[1])
     mask = mask_BT.astype(jnp.float32)
@@ -53,27 +60,32 @@ def cross_entropy(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Ar
 def log_likelihoods(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *,
                     bias_V: jax.Array | None = None, softcap: float = 0.0,
                     chunk: int = 0) -> tuple[jax.Array, jax.Array]:
-    """log softmax(hidden @ table.T + bias)[target], float32 [B, T], and whether the target is the likeliest, bool
-    [B, T]; at most `chunk` positions' logits exist at a time.
+    """Scores every target; the arguments are those of `cross_entropy`.
+
+    Returns:
+      log softmax(hidden @ table.T + bias)[target], float32 [B, T], and whether the target is the
+      likeliest token, bool [B, T].
 
     Raises:
-      ValueError: `chunk` does not divide the sequence.
+      UserError: `chunk` does not divide the sequence.
     """
 
-    def one(nothing: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    def one(carry: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[Any, Any]]:
         log_p = _softmax(*part, table_VD, bias_V, softcap)
-        return nothing, (log_p.target - log_p.log_z, jnp.argmax(log_p.logits, axis=-1) == part[1])
+        return carry, (log_p.target - log_p.log_z, jnp.argmax(log_p.logits, axis=-1) == part[1])
 
-    return _over_chunks(one, None, (hidden_BTD, targets_BT), _checked(chunk, targets_BT.shape[1]))[1]
+    parts = hidden_BTD, targets_BT
+    return _over_chunks(one, None, parts, _checked(chunk, targets_BT.shape[1]))[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _summed(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
-            bias_V: jax.Array | None, softcap: float, z_loss: float, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """(total, nats), without gradients."""
+            bias_V: jax.Array | None, softcap: float, z_loss: float, chunk: int) -> Sums:
+    """The sums, where nobody asks for gradients."""
 
     def one(sums: Sums, part: Part) -> tuple[Sums, None]:
-        total, nats, _ = _one_chunk(*part, table_VD, bias_V, softcap, z_loss, with_gradient=False)
+        log_p = _softmax(part[0], part[1], table_VD, bias_V, softcap)
+        total, nats = _sums(log_p, part[2], z_loss)
         return (sums[0] + total, sums[1] + nats), None
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
@@ -83,45 +95,53 @@ def _summed(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, m
 def _forward(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
              bias_V: jax.Array | None, softcap: float, z_loss: float,
              chunk: int) -> tuple[Sums, tuple[jax.Array, jax.Array, jax.Array | None]]:
-    def one(carry: tuple[Sums, jax.Array, Any], part: Part) -> tuple[tuple[Sums, jax.Array, Any], jax.Array]:
+    """The sums and the gradients of the total by hidden, table and bias."""
+
+    def one(carry: tuple[Sums, jax.Array, Any],
+            part: Part) -> tuple[tuple[Sums, jax.Array, Any], jax.Array]:
         sums, d_table, d_bias = carry
-        total, nats, d_logits = _one_chunk(*part, table_VD, bias_V, softcap, z_loss, with_gradient=True)
+        log_p = _softmax(part[0], part[1], table_VD, bias_V, softcap)
+        total, nats = _sums(log_p, part[2], z_loss)
+        d_logits = _d_logits(log_p, part[2], z_loss, softcap, part[0].dtype)
         d_table += dot_rows(d_logits, part[0], dtype=jnp.float32)
         if d_bias is not None:
             d_bias += jnp.sum(d_logits.astype(jnp.float32), axis=(0, 1))
-        return ((sums[0] + total, sums[1] + nats), d_table, d_bias), dot(d_logits, table_VD, (((2,), (0,)), ((), ())))
+        d_hidden = dot(d_logits, table_VD, (((2,), (0,)), ((), ())))
+        return ((sums[0] + total, sums[1] + nats), d_table, d_bias), d_hidden
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    start = (zero, jnp.zeros(table_VD.shape, jnp.float32), bias_V if bias_V is None else jnp.zeros_like(bias_V))
-    (sums, d_table, d_bias), d_hidden = _over_chunks(one, start, (hidden_BTD, targets_BT, mask_BT), chunk)
+    start = (zero, jnp.zeros(table_VD.shape, jnp.float32),
+             None if bias_V is None else jnp.zeros_like(bias_V))
+    (sums, d_table, d_bias), d_hidden = _over_chunks(
+        one, start, (hidden_BTD, targets_BT, mask_BT), chunk)
     return sums, (d_hidden, d_table.astype(table_VD.dtype), d_bias)
 
 
 def _backward(softcap: float, z_loss: float, chunk: int, saved: tuple[jax.Array, ...],
               g: Sums) -> tuple[jax.Array, jax.Array, None, None, jax.Array | None]:
     d_hidden, d_table, d_bias = saved
-    return (d_hidden * g[0].astype(d_hidden.dtype), d_table * g[0].astype(d_table.dtype), None, None,
-            None if d_bias is None else d_bias * g[0])
+    return (d_hidden * g[0].astype(d_hidden.dtype), d_table * g[0].astype(d_table.dtype), None,
+            None, None if d_bias is None else d_bias * g[0])
 
 
 _summed.defvjp(_forward, _backward)
 
 
 class _Softmax(NamedTuple):
-    """Of C positions: logits and exp(logits - their maximum) [B, C, V], sum_exp [B, C, 1], log_z and the target's
-    logit [B, C], and where the target is, bool [B, C, V]; float32."""
+    """The softmax of C positions, in float32."""
 
-    logits: jax.Array
-    exp: jax.Array
-    sum_exp: jax.Array
-    log_z: jax.Array
-    target: jax.Array
-    hit: jax.Array
+    logits: jax.Array  # [B, C, V]
+    exp: jax.Array  # exp(logits - their maximum), [B, C, V]
+    sum_exp: jax.Array  # [B, C, 1]
+    log_z: jax.Array  # [B, C]
+    target: jax.Array  # the logit of the target, [B, C]
+    hit: jax.Array  # where the target is, bool [B, C, V]
 
 
-def _softmax(hidden_BCD: jax.Array, targets_BC: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None,
-             softcap: float) -> _Softmax:
-    raw = lax.dot_general(hidden_BCD, table_VD, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+def _softmax(hidden_BCD: jax.Array, targets_BC: jax.Array, table_VD: jax.Array,
+             bias_V: jax.Array | None, softcap: float) -> _Softmax:
+    raw = lax.dot_general(hidden_BCD, table_VD, (((2,), (1,)), ((), ())),
+                          preferred_element_type=jnp.float32)
     raw = raw if bias_V is None else raw + bias_V.reshape(1, 1, -1)
     raw = barrier(constrain(raw, "batch", "seq", "act_vocab"))
     logits = softcap * jnp.tanh(raw / softcap) if softcap else raw
@@ -132,55 +152,65 @@ def _softmax(hidden_BCD: jax.Array, targets_BC: jax.Array, table_VD: jax.Array, 
     hit = lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets_BC[..., None]
     if num_devices() == 1:
         target = jnp.take_along_axis(logits, targets_BC[..., None], axis=-1, mode="clip")[..., 0]
-    else:  # with the vocabulary sharded, a gather would collect the logits first
+    else:  # a gather from a sharded vocabulary would collect all logits first
         target = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
     return _Softmax(logits, exp, sum_exp, log_z, target, hit)
 
 
-def _one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array, mask_BC: jax.Array, table_VD: jax.Array,
-               bias_V: jax.Array | None, softcap: float, z_loss: float,
-               with_gradient: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """(total, nats, d total / d logits [B, C, V] in the dtype of hidden)."""
-    logits, exp, sum_exp, log_z, target, hit = _softmax(hidden_BCD, targets_BC, table_VD, bias_V, softcap)
-    nats = jnp.sum((log_z - target) * mask_BC)
-    total = nats + z_loss * jnp.sum(jnp.square(log_z) * mask_BC) if z_loss else nats
-    if not with_gradient:
-        return total, nats, None
-    of_p = (mask_BC * (1 + 2 * z_loss * log_z))[..., None]  # d log_z / d logits is the probability
-    d_logits = exp * (of_p / sum_exp) - jnp.where(hit, mask_BC[..., None], 0.0)
+def _sums(log_p: _Softmax, mask_BC: jax.Array, z_loss: float) -> Sums:
+    nats = jnp.sum((log_p.log_z - log_p.target) * mask_BC)
+    total = nats + z_loss * jnp.sum(jnp.square(log_p.log_z) * mask_BC) if z_loss else nats
+    return total, nats
+
+
+def _d_logits(log_p: _Softmax, mask_BC: jax.Array, z_loss: float, softcap: float,
+              dtype: Any) -> jax.Array:
+    """d total / d raw logits, [B, C, V] in `dtype`."""
+    # d log_z / d logits is the probability
+    of_p = (mask_BC * (1 + 2 * z_loss * log_p.log_z))[..., None]
+    d_logits = log_p.exp * (of_p / log_p.sum_exp) - jnp.where(log_p.hit, mask_BC[..., None], 0.0)
     if softcap:
-        d_logits *= 1 - jnp.square(logits / softcap)
-    return total, nats, barrier(d_logits.astype(hidden_BCD.dtype))
+        d_logits *= 1 - jnp.square(log_p.logits / softcap)
+    return barrier(d_logits.astype(dtype))
 
 
 def with_experts(loss: Loss, routing: Routing, config: MoEConfig) -> Loss:
-    """`loss` and the routers' losses, means over layers and tokens that weigh as much as `loss` itself.
+    """Adds the routers' losses: means over layers and tokens, which weigh as `loss` does.
 
-    Reported: both of them, the largest and the smallest load of an expert in any layer (1: an even share), the
-    share of choices that were dropped, and each expert's choices [layers, E].
+    Reported as well: both of them; the largest and the smallest load of an expert in any layer (1:
+    an even share); the share of choices that were dropped; and every expert's choices, [L, E].
     """
     counts_LE = routing.counts
-    load = counts_LE * counts_LE.shape[-1] / jnp.maximum(jnp.sum(counts_LE, axis=-1, keepdims=True), 1.0)
+    total_L1 = jnp.maximum(jnp.sum(counts_LE, axis=-1, keepdims=True), 1.0)
+    load_LE = counts_LE * counts_LE.shape[-1] / total_L1
     balance, z = jnp.mean(routing.balance), jnp.mean(routing.z)
-    means = {"experts_balance": balance, "experts_z": z, "experts_dropped": jnp.mean(routing.dropped),
-             "experts_most": jnp.max(load), "experts_least": jnp.min(load)}
+    means = {"experts_balance": balance, "experts_z": z,
+             "experts_dropped": jnp.mean(routing.dropped),
+             "experts_most": jnp.max(load_LE), "experts_least": jnp.min(load_LE)}
     total = loss.total + loss.weight * (config.balance_loss * balance + config.z_loss * z)
     extra = {name: lax.stop_gradient(loss.weight * mean) for name, mean in means.items()}
     return loss._replace(total=total, extra={**extra, "expert_counts": counts_LE})
 
 
 def _checked(chunk: int, length: int) -> int:
-    """Positions a chunk: `chunk`, or all."""
+    """Returns the positions per chunk: `chunk`, or all `length` if it is 0 or larger."""
     chunk = min(chunk or length, length)
     if length % chunk:
-        raise ValueError(f"config.train.loss_chunk: expected a divisor of the sequence length {length}, got {chunk}; "
-                         "change it or set 0")
+        raise UserError(f"a divisor of the sequence length {length}", chunk, "change it or set 0",
+                        where="config.train.loss_chunk")
     return chunk
 
 
 def _over_chunks(body: Callable[..., Any], start: Any, parts: tuple[jax.Array, ...],
                  chunk: int) -> tuple[Any, Any]:
-    """Scans `body` over pieces of the sequence of `parts`, [B, T, ...] each; its outputs are joined along it again."""
+    """Scans `body` over chunks of the sequence and joins its outputs along the sequence.
+
+    Args:
+      body: (carry, chunk of every part) -> (carry, outputs [B, C, ...]).
+      start: the first carry.
+      parts: arrays [B, T, ...].
+      chunk: C; with C = T the body runs once, without a scan.
+    """
     B, T = parts[1].shape
     if chunk == T:
         return body(start, parts)

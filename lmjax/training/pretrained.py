@@ -1,6 +1,7 @@
-"""Models that are there already: a run's directory, one of its checkpoints, or a Hugging Face directory.
+"""Finds existing models: in a run's directory, in one checkpoint, or in a Hugging Face directory.
 
-What is known of one comes before its weights, so that whoever wants them can refuse it before anything is compiled.
+Everything about a model is read before its weights, so that a model that does not fit is refused
+before anything is compiled.
 """
 
 import base64
@@ -25,25 +26,27 @@ from lmjax.training.recipe import Recipe, build_recipe
 
 
 class Pretrained(NamedTuple):
-    """What is known of a model. recipe: of its run (of an imported one: its model alone). read: (model, shardings) ->
-    its float32 parameters, streamed onto the devices of the shardings."""
+    """An existing model, whose weights `read` reads."""
 
     where: str
-    recipe: Recipe
+    recipe: Recipe  # of its run; of an imported model, only the model's config is its own
     tokenizer: Tokenizer | None
     about: About
+    # (model, shardings) -> float32 parameters, streamed onto the devices of the shardings
     read: Callable[[Model, Params], Params]
 
 
-def find(path: str | os.PathLike, *, step: int | None = None, ema: bool | None = None) -> Pretrained:
-    """The model at `path`.
+def find(path: str | os.PathLike, *, step: int | None = None,
+         ema: bool | None = None) -> Pretrained:
+    """Finds the model at `path`.
 
     Args:
-      step: which checkpoint of a run; the newest by default.
-      ema: whether to take the averaged weights; by default they are taken if the run kept them.
+      path: a run's directory, one checkpoint of a run, or a Hugging Face directory.
+      step: which checkpoint of a run; by default the newest.
+      ema: whether to take the averaged weights; by default, if the run kept them.
 
     Raises:
-      ValueError: nothing there, or a model that lmjax does not compute.
+      UserError: there is no model, or one that lmjax cannot compute.
     """
     if "://" not in str(path) and huggingface.is_hf_directory(Path(path).expanduser()):
         return _huggingface(Path(path).expanduser())
@@ -51,19 +54,20 @@ def find(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
     about = read_about(where)
     has_ema = "ema" in about["checksums"]
     if ema and not has_ema:
-        raise ValueError(f"{where}: expected averaged weights, got a run with optimizer.ema_decay=0; leave ema out")
+        raise UserError("averaged weights", "a run with optimizer.ema_decay=0", "leave ema out",
+                        where=str(where))
     name = "ema" if (has_ema if ema is None else ema) else "params"
 
     def read(model: Model, shardings: Params) -> Params:
-        return restore_params(where, jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), model.shapes, shardings),
-            name=name)
+        shapes = jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(
+            shape.shape, shape.dtype, sharding=sharding), model.shapes, shardings)
+        return restore_params(where, shapes, name=name)
 
     return Pretrained(str(where), build_recipe(about["recipe"]), _tokenizer(about), about, read)
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
-    """As `data.tokenizers.make_tokenizer`; `config.path` may be the directory of a model as well.
+    """Extends `data.tokenizers.make_tokenizer`: `config.path` may be a model's directory as well.
 
     Raises:
       UserError: no tokenizer at `path`, another vocabulary size than `vocab_size`, or a vocabulary
@@ -72,48 +76,69 @@ def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
     path = epath.Path(config.path).expanduser()
     if not config.path or not path.is_dir():
         return tokenizers.make_tokenizer(config, texts)
-    is_hf = any((path / name).exists() for name in (huggingface.SENTENCEPIECE, HF_FILES[0]))
-    tokenizer = huggingface.read_tokenizer(Path(path)) if is_hf else _tokenizer(read_about(_checkpoint(path, None)))
+    if any((path / name).exists() for name in (huggingface.SENTENCEPIECE, HF_FILES[0])):
+        tokenizer = huggingface.read_tokenizer(Path(path))
+    else:
+        tokenizer = _tokenizer(read_about(_checkpoint(path, None)))
     if tokenizer is None:
-        raise UserError("a model with a tokenizer", f"{config.path}, which was trained on synthetic data",
-                        "use another", where="data.tokenizer.path")
+        raise UserError("a model with a tokenizer", f"{config.path}, which was trained on "
+                        "synthetic data", "use another", where="data.tokenizer.path")
     return tokenizers.check_vocab_size(config, tokenizer)
 
 
 def check_start(found: Pretrained, model: Model, tokenizer: Tokenizer | None) -> None:
-    """Refuses to start a run of `model` on data of `tokenizer` (None: synthetic) with the weights that were found.
+    """Checks that a run may start from the weights of `found`.
+
+    Args:
+      found: the model to start from.
+      model: that of the run.
+      tokenizer: that of the run's data; None: synthetic data.
 
     Raises:
-      ValueError: that model computes something else, or reads other tokens.
+      UserError: the models compute different functions, or the tokenizers differ.
     """
     difference = huggingface.difference(model.config, found.recipe.model)
     if difference:
         field, ours, theirs = difference
-        raise ValueError(f"config.model.{field}: expected {theirs!r} as train.init_from={found.where} has, got "
-                         f"{ours!r}; set it to that, or start from another model")
+        raise UserError(f"{theirs!r} as train.init_from={found.where} has", repr(ours),
+                        "set it to that, or start from another model",
+                        where=f"config.model.{field}")
     if tokenizer and found.tokenizer and tokenizer.hash != found.tokenizer.hash:
-        raise ValueError(f"train.init_from: expected the tokenizer of the data ({tokenizer.hash[:12]}), got "
-                         f"{found.where} with another ({found.tokenizer.hash[:12]}); prepare the data with "
-                         f"data.tokenizer.path={found.where}")
+        raise UserError(f"the tokenizer of the data ({tokenizer.hash[:12]})",
+                        f"{found.where} with another ({found.tokenizer.hash[:12]})",
+                        f"prepare the data with data.tokenizer.path={found.where}",
+                        where="train.init_from")
 
 
 def tokenizer_text(tokenizer: Tokenizer | None) -> str | None:
-    """Returns a tokenizer as the text that checkpoints hold, base64."""
+    """Returns the base64 text that checkpoints hold of a tokenizer."""
     return None if tokenizer is None else base64.b64encode(tokenizer.to_bytes()).decode()
+
+
+def _tokenizer(about: About) -> Tokenizer | None:
+    """Returns the tokenizer of a checkpoint, None if it was trained on synthetic data."""
+    text = about["tokenizer"]
+    return tokenizer_from_bytes(base64.b64decode(text)) if text else None
 
 
 def _huggingface(path: Path) -> Pretrained:
     found = huggingface.read_directory(path)
-    recipe = build_recipe({"model": plain(found.config), "data": {"seq_len": found.config.max_positions}})
-    tokenizer = found.tokenizer
-    about = {"recipe": plain(recipe), "data": {"fingerprint": "", "next_row": 0, "tokens": {}}, "step": 0,
-             "tokenizer": tokenizer_text(tokenizer),
-             "versions": lmjax.versions(), "huggingface": found.source}
-    return Pretrained(str(path), recipe, tokenizer, about,
+    recipe = build_recipe({"model": plain(found.config),
+                           "data": {"seq_len": found.config.max_positions}})
+    about = {
+        "recipe": plain(recipe),
+        "data": {"fingerprint": "", "next_row": 0, "tokens": {}},
+        "step": 0,
+        "tokenizer": tokenizer_text(found.tokenizer),
+        "versions": lmjax.versions(),
+        "huggingface": found.source,
+    }
+    return Pretrained(str(path), recipe, found.tokenizer, about,
                       lambda model, shardings: huggingface.read_params(found, model, shardings))
 
 
 def _checkpoint(path: str | os.PathLike, step: int | None) -> epath.Path:
+    """Returns the directory of a checkpoint: `path` itself, or one of the run at `path`."""
     where = epath.Path(path)
     if "://" not in str(path):
         where = where.expanduser().absolute()  # Orbax takes no relative path
@@ -122,10 +147,6 @@ def _checkpoint(path: str | os.PathLike, step: int | None) -> epath.Path:
     directory = where / "checkpoints" if (where / "checkpoints").is_dir() else where
     steps = checkpoint_steps(directory)
     if not steps or (step is not None and step not in steps):
-        raise ValueError(f"{where}: expected {'a checkpoint' if step is None else f'checkpoint {step}'}, got "
-                         f"{steps or 'none'}; pass a run's directory, or one checkpoint of it")
+        raise UserError("a checkpoint" if step is None else f"checkpoint {step}", steps or "none",
+                        "pass a run's directory, or one checkpoint of it", where=str(where))
     return directory / str(steps[-1] if step is None else step)
-
-
-def _tokenizer(about: About) -> Tokenizer | None:
-    return tokenizer_from_bytes(base64.b64decode(about["tokenizer"])) if about["tokenizer"] else None

@@ -6,9 +6,11 @@ from typing import Any
 from lmjax.data.order import Steps
 from lmjax.errors import UserError
 from lmjax.training.announce import announce_epochs, dtype_reason
-from lmjax.training.checkpoint import About, checksums
+from lmjax.training.changes import check_schedule
+from lmjax.training.checkpoint import About
+from lmjax.training.checksums import checksums
 from lmjax.training.pretrained import Pretrained, check_start
-from lmjax.training.recipe import build_recipe, check_schedule
+from lmjax.training.recipe import build_recipe
 from lmjax.training.run import Log, Run
 from lmjax.training.state import TrainState
 from lmjax.training.workdir import same_run

@@ -13,20 +13,20 @@ from lmjax.training.optim.sharding import state_shardings
 
 
 class TrainState(NamedTuple):
-    """step: int32 scalar, steps done. params, ema: float32 trees (ema: None when off). opt_state: Optax's."""
+    """All that training changes, as trees of arrays; also of their shapes or shardings."""
 
-    step: jax.Array
-    params: Params
-    opt_state: Any
-    ema: Params | None
+    step: Any  # int32 scalar: steps done
+    params: Params  # float32
+    opt_state: Any  # Optax's
+    ema: Params | None  # float32: the moving average of `params`; None when off
 
 
 class StateSpec(NamedTuple):
-    """Two trees of the same structure as `TrainState`: `ShapeDtypeStruct`s that carry their shardings."""
+    """Describes a state without holding an array of it."""
 
     model: Model
     tx: optax.GradientTransformation
-    shapes: TrainState
+    shapes: TrainState  # of `ShapeDtypeStruct`s with shardings
 
     @property
     def shardings(self) -> TrainState:
@@ -34,32 +34,42 @@ class StateSpec(NamedTuple):
         return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
 
     def init(self, seed: int) -> TrainState:
-        """A fresh state, created in place: no device ever holds more than its own shards."""
-        return jax.jit(lambda: _init(self.model.init(jax.random.key(seed)), self.tx, self.shapes.ema is not None),
-                       out_shardings=self.shardings)()
+        """Makes a state with random parameters; each device makes only its own shards."""
+
+        def make() -> TrainState:
+            return _init(self.model.init(jax.random.key(seed)), self.tx,
+                         ema=self.shapes.ema is not None)
+
+        return jax.jit(make, out_shardings=self.shardings)()
 
     def start(self, params: Params) -> TrainState:
-        """The state before the first step from these parameters, placed as `shardings` says."""
-        # Copies: what was read from a file may lie in memory that no step can take over.
-        return jax.jit(lambda params: _init(jax.tree.map(jnp.copy, params), self.tx, self.shapes.ema is not None),
-                       out_shardings=self.shardings)(params)
+        """Makes the state before the first step from these parameters, placed as `shardings`."""
+
+        def make(params: Params) -> TrainState:
+            # Copies: arrays that were read from a file may lie in memory that cannot be donated.
+            return _init(jax.tree.map(jnp.copy, params), self.tx, ema=self.shapes.ema is not None)
+
+        return jax.jit(make, out_shardings=self.shardings)(params)
 
 
-def state_spec(model: Model, tx: optax.GradientTransformation, layout: Layout, *, ema: bool) -> StateSpec:
-    """Shapes and shardings of the state of `model` under `tx` on `layout`, without making an array.
+def state_spec(model: Model, tx: optax.GradientTransformation, layout: Layout, *,
+               ema: bool) -> StateSpec:
+    """Describes the state of `model` under the optimizer `tx` on `layout`.
 
     Raises:
-      ValueError: the mesh does not divide a parameter's axis.
+      UserError: the mesh does not divide an axis of a parameter.
     """
-    shapes = jax.eval_shape(lambda params: _init(params, tx, ema), model.shapes)
+    shapes = jax.eval_shape(lambda params: _init(params, tx, ema=ema), model.shapes)
     params = layout.tree(model.axes, model.shapes)
     shardings = TrainState(layout.replicated, params,
-                           state_shardings(tx, model.shapes, params, layout.mesh), params if ema else None)
-    with_sharding = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
-    return StateSpec(model, tx, with_sharding)
+                           state_shardings(tx, model.shapes, params, layout.mesh),
+                           params if ema else None)
+    return StateSpec(model, tx, jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes, shardings))
 
 
-def _init(params: Params, tx: optax.GradientTransformation, ema: bool) -> TrainState:
-    # A copy: the step donates its input, and one buffer cannot be given away twice.
+def _init(params: Params, tx: optax.GradientTransformation, *, ema: bool) -> TrainState:
+    # The average is a copy: the step donates the state, and one buffer cannot be donated twice.
     average = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)

@@ -1,4 +1,4 @@
-"""The one train step. Objectives differ in the batch and in `loss_fn`, nothing else."""
+"""The one train step. Objectives differ in the batch and in `loss_fn`, in nothing else."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,57 +16,61 @@ from lmjax.training.losses import Loss, cross_entropy, with_experts
 from lmjax.training.optim.ema import ema_update
 from lmjax.training.state import StateSpec, TrainState
 
+Metrics = Mapping[str, jax.Array]
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
 
 class LossFn(Protocol):
-    """(params, batch, key) -> sums; the step differentiates total / weight, over all microbatches together.
+    """(params, batch, key) -> sums over the batch.
 
-    key: for dropout and other noise, None when evaluating; of a batch that goes through a pipeline, [M] of its parts.
+    The step differentiates the sum of `total` over all microbatches, divided by that of `weight`.
+    key: for dropout and other noise; None when evaluating. A batch that goes through a pipeline has
+    one key per microbatch, [M].
     """
 
     def __call__(self, params: Params, batch: Batch, key: jax.Array | None) -> Loss: ...
 
 
-Metrics = Mapping[str, jax.Array]
-
-
 def next_token_loss(model: Model, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
-    """`cross_entropy` of the batch's `targets` where its `loss_mask` counts, and the routers' losses if there are."""
+    """Returns the cross-entropy of `targets` where `loss_mask` counts, with the routers' losses."""
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
         hidden = model.hidden(params, batch, key)
         loss = cross_entropy(hidden.x_BTD, hidden.table_VD, batch["targets"], batch["loss_mask"],
-                             bias_V=hidden.bias_V, softcap=model.config.logit_softcap, chunk=chunk, z_loss=z_loss)
+                             bias_V=hidden.bias_V, softcap=model.config.logit_softcap, chunk=chunk,
+                             z_loss=z_loss)
         if hidden.routing is None:
             return loss
         parts = current_microbatches()
         if parts == 1:
             return with_experts(loss, hidden.routing, model.config.moe)
-        # Balance is that of each part, weighed as where the parts are computed one after the other.
+        # In a pipeline, each microbatch has a balance of its own, and weighs as it would if the
+        # microbatches were computed one after the other.
         weights = jnp.sum(split_rows(batch["loss_mask"], parts).astype(jnp.float32), axis=(1, 2))
-        each = jax.vmap(lambda weight, routing: with_experts(Loss(jnp.zeros(()), jnp.zeros(()), weight), routing,
-                                                             model.config.moe), (0, 1))(weights, hidden.routing)
+        each = jax.vmap(lambda weight, routing: with_experts(
+            Loss(jnp.zeros(()), jnp.zeros(()), weight), routing, model.config.moe), (0, 1))(
+                weights, hidden.routing)
         experts = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
         return loss._replace(total=loss.total + experts.total, extra=experts.extra)
 
     return loss_fn
 
 
-StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: optax.Schedule, *,
+                    seed: int, microbatches: int = 1,
+                    ema_decay: float = 0.0) -> jax.stages.Wrapped:
+    """Returns the jitted step: (state, batch of [B, T] arrays) -> (next state, metrics).
 
-
-def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: optax.Schedule, *, seed: int,
-                    microbatches: int = 1, ema_decay: float = 0.0) -> StepFn:
-    """The jitted step: (state, donated; batch of [B, T] arrays) -> (next state, scalar metrics).
-
-    The gradient is that of the mean over the batch's tokens, whatever their split into microbatches.
-    Randomness is keyed by (seed, step, microbatch), so a step can be run again.
+    The state is donated. The gradient is that of the mean over the batch's tokens, however they
+    are split into microbatches. Randomness is keyed by (seed, step, microbatch), so any step can be
+    run again.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        if layout.on("layers") and microbatches > 1:  # the stages take the parts from each other, in one pass
+        if layout.on("layers") and microbatches > 1:  # a pipeline takes them all in one pass
             with use_layout(layout, microbatches):
-                keys = jax.vmap(lambda part: jax.random.fold_in(key, part))(jnp.arange(microbatches))
+                keys = jax.vmap(lambda m: jax.random.fold_in(key, m))(jnp.arange(microbatches))
                 sums, grads = _gradient(loss_fn, state.params, batch, keys, 1)
         else:
             with use_layout(layout):
@@ -82,17 +86,18 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),
             "weight": sums.weight,
-            **{name: value if value.ndim else value / weight for name, value in sums.extra.items()},
+            **{name: x if x.ndim else x / weight for name, x in sums.extra.items()},
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(spec.shardings, layout.replicated))
 
 
-def make_eval_step(loss_fn: LossFn, layout: Layout, microbatches: int = 1) -> Callable[[Params, Batch], Loss]:
-    """The jitted (params, batch) -> sums, without noise; add them up over a split.
+def make_eval_step(loss_fn: LossFn, layout: Layout,
+                   microbatches: int = 1) -> Callable[[Params, Batch], Loss]:
+    """Returns the jitted (params, batch) -> sums, without noise; add them up over a split.
 
-    microbatches: parts in which a batch goes through the stages, if there are any; fewer of a smaller batch.
+    microbatches: how many a batch has in a pipeline; a batch of too few rows has fewer.
     """
 
     def step(params: Params, batch: Batch) -> Loss:
@@ -116,13 +121,15 @@ def _gradient(loss_fn: LossFn, params: Params, batch: Batch, key: jax.Array,
         (_, sums), grads = gradient(params, batch, key)
         return sums, grads
 
-    def body(carry: tuple[Loss, Params], part: tuple[Batch, jax.Array]) -> tuple[tuple[Loss, Params], None]:
+    def body(carry: tuple[Loss, Params],
+             part: tuple[Batch, jax.Array]) -> tuple[tuple[Loss, Params], None]:
         (_, sums), grads = gradient(params, part[0], jax.random.fold_in(key, part[1]))
         return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
+    parts = {name: constrain(split_rows(x, microbatches), None, "batch", "seq")
+             for name, x in batch.items()}
+    first = jax.tree.map(lambda x: x[0], parts)
+    sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
+                        jax.eval_shape(loss_fn, params, first, key))
     zeros = jax.tree.map(jnp.zeros_like, params)
-    split = {name: constrain(split_rows(x, microbatches), None, "batch", "seq") for name, x in batch.items()}
-    parts = split, jnp.arange(microbatches)
-    first = jax.tree.map(lambda x: x[0], parts[0])
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss_fn, params, first, key))
-    return jax.lax.scan(body, (start, zeros), parts)[0]
+    return jax.lax.scan(body, (sums, zeros), (parts, jnp.arange(microbatches)))[0]

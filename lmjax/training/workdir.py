@@ -11,7 +11,8 @@ from lmjax.config import plain
 from lmjax.errors import UserError
 from lmjax.runtime.distributed import agreed
 from lmjax.runtime.files import Busy, lock
-from lmjax.training.recipe import Recipe, blocking_changes, build_recipe
+from lmjax.training.changes import blocking_changes
+from lmjax.training.recipe import Recipe, build_recipe
 from lmjax.training.run import Log
 
 

@@ -50,7 +50,7 @@ def test_one_line_and_a_code(code, error, cause, monkeypatch, capsys):
         except OSError as of_the_system:
             raise ValueError("source a: expected readable files, got bad ones; mend them") from of_the_system
 
-    monkeypatch.setattr(cli, "_run", fail)
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.COMMANDS["train"]._replace(run=fail))
     assert cli.main(["train", "--config", "configs/synthetic.py:tiny", "--workdir", "x"]) == code
     line, = capsys.readouterr().err.splitlines()
     if cause:

@@ -9,7 +9,7 @@ import pytest
 
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
-from lmjax.nn.masking import Visibility
+from lmjax.nn.masking import AttentionMask
 from lmjax.nn.positions import apply_rope, rope_rotation
 
 B, T = 2, 12
@@ -27,12 +27,12 @@ def visible(t, s, row, *, causal=True, window=0):
 
 def seeing(causal=True, window=0):
     at = jnp.asarray(POSITIONS), jnp.asarray(POSITIONS)
-    return Visibility(*at, jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS), causal=causal, window=window, in_order=True)
+    return AttentionMask(*at, jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS), causal=causal, window=window, in_order=True)
 
 
 @pytest.mark.parametrize("causal, window", [(True, 0), (True, 1), (True, 3), (False, 0), (False, 2)])
 def test_visibility_is_the_rule(causal, window):
-    mask = np.asarray(seeing(causal, window).mask())
+    mask = np.asarray(seeing(causal, window).to_dense())
     rule = dict(causal=causal, window=window)
     expected = [[[visible(t, s, b, **rule) for s in range(T)] for t in range(T)] for b in range(B)]
     assert mask.dtype == bool

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lmjax.data import open_splits
-from lmjax.nn.kernels.choose import attend, prepare
-from lmjax.nn.masking import Visibility
+from lmjax.nn.kernels.choose import KERNELS, attend, prepare
+from lmjax.nn.masking import AttentionMask
 from lmjax.training.program import make_program
 from lmjax.training.recipe import build_recipe
 
@@ -37,17 +37,17 @@ def inputs(causal=True, kv_heads=H, window=0, documents=1, length=T, head_dim=K)
     first = np.array([[np.argmax(row == s) for s in row] for row in segments])
     positions = jnp.asarray(np.arange(length) - first, jnp.int32)
     segments = jnp.asarray(segments)
-    return arrays, Visibility(positions, positions, segments, segments, causal, window)
+    return arrays, AttentionMask(positions, positions, segments, segments, causal, window)
 
 
-def value_and_grads(arrays, see, kernel, dtype):
+def value_and_grads(arrays, mask, kernel, dtype):
     """Output [B, T, H, K] and the gradients by q, k and v, in float32; padding's output left out."""
     q, k, v, weight = (x.astype(dtype) for x in arrays)
-    used = (see.q_segments > 0)[:, :, None, None]
+    used = (mask.q_segments > 0)[:, :, None, None]
 
     @jax.jit
     def f(q, k, v):
-        y = attend(q, k, v, prepare(see, kernel), scale=K**-0.5, kernel=kernel)
+        y = attend(q, k, v, prepare(mask, kernel), scale=K**-0.5, kernel=kernel)
         y = jnp.where(used, y, 0)
         return jnp.sum((y * weight).astype(jnp.float32)), y
 
@@ -58,10 +58,10 @@ def value_and_grads(arrays, see, kernel, dtype):
 @pytest.mark.parametrize("name", CALLS)
 def test_the_fast_kernel_equals_the_reference(name):
     """bfloat16 against float32 of the same rounded inputs: the error is that of bfloat16, forward and backward."""
-    arrays, see = inputs(**CALLS[name])
+    arrays, mask = inputs(**CALLS[name])
     with jax.default_matmul_precision("highest"):
-        exact = value_and_grads(arrays, see, "xla", jnp.float32)
-    fast = value_and_grads(arrays, see, KERNEL, jnp.bfloat16)
+        exact = value_and_grads(arrays, mask, KERNELS["xla"], jnp.float32)
+    fast = value_and_grads(arrays, mask, KERNELS[KERNEL], jnp.bfloat16)
     for what, got, want in zip(("y", "dq", "dk", "dv"), fast, exact, strict=True):
         error = np.linalg.norm(got - want) / np.linalg.norm(want)
         assert error < 0.015, (what, error)
@@ -81,7 +81,7 @@ def losses(attention, dtype, steps=4):
         batch = jax.device_put(split.rows(np.arange(8 * i, 8 * i + 8)), program.layout.sharding(("batch", "seq")))
         state, metrics = step(state, batch)
         found.append(float(metrics["loss"]))
-    return program.model.kernel, found
+    return program.model.kernel.name, found
 
 
 def test_a_model_learns_with_the_kernel_that_auto_takes():
@@ -93,7 +93,7 @@ def test_a_model_learns_with_the_kernel_that_auto_takes():
 
 
 def test_the_step_on_a_gpu_calls_cudnn():
-    arrays, see = inputs()
-    step = jax.jit(functools.partial(attend, visibility=see, scale=1.0, kernel=KERNEL))
+    arrays, mask = inputs()
+    step = jax.jit(functools.partial(attend, mask=mask, scale=1.0, kernel=KERNELS[KERNEL]))
     text = step.lower(*arrays[:3]).compile().as_text()
     assert ('custom_call_target="__cudnn' in text) == (PLATFORM == "gpu")

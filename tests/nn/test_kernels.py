@@ -9,26 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.nn.kernels import (
-    chunked as kernels_chunked,
-)
-from lmjax.nn.kernels import (
-    splash as kernels_splash,
-)
-from lmjax.nn.kernels import (
-    xla as kernels_xla,
-)
+from lmjax.nn.kernels import chunked, splash, xla
 from lmjax.nn.kernels.choose import (
     ALL,
     KERNELS,
+    Needs,
     attend,
     choose_kernel,
+    kernel_for_cache,
     prepare,
-    spreads,
-    with_cache,
+    uses_balanced_rows,
 )
-from lmjax.nn.masking import Visibility
-from lmjax.nn.sequence import balanced
+from lmjax.nn.masking import AttentionMask
+from lmjax.nn.sequence import balance_sequence
 from lmjax.sharding import MeshConfig, make_layout, use_layout
 
 B, T = 2, 12
@@ -62,9 +55,9 @@ BESIDES = {  # what a call needs besides its feature
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks, the last ones padded; and cuDNN's place taken by JAX's own code for the same arguments."""
-    monkeypatch.setattr(kernels_chunked, "QUERIES", 5)
-    monkeypatch.setattr(kernels_chunked, "SCORES", 5 * 4)
-    monkeypatch.setattr(kernels_xla, "LEAST", 5)
+    monkeypatch.setattr(chunked, "QUERIES", 5)
+    monkeypatch.setattr(chunked, "SCORES", 5 * 4)
+    monkeypatch.setattr(xla, "MIN_QUERIES", 5)
     monkeypatch.setattr(jax.nn, "dot_product_attention", functools.partial(_stand_in, jax.nn.dot_product_attention))
 
 
@@ -73,20 +66,20 @@ def _stand_in(run, *args, implementation, **kwargs):
     return run(*args, implementation="xla", **kwargs)
 
 
-def sees(b, t, s, see):
+def sees(b, t, s, mask):
     """The rule in words: same document, not padding, not later unless of a prefix, nearer than the window."""
-    if see.q_segments[b, t] != see.kv_segments[b, s] or see.kv_segments[b, s] == 0:
+    if mask.q_segments[b, t] != mask.kv_segments[b, s] or mask.kv_segments[b, s] == 0:
         return False
-    back = int(see.q_positions[b, t]) - int(see.kv_positions[b, s])
-    early = see.kv_prefix is not None and see.kv_prefix[b, s] > 0
-    return (not see.causal or back >= 0 or early) and (not see.window or abs(back) < see.window)
+    back = int(mask.q_positions[b, t]) - int(mask.kv_positions[b, s])
+    early = mask.kv_prefix is not None and mask.kv_prefix[b, s] > 0
+    return (not mask.causal or back >= 0 or early) and (not mask.window or abs(back) < mask.window)
 
 
-def naive(q, k, v, bias, see, scale, softcap):
+def naive(q, k, v, bias, mask, scale, softcap):
     """out[b, t, h] in float64, one query and head at a time."""
     out = np.zeros(q.shape, np.float64)
     for b, t in itertools.product(*map(range, q.shape[:2])):
-        keys = [s for s in range(k.shape[1]) if sees(b, t, s, see)]
+        keys = [s for s in range(k.shape[1]) if sees(b, t, s, mask)]
         for h in range(q.shape[2] if keys else 0):
             g = h // (q.shape[2] // k.shape[2])
             scores = k[b, keys, g].astype(np.float64) @ q[b, t, h] * scale
@@ -106,21 +99,22 @@ def call(*, positions=None, segments=(ONE, ONE), causal=True, window=0, in_order
     shapes = ((B, rows, 4, HEAD), (B, keys, kv_heads, HEAD), (B, keys, kv_heads, HEAD))
     arrays = [(size * rng.normal(size=s)).astype(np.float32) for s in shapes]
     arrays.append(rng.normal(size=(bias, 4, rows, keys)).astype(np.float32) if bias else None)
-    see = Visibility(*(np.asarray(x, np.int32) for x in (*positions, *segments)), causal, window,
+    mask = AttentionMask(*(np.asarray(x, np.int32) for x in (*positions, *segments)), causal, window,
                      prefix, in_order)
-    return arrays, see, softcap, mesh
+    return arrays, mask, softcap, mesh
 
 
-def run(kernel, arrays, see, softcap, mesh):
+def run(kernel, arrays, mask, softcap, mesh):
     """(out, pull) of the production code. cuDNN takes no float32, so its stand-in is called past that check."""
-    see = see._replace(**{name: jnp.asarray(getattr(see, name)) for name in see._fields[:4]})
+    kernel = KERNELS[kernel]
+    mask = mask._replace(**{name: jnp.asarray(getattr(mask, name)) for name in mask._fields[:4]})
     how = dict(scale=0.15, softcap=softcap)
 
     def f(q, k, v, bias):
         with use_layout(make_layout(MeshConfig(**mesh)) if mesh else None):
-            if kernel == "cudnn":
-                return KERNELS[kernel].run(q, k, v, see, bias=bias, **how)
-            return attend(q, k, v, prepare(see, kernel), bias=bias, kernel=kernel, **how)
+            if kernel.name == "cudnn":
+                return kernel.run(q, k, v, mask, bias=bias, **how)
+            return attend(q, k, v, prepare(mask, kernel), bias=bias, kernel=kernel, **how)
 
     return jax.vjp(jax.jit(f), *(None if x is None else jnp.asarray(x) for x in arrays))
 
@@ -128,16 +122,16 @@ def run(kernel, arrays, see, softcap, mesh):
 @pytest.mark.parametrize("kernel, feature", [(name, f) for name, kernel in KERNELS.items() for f in sorted(kernel.can)])
 def test_what_a_kernel_claims(kernel, feature):
     """Values against the loop, and the gradient by all inputs along a random direction against its differences."""
-    arrays, see, softcap, mesh = call(**CALLS[feature])
-    out, pull = run(kernel, arrays, see, softcap, mesh)
-    np.testing.assert_allclose(out, naive(*arrays, see, 0.15, softcap), atol=3e-6, rtol=2e-5)
+    arrays, mask, softcap, mesh = call(**CALLS[feature])
+    out, pull = run(kernel, arrays, mask, softcap, mesh)
+    np.testing.assert_allclose(out, naive(*arrays, mask, 0.15, softcap), atol=3e-6, rtol=2e-5)
     rng = np.random.default_rng(3)
     weight = rng.normal(size=out.shape)
     ways = [None if x is None else rng.normal(size=x.shape) for x in arrays]
 
     def exact(step):
         moved = [x if w is None else x + step * w for x, w in zip(arrays, ways, strict=True)]
-        return (naive(*moved, see, 0.15, softcap) * weight).sum()
+        return (naive(*moved, mask, 0.15, softcap) * weight).sum()
 
     grads = pull(jnp.asarray(weight, out.dtype))
     along = sum((np.asarray(g, np.float64) * w).sum() for g, w in zip(grads, ways, strict=True) if w is not None)
@@ -146,12 +140,12 @@ def test_what_a_kernel_claims(kernel, feature):
 
 @pytest.mark.parametrize("kernel, feature", [(name, f) for name, k in KERNELS.items() for f in sorted(ALL - k.can)])
 def test_what_a_kernel_does_not_claim_is_refused(kernel, feature):
-    (q, k, v, bias), see, softcap, mesh = call(**CALLS[feature])
+    (q, k, v, bias), mask, softcap, mesh = call(**CALLS[feature])
     if not BESIDES.get(feature, set()) <= KERNELS[kernel].can:
         pytest.fail("the call has to fail for one reason alone")
     with use_layout(make_layout(MeshConfig(**mesh)) if mesh else None):
         with pytest.raises(ValueError, match=f"expected a kernel for {feature} .*got '{kernel}', which cannot; use "):
-            attend(q, k, v, see, scale=1.0, softcap=softcap, bias=bias, kernel=kernel)
+            attend(q, k, v, mask, scale=1.0, softcap=softcap, bias=bias, kernel=KERNELS[kernel])
 
 
 def test_every_feature_has_a_call():
@@ -159,24 +153,24 @@ def test_every_feature_has_a_call():
 
 
 def test_a_bias_a_row_as_well_as_one_for_all():
-    arrays, see, softcap, _ = call(bias=B, softcap=2.0, kv_heads=2)
-    out, pull = run("xla", arrays, see, softcap, None)
-    np.testing.assert_allclose(out, naive(*arrays, see, 0.15, softcap), atol=3e-6, rtol=2e-5)
+    arrays, mask, softcap, _ = call(bias=B, softcap=2.0, kv_heads=2)
+    out, pull = run("xla", arrays, mask, softcap, None)
+    np.testing.assert_allclose(out, naive(*arrays, mask, 0.15, softcap), atol=3e-6, rtol=2e-5)
     assert pull(out)[3].shape == (B, 4, T, T)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_large_scores_do_not_overflow(kernel):
-    arrays, see, *rest = call(size=100.0, **PACKED)
-    out, _ = run(kernel, arrays, see, *rest)
-    np.testing.assert_allclose(out, naive(*arrays, see, 0.15, 0.0), rtol=1e-3, atol=1e-2)
+    arrays, mask, *rest = call(size=100.0, **PACKED)
+    out, _ = run(kernel, arrays, mask, *rest)
+    np.testing.assert_allclose(out, naive(*arrays, mask, 0.15, 0.0), rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_queries_that_see_nothing_give_zero_and_finite_gradients(kernel):
     """Row 0's padding, and in row 1 three queries of a document without keys."""
-    arrays, see, *rest = call(causal=False, segments=(SEGMENTS, np.where(SEGMENTS == 2, 7, SEGMENTS)), in_order=False)
-    out, pull = run(kernel, arrays, see, *rest)
+    arrays, mask, *rest = call(causal=False, segments=(SEGMENTS, np.where(SEGMENTS == 2, 7, SEGMENTS)), in_order=False)
+    out, pull = run(kernel, arrays, mask, *rest)
     blind = np.array([[b, t] for b in range(B) for t in range(T) if SEGMENTS[b, t] in (0, 2)]).T
     assert blind.shape[1] == 8
     assert (np.asarray(out)[tuple(blind)] == 0).all() and np.count_nonzero(np.abs(out).sum((-1, -2))) == B * T - 8
@@ -189,10 +183,10 @@ def test_queries_that_see_nothing_give_zero_and_finite_gradients(kernel):
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if "context" in KERNELS[name].can])
 def test_heads_split_further_than_keys(kernel):
     """Four query heads on four devices, of which two each share a key/value head."""
-    arrays, see, *_ = call(kv_heads=2, **PACKED)
+    arrays, mask, *_ = call(kv_heads=2, **PACKED)
     mesh = dict(data=2, tensor=4)
-    out, pull = run(kernel, arrays, see, 0.0, mesh)
-    alone, pull_alone = run("xla", arrays, see, 0.0, None)
+    out, pull = run(kernel, arrays, mask, 0.0, mesh)
+    alone, pull_alone = run("xla", arrays, mask, 0.0, None)
     np.testing.assert_allclose(out, alone, atol=3e-6)
     for ours, theirs in zip(pull(out)[:3], pull_alone(out)[:3], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -201,21 +195,21 @@ def test_heads_split_further_than_keys(kernel):
 @pytest.mark.parametrize("mesh", [dict(context=4, tensor=2), dict(data=4, context=2)])
 def test_a_ring_passes_keys_on_and_never_gathers_them(mesh):
     """Values and gradients of one device; the keys move by collective-permute alone."""
-    (q, k, v, _), see, *_ = call(kv_heads=2, segments=[np.repeat(SEGMENTS, 2, 0)] * 2,
+    (q, k, v, _), mask, *_ = call(kv_heads=2, segments=[np.repeat(SEGMENTS, 2, 0)] * 2,
                                  positions=[np.repeat(POSITIONS, 2, 0)] * 2)
     q, k, v = (np.concatenate([x, x[::-1]]) for x in (q, k, v))
-    out, pull = run("ring", (q, k, v, None), see, 3.0, mesh)
-    alone, pull_alone = run("xla", (q, k, v, None), see, 3.0, None)
+    out, pull = run("ring", (q, k, v, None), mask, 3.0, mesh)
+    alone, pull_alone = run("xla", (q, k, v, None), mask, 3.0, None)
     np.testing.assert_allclose(out, alone, atol=3e-6)
     for ours, theirs in zip(pull(out)[:3], pull_alone(out)[:3], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
     layout = make_layout(MeshConfig(**mesh))
     sharding = layout.sharding(("batch", "seq", "act_heads", None))
-    see = see._replace(**{name: jnp.asarray(getattr(see, name)) for name in see._fields[:4]})
+    mask = mask._replace(**{name: jnp.asarray(getattr(mask, name)) for name in mask._fields[:4]})
 
     def loss(*qkv):
         with use_layout(layout):
-            return jnp.sum(attend(*qkv, see, scale=1.0, kernel="ring"))
+            return jnp.sum(attend(*qkv, mask, scale=1.0, kernel=KERNELS["ring"]))
 
     args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in (q, k, v)]
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), out_shardings=sharding).lower(*args).compile().as_text()
@@ -235,14 +229,15 @@ def test_rows_that_are_spread_evenly(kernel, T, window):
 
     def apart(q, k, v):
         with use_layout(layout):
-            assert spreads(kernel, T, causal=True) and not spreads(kernel, T - 2, causal=True)
-            q, k, v, rows, index = map(balanced, (q, k, v, segments, at))
-            see = Visibility(index, index, rows, rows, window=window, in_order=True, index=index)
-            return balanced(attend(q, k, v, see, kernel=kernel, **how), back=True)
+            assert uses_balanced_rows(KERNELS[kernel], T, causal=True)
+            assert not uses_balanced_rows(KERNELS[kernel], T - 2, causal=True)
+            q, k, v, rows, index = map(balance_sequence, (q, k, v, segments, at))
+            mask = AttentionMask(index, index, rows, rows, window=window, in_order=True, reading_index=index)
+            return balance_sequence(attend(q, k, v, mask, kernel=KERNELS[kernel], **how), back=True)
 
     def together(q, k, v):
-        see = Visibility(at, at, segments, segments, window=window, in_order=True)
-        return attend(q, k, v, see, kernel="xla", **how)
+        mask = AttentionMask(at, at, segments, segments, window=window, in_order=True)
+        return attend(q, k, v, mask, kernel=KERNELS["xla"], **how)
 
     (out, pull), (alone, pull_alone) = jax.vjp(jax.jit(apart), q, k, v), jax.vjp(jax.jit(together), q, k, v)
     np.testing.assert_allclose(out, alone, atol=3e-6)
@@ -254,21 +249,21 @@ def test_rows_that_are_spread_evenly(kernel, T, window):
 def test_splash_over_many_tiles(monkeypatch, window, softcap):
     """More tiles of keys than one backward kernel takes, two of them to a block: values and gradients with documents,
     of which some tiles see nothing."""
-    sizes = kernels_splash.DEFAULT._replace(queries=128, keys=256, compute=128, dq_queries=128, dq_keys=128,
+    sizes = splash.DEFAULT_TILES._replace(queries=128, keys=256, compute=128, dq_queries=128, dq_keys=128,
                                             dkv_queries=128, dkv_keys=128, dkv_compute=128)
-    monkeypatch.setattr(kernels_splash, "DEFAULT", sizes)
+    monkeypatch.setattr(splash, "DEFAULT_TILES", sizes)
     T, rng = 768, np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, T, heads, HEAD)), jnp.float32) for heads in (4, 2, 2))
     segments = jnp.asarray(1 + np.searchsorted([300, 560], np.arange(T), "right")[None].repeat(2, 0), jnp.int32)
     at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2, T))
-    see = Visibility(at, at, segments.at[1, 700:].set(0), segments.at[1, 700:].set(0), window=window, in_order=True)
+    mask = AttentionMask(at, at, segments.at[1, 700:].set(0), segments.at[1, 700:].set(0), window=window, in_order=True)
 
     def f(q, k, v, kernel):
-        return attend(q, k, v, see, scale=0.3, softcap=softcap, kernel=kernel)
+        return attend(q, k, v, mask, scale=0.3, softcap=softcap, kernel=KERNELS[kernel])
 
     (out, pull), (alone, pull_alone) = (jax.vjp(jax.jit(functools.partial(f, kernel=name)), q, k, v)
                                         for name in ("splash", "xla"))
-    assert T // 128 > kernels_splash.PARTIAL
+    assert T // 128 > splash.MAX_FUSED_TILES
     np.testing.assert_allclose(out, alone, atol=3e-6)
     for ours, theirs in zip(pull(alone), pull_alone(alone), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
@@ -276,9 +271,9 @@ def test_splash_over_many_tiles(monkeypatch, window, softcap):
 
 @pytest.mark.parametrize("spread, tiles", [(True, [9] * 4), (False, [3, 7, 11, 15])])
 def test_spread_rows_have_splash_visit_as_many_tiles_on_every_device(spread, tiles):
-    sizes = kernels_splash.fit(kernels_splash.DEFAULT, 128, 1024)
+    sizes = splash.fit(splash.DEFAULT_TILES, 128, 1024)
     sizes = sizes._replace(**{name: 128 for name in sizes._fields})
-    kernel = kernels_splash.make_kernel(1024, 1024, 1, True, 0, 0.0, sizes, 4, spread, True)
+    kernel = splash.make_kernel(splash.IndexMask(1024, 1024, True, 0, 4, spread), 1, 0.0, sizes, True)
     visited = np.asarray(kernel.fwd_mask_info.block_mask)[0] > 0
     assert [int(rows.sum()) for rows in np.split(visited, 4)] == tiles
 
@@ -290,10 +285,10 @@ def test_chunked_skips_what_cannot_be_seen():
 
     def visited(segments, causal, window):
         x = jnp.zeros((1, 40, 1, 8))
-        see = Visibility(rows, rows, segments, segments)
-        _, _, _, queries, keys = kernels_chunked.split(x, x, x, see)
-        rule = kernels_chunked.Rule(causal, window, 1.0, 0.0)
-        first, end = kernels_chunked._ranges(queries, keys, rule)
+        mask = AttentionMask(rows, rows, segments, segments)
+        _, _, _, queries, keys = chunked.split(x, x, x, mask)
+        scoring = chunked.Scoring(causal, window, 1.0, 0.0)
+        first, end = chunked.visible_blocks(queries, keys, scoring)
         return list(zip(first.tolist(), end.tolist(), strict=True))
 
     ones = np.ones_like(rows)  # blocks: 5 queries, 4 keys
@@ -309,8 +304,8 @@ def test_chunked_memory_grows_with_the_rows_not_with_their_square(monkeypatch):
 
     def temporaries(kernel, T):
         def loss(q, k, v, rows):
-            see = Visibility(rows, rows, rows + 1, rows + 1, in_order=True)
-            return jnp.sum(attend(q, k, v, see, scale=1.0, kernel=kernel))
+            mask = AttentionMask(rows, rows, rows + 1, rows + 1, in_order=True)
+            return jnp.sum(attend(q, k, v, mask, scale=1.0, kernel=KERNELS[kernel]))
 
         x = jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)
         step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
@@ -340,9 +335,9 @@ CHOICES = [
 
 @pytest.mark.parametrize("needs, expected", CHOICES)
 def test_auto_takes_the_fastest_that_can_and_says_why(needs, expected):
-    name, reason = choose_kernel("auto", **needs)
-    assert name == expected and KERNELS[name].note in reason
-    assert ("where" in reason) == (needs["platform"] != "cpu" and name in ("xla", "chunked"))
+    kernel, reason = choose_kernel("auto", Needs(**needs))
+    assert kernel.name == expected and kernel.note in reason
+    assert ("where" in reason) == (needs["platform"] != "cpu" and expected in ("xla", "chunked"))
 
 
 REFUSALS = [
@@ -361,14 +356,16 @@ REFUSALS = [
 @pytest.mark.parametrize("name, needs, what", REFUSALS)
 def test_a_kernel_asked_for_is_used_or_refused(name, needs, what):
     with pytest.raises(ValueError, match=re.escape(what)):
-        choose_kernel(name, **needs)
+        choose_kernel(name, Needs(**needs))
 
 
 def test_a_cache_is_served_by_a_kernel_that_can_and_the_reason_says_so():
-    assert with_cache("xla", 9, 10**6) == "xla" and with_cache("chunked", 9, 8) == "chunked"
-    assert with_cache("splash", 9, 64) == "xla" and with_cache("cudnn", 9, 10**5) == "chunked"
-    assert {with_cache(name, 1, 10**5) for name in KERNELS} == {"xla"}
-    assert "with a key/value cache xla" in choose_kernel("splash", "tpu", head_dim=128)[1]
+    cases = {("xla", 9, 10**6): "xla", ("chunked", 9, 8): "chunked", ("splash", 9, 64): "xla",
+             ("cudnn", 9, 10**5): "chunked", **{(name, 1, 10**5): "xla" for name in KERNELS}}
+    for (name, T, S), expected in cases.items():
+        assert kernel_for_cache(KERNELS[name], T, S).name == expected
+    _, reason = choose_kernel("splash", Needs("tpu", head_dim=128))
+    assert "with a key/value cache xla" in reason
 
 
 @pytest.mark.parametrize("kernel", ["xla", "chunked"])
@@ -380,11 +377,11 @@ def test_bfloat16_gradients_against_float32(kernel):
     q, g = rng.normal(size=(2, 1, keys, heads, dim))
     k, v = np.broadcast_to(rng.normal(size=(2, 1, 1, groups, dim)), (2, 1, keys, groups, dim))
     where, one = np.arange(keys, dtype=np.int32)[None], np.ones((1, keys), np.int32)
-    see = Visibility(where, where, one, one, causal=False)
+    mask = AttentionMask(where, where, one, one, causal=False)
 
     def gradients(dtype):
         exact = [jnp.asarray(x, jnp.bfloat16).astype(dtype) for x in (q, k, v, g)]  # the same numbers in both
-        _, pull = jax.vjp(lambda *qkv: attend(*qkv, see, scale=0.125, kernel=kernel), *exact[:3])
+        _, pull = jax.vjp(lambda *qkv: attend(*qkv, mask, scale=0.125, kernel=KERNELS[kernel]), *exact[:3])
         return [np.asarray(x, np.float32) for x in pull(exact[3])]
 
     (dq, dk, dv), (dq32, dk32, dv32) = gradients(jnp.bfloat16), gradients(jnp.float32)

@@ -11,7 +11,7 @@ from processes import lines
 
 from lmjax.data.packing import DECODER
 from lmjax.nn.ops import matmul
-from lmjax.nn.quantized import KINDS, matmuls_in
+from lmjax.nn.quantized import MATMUL_DTYPES, matmuls_in
 from lmjax.training.loop import train
 from lmjax.training.program import make_program
 from lmjax.training.recipe import build_recipe
@@ -43,12 +43,12 @@ def check(got: np.ndarray, a: np.ndarray, b: np.ndarray, dtypes: tuple[np.dtype,
     assert error.sum() > 0.03 * bound.sum()  # it did something
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MATMUL_DTYPES)
 def test_each_row_and_column_has_its_own_step(kind):
     with matmuls_in(kind):
         y, gradient = jax.vjp(lambda x, w: matmul(x, w, ("embed", "mlp")), X, W)
         d_x, d_w = gradient(jnp.asarray(G))
-    low = KINDS[kind]
+    low = MATMUL_DTYPES[kind]
     check(y, X, W.T, (low.values, low.values))
     check(d_x, G, W, (low.gradients, low.values))
     np.testing.assert_allclose(d_w, np.einsum("btd,btf->df", X, G), rtol=1e-5, atol=1e-5)  # in the compute dtype
@@ -86,7 +86,7 @@ def test_a_run_learns_as_it_does_without(tmp_path):
 
     exact = losses("auto")
     assert exact[0] - exact[-1] > 1  # nats
-    for kind in KINDS:
+    for kind in MATMUL_DTYPES:
         low = losses(kind)
         assert low != exact
         assert abs(low[-1] - exact[-1]) < 0.02 * (exact[0] - exact[-1])

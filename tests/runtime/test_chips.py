@@ -36,7 +36,7 @@ def test_gpu_check_times_what_it_says(gpu_check, name, millions):
     model = build_model(recipe.model, vocab_size=0, platform="gpu", dtype=recipe.train.dtype("gpu"),
                         seq_len=recipe.data.seq_len)
     assert round(num_elements(model.shapes) / 1e6) == millions
-    assert model.kernel == "cudnn" and str(model.dtype) == "bfloat16"
+    assert model.kernel.name == "cudnn" and str(model.dtype) == "bfloat16"
     pytest.importorskip("torch")
     from lmjax.benchmarks.torch_step import lacking
 

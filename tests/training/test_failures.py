@@ -89,14 +89,16 @@ def test_refused_in_one_line_before_compiling(name, tmp_path, capsys, never_comp
 def test_a_device_without_room_is_told_with_what_helps(monkeypatch, capsys):
     with pytest.raises(RuntimeError) as found:
         jax.jit(lambda: jnp.zeros(1 << 44))().block_until_ready()  # 64 TiB
-    monkeypatch.setattr(cli, "_run", lambda *args: (_ for _ in ()).throw(found.value))
+    train = cli.COMMANDS["train"]._replace(run=lambda *args: (_ for _ in ()).throw(found.value))
+    monkeypatch.setitem(cli.COMMANDS, "train", train)
     assert cli.main(["train", "--config", CONFIG, "--workdir", "x"]) == 2
     line = one_line(capsys)
     assert all(word in line for word in ("Out of memory", "train.microbatches", "model.remat=full"))
 
 
 def test_a_fault_is_not_taken_for_a_mistake_of_the_user(monkeypatch):
-    monkeypatch.setattr(cli, "_run", lambda *args: np.zeros((2,)) @ np.zeros((3,)))
+    train = cli.COMMANDS["train"]._replace(run=lambda *args: np.zeros((2,)) @ np.zeros((3,)))
+    monkeypatch.setitem(cli.COMMANDS, "train", train)
     with pytest.raises(ValueError, match="mismatch"):
         cli.main(["train", "--config", CONFIG, "--workdir", "x"])
 
@@ -391,6 +393,6 @@ WRITERS = {
 def test_a_full_disk_is_known_however_a_library_words_it(name, small_disk):
     data = np.random.default_rng(0).integers(0, 2**16, 1 << 20, np.uint16)
     with pytest.raises(OSError, match="make room and run the same command again") as caught:
-        with checkpoint._when_full(small_disk):
+        with checkpoint.when_disk_full(small_disk):
             WRITERS[name](small_disk / "data", data)
     assert caught.value.errno == errno.ENOSPC

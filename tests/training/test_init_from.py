@@ -17,7 +17,8 @@ from lmjax.config import load
 from lmjax.data import open_splits
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
-from lmjax.training.checkpoint import checkpoint_steps, checksums, read_about
+from lmjax.training.checkpoint import checkpoint_steps, read_about
+from lmjax.training.checksums import checksums
 from lmjax.training.recipe import build_recipe
 from lmjax.training.step import next_token_loss
 

@@ -18,7 +18,7 @@ from lmjax.decoding.sampling import Sampling
 from lmjax.decoding.speculative import Draft, speculate
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
-from lmjax.nn.attention import Visibility
+from lmjax.nn.attention import AttentionMask
 from lmjax.nn.moe import MoEConfig
 from lmjax.training.step import next_token_loss
 
@@ -35,8 +35,8 @@ def batch():
 @pytest.mark.parametrize("window", [0, 5])
 def test_who_sees_whom(batch, window):
     position, segment, prefix = batch["positions"], batch["segment_ids"], batch["bidirectional"]
-    got = Visibility(*map(jnp.asarray, (position, position, segment, segment)), window=window,
-                     kv_prefix=jnp.asarray(prefix)).mask()
+    got = AttentionMask(*map(jnp.asarray, (position, position, segment, segment)), window=window,
+                     kv_prefix=jnp.asarray(prefix)).to_dense()
     want = np.zeros(got.shape, bool)
     for b, q, k in np.ndindex(*got.shape):
         near = not window or position[b, q] - position[b, k] < window

@@ -1,33 +1,25 @@
-"""Runs the stages that turn text into training data: all cores, bounded memory, nothing done twice.
+"""Runs the stages of data preparation on all cores, in bounded memory, and repeats no finished stage.
 
-A stage writes one folder. It comes into being under another name and is renamed when whole, with a receipt: what
-it was made from, by what, and what came out. A stage whose receipt says that the same would be made again is not
-run again. A stage is made of two things:
+A stage writes one folder. The folder has a temporary name until it is complete, and it holds a
+receipt: what the stage was made from, by which versions, and a hash of the result. A stage whose
+receipt matches what would be made now is not run again. Stages are built from two operations:
 
-  map    a function of one shard, run on all cores;
-  group  the shards' records brought together by key: each shard's are sorted and spilled to disk, and the ranges of
-         keys are then worked on one after the other, each small enough for the memory that there is.
+  map    calls a function on every shard, in parallel.
+  group  brings the records of all shards together by key. The records of each shard are sorted and
+         spilled to disk; then ranges of keys are processed, each small enough for the memory limit.
 
-Results come in the order of the shards or of the keys. So the bytes are the same for any number of workers, and for
-any memory.
+Results come in the order of the shards or of the keys. The written bytes are therefore the same for
+any number of workers and any memory limit.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
-import pickle
 import platform
-import queue
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -35,12 +27,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import lmjax
+from lmjax.data.preparation.workers import Workers
 from lmjax.data.store import canonical
 
 Log = Callable[[str], None]
-SAMPLED_KEYS = 1024  # of each run of records, to find ranges of keys that hold as much
-COPIES = 6  # of a range's records that exist at once while it is sorted and reduced
-VERSIONS = ("lmjax", "numpy", "pyarrow", "sentencepiece", "tensorstore", "ftfy")
+SAMPLED_KEYS = 1024  # per spilled file, to find ranges of keys with equally many records
+COPIES = 6  # of a range's records that exist at once while they are sorted and reduced
+PACKAGES = ("lmjax", "numpy", "pyarrow", "sentencepiece", "tensorstore", "ftfy")
 
 
 class Stage(NamedTuple):
@@ -50,50 +44,55 @@ class Stage(NamedTuple):
     receipt: dict[str, Any]
 
     @property
+    def name(self) -> str:
+        return self.receipt["stage"]
+
+    @property
     def facts(self) -> Any:
         """What `build` returned, as JSON values."""
         return self.receipt["facts"]
 
+    @property
+    def digest(self) -> str:
+        """The hash of everything that the stage wrote."""
+        return self.receipt["output"]
+
     def path(self, name: str) -> str:
+        """The path of a file of the stage."""
         return os.path.join(self.folder, name)
 
 
 class Engine:
-    """Stages in one folder, which nobody else may be using.
+    """Runs stages in one folder, which no other process may use at the same time.
 
     Args:
-      folder: where the stages lie.
-      workers: processes; 0 is one for each core.
-      memory_mib: what all of them may hold in records at once.
+      folder: where the folders of the stages are.
+      workers: number of processes; 0 takes one per core.
+      memory_mib: limit for the records that all processes hold at once.
       log: called with each line of progress.
     """
 
     def __init__(self, folder: str, *, workers: int = 0, memory_mib: int = 2048, log: Log = print):
         self.folder, self.log = folder, log
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = Workers(workers or len(os.sched_getaffinity(0)))
         self.memory = memory_mib << 20
-        self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
-        self._started: list[subprocess.Popen] = []
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in self._started:
-            process.kill()
-            process.wait()
-            process.stdin.close()
-            process.stdout.close()
+        self.workers.close()
 
     def stage(self, name: str, config: Any, inputs: Mapping[str, str], build: Callable[[str], Any], *,
               describe: Callable[[Any], str] = str) -> Stage:
-        """Makes the stage `name`, or finds it made.
+        """Runs the stage `name`, or finds that it was finished before.
 
         Args:
-          config: what decides its result besides the inputs: JSON values.
-          inputs: a digest for each input.
-          build: writes into the folder that it is given, and returns facts (JSON values) for the receipt.
-          describe: the facts in words, for the log.
+          name: of the stage, and of its folder.
+          config: the settings that decide the result, as JSON values.
+          inputs: a digest per input.
+          build: writes into the folder that it is given, and returns facts (JSON values).
+          describe: turns the facts into a line for the log.
         """
         made_of = {"stage": name, "config": config, "inputs": dict(inputs), "versions": versions()}
         key = hashlib.sha256(canonical(made_of).encode()).hexdigest()
@@ -110,16 +109,16 @@ class Engine:
         try:
             facts = json.loads(json.dumps(build(temporary)))
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, room for what comes next
+            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, this makes room
             raise
         files = sorted(os.path.relpath(os.path.join(at, file), temporary)
                        for at, _, names in os.walk(temporary) for file in names)
         digests = self.map(_digest, [os.path.join(temporary, file) for file in files])
         seconds = time.monotonic() - start
         receipt = made_of | {
-            "key": key, "facts": facts, "seconds": round(seconds, 3), "workers": self.workers,
+            "key": key, "facts": facts, "seconds": round(seconds, 3), "workers": self.workers.count,
             "bytes": sum(os.path.getsize(os.path.join(temporary, file)) for file in files),
-            "peak_mib": _peak_mib(self._started),
+            "peak_mib": self.workers.peak_mib(),
             "output": hashlib.sha256(canonical([files, digests]).encode()).hexdigest(),
         }
         with open(os.path.join(temporary, "receipt.json"), "w") as out:
@@ -129,98 +128,81 @@ class Engine:
         return Stage(folder, receipt)
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """[function(item) for item in items], in the workers; both have to be picklable."""
-        workers = min(self.workers, len(items))
-        if workers < 2:
-            return [function(item) for item in items]
-        with concurrent.futures.ThreadPoolExecutor(workers) as threads:
-            try:
-                return list(threads.map(functools.partial(self._call, function), items))
-            except BaseException:
-                threads.shutdown(wait=True, cancel_futures=True)
-                raise
+        """Returns `[function(item) for item in items]`; the function and the items must be picklable."""
+        return self.workers.map(function, items)
 
     def group(self, emit: Callable[[Any], np.ndarray], items: Sequence[Any],
               reduce: Callable[[np.ndarray], np.ndarray], folder: str) -> list[str]:
-        """Brings records together by key.
+        """Brings the records of all items together by key.
 
         Args:
-          emit: of an item: records, uint64 [columns, n]; the first column is the key.
-          reduce: of all records whose keys lie in a range, sorted by key and for equal keys in the order in which
-            they were emitted: records [columns, m] of any kind.
-          folder: made, for the spilled records; the caller removes it.
+          emit: turns an item into records, uint64 [columns, n]; the first column is the key.
+          reduce: turns all records of a range of keys into other records [columns, m]. It gets them
+            sorted by key; records with equal keys are in the order in which they were emitted.
+          folder: for the spilled records; it is made here, and the caller removes it.
         Returns:
-          .npy files of what was reduced, in the order of the keys.
+          .npy files of reduced records, in the order of their keys.
         """
         os.makedirs(folder, exist_ok=True)
-        runs = [os.path.join(folder, f"run-{i:06}.npy") for i in range(len(items))]
-        samples = self.map(functools.partial(_emit, emit), list(zip(items, runs, strict=True)))
-        size = sum(map(os.path.getsize, runs))
+        spilled = [os.path.join(folder, f"run-{i:06}.npy") for i in range(len(items))]
+        samples = self.map(functools.partial(_emit, emit), list(zip(items, spilled, strict=True)))
+        size = sum(map(os.path.getsize, spilled))
         ranges = self.ranges(samples, size, folder)
-        self.map(functools.partial(_reduce, reduce, runs), ranges)
-        for run in runs:
-            os.remove(run)
+        self.map(functools.partial(_reduce, reduce, spilled), ranges)
+        for file in spilled:
+            os.remove(file)
         return [path for _, _, path in ranges]
 
-    def ranges(self, samples: Sequence[np.ndarray], size: int, folder: str) -> list[tuple[int, int | None, str]]:
-        """(first key, first of the next, file to be written) of ranges of keys that fit into memory.
+    def ranges(self, samples: Sequence[np.ndarray], size: int,
+               folder: str) -> list[tuple[int, int | None, str]]:
+        """Cuts the keys into ranges whose records fit into memory.
 
-        samples: keys of each run of records. size: of all records, in bytes.
+        Args:
+          samples: evenly spaced keys of each spilled file.
+          size: of all records, in bytes.
+          folder: for the files of the ranges.
+        Returns:
+          per range its first key, the first key of the next range (None for the last range), and
+          the file for its result.
         """
-        parts = -(-size * COPIES * self.workers // self.memory) or 1
+        parts = -(-size * COPIES * self.workers.count // self.memory) or 1
         keys = np.sort(np.concatenate([*samples, np.zeros(0, np.uint64)]))
-        bounds = sorted({int(keys[i * len(keys) // parts]) for i in range(1, parts)} - {0}) if len(keys) else []
+        cuts = {int(keys[i * len(keys) // parts]) for i in range(1, parts)} if len(keys) else set()
+        bounds = sorted(cuts - {0})
         return [(low, high, os.path.join(folder, f"part-{p:06}.npy"))
                 for p, (low, high) in enumerate(zip([0, *bounds], [*bounds, None], strict=True))]
 
     def sort(self, files: Sequence[str], folder: str, out: str) -> int:
-        """Sorts the records of .npy files by key, drops repeated ones, writes one file; returns how many are left."""
+        """Sorts the records of .npy files by key, drops repeated ones and writes them to one file.
+
+        Args:
+          files: .npy files of records, uint64 [columns, n].
+          folder: for spilled records; the caller removes it.
+          out: the .npy file to write.
+        Returns:
+          the number of records that are left.
+        """
         parts = self.group(np.load, files, _unique, folder)
         loaded = [np.load(part, mmap_mode="r") for part in parts]
         total, columns = sum(part.shape[1] for part in loaded), loaded[0].shape[0]
-        with open(out, "wb") as file:  # not through a memory map: a disk that is full then kills the process
+        with open(out, "wb") as file:  # writes through a memory map kill the process if the disk is full
             np.lib.format.write_array_header_1_0(file, {
                 "descr": np.lib.format.dtype_to_descr(loaded[0].dtype), "fortran_order": False,
                 "shape": (columns, total)})
             for column in range(columns):
                 for part in loaded:
-                    file.write(np.ascontiguousarray(part[column]))
+                    file.write(np.ascontiguousarray(part[column]).data)
         return total
-
-    def _call(self, function: Callable[[Any], Any], item: Any) -> Any:
-        try:
-            process = self._idle.get_nowait()
-        except queue.Empty:
-            process = _start_worker()
-            self._started.append(process)
-        try:
-            pickle.dump((function, item), process.stdin)
-            process.stdin.flush()
-            ok, result = pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError) as error:
-            process.wait()
-            raise ValueError(f"prepare: expected a worker to finish, got one that ended with {process.returncode} "
-                             "(-9: most likely out of memory); lower data.curate.memory_mib or "
-                             "data.curate.workers") from error
-        self._idle.put(process)
-        if not ok:
-            raise result
-        return result
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the bytes of a stage."""
-    found = {"python": platform.python_version(), "unicode": unicodedata.unidata_version}
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    """Returns the versions of everything that decides the bytes of a stage."""
+    return {"python": platform.python_version(), "unicode": unicodedata.unidata_version,
+            **lmjax.installed(*PACKAGES)}
 
 
 def read_receipt(folder: str) -> dict[str, Any]:
-    """The receipt of a finished stage, {} where there is none."""
+    """Returns the receipt of a finished stage, or {} if there is none."""
     try:
         with open(os.path.join(folder, "receipt.json")) as file:
             return json.load(file)
@@ -229,50 +211,20 @@ def read_receipt(folder: str) -> dict[str, Any]:
 
 
 def between(rows: np.ndarray, first: int, last: int, shift: int = 0) -> np.ndarray:
-    """The columns of sorted records [c, n] whose key >> shift is in [first, last)."""
+    """Returns the columns of sorted records [c, n] with `first <= key >> shift < last`."""
     low, high = np.searchsorted(rows[0], np.array([first << shift, last << shift], np.uint64))
     return np.asarray(rows[:, low:high])
 
 
-def work() -> None:
-    """The loop of a worker process: it ends when its parent does, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its workers
-    tasks, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get among the results
-    while True:
-        try:
-            function, item = pickle.load(tasks)
-        except EOFError:
-            return
-        try:
-            result = True, function(item)
-        except Exception as error:  # handed to the parent, whatever it is
-            result = False, error
-        pickle.dump(result, results)
-        results.flush()
+def sort_by_key(rows: np.ndarray) -> np.ndarray:
+    """Sorts records [c, n] by key; records with equal keys keep their order."""
+    return rows[:, np.argsort(rows[0], kind="stable")]
 
 
-def _start_worker() -> subprocess.Popen:
-    # Not multiprocessing: a fork would copy JAX's locks, and its other ways run the user's own script once more.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", "from lmjax.data.preparation.engine import work; work()"],
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-
-
-def _peak_mib(workers: Sequence[subprocess.Popen]) -> int:
-    """The most memory that any one process has held so far, this one or one of its workers.
-
-    Where there is no /proc, workers that still live are not counted.
-    """
-    try:
-        return max(_held_kib(process) for process in ("self", *(worker.pid for worker in workers))) >> 10
-    except OSError:
-        return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) >> 10
-
-
-def _held_kib(process: int | str) -> int:
-    with open(f"/proc/{process}/status") as file:
-        return next((int(line.split()[1]) for line in file if line.startswith("VmHWM:")), 0)  # a zombie has none
+def sample_keys(key_N: np.ndarray) -> np.ndarray:
+    """Returns at most `SAMPLED_KEYS` evenly spaced ones of sorted keys, as uint64."""
+    at = np.linspace(0, len(key_N) - 1, min(SAMPLED_KEYS, len(key_N))).astype(np.int64)
+    return key_N[at].astype(np.uint64)
 
 
 def _digest(path: str) -> str:
@@ -280,30 +232,23 @@ def _digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _emit(emit: Callable, task: tuple[Any, str]) -> np.ndarray:
+def _emit(emit: Callable[[Any], np.ndarray], task: tuple[Any, str]) -> np.ndarray:
     item, path = task
-    rows = emit(item)
-    rows = rows[:, np.argsort(rows[0], kind="stable")]
+    rows = sort_by_key(emit(item))
     np.save(path, rows)
     return sample_keys(rows[0])
 
 
-def sample_keys(key_N: np.ndarray) -> np.ndarray:
-    """Some of sorted keys, evenly: uint64."""
-    at = np.linspace(0, len(key_N) - 1, min(SAMPLED_KEYS, len(key_N))).astype(np.int64)
-    return key_N[at].astype(np.uint64)
-
-
-def _reduce(reduce: Callable, runs: Sequence[str], task: tuple[int, int | None, str]) -> None:
+def _reduce(reduce: Callable[[np.ndarray], np.ndarray], spilled: Sequence[str],
+            task: tuple[int, int | None, str]) -> None:
     low, high, path = task
     pieces = []
-    for run in runs:
-        rows = np.load(run, mmap_mode="r")
+    for file in spilled:
+        rows = np.load(file, mmap_mode="r")
         first = np.searchsorted(rows[0], np.uint64(low))
         last = rows.shape[1] if high is None else np.searchsorted(rows[0], np.uint64(high))
-        pieces.append(np.array(rows[:, first:last]))  # a copy: pages of every run that was searched would add up
-    rows = np.concatenate(pieces, axis=1)
-    np.save(path, reduce(rows[:, np.argsort(rows[0], kind="stable")]))
+        pieces.append(np.array(rows[:, first:last]))  # a copy, so that the pages of the file are freed
+    np.save(path, reduce(sort_by_key(np.concatenate(pieces, axis=1))))
 
 
 def _unique(rows: np.ndarray) -> np.ndarray:

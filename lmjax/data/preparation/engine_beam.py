@@ -1,8 +1,8 @@
-"""The engine of the stages on Apache Beam: Dataflow, Flink, Spark, or Beam's own runner on one machine.
+"""The engine on Apache Beam: Dataflow, Flink, Spark, or Beam's own runner on one machine.
 
-It does what `engine.Engine` does, to the same bytes: Beam runs the maps, and its shuffle brings the records of a range
-of keys together. Shards are read and written where the stages lie, so every worker has to see that folder under one
-path, and to have lmjax installed.
+It makes the same bytes as `engine.Engine`. Beam runs the maps, and Beam's shuffle brings the
+records of a range of keys together. Shards are read and written in the folder of the stages, so
+every worker must see that folder under the same path and have lmjax installed.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from lmjax.data.preparation.engine import Engine, Log, sample_keys
+from lmjax.data.preparation.engine import Engine, Log, sample_keys, sort_by_key
+from lmjax.errors import UserError
 
 
 class BeamEngine(Engine):
-    """Stages in one folder, run by Beam.
+    """Runs stages in one folder with Beam.
 
     Args:
-      folder: where the stages lie: seen by all workers.
+      folder: where the folders of the stages are; all workers must see it.
       options: of Beam's pipeline, such as `--runner=FlinkRunner`.
-      workers, memory_mib: ranges of keys are cut so that so many at once take so much.
+      workers: how many ranges of keys may be in memory at once.
+      memory_mib: limit for the records of these ranges together.
       log: called with each line of progress.
     Raises:
-      ValueError: Beam is not installed.
+      UserError: Beam is not installed.
     """
 
     def __init__(self, folder: str, *, options: Sequence[str], workers: int = 0, memory_mib: int = 2048,
@@ -38,12 +40,12 @@ class BeamEngine(Engine):
         try:
             import apache_beam  # noqa: F401
         except ImportError as error:
-            raise ValueError(f"data.curate.beam: expected Apache Beam, got none ({error}); pip install lmjax[beam], or "
-                             "leave it empty") from error
+            raise UserError("Apache Beam", f"none ({error})", "pip install lmjax[beam], or leave it empty",
+                            where="data.curate.beam") from error
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """[function(item) for item in items], in Beam's workers; both have to be picklable."""
-        results = os.path.join(self.folder, ".results")  # a pipeline returns nothing: its workers leave files
+        """Returns `[function(item) for item in items]`, computed by Beam's workers."""
+        results = os.path.join(self.folder, ".results")  # a pipeline returns nothing, so workers write files
         os.makedirs(results, exist_ok=True)
         try:
             self._run(list(enumerate(items)), functools.partial(_keep, function, results))
@@ -60,17 +62,18 @@ class BeamEngine(Engine):
 
     def group(self, emit: Callable[[Any], np.ndarray], items: Sequence[Any],
               reduce: Callable[[np.ndarray], np.ndarray], folder: str) -> list[str]:
-        """See `Engine.group`. Records are made twice: to find the ranges of keys, and to go through the shuffle."""
+        """See `Engine.group`. Calls `emit` twice per item: to cut the keys into ranges, then to shuffle."""
         os.makedirs(folder, exist_ok=True)
         samples = self.map(functools.partial(_sample, emit), items)
-        ranges = self.ranges([keys for keys, _ in samples], sum(size for _, size in samples), folder)
+        size = sum(size for _, size in samples)
+        ranges = self.ranges([keys for keys, _ in samples], size, folder)
         self._run(list(enumerate(items)), functools.partial(_pieces, emit, [low for low, _, _ in ranges]),
                   functools.partial(_reduce, reduce, [path for _, _, path in ranges]))
         return [path for _, _, path in ranges]
 
     def _run(self, items: Sequence[Any], each: Callable[[Any], Iterable],
              by_key: Callable[[Any], None] | None = None) -> None:
-        """Calls `each` on all items, and `by_key`, if there is one, on the pairs that it gives: (key, its values)."""
+        """Calls `each` on all items, then `by_key` on (key, values) of the pairs that `each` returned."""
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -81,29 +84,30 @@ class BeamEngine(Engine):
 
 
 def _keep(function: Callable[[Any], Any], results: str, task: tuple[int, Any]) -> Iterable[None]:
+    """Calls the function on one item and writes its result, or its exception, to a file."""
     number, item = task
     try:
         result = True, function(item)
-    except Exception as error:  # handed to the one who asked, whatever it is
+    except Exception as error:  # raised again by `BeamEngine.map`
         result = False, error
     path = os.path.join(results, str(number))
     with open(f"{path}.{os.getpid()}", "wb") as file:
         pickle.dump(result, file)
-    os.replace(f"{path}.{os.getpid()}", path)  # whole, also where Beam does a piece of work twice
+    os.replace(f"{path}.{os.getpid()}", path)  # Beam may run an item twice; the file is complete either way
     return ()
 
 
 def _sample(emit: Callable[[Any], np.ndarray], item: Any) -> tuple[np.ndarray, int]:
+    """Returns some keys of an item's records, and the size of the records in bytes."""
     rows = emit(item)
     return sample_keys(np.sort(rows[0])), rows.nbytes
 
 
 def _pieces(emit: Callable[[Any], np.ndarray], lows: Sequence[int],
             task: tuple[int, Any]) -> Iterator[tuple[int, tuple[int, np.ndarray]]]:
-    """(number of the range, (number of the item, its records there)), for all ranges, also where there are none."""
+    """Yields (range number, (item number, the item's records in that range)), for empty ranges too."""
     number, item = task
-    rows = emit(item)
-    rows = rows[:, np.argsort(rows[0], kind="stable")]
+    rows = sort_by_key(emit(item))
     cuts = np.searchsorted(rows[0], np.array(lows[1:], np.uint64))
     for part, piece in enumerate(np.split(rows, cuts, axis=1)):
         yield part, (number, np.ascontiguousarray(piece))
@@ -113,4 +117,4 @@ def _reduce(reduce: Callable[[np.ndarray], np.ndarray], paths: Sequence[str],
             task: tuple[int, Iterable[tuple[int, np.ndarray]]]) -> None:
     part, pieces = task
     rows = np.concatenate([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], axis=1)
-    np.save(paths[part], reduce(rows[:, np.argsort(rows[0], kind="stable")]))
+    np.save(paths[part], reduce(sort_by_key(rows)))

@@ -1,7 +1,11 @@
-"""Shards of documents: Arrow files of one record batch, zstd inside; the same bytes for the same documents."""
+"""Shards of documents: Arrow files with one record batch each, compressed with zstd.
+
+The same documents always give the same bytes.
+"""
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -10,24 +14,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-SHARD_BYTES = 8 << 20  # of text in a shard; a longer document is one by itself
-SAMPLES = 12  # examples that are kept of what each rule removed
-EXCERPT = 600  # characters of each
+SHARD_BYTES = 8 << 20  # of text per shard; a longer document has a shard of its own
+SAMPLES = 12  # examples kept per rule
+EXCERPT = 600  # characters kept per example
 
 
 class Shard(NamedTuple):
-    """Where documents lie: their file, their source, and the number of the first (they count on from shard to shard).
+    """A file of consecutive documents of one source.
 
-    That number is of the run of the whole corpus: documents are known by it wherever records are grouped.
+    The documents of a corpus are numbered from shard to shard. Records refer to documents by this
+    number.
     """
 
     path: str
-    source: str
-    first: int
+    source: str  # name of the source
+    first: int  # number of the first document
     documents: int
 
     @property
     def end(self) -> int:
+        """The number of the last document, plus one."""
         return self.first + self.documents
 
     @property
@@ -36,8 +42,9 @@ class Shard(NamedTuple):
 
 
 def write(path: str, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
-    """Writes columns of one length; `id` and `text` are strings."""
-    arrays = [pa.array(v, pa.string()) if k in ("id", "text", "language") else pa.array(v) for k, v in columns.items()]
+    """Writes columns of equal length; `id`, `text` and `language` are strings."""
+    arrays = [pa.array(values, pa.string()) if name in ("id", "text", "language") else pa.array(values)
+              for name, values in columns.items()]
     batch = pa.record_batch(arrays, names=list(columns))
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1), use_threads=False)
     with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, batch.schema, options=options) as out:
@@ -45,7 +52,7 @@ def write(path: str, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
 
 
 def read(path: str, columns: Sequence[str] = ()) -> pa.RecordBatch:
-    """The columns of a shard, all by default; only those are decompressed."""
+    """Reads columns of a shard, by default all; other columns are not decompressed."""
     with pa.memory_map(path) as file:
         schema = pa.ipc.open_file(file).schema
         options = pa.ipc.IpcReadOptions(use_threads=False)
@@ -55,11 +62,12 @@ def read(path: str, columns: Sequence[str] = ()) -> pa.RecordBatch:
 
 
 def texts(shard: Shard) -> list[str]:
+    """Returns the texts of the documents."""
     return read(shard.path, ["text"]).column(0).to_pylist()
 
 
 def raw_texts(shard: Shard) -> list[memoryview]:
-    """The documents' UTF-8 bytes, not copied."""
+    """Returns the texts of the documents as UTF-8 bytes, without copying them."""
     column = read(shard.path, ["text"]).column(0)
     _, offsets, data = column.buffers()
     at = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1].tolist()
@@ -67,14 +75,19 @@ def raw_texts(shard: Shard) -> list[memoryview]:
     return [view[a:b] for a, b in zip(at[:-1], at[1:], strict=True)]
 
 
+def shard_of(shards: Sequence[Shard], document: int) -> int:
+    """Returns the index of the shard that holds the document with this number."""
+    return bisect.bisect_right(shards, document, key=lambda shard: shard.first) - 1
+
+
 class Samples:
-    """Keeps the same few of any number of things in whatever order they come: those whose ids hash lowest."""
+    """Keeps the same few examples per rule whatever their order: those whose ids have the lowest hashes."""
 
     def __init__(self, samples: Mapping[str, Sequence[Sequence[Any]]] | None = None):
         self.kept: dict[str, list] = {rule: list(values) for rule, values in (samples or {}).items()}
 
     def add(self, rule: str, name: str, make: Callable[[], dict[str, Any]]) -> None:
-        """Offers an example of a rule; `make` gives what is kept of it, and is called only if it is kept."""
+        """Offers an example of a rule. `make` returns its fields, and is called only if it is kept."""
         rank = hashlib.sha256(f"{rule}\0{name}".encode()).hexdigest()[:16]
         kept = self.kept.setdefault(rule, [])
         if len(kept) < SAMPLES or rank < kept[-1][0]:
@@ -83,6 +96,7 @@ class Samples:
             del kept[SAMPLES:]
 
     def merge(self, other: Samples) -> None:
+        """Offers all examples of another collection."""
         for rule, values in other.kept.items():
             mine = self.kept.setdefault(rule, [])
             mine += values
@@ -90,9 +104,10 @@ class Samples:
             del mine[SAMPLES:]
 
     def plain(self) -> dict[str, list[dict[str, Any]]]:
+        """Returns the examples per rule, without their hashes."""
         return {rule: [value for _, value in values] for rule, values in sorted(self.kept.items())}
 
 
 def excerpt(text: str) -> str:
-    """The beginning of a text, short enough to look at."""
+    """Returns the beginning of a text, at most `EXCERPT` characters."""
     return text if len(text) <= EXCERPT else f"{text[:EXCERPT]}\u2026"

@@ -1,4 +1,4 @@
-"""The last stage of `lmjax prepare`: the token store, in a random order of documents."""
+"""Writes the prepared directory's data: the token store, contamination counts and n-gram baselines."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from lmjax.data import store
 from lmjax.data.config import DataConfig
 from lmjax.data.hashing import key_of, permute
 from lmjax.data.preparation import shards
+from lmjax.data.preparation.decontaminate import RUN_KINDS
 from lmjax.data.preparation.engine import Stage
 from lmjax.data.preparation.shards import Shard
 from lmjax.data.preparation.stages import Prepared
 from lmjax.data.text import ngram, sources
 from lmjax.data.tokenizers import Tokenizer
 
-BASELINE_TOKENS = 16_000_000  # of the training split that the n-grams count: some 10 s and 2 GB
+BASELINE_TOKENS = 16_000_000  # training tokens that the n-grams count: about 10 s and 2 GB
 
 
 def write_store(config: DataConfig, made: Prepared, out: str) -> dict[str, Any]:
-    """Shuffles the documents of each split of each source and writes its arrays; returns the manifest's entries."""
-    finished = made.texts[-1]
+    """Shuffles the documents of each split of each source and writes their arrays.
+
+    Returns:
+      the manifest's entries, by source.
+    """
     entries: dict[str, dict[str, Any]] = {}
     for source in config.sources:
-        counts = [text.stage.facts["sources"][source.name] for text in made.texts]
+        counts = [corpus.counts(source.name) for corpus in made.corpora]
         removed: Counter[str] = Counter()
         for count in counts:
             removed.update({rule: n for rule, (n, _) in count["removed"].items()})
@@ -36,15 +40,16 @@ def write_store(config: DataConfig, made: Prepared, out: str) -> dict[str, Any]:
             "read": {key: counts[0][key] for key in ("documents", "bytes")},
             "changed": counts[1]["changed"] | counts[2]["changed"], "removed": dict(removed)}
         for split in ("train", "heldout"):
-            facts = zip(finished.parts, made.tokens.facts["splits"], strict=True)
+            facts = zip(made.finished.parts, made.tokens.facts["splits"], strict=True)
             size = sum(shard[split][1] for part, shard in facts if part.source == source.name)
             entry[split] = _write_split(made, out, source.name, split, size)
     return entries
 
 
 def _write_split(made: Prepared, out: str, source: str, split: str, size: int) -> dict[str, Any]:
-    parts = [part for part in made.texts[-1].parts if part.source == source]
-    lengths, starts, which, places = [], [], [], []
+    """Writes one split of a source, whose texts have `size` bytes."""
+    parts = [part for part in made.finished.parts if part.source == source]
+    lengths, starts, which, places = [], [], [], []  # of every document: its tokens, and where they are
     for p, part in enumerate(parts):
         load = functools.partial(_load, made.tokens, part)
         mine = np.flatnonzero(load("heldout") == (split == "heldout"))
@@ -76,13 +81,18 @@ def _load(tokens: Stage, part: Shard, name: str) -> np.ndarray:
 
 
 def contamination(made: Prepared) -> list[dict[str, Any]]:
-    """For each evaluation example: how many of its runs of words and letters the corpus had, and in which documents."""
+    """Counts, for each evaluation example, the runs of words and letters that the corpus had.
+
+    Returns:
+      per example its `set`, `id`, beginning of the `text`, the `documents` that share a run with
+      it, and for `words` and `letters` [runs found, runs it has].
+    """
     if not made.evals:
         return []
     examples = shards.read(made.evals.path("examples.arrow")).to_pylist()
-    runs: list[dict[str, set[int]]] = [{"words": set(), "letters": set()} for _ in examples]
+    runs: list[dict[str, set[int]]] = [{kind: set() for kind in RUN_KINDS} for _ in examples]
     documents: list[set[str]] = [set() for _ in examples]
-    for part in made.texts[-1].parts:
+    for part in made.finished.parts:
         for hit in shards.read(f"{part.path}.hits").to_pylist():
             runs[hit["example"]][hit["kind"]].add(hit["run"])
             documents[hit["example"]].add(hit["id"])
@@ -92,14 +102,22 @@ def contamination(made: Prepared) -> list[dict[str, Any]]:
 
 
 def baselines(entries: dict[str, Any], tokenizer: Tokenizer, out: str) -> dict[str, Any]:
-    """What n-grams achieve on the held-out text, learnt from a share of every source's training text."""
+    """Measures n-gram models on the held-out text, counted on an equal share of every source.
+
+    Args:
+      entries: the manifest's entries, by source.
+      tokenizer: of the data.
+      out: the directory with the token store.
+    Returns:
+      the losses that `ngram.baselines` computes.
+    """
     total = sum(entry["train"]["tokens"] for entry in entries.values())
     share = min(1.0, BASELINE_TOKENS / total)
 
     def tokens(split: str, share: float) -> np.ndarray:
-        parts = [store.open_array(f"{out}/{name}/{split}/tokens")[: int(entry[split]["tokens"] * share)].read().result()
-                 for name, entry in entries.items()]
-        return np.concatenate(parts)
+        wanted = {name: int(entry[split]["tokens"] * share) for name, entry in entries.items()}
+        return np.concatenate([store.open_array(f"{out}/{name}/{split}/tokens")[:count].read().result()
+                               for name, count in wanted.items()])
 
     return ngram.baselines(tokens("train", share), tokens("heldout", 1.0), vocab_size=tokenizer.vocab_size,
                            heldout_bytes=sum(entry["heldout"]["bytes"] for entry in entries.values()),

@@ -1,6 +1,7 @@
-"""Attention behind one function, with a table of what each kernel can do.
+"""The table of attention kernels: what each can do, which one `auto` takes, and the call to it.
 
-Shape suffixes: B batch, T query sequence, S key sequence, H query heads, G key/value heads, K head_dim.
+Shape suffixes: B batch, T query sequence, S key sequence, H query heads, G key/value heads,
+K head_dim.
 """
 
 import dataclasses
@@ -10,158 +11,213 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lmjax.errors import UserError
 from lmjax.nn.kernels.chunked import chunked_attention
 from lmjax.nn.kernels.cudnn import cudnn_attention
 from lmjax.nn.kernels.ring import ring_attention
 from lmjax.nn.kernels.splash import LANES, splash_attention
 from lmjax.nn.kernels.xla import xla_attention
-from lmjax.nn.masking import Visibility
-from lmjax.nn.sequence import ways
+from lmjax.nn.masking import AttentionMask
+from lmjax.nn.sequence import num_shards
 
-FEATURES = {  # what a model or a call may need, in words
+FEATURES = {  # what a model or a call may need from a kernel, in words
     "segments": "several documents or padding in a row",
-    "gqa": "fewer key/value heads than query heads",
-    "cross": "queries and keys of different lengths",
-    "window": "a sliding window",
-    "two_sided_window": "a sliding window without causality",
     "softcap": "a soft-cap on the scores",
     "bias": "an additive bias",
-    "prefix": "tokens that are seen against causality",
-    "cache": "causality or a window by position, as with a key/value cache",
+    "window": "a sliding window",
+    "cross": "queries and keys of different lengths",
     "context": "a sequence split over the mesh",
+    "prefix": "tokens that are seen against causality",
+    "two_sided_window": "a sliding window without causality",
+    "gqa": "fewer key/value heads than query heads",
+    "cache": "causality or a window by position, as with a key/value cache",
 }
+ALL = frozenset(FEATURES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a model or one call needs from a kernel. Zero, None and "" stand for "not known"."""
+
+    platform: str = ""  # "cpu", "gpu" or "tpu"
+    softcap: float = 0.0  # of the scores; 0: none
+    bias: bool = False  # whether a bias is added to the scores
+    window: int = 0  # of the sliding window; 0: none
+    causal: bool = True
+    cross: bool = False  # whether queries and keys may have different lengths
+    context: bool = False  # whether the sequence is split over devices
+    prefix: bool = False  # whether some keys are visible to earlier queries
+    gqa: bool = False  # whether there are fewer key/value heads than query heads
+    cache: bool = False  # whether tokens are told apart by position, not by index
+    head_dim: int = 0
+    seq_len: int = 0  # of the rows; `auto` chooses by it
+    dtype: Any = None  # of queries, keys and values
+
+    @property
+    def features(self) -> list[str]:
+        """The names of `FEATURES` that are needed, in the order of that table."""
+        needed = {
+            "segments": True, "softcap": bool(self.softcap), "bias": self.bias,
+            "window": self.window > 0, "cross": self.cross, "context": self.context,
+            "prefix": self.prefix, "two_sided_window": self.window > 0 and not self.causal,
+            "gqa": self.gqa, "cache": self.cache}
+        return [name for name in FEATURES if needed[name]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One way of computing attention: where it runs and what it can honour.
+    """One way to compute attention: the function, where it runs and what it supports."""
 
-    can: names of `FEATURES`. head_dim: divides the head_dims that it takes, none over max_head_dim (0: any).
-    dtypes: of queries, keys and values (empty: any). dense: reads `Visibility.mask`, which `prepare` makes once.
-    """
-
+    name: str  # as `model.attention` gives it
+    # run(q, k, v, mask, scale=, softcap=, bias=) -> [B, T, H, K]; see `attend`
     run: Callable[..., jax.Array]
     platforms: tuple[str, ...]
-    can: frozenset[str]
-    note: str
-    head_dim: int = 1
-    max_head_dim: int = 0
-    dtypes: tuple[str, ...] = ()
-    dense: bool = False
-    balanced: int = 0  # tokens that pieces of a sequence spread by `shards.balanced` are multiples of; 0: it cannot
-    keys: str = "kv_seq"  # the axis name of the keys' sequence, which says whether devices share or split it
+    can: frozenset[str]  # names of `FEATURES`
+    note: str  # one phrase for the log
+    head_dim_multiple: int = 1  # head_dim is a multiple of this
+    max_head_dim: int = 0  # the largest head_dim; 0: any
+    dtypes: tuple[str, ...] = ()  # of queries, keys and values; empty: any
+    dense: bool = False  # whether it reads the dense mask, which `prepare` computes once
+    # Whether and how finely a sequence can be laid out by `sequence.balance_sequence`: its pieces
+    # are multiples of this many tokens. 0: it cannot.
+    balance_multiple: int = 0
+    keys: str = "kv_seq"  # axis name of the keys' sequence: "seq" where devices split the keys
+
+    def lacks(self, needs: Needs) -> str:
+        """The first of `needs` that this kernel cannot meet, in words; "" if it meets all."""
+        if needs.platform and needs.platform not in self.platforms:
+            return f"platform {needs.platform} (only {', '.join(self.platforms)})"
+        for feature in needs.features:
+            if feature not in self.can:
+                return f"{feature} ({FEATURES[feature]})"
+        too_large = self.max_head_dim and needs.head_dim > self.max_head_dim
+        if needs.head_dim % self.head_dim_multiple or too_large:
+            most = f" up to {self.max_head_dim}" if self.max_head_dim else ""
+            return f"head_dim {needs.head_dim} (multiples of {self.head_dim_multiple}{most})"
+        if needs.dtype is not None and self.dtypes:
+            dtype = jnp.dtype(needs.dtype).name
+            if dtype not in self.dtypes:
+                return f"dtype {dtype} ({' or '.join(self.dtypes)})"
+        return ""
+
+    def check(self, needs: Needs) -> None:
+        """Raises a `UserError` if this kernel cannot meet `needs`."""
+        if lacking := self.lacks(needs):
+            raise UserError(f"a kernel for {lacking}", f"{self.name!r}, which cannot", "use 'auto'",
+                            where="attention")
 
 
-ALL = frozenset(FEATURES)
-KERNELS = {
-    "xla": Kernel(xla_attention, ("cpu", "gpu", "tpu"), ALL, "exact, holds the [T, S] scores", dense=True),
-    "chunked": Kernel(chunked_attention, ("cpu", "gpu", "tpu"), ALL - {"bias", "prefix"},
-                      "exact, in blocks; memory grows with T, not with T * S"),
-    "ring": Kernel(ring_attention, ("cpu", "gpu", "tpu"), ALL - {"bias", "prefix", "cache"},
-                   "chunked, with keys and values passed round the context axis", keys="seq", balanced=1),
-    "splash": Kernel(splash_attention, ("tpu",), ALL - {"bias", "prefix", "cache"},
-                     "Pallas kernel that visits only the tiles that can be seen", head_dim=8, balanced=LANES),
-    # Without causality cuDNN has no window; by index it cannot tell where a shard of a sequence begins.
-    "cudnn": Kernel(cudnn_attention, ("gpu",), ALL - {"bias", "prefix", "cache", "softcap", "two_sided_window",
-                                                   "context"},
-                    "cuDNN flash attention, documents as a dense mask", head_dim=8, max_head_dim=128,
-                    dtypes=("bfloat16", "float16")),
-}
-FAST = {"tpu": "splash", "gpu": "cudnn"}  # what auto takes where it can
-LONG = 1024  # from this many keys on the chunked kernel is clearly faster than the dense one: docs/attention.md
+KERNELS = {kernel.name: kernel for kernel in (
+    Kernel("xla", xla_attention, ("cpu", "gpu", "tpu"), ALL,
+           "exact, holds the [T, S] scores", dense=True),
+    Kernel("chunked", chunked_attention, ("cpu", "gpu", "tpu"), ALL - {"bias", "prefix"},
+           "exact, in blocks; memory grows with T, not with T * S"),
+    Kernel("ring", ring_attention, ("cpu", "gpu", "tpu"), ALL - {"bias", "prefix", "cache"},
+           "chunked, with keys and values passed round the context axis",
+           keys="seq", balance_multiple=1),
+    Kernel("splash", splash_attention, ("tpu",), ALL - {"bias", "prefix", "cache"},
+           "Pallas kernel that visits only the tiles that can be seen",
+           head_dim_multiple=8, balance_multiple=LANES),
+    # cuDNN has no window without causality. It masks by index, so it cannot tell where a shard of
+    # a sequence begins.
+    Kernel("cudnn", cudnn_attention, ("gpu",),
+           ALL - {"bias", "prefix", "cache", "softcap", "two_sided_window", "context"},
+           "cuDNN flash attention, documents as a dense mask",
+           head_dim_multiple=8, max_head_dim=128, dtypes=("bfloat16", "float16")),
+)}
+FAST = {"tpu": "splash", "gpu": "cudnn"}  # what `auto` takes on a platform, if it meets the needs
+# From this many keys on, the chunked kernel is clearly faster than the dense one: docs/attention.md
+LONG = 1024
 
 
-def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: Visibility, *, scale: float,
-           softcap: float = 0.0, bias: jax.Array | None = None, kernel: str) -> jax.Array:
-    """softmax(cap(q k^T * scale) + bias) v over the keys that each query sees; one that sees none gets 0.
+def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask, *,
+           scale: float, softcap: float = 0.0, bias: jax.Array | None = None,
+           kernel: Kernel) -> jax.Array:
+    """Attention: softmax(cap(q k^T * scale) + bias) v over the keys that each query sees.
 
-    cap(x) = softcap * tanh(x / softcap), or x where softcap is 0. H is a multiple of G: query head h reads
-    key/value head h // (H / G). bias: [1 or B, H, T, S], added in float32. Returns [B, T, H, K] in the dtype of q.
+    cap(x) = softcap * tanh(x / softcap), or x where softcap is 0. H is a multiple of G: query head
+    h reads key/value head h // (H / G).
+
+    Args:
+      bias: [1 or B, H, T, S], added to the scores in float32.
+
+    Returns:
+      [B, T, H, K] in the dtype of q; 0 for a query that sees no key.
 
     Raises:
-      ValueError: `kernel` cannot do that.
+      UserError: `kernel` does not support this call.
     """
-    see, (T, H, K), (S, G) = visibility, q_BTHK.shape[1:], k_BSGK.shape[1:3]
-    needs = {"gqa": H != G, "cross": T != S, "context": ways("seq") > 1, "softcap": bool(softcap),
-             "bias": bias is not None, "prefix": see.kv_prefix is not None, "window": see.window > 0,
-             "two_sided_window": see.window > 0 and not see.causal,
-             "cache": (see.causal or see.window > 0) and not see.in_order}
-    _check(kernel, needs, K, q_BTHK.dtype)
-    return KERNELS[kernel].run(q_BTHK, k_BSGK, v_BSGK, visibility, scale=scale, softcap=softcap, bias=bias)
+    (T, H, K), (S, G) = q_BTHK.shape[1:], k_BSGK.shape[1:3]
+    kernel.check(Needs(
+        softcap=softcap, bias=bias is not None, window=mask.window, causal=mask.causal,
+        cross=T != S, context=num_shards("seq") > 1, prefix=mask.kv_prefix is not None,
+        gqa=H != G, cache=(mask.causal or mask.window > 0) and not mask.in_order,
+        head_dim=K, dtype=q_BTHK.dtype))
+    return kernel.run(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, softcap=softcap, bias=bias)
 
 
-def prepare(visibility: Visibility, kernel: str) -> Visibility:
-    """What `kernel` needs of `visibility` that is the same in every layer, made once: call it before the layers."""
-    return visibility._replace(made=visibility.mask()) if KERNELS[kernel].dense else visibility
+def prepare(mask: AttentionMask, kernel: Kernel) -> AttentionMask:
+    """Computes once, before the layers, what `kernel` needs of the mask in every layer."""
+    return mask._replace(dense=mask.to_dense()) if kernel.dense else mask
 
 
-def spreads(kernel: str, T: int, *, causal: bool, capacity: float = 0.0) -> bool:
-    """Whether rows of T tokens are laid out by `shards.balanced`: where a sequence is split, and can be, and the later
-    tokens have more to see. capacity: of experts, whose slots go by the order of tokens."""
-    multiple = KERNELS[kernel].balanced * 2 * ways("seq")
-    return causal and not capacity and multiple > 0 and ways("seq") > 1 and T % multiple == 0
+def uses_balanced_rows(kernel: Kernel, T: int, *, causal: bool, capacity: float = 0.0) -> bool:
+    """Whether rows of T tokens are laid out by `sequence.balance_sequence`.
 
+    They are where a causal sequence is split over devices and the kernel supports it: in reading
+    order, the devices with later tokens would have more keys to attend to.
 
-def with_cache(kernel: str, T: int, S: int) -> str:
-    """What runs instead of `kernel` when T queries attend to a cache of S slots: itself, if it can.
-
-    For one query the scores are a row, so the dense kernel holds no more than the others and reads keys as they lie.
+    Args:
+      capacity: of the experts, if there are any. With one, tokens take the experts' slots in the
+        order in which they lie, so they stay in reading order.
     """
-    return "xla" if T == 1 else kernel if "cache" in KERNELS[kernel].can else _by_size(S)
+    multiple = kernel.balance_multiple * 2 * num_shards("seq")
+    return causal and not capacity and multiple > 0 and num_shards("seq") > 1 and T % multiple == 0
 
 
-def choose_kernel(name: str, platform: str, *, softcap: float = 0.0, bias: bool = False, window: int = 0,
-                  causal: bool = True, cross: bool = False, context: bool = False, prefix: bool = False,
-                  head_dim: int = 0, seq_len: int = 0, dtype: Any = None) -> tuple[str, str]:
-    """(kernel, why it was chosen) for a model on `platform`; zeros and None: not known.
+def kernel_for_cache(kernel: Kernel, T: int, S: int) -> Kernel:
+    """The kernel for T queries over a cache of S slots: `kernel`, if it supports caches.
+
+    For a single query the scores are one row, so the dense kernel needs no more memory than the
+    others, and it reads the keys as they lie.
+    """
+    if T == 1:
+        return KERNELS["xla"]
+    return kernel if "cache" in kernel.can else _by_length(S)
+
+
+def choose_kernel(name: str, needs: Needs) -> tuple[Kernel, str]:
+    """The kernel for a model, and why it was chosen.
+
+    Args:
+      name: "auto", or a name of `KERNELS`.
+      needs: of the model; its platform is known.
 
     Raises:
-      ValueError: `name` asks for a kernel that does not exist or cannot honour the model.
+      UserError: `name` is unknown, or that kernel does not support the model.
     """
-    needs = {"segments": True, "softcap": bool(softcap), "bias": bias, "window": window > 0, "cross": cross,
-             "context": context, "prefix": prefix, "two_sided_window": window > 0 and not causal}
     if name != "auto":
         if name not in KERNELS:
-            raise ValueError(f"attention: expected one of auto, {', '.join(KERNELS)}, got {name!r}; choose one of them")
-        _check(name, needs, head_dim, dtype, platform)
-        return name, _reason("asked for", name)
-    fast, why = FAST.get(platform), ""
+            raise UserError(f"one of auto, {', '.join(KERNELS)}", repr(name), "choose one of them",
+                            where="attention")
+        KERNELS[name].check(needs)
+        return KERNELS[name], _reason("asked for", KERNELS[name])
+    fast, lacking = FAST.get(needs.platform), ""
     if fast is not None:
-        lacking = _lacking(fast, needs, head_dim, dtype, platform)
+        lacking = KERNELS[fast].lacks(needs)
         if not lacking:
-            return fast, _reason(f"auto: on {platform}", fast)
-        why = f", where {fast} has no {lacking}"
-    name = "xla" if bias or prefix else _by_size(seq_len)
-    rows = f", rows of {seq_len}" if seq_len else ""
-    return name, _reason(f"auto: on {platform}{why}{rows}", name)
+            return KERNELS[fast], _reason(f"auto: on {needs.platform}", KERNELS[fast])
+    only_dense = needs.bias or needs.prefix
+    kernel = KERNELS["xla"] if only_dense else _by_length(needs.seq_len)
+    why = f", where {fast} has no {lacking}" if lacking else ""
+    rows = f", rows of {needs.seq_len}" if needs.seq_len else ""
+    return kernel, _reason(f"auto: on {needs.platform}{why}{rows}", kernel)
 
 
-def _by_size(S: int) -> str:
-    return "chunked" if S >= LONG else "xla"
+def _by_length(S: int) -> Kernel:
+    return KERNELS["chunked" if S >= LONG else "xla"]
 
 
-def _reason(start: str, name: str) -> str:
-    cached = "" if "cache" in KERNELS[name].can else "; with a key/value cache xla or, if it is long, chunked"
-    return f"{start}, {KERNELS[name].note}{cached}"
-
-
-def _lacking(name: str, needs: dict[str, bool], head_dim: int, dtype: Any, platform: str | None = None) -> str:
-    """The first thing that the kernel does not have, in words; empty if there is none."""
-    kernel = KERNELS[name]
-    if platform is not None and platform not in kernel.platforms:
-        return f"platform {platform} (only {', '.join(kernel.platforms)})"
-    for feature, needed in needs.items():
-        if needed and feature not in kernel.can:
-            return f"{feature} ({FEATURES[feature]})"
-    if head_dim % kernel.head_dim or (kernel.max_head_dim and head_dim > kernel.max_head_dim):
-        most = f" up to {kernel.max_head_dim}" if kernel.max_head_dim else ""
-        return f"head_dim {head_dim} (multiples of {kernel.head_dim}{most})"
-    if dtype is not None and kernel.dtypes and jnp.dtype(dtype).name not in kernel.dtypes:
-        return f"dtype {jnp.dtype(dtype).name} ({' or '.join(kernel.dtypes)})"
-    return ""
-
-
-def _check(name: str, needs: dict[str, bool], head_dim: int, dtype: Any, platform: str | None = None) -> None:
-    lacking = _lacking(name, needs, head_dim, dtype, platform)
-    if lacking:
-        raise ValueError(f"attention: expected a kernel for {lacking}, got {name!r}, which cannot; use 'auto'")
+def _reason(start: str, kernel: Kernel) -> str:
+    no_cache = "; with a key/value cache xla or, if it is long, chunked"
+    return f"{start}, {kernel.note}{'' if 'cache' in kernel.can else no_cache}"

@@ -1,79 +1,106 @@
-"""Ring attention (Liu et al. 2023, arXiv:2310.01889): the sequence stays split, keys and values go round.
+"""Ring attention (Liu et al. 2023, arXiv:2310.01889): the sequence stays split over devices.
 
-Every device keeps its queries and works on the keys that it holds while it sends them on, so that no device ever has
-all keys. Within a device the work is that of `kernels_chunked`, whose letters are used here; blocks of keys that
-cannot be seen cost nothing but their passage.
+Every device keeps its queries. It attends to the keys and values that it holds while it sends them
+on to the next device, so that no device ever holds all keys. Within a device the work is done by
+`chunked`, whose shape suffixes are used here. A device skips keys that its queries cannot see, so
+these cost only their transfer.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lmjax.nn.kernels.chunked import Rule, Tokens, backward, dot_along, forward, join, split
-from lmjax.nn.masking import Visibility
-from lmjax.nn.sequence import RESIDUALS, axes_of, per_shard, ways
+from lmjax.nn.kernels.chunked import (
+    OutputGrad,
+    Scoring,
+    Tokens,
+    backward,
+    forward,
+    grad_dot_output,
+    join,
+    split,
+)
+from lmjax.nn.masking import AttentionMask
+from lmjax.nn.sequence import KERNEL_RESIDUALS, mesh_axes, num_shards, per_shard
 
-Ring = tuple[tuple[str, ...], int]  # the mesh axes of the sequence, and how many devices they have
+
+class Ring(NamedTuple):
+    """The devices that share a sequence."""
+
+    axes: tuple[str, ...]  # mesh axes of the sequence
+    size: int  # devices along them
 
 
-def ring_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, visibility: Visibility, *, scale: float,
-                   softcap: float, bias: None = None) -> jax.Array:
-    """softmax(cap(q k^T * scale)) v, with queries, keys and values split by "seq"."""
-    rule, ring = Rule(visibility.causal, visibility.window, scale, softcap), (axes_of("seq"), ways("seq"))
+def ring_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask, *,
+                   scale: float, softcap: float, bias: None = None) -> jax.Array:
+    """softmax(cap(q k^T * scale)) v, with queries, keys and values split by "seq".
 
-    def body(q: jax.Array, k: jax.Array, v: jax.Array, see: Visibility, _: None) -> jax.Array:
-        return join(_attend(*split(q, k, v, see), rule, ring), q.shape)
+    `bias` is never set (see `choose.KERNELS`).
+    """
+    scoring = Scoring(mask.causal, mask.window, scale, softcap)
+    ring = Ring(mesh_axes("seq"), num_shards("seq"))
 
-    return per_shard(body, q_BTHK, k_BSGK, v_BSGK, visibility.by_index(), keys="seq")
+    def body(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, _: None) -> jax.Array:
+        return join(_attend(*split(q, k, v, mask), scoring, ring), q.shape)
+
+    return per_shard(body, q_BTHK, k_BSGK, v_BSGK, mask.by_index(), keys="seq")
 
 
 def _pass_on(tree: Any, ring: Ring) -> Any:
-    axes, size = ring
-    if size == 1:
+    """Sends every array of `tree` to the next device of the ring."""
+    if ring.size == 1:
         return tree
-    return jax.tree.map(lambda x: lax.ppermute(x, axes, [(i, (i + 1) % size) for i in range(size)]), tree)
+    hop = [(i, (i + 1) % ring.size) for i in range(ring.size)]
+    return jax.tree.map(lambda x: lax.ppermute(x, ring.axes, hop), tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens, rule: Rule,
-            ring: Ring) -> jax.Array:
-    return _attend_forward(q, k, v, queries, keys, rule, ring)[0]
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens,
+            scoring: Scoring, ring: Ring) -> jax.Array:
+    return _attend_forward(q, k, v, queries, keys, scoring, ring)[0]
 
 
-def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens, rule: Rule,
-                    ring: Ring) -> tuple[jax.Array, tuple]:
-    def add(held: tuple, sums: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array]:
-        """(y, log-sum) over what was held before and what is held now."""
-        y, log_sum = forward(q, held[0], held[1], queries, held[2], rule)
-        if sums is None:
-            return y, log_sum
-        both = jnp.logaddexp(sums[1], log_sum)
-        return sums[0] * jnp.exp(sums[1] - both) + y * jnp.exp(log_sum - both), both
+def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens,
+                    scoring: Scoring, ring: Ring) -> tuple[jax.Array, tuple]:
+
+    def attend(held: tuple) -> tuple[jax.Array, jax.Array]:
+        """y and log-sum over the keys that this device holds now."""
+        k, v, keys = held
+        return forward(q, k, v, queries, keys, scoring)
+
+    def add(sums: tuple[jax.Array, jax.Array], held: tuple) -> tuple[jax.Array, jax.Array]:
+        """y and log-sum over all keys seen so far and those held now."""
+        (y_before, before), (y, log_sum) = sums, attend(held)
+        total = jnp.logaddexp(before, log_sum)
+        return y_before * jnp.exp(before - total) + y * jnp.exp(log_sum - total), total
 
     def hop(carry: tuple, _: None) -> tuple[tuple, None]:
         held, sums = carry
-        return (_pass_on(held, ring), add(held, sums)), None
+        return (_pass_on(held, ring), add(sums, held)), None
 
     held = k, v, keys
-    sums = None
-    if ring[1] > 1:  # the first hop makes the sums that the others carry
-        start = _pass_on(held, ring), add(held, None)
-        (held, sums), _ = lax.scan(hop, start, None, length=ring[1] - 2)
-    y, log_sum = add(held, sums)
-    y, log_sum = (checkpoint_name(x, RESIDUALS) for x in (y.astype(q.dtype), log_sum))
+    if ring.size == 1:
+        y, log_sum = attend(held)
+    else:  # the first hop computes the sums that the other hops carry
+        start = _pass_on(held, ring), attend(held)
+        (held, sums), _ = lax.scan(hop, start, None, length=ring.size - 2)
+        y, log_sum = add(sums, held)
+    y, log_sum = (checkpoint_name(x, KERNEL_RESIDUALS) for x in (y.astype(q.dtype), log_sum))
     return y, (q, k, v, queries, keys, y, log_sum)
 
 
-def _attend_backward(rule: Rule, ring: Ring, saved: tuple, g: jax.Array) -> tuple[jax.Array | None, ...]:
+def _attend_backward(scoring: Scoring, ring: Ring, saved: tuple,
+                     g: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, queries, keys, y, log_sum = saved
-    along = dot_along(g, y)
+    output = OutputGrad(g, log_sum, grad_dot_output(g, y))
 
     def add(held: tuple, dq: jax.Array, dkv: tuple) -> tuple[jax.Array, tuple]:
-        part, dk, dv = backward(q, held[0], held[1], queries, held[2], rule, log_sum, along, g)
+        k, v, keys = held
+        part, dk, dv = backward(q, k, v, queries, keys, scoring, output)
         return dq + part, (dkv[0] + dk, dkv[1] + dv)
 
     def hop(carry: tuple, _: None) -> tuple[tuple, None]:
@@ -81,10 +108,11 @@ def _attend_backward(rule: Rule, ring: Ring, saved: tuple, g: jax.Array) -> tupl
         dq, dkv = add(held, dq, dkv)
         return (_pass_on(held, ring), dq, _pass_on(dkv, ring)), None
 
-    # The gradients of keys and values travel with them, and one hop further: home.
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
-    start = (k, v, keys), zeros[0], tuple(zeros[1:])
-    (held, dq, dkv), _ = lax.scan(hop, start, None, length=ring[1] - 1)
+    # The gradients of keys and values travel with them. After the last device has added its share,
+    # one more hop brings them to the device where their keys started.
+    dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    start = (k, v, keys), dq, (dk, dv)
+    (held, dq, dkv), _ = lax.scan(hop, start, None, length=ring.size - 1)
     dq, dkv = add(held, dq, dkv)
     dk, dv = _pass_on(dkv, ring)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmjax.data.config import DedupConfig
-from lmjax.data.preparation import dedup, shards
+from lmjax.data.preparation import dedup, repeats, shards
 from lmjax.data.preparation.engine import Engine
 from lmjax.data.preparation.shards import Shard
 from lmjax.data.text.words import ngrams, split
@@ -140,10 +140,10 @@ def test_repeated_windows_and_lines_are_cut_from_all_but_the_first(tmp_path):
     nothing = tmp_path / "nothing.npy"
     np.save(nothing, np.zeros((2, 0), np.uint64))
     with Engine(str(tmp_path), workers=1) as engine:
-        places = {kind: np.load(dedup.repeats(engine, parts_of(texts, tmp_path, 2), [str(nothing)], config,
+        places = {kind: np.load(repeats.repeats(engine, parts_of(texts, tmp_path, 2), [str(nothing)], config,
                                               str(tmp_path), kind))[0] for kind in ("windows", "lines")}
     after = []
     for d, text in enumerate(texts):
         mine = [(rows[rows >> np.uint64(32) == d] & np.uint64(2**32 - 1)).astype(int) for rows in places.values()]
-        after.append(dedup.cut(text, *mine, config)[0])
+        after.append(repeats.cut(text, *mine, config)[0])
     assert after == [texts[0], "second, ; rest\n", "third w0 w1 w2 w3\n", texts[3]]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmjax.data.preparation import engine as engine_module
+from lmjax.data.preparation import workers
 from lmjax.data.preparation.engine import Engine
 
 ITEMS, RECORDS = 120, 1 << 18  # 4 MiB of records an item
@@ -24,7 +24,7 @@ def reduce(rows):
 
 def peaks(engine):
     """The most that each worker has ever held, in MiB."""
-    status = [Path(f"/proc/{process.pid}/status").read_text() for process in engine._started]
+    status = [Path(f"/proc/{process.pid}/status").read_text() for process in engine.workers.started]
     return [int(re.search(r"VmHWM:\s+(\d+) kB", text)[1]) / 1024 for text in status]
 
 
@@ -48,8 +48,8 @@ def hold(size):
 
 
 def test_a_receipt_counts_what_a_worker_holds(tmp_path, monkeypatch):
-    held = engine_module._held_kib  # this process holds more, by what other tests left
-    monkeypatch.setattr(engine_module, "_held_kib", lambda process: 0 if process == "self" else held(process))
+    held = workers.held_kib  # this process holds more, by what other tests left
+    monkeypatch.setattr(workers, "held_kib", lambda process: 0 if process == "self" else held(process))
     with Engine(str(tmp_path), workers=2) as engine:
         stage = engine.stage("held", None, {}, lambda folder: engine.map(hold, [1, 256 << 20]))
         assert 256 < stage.receipt["peak_mib"] == int(max(peaks(engine)))

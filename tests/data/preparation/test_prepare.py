@@ -20,12 +20,13 @@ import pytest
 from lmjax.cli import errors
 from lmjax.data import DataConfig, SourceConfig, TokenizerConfig, open_splits, store
 from lmjax.data.config import CurateConfig, DecontaminateConfig, DedupConfig
-from lmjax.data.preparation import curate, stages
+from lmjax.data.preparation import curate, shards
 from lmjax.data.preparation import prepare as module
 from lmjax.data.preparation.curate import split_key
 from lmjax.data.preparation.engine import Engine
 from lmjax.data.preparation.engine_beam import BeamEngine
-from lmjax.data.preparation.prepare import prepare, trace
+from lmjax.data.preparation.ledger import trace
+from lmjax.data.preparation.prepare import prepare
 from lmjax.data.text.filters import GopherRepetition
 from lmjax.data.tokenizers import tokenizer_from_bytes
 
@@ -99,8 +100,7 @@ def everything(tmp_path, monkeypatch):
     for i in range(6):  # near copies, and one that is exact but for spaces
         (texts / f"copy{i}.txt").write_text((texts / f"{i:03}.txt").read_text() + "\nalpha beta 77")
     (texts / "exact.txt").write_text((texts / "007.txt").read_text() + "  ")
-    monkeypatch.setattr(curate, "SHARD_BYTES", 4000)  # many shards, so that workers have something to share
-    monkeypatch.setattr(stages, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4000)  # many shards, so that workers have something to share
     evals = DecontaminateConfig(sources=(SourceConfig("e", f"text:{texts}/020.txt"),), words=5)
     return texts, dataclasses.replace(ALL, decontaminate=evals)
 

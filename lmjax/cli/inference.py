@@ -1,0 +1,152 @@
+"""The commands that use a trained model: generate, score, eval, import-hf, export-hf.
+
+Each command has a function that adds its arguments and one that runs it. JAX and everything that
+imports it are imported in the function that runs, so that `lmjax --help` answers at once.
+"""
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+
+from lmjax.errors import UserError
+
+GENERATE_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+                    "seed", "stop", "num_beams", "length_penalty")  # those of `LM.generate`
+
+
+def _add_checkpoint(parser: ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT",
+                        help="a run's directory or one of its checkpoints")
+
+
+def add_generate(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax generate`."""
+    _add_checkpoint(parser)
+    add = parser.add_argument
+    add("--prompt", action="append", required=True, help="repeat it for several in one batch")
+    add("--max-tokens", type=int, default=128, help="tokens to generate at most (default: 128)")
+    add("--temperature", type=float, default=0.8,
+        help="0 takes the most likely token each time (default: 0.8)")
+    add("--top-k", type=int, default=0,
+        help="sample from this many of the most likely tokens (default: 0, all of them)")
+    add("--top-p", type=float, default=1.0,
+        help="sample from the most likely tokens that have this probability together (default: 1)")
+    add("--min-p", type=float, default=0.0,
+        help="drop tokens less likely than this share of the most likely one (default: 0)")
+    add("--repetition-penalty", type=float, default=1.0,
+        help="above 1: tokens of the text so far become less likely (default: 1)")
+    add("--stop", action="append", default=[], help="end before this string; repeat it for several")
+    add("--num-beams", type=int, default=1, help="beams of a beam search (default: 1, sampling)")
+    add("--length-penalty", type=float, default=1.0,
+        help="divide a beam's log-likelihood by length^THIS (default: 1)")
+    add("--draft", default="", metavar="CHECKPOINT",
+        help="a small model that proposes tokens; the distribution stays the same")
+    add("--stream", action="store_true", help="print the text while it is generated")
+    add("--seed", type=int, default=0, help="of the sampling (default: 0)")
+
+
+def generate(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Prints each prompt with its continuation."""
+    from lmjax.lm import load
+
+    lm = load(arguments.checkpoint)
+    options = {name: getattr(arguments, name) for name in GENERATE_OPTIONS}
+    if arguments.draft:
+        options["draft"] = load(arguments.draft)
+    if not arguments.stream:
+        for prompt, answer in zip(arguments.prompt, lm.generate(arguments.prompt, **options),
+                                  strict=True):
+            print(prompt + answer)
+        return
+    if len(arguments.prompt) > 1:
+        raise UserError("one --prompt", len(arguments.prompt), "leave --stream out",
+                        where="--stream")
+    print(arguments.prompt[0], end="", flush=True)
+    lm.generate(arguments.prompt, stream=lambda row, text: print(text, end="", flush=True),
+                **options)
+    print()
+
+
+def add_score(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax score`."""
+    _add_checkpoint(parser)
+    parser.add_argument("file", nargs="+", metavar="FILE", help="a UTF-8 text file")
+
+
+def score(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Prints bits per byte, perplexity and the number of tokens of each file."""
+    from lmjax.lm import load
+
+    lm = load(arguments.checkpoint)
+    for path in arguments.file:
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+        except UnicodeDecodeError as error:
+            raise UserError("UTF-8 text", error, "convert it, for example with `iconv -t UTF-8`",
+                            where=path) from None
+        found = lm.score([text])[0]
+        print(f"{path}: {found.bits_per_byte:.4f} bits/byte, perplexity {found.perplexity:.2f}, "
+              f"{found.tokens} tokens")
+
+
+def add_eval(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax eval`."""
+    _add_checkpoint(parser)
+    add = parser.add_argument
+    add("--tasks", required=True, metavar="NAME,...", help="tasks of lm-eval or of --task-dir")
+    add("--task-dir", default="", metavar="DIR", help="a directory of your own task files")
+    add("--num-fewshot", type=int, default=None, help="worked examples before each question")
+    add("--limit", type=int, default=None, help="examples per task")
+    add("--out", default="", metavar="FILE", help="write the results as JSON, too")
+
+
+def evaluate(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Prints the results of lm-eval's tasks as JSON."""
+    from lmjax.lm import load
+    from lmjax.lm_eval import evaluate_tasks
+
+    results = evaluate_tasks(load(arguments.checkpoint), arguments.tasks.split(","),
+                             task_dir=arguments.task_dir, num_fewshot=arguments.num_fewshot,
+                             limit=arguments.limit)
+    text = json.dumps(results, indent=2)
+    print(text)
+    if arguments.out:
+        with open(arguments.out, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def add_import_hf(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax import-hf`."""
+    parser.add_argument("checkpoint", metavar="DIR",
+                        help="a directory with config.json and safetensors")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the checkpoint goes")
+
+
+def import_hf(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Writes a checkpoint from a Hugging Face directory."""
+    from lmjax.lm import load
+
+    load(arguments.checkpoint).save(arguments.out)
+
+
+def add_export_hf(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax export-hf`."""
+    _add_checkpoint(parser)
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", help="where the Hugging Face directory goes")
+    add("--model-type", default="",
+        help="the family to write the model as (default: the first that fits)")
+    add("--dtype", default="",
+        help="float32, bfloat16 or float16 (default: the import's dtype, else float32)")
+    add("--max-shard-gb", type=float, default=5.0,
+        help="GB per weights file at most (default: 5)")
+
+
+def export_hf(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Writes a Hugging Face directory from a checkpoint."""
+    from lmjax.lm import load
+
+    load(arguments.checkpoint).export(arguments.out, model_type=arguments.model_type,
+                                      dtype=arguments.dtype,
+                                      max_shard_bytes=int(arguments.max_shard_gb * 1e9))

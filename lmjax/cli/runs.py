@@ -1,0 +1,185 @@
+"""The commands around a run: train, plan, prepare, data, trace, report, bench.
+
+Each command has a function that adds its arguments and one that runs it. JAX and everything that
+imports it are imported in the function that runs, so that `lmjax --help` answers at once.
+"""
+
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lmjax.cli.errors import explain
+from lmjax.errors import UserError
+
+if TYPE_CHECKING:
+    from lmjax.training.recipe import Recipe
+
+
+def _add_config(parser: ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--config", required=required, default="", metavar="FILE[:VARIANT]",
+                        help="a Python file with get_config(); "
+                        "--config.KEY.PATH=VALUE changes one of its values")
+
+
+def _add_workdir(parser: ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
+
+
+def _recipe(arguments: Namespace, overrides: Sequence[str]) -> "Recipe":
+    from lmjax.config import load
+    from lmjax.training.recipe import build_recipe
+
+    return build_recipe(load(arguments.config, overrides))
+
+
+def add_train(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax train`."""
+    _add_config(parser)
+    _add_workdir(parser)
+    parser.add_argument("--profile", default="", metavar="A:B",
+                        help="trace the steps A to B into WORKDIR/profile")
+    parser.add_argument("--hlo", default="", metavar="DIR", help="write the step's HLO into DIR")
+
+
+def train(arguments: Namespace, overrides: Sequence[str]) -> int:
+    """Trains, together with the other processes that the environment names."""
+    from lmjax.runtime.distributed import together
+
+    with together(explain):
+        from lmjax.training.loop import train
+
+        stopped = _stopped_code()
+        watch = [f"watch.{name}={getattr(arguments, name)}" for name in ("profile", "hlo")
+                 if getattr(arguments, name)]
+        outcome = train(_recipe(arguments, [*overrides, *watch]), arguments.workdir)
+    return stopped if outcome == "stopped" else 0
+
+
+def _stopped_code() -> int:
+    """The exit code of a run that was stopped and saved.
+
+    A launcher that starts such a run again sets it to a code other than 0.
+    """
+    code = os.environ.get("LMJAX_STOPPED_CODE") or "0"
+    if not (code.isdecimal() and int(code) < 256):
+        raise UserError("an exit code from 0 to 255", repr(code), "set 75, for example",
+                        where="LMJAX_STOPPED_CODE")
+    return int(code)
+
+
+def add_plan(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax plan`."""
+    _add_config(parser)
+    parser.add_argument("--topology", required=True, metavar="NAME",
+                        help="v5e:16x16, v5p-128, 2xv6e:16x16 (two slices) and so on, "
+                        "or cpu or gpu for the devices of this machine")
+    parser.add_argument("--search", action="store_true",
+                        help="first find the fastest mesh, remat policy and batch size")
+    parser.add_argument("--tokens", type=float, default=0.0,
+                        help="also estimate days and chip-hours for this number of tokens")
+    parser.add_argument("--out", default="", metavar="DIR",
+                        help="write plan.json, plan.svg and the HLO into DIR")
+
+
+def plan(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Plans a run."""
+    from lmjax.planning.plan import plan
+
+    plan(_recipe(arguments, overrides), arguments.topology, out=arguments.out,
+         tokens=arguments.tokens, find=arguments.search)
+
+
+def add_prepare(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax prepare`."""
+    _add_config(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the prepared data goes")
+
+
+def prepare(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Prepares a corpus."""
+    from lmjax.data.preparation.prepare import prepare
+    from lmjax.training.pretrained import make_tokenizer
+
+    prepare(_recipe(arguments, overrides).data, arguments.out, make_tokenizer=make_tokenizer)
+
+
+def add_data(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax data`."""
+    _add_workdir(parser)
+    parser.add_argument("action", choices=("show", "order"),
+                        help="show: the rows of one step with their text; "
+                        "order: one line per row of the run")
+    parser.add_argument("--step", type=int, default=1,
+                        help="for show: the step, from 1 as in metrics.jsonl (default: 1)")
+    parser.add_argument("--from", type=int, default=0, dest="first", metavar="ROW",
+                        help="for order: the first row (default: 0)")
+    parser.add_argument("--to", type=int, default=31, dest="last", metavar="ROW",
+                        help="for order: the last row (default: 31)")
+
+
+def data(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Shows the rows of a run."""
+    from lmjax.cli.data import order, show
+
+    if arguments.action == "show":
+        show(arguments.workdir, arguments.step)
+    else:
+        order(arguments.workdir, arguments.first, arguments.last)
+
+
+def add_trace(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax trace`."""
+    parser.add_argument("--data", required=True, metavar="DIR", help="a prepared directory")
+    parser.add_argument("--id", required=True,
+                        help="the document's id, as in ids.txt and ledger.parquet")
+
+
+def trace(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Prints what preparation did with a document."""
+    from lmjax.data.preparation.ledger import trace
+
+    print("\n".join(trace(arguments.data, arguments.id)))
+
+
+def add_report(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax report`."""
+    _add_workdir(parser)
+
+
+def report(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Writes report.html and prints its path."""
+    from lmjax.reporting.report import write_report
+
+    print(write_report(arguments.workdir))
+
+
+def add_bench(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax bench`."""
+    _add_config(parser, required=False)
+    parser.add_argument("what", nargs="?", choices=("train", "generate", "data"), default="train",
+                        help="data: the stages of `lmjax prepare` and the rows of training; "
+                        "it needs no --config (default: train)")
+    parser.add_argument("--seconds", type=float, default=60.0,
+                        help="seconds to measure for, per comparison (default: 60)")
+    parser.add_argument("--out", default="", metavar="FILE", help="write the results as JSON, too")
+
+
+def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Measures training, generation or data preparation."""
+    options = {"seconds": arguments.seconds, "out": arguments.out}
+    if not arguments.seconds > 0:
+        raise UserError("more than 0", arguments.seconds, "leave it out for 60", where="--seconds")
+    if arguments.what == "generate":
+        from lmjax.benchmarks.generate import bench_generate
+
+        bench_generate(_recipe(arguments, overrides), **options)
+    elif arguments.what == "data":
+        from lmjax.benchmarks.data import bench_data
+
+        bench_data(**options)
+    else:
+        from lmjax.benchmarks.train import bench
+
+        argv = [arguments.config, *(f"--config.{item}" for item in overrides)]
+        bench(_recipe(arguments, overrides), argv, **options)
