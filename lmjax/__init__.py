@@ -14,8 +14,9 @@ __all__ = ["LM", "load", "versions"]
 
 def versions() -> dict[str, str]:
     """Returns the version of lmjax and of the libraries that decide the result of a run."""
-    return {"lmjax": __version__} | installed("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy",
-                                              "tensorstore", "sentencepiece")
+    return {"lmjax": __version__} | installed(
+        "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorstore",
+        "sentencepiece")
 
 
 def installed(*packages: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A corpus on its way through the stages: the shards that a stage wrote, and the sums of their facts."""
+"""A corpus between two stages: the shards that a stage wrote, and the sums of their facts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def merge_facts(facts: Sequence[Facts], names: Iterable[str]) -> Facts:
     shards, by_source, samples = [], dict[str, Facts](), Samples()
     for fact, name in zip(facts, names, strict=True):
         shards.append([fact["file"], name, fact["documents"]])
-        total = by_source.setdefault(name, {"documents": 0, "bytes": 0, "removed": {}, "changed": Counter()})
+        total = by_source.setdefault(
+            name, {"documents": 0, "bytes": 0, "removed": {}, "changed": Counter()})
         total["documents"] += fact["documents"]
         total["bytes"] += fact["bytes"]
         _add_removed(total["removed"], fact["removed"])
@@ -57,7 +58,8 @@ def merge_facts(facts: Sequence[Facts], names: Iterable[str]) -> Facts:
 def totals(facts: Facts) -> tuple[int, int]:
     """Returns the number of documents of a stage, and their bytes."""
     sources = facts["sources"].values()
-    return sum(source["documents"] for source in sources), sum(source["bytes"] for source in sources)
+    documents = sum(source["documents"] for source in sources)
+    return documents, sum(source["bytes"] for source in sources)
 
 
 def removed(facts: Facts) -> dict[str, list[int]]:
@@ -83,7 +85,8 @@ def describe(facts: Facts) -> str:
     gone = Counter({rule: count for rule, (count, _) in removed(facts).items()})
     for what, counts in (("changed", changed(facts)), ("removed", gone)):
         if counts:
-            parts.append(f"{what}: " + ", ".join(f"{n:,} {rule}" for rule, n in counts.most_common(8)))
+            common = ", ".join(f"{n:,} {rule}" for rule, n in counts.most_common(8))
+            parts.append(f"{what}: {common}")
     return "; ".join(parts)
 
 

@@ -1,7 +1,6 @@
 """Ingests, cleans and finishes a corpus: a function of one shard for each of these stages.
 
-Each function runs in any process, reads one shard, writes one shard and returns its facts, JSON
-values:
+Each function runs in any process, reads one shard, writes one shard and returns its facts (JSON):
     file       name of the shard that it wrote
     documents  number of documents in it
     bytes      of their texts
@@ -38,7 +37,7 @@ Facts = dict[str, Any]
 
 
 class Tally:
-    """Counts and examples of what happens to a shard's documents, and the ledger of those removed."""
+    """Counts what happens to a shard's documents; keeps examples, and a ledger of those removed."""
 
     def __init__(self) -> None:
         self.removed: dict[str, list[int]] = {}
@@ -63,7 +62,8 @@ class Tally:
         count[1] += len(text.encode())
         for key, item in zip(self.ledger, (name, rule, by, value), strict=True):
             self.ledger[key].append(item)
-        self.samples.add(rule, name, lambda: {"text": excerpt(text), "note": note or by or f"{value:.3g}"})
+        note = note or by or f"{value:.3g}"
+        self.samples.add(rule, name, lambda: {"text": excerpt(text), "note": note})
 
     def write(self, folder: str, file: str, columns: Mapping[str, Any]) -> Facts:
         """Writes the shard and its ledger; returns the facts."""
@@ -72,11 +72,12 @@ class Tally:
         shards.write(f"{path}.ledger", self.ledger)
         return {"documents": len(columns["id"]),
                 "bytes": sum(len(text.encode()) for text in columns["text"]),
-                "removed": self.removed, "changed": dict(self.changed), "samples": self.samples.kept,
-                "file": file}
+                "removed": self.removed, "changed": dict(self.changed),
+                "samples": self.samples.kept, "file": file}
 
 
-def ingest(task: tuple[int, list[tuple[str, str]]], source: SourceConfig, folder: str) -> list[Facts]:
+def ingest(task: tuple[int, list[tuple[str, str]]], source: SourceConfig,
+           folder: str) -> list[Facts]:
     """Reads some files of a source into shards; broken records are counted and left out.
 
     Args:
@@ -92,7 +93,8 @@ def ingest(task: tuple[int, list[tuple[str, str]]], source: SourceConfig, folder
     columns: dict[str, list[str]] = {"id": [], "text": []}
 
     def flush() -> None:
-        facts.append(tally.write(folder, f"{source.name}-{number:06}-{len(facts):04}.arrow", columns))
+        file = f"{source.name}-{number:06}-{len(facts):04}.arrow"
+        facts.append(tally.write(folder, file, columns))
 
     for item in sources.read(source, files):
         if isinstance(item, Broken):
@@ -111,7 +113,7 @@ def ingest(task: tuple[int, list[tuple[str, str]]], source: SourceConfig, folder
 
 def clean_shard(part: Shard, config: CurateConfig, rules: Sequence[str], min_chars: int,
                 folder: str) -> Facts:
-    """Cleans texts, finds their languages, and removes documents by language, length and filters."""
+    """Cleans texts, finds their languages; removes documents by language, length and filters."""
     batch = shards.read(part.path)
     tally = Tally()
     names, texts = [], []
@@ -134,13 +136,15 @@ def clean_shard(part: Shard, config: CurateConfig, rules: Sequence[str], min_cha
         measured = Batch(group)
         verdicts = filters.reject(measured, families)
         words = np.diff(measured.words.bounds_D1).tolist()
-        for i, (text, code, verdict) in enumerate(zip(group, measured.languages, verdicts, strict=True)):
+        rows = zip(names[base : base + len(group)], group, measured.languages, words, verdicts,
+                   strict=True)
+        for name, text, code, count, verdict in rows:
             if config.languages and code not in config.languages:
-                tally.remove("language", names[base + i], text, note=code)
+                tally.remove("language", name, text, note=code)
             elif verdict:
-                tally.remove(verdict[0], names[base + i], text, value=verdict[1])
+                tally.remove(verdict[0], name, text, value=verdict[1])
             else:
-                for key, value in zip(columns, (names[base + i], text, code, words[i]), strict=True):
+                for key, value in zip(columns, (name, text, code, count), strict=True):
                     columns[key].append(value)
     return tally.write(folder, part.name, columns)
 
@@ -184,7 +188,8 @@ def finish_shard(part: Shard, config: CurateConfig, min_chars: int, findings: Fi
                    for row in between(np.load(path, mmap_mode="r"), part.first, part.end).T}
             for rule, path in findings.removed.items()}
     name_of = functools.lru_cache(maxsize=1 << 16)(functools.partial(_name_of, parts))
-    places = {kind: between(np.load(path, mmap_mode="r"), part.first, part.end, repeats.POSITION_BITS)[0]
+    places = {kind: between(np.load(path, mmap_mode="r"), part.first, part.end,
+                            repeats.POSITION_BITS)[0]
               for kind, path in findings.cuts.items()}
     kept: list[tuple[str, str, str, int]] = []  # id, text, language, words
     for i, (name, text) in enumerate(zip(data["id"], data["text"], strict=True)):
@@ -223,14 +228,14 @@ def _cut(name: str, text: str, number: int, places: Mapping[str, np.ndarray], co
     for kind in dict(pieces):
         tally.changed[kind] += 1
     for kind, piece in pieces:
-        sample = functools.partial(dict, text=excerpt(piece), note=name)
-        tally.samples.add(kind, f"{name} {_short_hash(piece)}", sample)
+        sample = {"text": excerpt(piece), "note": name}
+        tally.samples.add(kind, f"{name} {_short_hash(piece)}", sample.copy)
     return after
 
 
 def _matches(kept: Sequence[tuple[str, str, str, int]], config: DecontaminateConfig, index: str,
              tally: Tally) -> list[dict[str, Any]]:
-    """Returns the runs that documents share with evaluation examples; counts the documents as removed."""
+    """Finds runs shared with evaluation examples; counts the documents that have any as removed."""
     if not index:
         return []
     texts = [text for _, text, *_ in kept]
@@ -269,5 +274,5 @@ def _short_hash(text: str) -> str:
 
 
 def split_key(name: str, text: str) -> int:
-    """Returns a number in [0, 2**64) that depends on the document only; documents with low ones are held out."""
+    """Returns a number in [0, 2**64) that depends on the document alone; low ones are held out."""
     return int.from_bytes(hashlib.sha256(f"{name}\0{text}".encode()).digest()[:8], "big")

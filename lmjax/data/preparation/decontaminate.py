@@ -60,7 +60,8 @@ def index_sources(config: DecontaminateConfig, rules: Sequence[str], broken_budg
     examples: list[tuple[str, sources.Document]] = []
     broken = 0
     for source in config.sources:
-        found = list(sources.read(source, [f for unit in sources.units(source, 1 << 60) for f in unit]))
+        files = [file for unit in sources.units(source, 1 << 60) for file in unit]
+        found = list(sources.read(source, files))
         bad = [item for item in found if isinstance(item, sources.Broken)]
         sources.check_budget(source, documents=len(found) - len(bad), broken=len(bad),
                              example=bad[0] if bad else (), budget=broken_budget)
@@ -76,7 +77,8 @@ def index_sources(config: DecontaminateConfig, rules: Sequence[str], broken_budg
             "too_short": sum(not any(n) for n in zip(*counts.values(), strict=True))}
 
 
-def build_index(texts: Sequence[str], config: DecontaminateConfig, folder: str) -> dict[str, list[int]]:
+def build_index(texts: Sequence[str], config: DecontaminateConfig,
+                folder: str) -> dict[str, list[int]]:
     """Writes `words.npy` and `letters.npy`: uint64 [2, N], sorted pairs (hash of a run, example).
 
     Returns:
@@ -108,8 +110,8 @@ class Index:
     def matches(self, texts: Sequence[str]) -> list[dict[str, Any]]:
         """Returns every different run that a text shares with an example.
 
-        Each match is `{"text": index, "example": index, "kind": "words" or "letters", "run":
-        hash}`.
+        A match has the indices of the `text` and the `example`, the `kind` (one of `RUN_KINDS`),
+        and the hash of the `run`.
         """
         out = []
         for kind in RUN_KINDS:

@@ -86,12 +86,14 @@ def near(engine: Engine, parts: Sequence[Shard], removed: str, config: DedupConf
     os.makedirs(spill)
     emit = functools.partial(_bands, removed=removed, config=config, folder=spill)
     files = engine.group(emit, parts, _candidates, os.path.join(spill, "bands"))
-    count = engine.sort(files, os.path.join(spill, "pairs"), pairs := os.path.join(spill, "pairs.npy"))
+    pairs = os.path.join(spill, "pairs.npy")
+    count = engine.sort(files, os.path.join(spill, "pairs"), pairs)
     tasks = [(low, min(low + PAIRS, count)) for low in range(0, count, PAIRS)]
-    verify = functools.partial(_verify, pairs=pairs, folder=spill, parts=parts, threshold=config.threshold)
-    found = engine.map(verify, tasks)
-    return _greedy(np.concatenate([np.zeros((2, 0), np.uint64), *(pair for pair, _ in found)], axis=1),
-                   np.concatenate([np.zeros(0), *(similar for _, similar in found)]))
+    verify = functools.partial(_verify, pairs=pairs, folder=spill, parts=parts,
+                               threshold=config.threshold)
+    found = [(np.zeros((2, 0), np.uint64), np.zeros(0)), *engine.map(verify, tasks)]
+    return _greedy(np.concatenate([pairs_2P for pairs_2P, _ in found], axis=1),
+                   np.concatenate([similar_P for _, similar_P in found]))
 
 
 def _greedy(pairs_2P: np.ndarray, similar_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -102,11 +104,12 @@ def _greedy(pairs_2P: np.ndarray, similar_P: np.ndarray) -> tuple[np.ndarray, np
     """
     order = np.lexsort((pairs_2P[1], -similar_P, pairs_2P[0]))
     gone: dict[int, tuple[int, float]] = {}
-    for (later, earlier), value in zip(pairs_2P.T[order].tolist(), similar_P[order].tolist(), strict=True):
+    rows = zip(*pairs_2P[:, order].tolist(), similar_P[order].tolist(), strict=True)
+    for later, earlier, value in rows:
         if later not in gone and earlier not in gone:
             gone[later] = earlier, value
-    rows = [(later, earlier) for later, (earlier, _) in gone.items()]
-    return np.array(rows, np.uint64).reshape(-1, 2).T, np.array([value for _, value in gone.values()])
+    found = np.array([list(gone), [earlier for earlier, _ in gone.values()]], np.uint64)
+    return found, np.array([value for _, value in gone.values()])
 
 
 def shingle_sets(texts: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,9 +154,11 @@ def signatures(set_G: np.ndarray, bounds_D1: np.ndarray, count: int) -> np.ndarr
     x_G = mix64(set_G).astype(np.uint32)
     scale_K, shift_K = _permutations(count)
     out = np.empty((count, len(bounds_D1) - 1), np.uint32)
-    for k in range(count):  # each is a bijection of 32-bit integers; a linear one alone is not random enough
+    # Each permutation is a bijection of 32-bit integers; a linear one alone is not random enough.
+    for k in range(count):
         y_G = (x_G + shift_K[k]) * scale_K[k]
-        np.minimum.reduceat((y_G ^ y_G >> np.uint32(16)) * np.uint32(0x85EBCA6B), bounds_D1[:-1], out=out[k])
+        y_G = (y_G ^ y_G >> np.uint32(16)) * np.uint32(0x85EBCA6B)
+        np.minimum.reduceat(y_G, bounds_D1[:-1], out=out[k])
     return out
 
 
@@ -183,7 +188,8 @@ def band_keys(set_G: np.ndarray, bounds_D1: np.ndarray, wanted: np.ndarray, firs
     """
     sizes = np.diff(bounds_D1)[wanted]
     ends = np.cumsum(sizes)
-    at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(bounds_D1[wanted] - (ends - sizes), sizes)
+    at = np.arange(ends[-1] if len(ends) else 0)
+    at += np.repeat(bounds_D1[wanted] - (ends - sizes), sizes)
     keys = np.zeros((config.bands, len(wanted)), np.uint64)
     if len(wanted):
         table = signatures(set_G[at], np.concatenate([[0], ends]), config.bands * config.rows)
@@ -210,7 +216,7 @@ def _candidates(rows: np.ndarray) -> np.ndarray:
 
 def _verify(task: tuple[int, int], pairs: str, folder: str, parts: Sequence[Shard],
             threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the similarity of a range of pairs; returns the pairs above the threshold, and theirs."""
+    """Computes the similarity of a range of pairs; returns those that reach the threshold."""
     pair_P = np.load(pairs, mmap_mode="r")[0, task[0] : task[1]]
     later = (pair_P >> _DOCUMENT_BITS).astype(np.int64)
     earlier = pair_P.astype(np.uint32).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Runs the stages of data preparation on all cores, in bounded memory, and repeats no finished stage.
+"""Runs the stages of data preparation on all cores, in bounded memory, and none of them twice.
 
 A stage writes one folder. The folder has a temporary name until it is complete, and it holds a
 receipt: what the stage was made from, by which versions, and a hash of the result. A stage whose
@@ -83,8 +83,8 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.workers.close()
 
-    def stage(self, name: str, config: Any, inputs: Mapping[str, str], build: Callable[[str], Any], *,
-              describe: Callable[[Any], str] = str) -> Stage:
+    def stage(self, name: str, config: Any, inputs: Mapping[str, str],
+              build: Callable[[str], Any], *, describe: Callable[[Any], str] = str) -> Stage:
         """Runs the stage `name`, or finds that it was finished before.
 
         Args:
@@ -128,7 +128,7 @@ class Engine:
         return Stage(folder, receipt)
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """Returns `[function(item) for item in items]`; the function and the items must be picklable."""
+        """Returns `[function(item) for item in items]`; see `Workers.map`."""
         return self.workers.map(function, items)
 
     def group(self, emit: Callable[[Any], np.ndarray], items: Sequence[Any],
@@ -185,7 +185,8 @@ class Engine:
         parts = self.group(np.load, files, _unique, folder)
         loaded = [np.load(part, mmap_mode="r") for part in parts]
         total, columns = sum(part.shape[1] for part in loaded), loaded[0].shape[0]
-        with open(out, "wb") as file:  # writes through a memory map kill the process if the disk is full
+        # Not through a memory map: a write to one kills the process if the disk is full.
+        with open(out, "wb") as file:
             np.lib.format.write_array_header_1_0(file, {
                 "descr": np.lib.format.dtype_to_descr(loaded[0].dtype), "fortran_order": False,
                 "shape": (columns, total)})
@@ -247,7 +248,7 @@ def _reduce(reduce: Callable[[np.ndarray], np.ndarray], spilled: Sequence[str],
         rows = np.load(file, mmap_mode="r")
         first = np.searchsorted(rows[0], np.uint64(low))
         last = rows.shape[1] if high is None else np.searchsorted(rows[0], np.uint64(high))
-        pieces.append(np.array(rows[:, first:last]))  # a copy, so that the pages of the file are freed
+        pieces.append(np.array(rows[:, first:last]))  # a copy, so that the file's pages are freed
     np.save(path, reduce(sort_by_key(np.concatenate(pieces, axis=1))))
 
 

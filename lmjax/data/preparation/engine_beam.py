@@ -33,19 +33,21 @@ class BeamEngine(Engine):
       UserError: Beam is not installed.
     """
 
-    def __init__(self, folder: str, *, options: Sequence[str], workers: int = 0, memory_mib: int = 2048,
-                 log: Log = print):
+    def __init__(self, folder: str, *, options: Sequence[str], workers: int = 0,
+                 memory_mib: int = 2048, log: Log = print):
         super().__init__(folder, workers=workers, memory_mib=memory_mib, log=log)
         self.options = tuple(options)
         try:
             import apache_beam  # noqa: F401
         except ImportError as error:
-            raise UserError("Apache Beam", f"none ({error})", "pip install lmjax[beam], or leave it empty",
+            raise UserError("Apache Beam", f"none ({error})",
+                            "pip install lmjax[beam], or leave it empty",
                             where="data.curate.beam") from error
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         """Returns `[function(item) for item in items]`, computed by Beam's workers."""
-        results = os.path.join(self.folder, ".results")  # a pipeline returns nothing, so workers write files
+        # A pipeline returns nothing, so the workers write files.
+        results = os.path.join(self.folder, ".results")
         os.makedirs(results, exist_ok=True)
         try:
             self._run(list(enumerate(items)), functools.partial(_keep, function, results))
@@ -62,18 +64,22 @@ class BeamEngine(Engine):
 
     def group(self, emit: Callable[[Any], np.ndarray], items: Sequence[Any],
               reduce: Callable[[np.ndarray], np.ndarray], folder: str) -> list[str]:
-        """See `Engine.group`. Calls `emit` twice per item: to cut the keys into ranges, then to shuffle."""
+        """See `Engine.group`.
+
+        Calls `emit` twice per item: once to cut the keys into ranges, once to shuffle the records.
+        """
         os.makedirs(folder, exist_ok=True)
         samples = self.map(functools.partial(_sample, emit), items)
         size = sum(size for _, size in samples)
         ranges = self.ranges([keys for keys, _ in samples], size, folder)
-        self._run(list(enumerate(items)), functools.partial(_pieces, emit, [low for low, _, _ in ranges]),
+        self._run(list(enumerate(items)),
+                  functools.partial(_pieces, emit, [low for low, _, _ in ranges]),
                   functools.partial(_reduce, reduce, [path for _, _, path in ranges]))
         return [path for _, _, path in ranges]
 
     def _run(self, items: Sequence[Any], each: Callable[[Any], Iterable],
              by_key: Callable[[Any], None] | None = None) -> None:
-        """Calls `each` on all items, then `by_key` on (key, values) of the pairs that `each` returned."""
+        """Calls `each` on all items, then `by_key` on (key, values) of the pairs it returned."""
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -93,7 +99,7 @@ def _keep(function: Callable[[Any], Any], results: str, task: tuple[int, Any]) -
     path = os.path.join(results, str(number))
     with open(f"{path}.{os.getpid()}", "wb") as file:
         pickle.dump(result, file)
-    os.replace(f"{path}.{os.getpid()}", path)  # Beam may run an item twice; the file is complete either way
+    os.replace(f"{path}.{os.getpid()}", path)  # complete even where Beam runs an item twice
     return ()
 
 
@@ -105,7 +111,7 @@ def _sample(emit: Callable[[Any], np.ndarray], item: Any) -> tuple[np.ndarray, i
 
 def _pieces(emit: Callable[[Any], np.ndarray], lows: Sequence[int],
             task: tuple[int, Any]) -> Iterator[tuple[int, tuple[int, np.ndarray]]]:
-    """Yields (range number, (item number, the item's records in that range)), for empty ranges too."""
+    """Yields (range number, (item number, the item's records in that range)) for every range."""
     number, item = task
     rows = sort_by_key(emit(item))
     cuts = np.searchsorted(rows[0], np.array(lows[1:], np.uint64))

@@ -11,8 +11,7 @@ from lmjax.data.preparation.stages import Prepared
 from lmjax.errors import UserError
 
 FILE = "ledger.parquet"
-# `by` is the id of the document that stays instead, "" if the rule needs none; `value` is what it
-# measured.
+# by: the id of the document that stays instead, "" if there is none. value: what the rule measured.
 COLUMNS = pa.schema([(name, pa.string()) for name in ("id", "source", "stage", "rule", "by")]
                     + [("value", pa.float64())])
 
@@ -52,8 +51,8 @@ def trace(directory: str, name: str) -> list[str]:
     mine = rows.filter(pc.or_(pc.equal(rows["id"], name), pc.equal(rows["by"], name))).to_pylist()
     for row in mine:
         why = f" for {row['by']}, which stays" if row["by"] else ""
-        lines.append(f"{row['source']}: {row['id']} was removed in {row['stage']} by {row['rule']}{why} "
-                     f"({row['value']:.4g})")
+        lines.append(f"{row['source']}: {row['id']} was removed in {row['stage']} by {row['rule']}"
+                     f"{why} ({row['value']:.4g})")
     if not lines:
         raise UserError("the id of a document that was read", repr(name),
                         f"ids.txt of each split and {FILE} list them", where=directory)

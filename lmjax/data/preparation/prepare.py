@@ -43,7 +43,7 @@ def to_stderr(line: str) -> None:
 
 def prepare(config: DataConfig, out: str, *, make_tokenizer: TokenizerFactory = make_tokenizer,
             log: Log = to_stderr) -> str:
-    """Makes a prepared data directory, or finds that `out` already is the one that `config` describes.
+    """Makes a directory of prepared data, unless `out` already is what `config` describes.
 
     Args:
       config: the data config; its sources must not be synthetic.
@@ -79,7 +79,7 @@ def prepare(config: DataConfig, out: str, *, make_tokenizer: TokenizerFactory = 
 
 
 def _reuse(config: DataConfig, out: str, log: Log) -> None:
-    """Checks that `out` was prepared as `config` says, and warns if the sources have changed since."""
+    """Checks that `out` was prepared as `config` says; warns if the sources have changed since."""
     manifest = store.read_manifest(out)
     check_prepared_by(config, manifest, out)
     log(f"prepare: using the data prepared in {out}, fingerprint {manifest['fingerprint'][:12]}")
@@ -98,7 +98,7 @@ def _engine(curate: CurateConfig, folder: str, log: Log) -> Engine:
 
 
 def _build(config: DataConfig, made: Prepared, folder: str, log: Log) -> dict[str, Any]:
-    """Writes everything that the prepared directory holds; returns its fingerprint and token count."""
+    """Writes all files of the prepared directory; returns its fingerprint and token count."""
     entries = write_store(config, made, folder)
     path = epath.Path(folder)
     (path / "tokenizer.model").write_bytes(made.tokenizer.to_bytes())
@@ -116,7 +116,8 @@ def _build(config: DataConfig, made: Prepared, folder: str, log: Log) -> dict[st
     manifest = _manifest(config, made.tokenizer, entries)
     store.write_manifest(folder, manifest)
     write_data_report(config, made, entries, found, folder)
-    tokens = sum(entry[split]["tokens"] for entry in entries.values() for split in ("train", "heldout"))
+    tokens = sum(entry[split]["tokens"]
+                 for entry in entries.values() for split in ("train", "heldout"))
     return {"fingerprint": manifest["fingerprint"], "tokens": tokens}
 
 
@@ -137,9 +138,10 @@ def _manifest(config: DataConfig, tokenizer: Tokenizer, entries: dict[str, Any])
 
 @contextlib.contextmanager
 def _workspace(out: str) -> Iterator[str]:
-    """Yields the folder of the stages, locked for this process; removes it when `out` is complete."""
-    full = when_full(UserError("room for the prepared data", "a full disk", "free some space and start "
-                               "again (finished stages are kept), or use another directory", where=out))
+    """Yields the folder of the stages, locked for this process; removes it once `out` is made."""
+    full = when_full(UserError(
+        "room for the prepared data", "a full disk", "free some space and start again (finished "
+        "stages are kept), or use another directory", where=out))
     if store.is_remote(out):
         with tempfile.TemporaryDirectory(prefix="lmjax-prepare-") as folder, full:
             yield folder

@@ -27,8 +27,7 @@ def repeats(engine: Engine, parts: Sequence[Shard], removed: Sequence[str], conf
     Args:
       engine: groups the passages.
       parts: the shards of the corpus.
-      removed: .npy files of documents to leave out, uint64 [_, n], sorted by document (the first
-        row).
+      removed: .npy files of documents to leave out, uint64 [_, n], sorted by the document in row 0.
       config: how long the windows are, and which lines count.
       folder: for KIND.npy, and for spilled records in `spill`, which the caller removes.
       kind: `windows` or `lines`.
@@ -72,12 +71,13 @@ def _records(part: Shard, removed: Sequence[str], config: DedupConfig, kind: str
     for base, group in batches(texts):
         hashes, text, number = passage_hashes(group, config, kind)
         document = (text + (part.first + base)).astype(np.uint64)
-        out.append(np.stack([hashes, document << np.uint64(POSITION_BITS) | number.astype(np.uint64)]))
+        place = document << np.uint64(POSITION_BITS) | number.astype(np.uint64)
+        out.append(np.stack([hashes, place]))
     return np.concatenate(out, axis=1)
 
 
 def _repeated(rows: np.ndarray, documents: int) -> np.ndarray:
-    """Returns the places of passages that came before, given the sorted records of a range of hashes.
+    """Returns the places of passages that came before, given records of `_records` by hash.
 
     With `documents`, only passages that are in more documents than that count, and their first
     document keeps all of them.
@@ -97,7 +97,7 @@ def _repeated(rows: np.ndarray, documents: int) -> np.ndarray:
 
 
 def positions(places: np.ndarray, document: int) -> np.ndarray:
-    """Returns the numbers of the words or lines of sorted places that are in `document`: int64 [n]."""
+    """Returns which words or lines of `document` the sorted places name: int64 [n]."""
     bits = np.uint64(POSITION_BITS)
     low, high = np.searchsorted(places, np.array([document, document + 1], np.uint64) << bits)
     return (places[low:high] & np.uint64((1 << POSITION_BITS) - 1)).astype(np.int64)
@@ -113,8 +113,7 @@ def cut(text: str, windows: np.ndarray, lines: np.ndarray,
       lines: the numbers of repeated lines.
       config: how long the windows are.
     Returns:
-      the rest of the text, and (`repeated_window` or `repeated_line`, piece) for every piece cut
-      out.
+      the rest of the text, and (`repeated_window` or `repeated_line`, piece) for every cut.
     """
     spans: list[tuple[int, int, str]] = []
     if len(windows):

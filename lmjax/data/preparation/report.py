@@ -24,6 +24,7 @@ from lmjax.reporting.page import bars, card, escape, page, table, tile
 EXAMPLES = 4  # shown per rule
 CLUSTERS = 10  # the largest clusters of copies that are shown
 CONTAMINATED = 40  # evaluation examples that are shown
+SPLITS = ("train", "heldout")
 STEPS = ("read", "cleaned and filtered", "deduplicated and decontaminated")  # of `Prepared.corpora`
 
 
@@ -40,12 +41,12 @@ def write_data_report(config: DataConfig, made: Prepared, entries: dict[str, Any
     Returns:
       the path of the page.
     """
-    body = _head(config, made, entries) + _funnel(made) + _lengths(made) + _rules(made) + _languages(made)
-    body += _stages(made) + _sources(entries) + _fertility(made) + _clusters(made)
-    body += _contamination(made, found) + _examples(made)
+    cards = (_head(config, made, entries), _funnel(made), _lengths(made), _rules(made),
+             _languages(made), _stages(made), _sources(entries), _fertility(made), _clusters(made),
+             _contamination(made, found), _examples(made))
     path = os.path.join(folder, "data_report.html")
     with open(path, "w", encoding="utf-8") as out:
-        out.write(page("Data report", body))
+        out.write(page("Data report", "".join(cards)))
     return path
 
 
@@ -56,7 +57,7 @@ def _totals(made: Prepared) -> list[tuple[int, int]]:
 
 def _head(config: DataConfig, made: Prepared, entries: dict[str, Any]) -> str:
     (documents_read, bytes_read), _, (documents, size) = _totals(made)
-    tokens = sum(entry[split]["tokens"] for entry in entries.values() for split in ("train", "heldout"))
+    tokens = sum(entry[split]["tokens"] for entry in entries.values() for split in SPLITS)
     broken = sum(n for n, _ in corpus.removed(made.ingested.stage.facts).values())
     tiles = [tile(f"{documents_read + broken:,}", "records read"),
              tile(f"{documents:,}", "documents kept"),
@@ -73,7 +74,8 @@ def _funnel(made: Prepared) -> str:
     totals = _totals(made)
     rows = [(name, size / max(totals[0][1], 1), f"{documents:,} documents, {_bytes(size)}")
             for name, (documents, size) in zip(STEPS, totals, strict=True)]
-    return card("What is left after each step", bars(rows), "The share of the bytes that were read.")
+    return card("What is left after each step", bars(rows),
+                "The share of the bytes that were read.")
 
 
 def _rules(made: Prepared) -> str:
@@ -81,13 +83,17 @@ def _rules(made: Prepared) -> str:
     changed: Counter[str] = Counter()
     for c in made.corpora:
         removed = sorted(corpus.removed(c.stage.facts).items(), key=lambda item: -item[1][0])
-        rows += [(rule, c.stage.name, f"{documents:,}", _bytes(size)) for rule, (documents, size) in removed]
+        rows += [(rule, c.stage.name, f"{documents:,}", _bytes(size))
+                 for rule, (documents, size) in removed]
         changed += corpus.changed(c.stage.facts)
-    body = table(["rule", "stage", "documents", "bytes"], rows, 2) if rows else "<p>Nothing was removed.</p>"
+    body = "<p>Nothing was removed.</p>"
+    if rows:
+        body = table(["rule", "stage", "documents", "bytes"], rows, 2)
     if changed:
-        body += "<h3>Changed, and kept</h3>"
-        body += table(["rule", "documents"], [(rule, f"{n:,}") for rule, n in changed.most_common()])
-    return card("Removed, by rule", body, "A document counts for the first rule that it broke.", wide=True)
+        counts = [(rule, f"{n:,}") for rule, n in changed.most_common()]
+        body += "<h3>Changed, and kept</h3>" + table(["rule", "documents"], counts)
+    return card("Removed, by rule", body, "A document counts for the first rule that it broke.",
+                wide=True)
 
 
 def _lengths(made: Prepared) -> str:
@@ -103,8 +109,8 @@ def _lengths(made: Prepared) -> str:
     used = np.flatnonzero(before + after)
     low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
     labels = [_bytes(2.0**i) for i in range(low, high)]
-    return card("Lengths", _histogram(labels, before[low:high], after[low:high]),
-                "Documents with this many bytes, or up to twice as many: read (grey) and kept (blue).")
+    note = "Documents with this many bytes, or up to twice as many: read (grey) and kept (blue)."
+    return card("Lengths", _histogram(labels, before[low:high], after[low:high]), note)
 
 
 def _histogram(labels: Sequence[str], before: np.ndarray, after: np.ndarray) -> str:
@@ -116,8 +122,8 @@ def _histogram(labels: Sequence[str], before: np.ndarray, after: np.ndarray) -> 
             tall = float(values[i]) / top * (height - 36)
             marks.append(f'<rect x="{i * step + inset * step:.1f}" y="{height - 24 - tall:.1f}" '
                          f'width="{step * (1 - 2 * inset):.1f}" height="{tall:.1f}" '
-                         f'style="fill: var(--{color})"><title>{escape(label)}: {int(before[i]):,} read, '
-                         f"{int(after[i]):,} kept</title></rect>")
+                         f'style="fill: var(--{color})"><title>{escape(label)}: '
+                         f"{int(before[i]):,} read, {int(after[i]):,} kept</title></rect>")
         if len(labels) <= 9 or i % 2 == 0:
             marks.append(f'<text x="{(i + 0.5) * step:.1f}" y="{height - 8}" text-anchor="middle" '
                          f'font-size="11" style="fill: var(--muted)">{escape(label)}</text>')
@@ -134,38 +140,43 @@ def _languages(made: Prepared) -> str:
     size = max(sum(total.values()), 1)
     rows = [(code, n / size, f"{documents[code]:,} documents, {_bytes(n)}")
             for code, n in total.most_common(12)]
-    return card("Languages", bars(rows), "The share of the bytes that were kept. und: neither function words "
-                                         "nor script tell the language, as in code and tables.")
+    return card("Languages", bars(rows),
+                "The share of the bytes that were kept. und: neither function words nor script "
+                "tell the language, as in code and tables.")
 
 
 def _sources(entries: dict[str, Any]) -> str:
-    splits = ("train", "heldout")
     rows = [(name, f"{entry['read']['documents']:,}", _bytes(entry["read"]["bytes"]),
-             *(f"{entry[split]['documents']:,}" for split in splits),
-             *(human_count(entry[split]["tokens"]) for split in splits)) for name, entry in entries.items()]
+             *(f"{entry[split]['documents']:,}" for split in SPLITS),
+             *(human_count(entry[split]["tokens"]) for split in SPLITS))
+            for name, entry in entries.items()]
     head = ["source", "read", "bytes", "training", "held out", "tokens", "held out"]
-    return card("Sources", table(head, rows), "Documents read, documents kept by split, and their tokens.")
+    return card("Sources", table(head, rows),
+                "Documents read, documents kept by split, and their tokens.")
 
 
 def _fertility(made: Prepared) -> str:
     facts = sorted(made.tokens.facts["fertility"].items(), key=lambda item: -item[1]["tokens"])
-    rows = [(*key.split(), f"{counts['tokens']:,}", f"{counts['bytes'] / max(counts['tokens'], 1):.2f}",
+    rows = [(*key.split(), f"{counts['tokens']:,}",
+             f"{counts['bytes'] / max(counts['tokens'], 1):.2f}",
              f"{counts['tokens'] / max(counts['words'], 1):.2f}") for key, counts in facts[:24]]
     head = ["source", "language", "tokens", "bytes per token", "tokens per word"]
     return card("Fertility of the tokenizer", table(head, rows, 2),
-                "A word is a run of letters and digits; in Chinese and Japanese, a character. Tokens without "
-                "letters count as well.")
+                "A word is a run of letters and digits; in Chinese and Japanese, a character. "
+                "Tokens without letters count as well.")
 
 
 def _stages(made: Prepared) -> str:
     read = max(_totals(made)[0][1], 1)
     rows = [(stage.name, f"{stage.receipt['seconds']:.1f}",
-             f"{read / 1e6 / max(stage.receipt['seconds'], 1e-3):.1f}", _bytes(stage.receipt["bytes"]),
-             f"{stage.receipt['peak_mib']:,}", stage.digest[:12]) for stage in made.stages]
+             f"{read / 1e6 / max(stage.receipt['seconds'], 1e-3):.1f}",
+             _bytes(stage.receipt["bytes"]), f"{stage.receipt['peak_mib']:,}", stage.digest[:12])
+            for stage in made.stages]
     head = ["stage", "seconds", "MB/s", "written", "peak MiB", "sha256"]
+    workers = made.stages[0].receipt["workers"]
     return card("Stages", table(head, rows),
-                f"MB/s of the text that was read, with {made.stages[0].receipt['workers']} workers. Peak: the "
-                "most memory that any one process has held up to the end of the stage.")
+                f"MB/s of the text that was read, with {workers} workers. Peak: the most memory "
+                "that any one process has held up to the end of the stage.")
 
 
 def _document(parts: Sequence[Shard], number: int) -> tuple[str, str]:
@@ -190,25 +201,27 @@ def _clusters(made: Prepared) -> str:
             some.append((name, ", ".join(others) + (" \u2026" if len(mine) > 3 else ""),
                          " ".join(text.split())[:90], f"{len(mine):,}", least))
         if some:
-            body += f"<h3><b>{escape(rule)}</b>: {rows.shape[1]:,} copies of {len(kept):,} documents</h3>"
-            body += table(["the one that stays", "removed for it", "text", "removed", "least Jaccard"], some, 3)
-    return card("Clusters of copies", body or "<p>None.</p>", "The largest. Every near copy was compared in "
-                "full with the document that stays.", wide=True)
+            title = f"{rows.shape[1]:,} copies of {len(kept):,} documents"
+            head = ["the one that stays", "removed for it", "text", "removed", "least Jaccard"]
+            body += f"<h3><b>{escape(rule)}</b>: {title}</h3>{table(head, some, 3)}"
+    note = "The largest. Every near copy was compared in full with the document that stays."
+    return card("Clusters of copies", body or "<p>None.</p>", note, wide=True)
 
 
 def _contamination(made: Prepared, found: Sequence[dict[str, Any]]) -> str:
     if not made.evals:
         return ""
-    hits = [example for example in found if example["documents"]]
+    hits = sorted((example for example in found if example["documents"]),
+                  key=lambda example: -len(example["documents"]))
     rows = [(example["set"], example["id"], ", ".join(example["documents"][:4]),
              f"{len(example['documents']):,}",
              *(f"{example[kind][0]:,} of {example[kind][1]:,}" for kind in RUN_KINDS))
-            for example in sorted(hits, key=lambda example: -len(example["documents"]))[:CONTAMINATED]]
+            for example in hits[:CONTAMINATED]]
     head = ["set", "example", "found in", "documents", "runs of words", "runs of letters"]
     body = table(head, rows, 3) if rows else ""
-    note = (f"{len(hits):,} of {len(found):,} evaluation examples share a run of words or letters with the "
-            f"corpus; the documents were removed. {made.evals.facts['too_short']:,} examples are too short "
-            "to look for.")
+    note = (f"{len(hits):,} of {len(found):,} evaluation examples share a run of words or letters "
+            "with the corpus; the documents were removed. "
+            f"{made.evals.facts['too_short']:,} examples are too short to look for.")
     return card("Evaluation examples in the corpus", body, note, wide=True)
 
 

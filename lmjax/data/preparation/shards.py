@@ -43,8 +43,8 @@ class Shard(NamedTuple):
 
 def write(path: str, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
     """Writes columns of equal length; `id`, `text` and `language` are strings."""
-    arrays = [pa.array(values, pa.string()) if name in ("id", "text", "language") else pa.array(values)
-              for name, values in columns.items()]
+    types = {name: pa.string() for name in ("id", "text", "language")}
+    arrays = [pa.array(values, types.get(name)) for name, values in columns.items()]
     batch = pa.record_batch(arrays, names=list(columns))
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1), use_threads=False)
     with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, batch.schema, options=options) as out:
@@ -81,13 +81,13 @@ def shard_of(shards: Sequence[Shard], document: int) -> int:
 
 
 class Samples:
-    """Keeps the same few examples per rule whatever their order: those whose ids have the lowest hashes."""
+    """Keeps a few examples per rule, those with the lowest hashes, whatever order they come in."""
 
     def __init__(self, samples: Mapping[str, Sequence[Sequence[Any]]] | None = None):
-        self.kept: dict[str, list] = {rule: list(values) for rule, values in (samples or {}).items()}
+        self.kept: dict[str, list] = {rule: list(kept) for rule, kept in (samples or {}).items()}
 
     def add(self, rule: str, name: str, make: Callable[[], dict[str, Any]]) -> None:
-        """Offers an example of a rule. `make` returns its fields, and is called only if it is kept."""
+        """Offers an example of a rule. `make` returns its fields; only a kept one calls it."""
         rank = hashlib.sha256(f"{rule}\0{name}".encode()).hexdigest()[:16]
         kept = self.kept.setdefault(rule, [])
         if len(kept) < SAMPLES or rank < kept[-1][0]:

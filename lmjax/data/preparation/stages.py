@@ -26,8 +26,7 @@ from lmjax.data.text import sources
 from lmjax.data.tokenizers import Tokenizer, TokenizerFactory, tokenizer_from_bytes
 from lmjax.errors import UserError
 
-# The stages in order; a stage's folder and receipt have its number and name: "1-ingest", "2-clean",
-# ...
+# The stages in order. Folders and receipts are named by number and name: "1-ingest", "2-clean".
 STAGE_NAMES = {name: f"{number}-{name}" for number, name in enumerate((
     "ingest",     # reads all sources into shards of documents
     "clean",      # cleans texts; removes documents by language, length and filters
@@ -49,7 +48,7 @@ class Prepared:
     ingested: Corpus
     cleaned: Corpus
     finished: Corpus
-    removed: dict[str, Stage]  # the stages `exact` and `near`, by the rule of the documents that they remove
+    removed: dict[str, Stage]  # `exact` and `near`, by the rule of the documents that they remove
     evals: Stage | None
     tokenizer: Tokenizer
     tokens: Stage
@@ -80,12 +79,14 @@ def run_stages(config: DataConfig, engine: Engine, make_tokenizer: TokenizerFact
     finished = _finish(config, engine, cleaned, _Found(removed, cuts, evals))
     for source in config.sources:
         _check_enough(source, ingested, finished)
-    bounds = heldout_bounds(finished, [source.name for source in config.sources], config.heldout_fraction)
+    names = [source.name for source in config.sources]
+    bounds = heldout_bounds(finished, names, config.heldout_fraction)
     tokenizer, trained = _tokenizer(config, engine, finished, bounds, make_tokenizer)
     tokens = _tokens(engine, finished, bounds, trained)
-    stages = [ingested.stage, cleaned.stage, *removed.values(), cuts, evals, finished.stage, trained, tokens]
-    return Prepared([stage for stage in stages if stage], ingested, cleaned, finished, removed, evals,
-                    tokenizer, tokens)
+    stages = [ingested.stage, cleaned.stage, *removed.values(), cuts, evals, finished.stage,
+              trained, tokens]
+    return Prepared([stage for stage in stages if stage], ingested, cleaned, finished, removed,
+                    evals, tokenizer, tokens)
 
 
 def ingest(config: DataConfig, engine: Engine) -> Corpus:
@@ -98,17 +99,19 @@ def ingest(config: DataConfig, engine: Engine) -> Corpus:
             mine = [fact for found in engine.map(read, work) for fact in found]
             broken = sum(fact["removed"].get("broken", [0])[0] for fact in mine)
             samples = [sample for fact in mine for _, sample in fact["samples"].get("broken", [])]
-            sources.check_budget(source, documents=sum(fact["documents"] for fact in mine), broken=broken,
-                                 example=[samples[0]["id"], samples[0]["note"]] if samples else [],
-                                 budget=config.broken_budget)
+            example = [samples[0]["id"], samples[0]["note"]] if samples else []
+            sources.check_budget(source, documents=sum(fact["documents"] for fact in mine),
+                                 broken=broken, example=example, budget=config.broken_budget)
             facts += mine
             names += [source.name] * len(mine)
         return merge_facts(facts, names)
 
     # A source that cannot be listed has no identity; a random one makes it be read again each time.
-    inputs = {source.name: sources.identity(source) or os.urandom(8).hex() for source in config.sources}
+    inputs = {source.name: sources.identity(source) or os.urandom(8).hex()
+              for source in config.sources}
     settings = [config.prepared_by()["sources"], config.broken_budget]
-    return corpus_of(engine.stage(STAGE_NAMES["ingest"], settings, inputs, build, describe=describe))
+    return corpus_of(engine.stage(STAGE_NAMES["ingest"], settings, inputs, build,
+                                  describe=describe))
 
 
 def _clean(config: DataConfig, engine: Engine, corpus: Corpus) -> Corpus:
@@ -139,9 +142,11 @@ def _near(config: DataConfig, engine: Engine, corpus: Corpus, exact: Stage) -> S
     settings = config.curate.dedup
 
     def build(folder: str) -> dict[str, int]:
-        found, similar = dedup.near(engine, corpus.parts, exact.path("removed.npy"), settings, folder)
+        removed = exact.path("removed.npy")
+        found, similar = dedup.near(engine, corpus.parts, removed, settings, folder)
         shutil.rmtree(os.path.join(folder, "spill"))
-        np.save(os.path.join(folder, "removed.npy"), np.concatenate([found, similar.view(np.uint64)[None]]))
+        rows = np.concatenate([found, similar.view(np.uint64)[None]])
+        np.save(os.path.join(folder, "removed.npy"), rows)
         return {"removed": found.shape[1]}
 
     decides = {key: getattr(settings, key) for key in ("threshold", "shingle", "bands", "rows")}
@@ -150,7 +155,8 @@ def _near(config: DataConfig, engine: Engine, corpus: Corpus, exact: Stage) -> S
                         describe=lambda facts: f"{facts['removed']:,} near copies, each verified")
 
 
-def _cuts(config: DataConfig, engine: Engine, corpus: Corpus, removed: Mapping[str, Stage]) -> Stage | None:
+def _cuts(config: DataConfig, engine: Engine, corpus: Corpus,
+          removed: Mapping[str, Stage]) -> Stage | None:
     settings = config.curate.dedup
     enabled = {"windows": settings.window, "lines": settings.line_documents}
     kinds = [kind for kind, on in enabled.items() if on]
@@ -159,14 +165,16 @@ def _cuts(config: DataConfig, engine: Engine, corpus: Corpus, removed: Mapping[s
 
     def build(folder: str) -> dict[str, int]:
         gone = [stage.path("removed.npy") for stage in removed.values()]
-        files = {kind: repeats(engine, corpus.parts, gone, settings, folder, kind) for kind in kinds}
+        files = {kind: repeats(engine, corpus.parts, gone, settings, folder, kind)
+                 for kind in kinds}
         shutil.rmtree(os.path.join(folder, "spill"))
         return {kind: np.load(file, mmap_mode="r").shape[1] for kind, file in files.items()}
 
     decides = {key: getattr(settings, key) for key in ("window", "line_documents", "line_chars")}
     inputs = {"text": corpus.stage.digest} | {rule: stage.digest for rule, stage in removed.items()}
-    return engine.stage(STAGE_NAMES["cuts"], decides, inputs, build, describe=lambda facts: ", ".join(
-        f"{n:,} repeated {kind}" for kind, n in facts.items()))
+    return engine.stage(
+        STAGE_NAMES["cuts"], decides, inputs, build,
+        describe=lambda facts: ", ".join(f"{n:,} repeated {kind}" for kind, n in facts.items()))
 
 
 def _evals(config: DataConfig, engine: Engine) -> Stage:
@@ -176,8 +184,8 @@ def _evals(config: DataConfig, engine: Engine) -> Stage:
         return decontaminate.index_sources(settings, config.clean, config.broken_budget, folder)
 
     def describe_evals(facts: dict[str, int]) -> str:
-        return (f"{facts['examples']:,} examples to keep out, {facts['too_short']:,} too short to look for, "
-                f"{facts['broken']:,} broken")
+        return (f"{facts['examples']:,} examples to keep out, {facts['too_short']:,} too short to "
+                f"look for, {facts['broken']:,} broken")
 
     decides = [config.curate.decides()["decontaminate"], config.clean, config.broken_budget]
     inputs = {source.name: sources.identity(source) for source in settings.sources}
@@ -193,9 +201,10 @@ class _Found:
     evals: Stage | None
 
     def findings(self) -> curate.Findings:
+        cuts = self.cuts
         return curate.Findings(
             removed={rule: stage.path("removed.npy") for rule, stage in self.removed.items()},
-            cuts={kind: self.cuts.path(f"{kind}.npy") for kind in self.cuts.facts} if self.cuts else {},
+            cuts={kind: cuts.path(f"{kind}.npy") for kind in cuts.facts} if cuts else {},
             index=self.evals.folder if self.evals else "")
 
     def digests(self) -> dict[str, str]:
@@ -205,14 +214,16 @@ class _Found:
 
 def _finish(config: DataConfig, engine: Engine, corpus: Corpus, found: _Found) -> Corpus:
     def build(folder: str) -> dict[str, Any]:
-        work = functools.partial(curate.finish_shard, config=config.curate, min_chars=config.min_chars,
-                                 findings=found.findings(), parts=corpus.parts, folder=folder)
+        work = functools.partial(curate.finish_shard, config=config.curate,
+                                 min_chars=config.min_chars, findings=found.findings(),
+                                 parts=corpus.parts, folder=folder)
         facts = engine.map(work, corpus.parts)
         merged = merge_facts(facts, [part.source for part in corpus.parts])
         return merged | {"keys": [fact["keys"] for fact in facts]}
 
     inputs = {"text": corpus.stage.digest} | found.digests()
-    return corpus_of(engine.stage(STAGE_NAMES["finish"], config.min_chars, inputs, build, describe=describe))
+    return corpus_of(engine.stage(STAGE_NAMES["finish"], config.min_chars, inputs, build,
+                                  describe=describe))
 
 
 def _check_enough(source: sources.SourceConfig, ingested: Corpus, finished: Corpus) -> None:
@@ -220,8 +231,9 @@ def _check_enough(source: sources.SourceConfig, ingested: Corpus, finished: Corp
     if left < 2:
         raise UserError("two different documents or more, one to train on and one to hold out",
                         f"{left} of the {read} read",
-                        "split the text into more files, or lower data.min_chars, data.heldout_fraction or "
-                        "the filters", where=f"source {source.name} ({source.uri})")
+                        "split the text into more files, or lower data.min_chars, "
+                        "data.heldout_fraction or the filters",
+                        where=f"source {source.name} ({source.uri})")
 
 
 def _tokenizer(config: DataConfig, engine: Engine, corpus: Corpus, bounds: dict[str, int],
@@ -239,8 +251,9 @@ def _tokenizer(config: DataConfig, engine: Engine, corpus: Corpus, bounds: dict[
     inputs = {"text": corpus.stage.digest, "bounds": json.dumps(bounds)}
     if path := settings.path:
         inputs["path"] = str(os.stat(path).st_mtime_ns if os.path.exists(path) else 0)
-    stage = engine.stage(STAGE_NAMES["tokenizer"], config.prepared_by()["tokenizer"], inputs, build,
-                         describe=lambda facts: f"{facts['vocab_size']:,} tokens, {facts['hash'][:12]}")
+    stage = engine.stage(
+        STAGE_NAMES["tokenizer"], config.prepared_by()["tokenizer"], inputs, build,
+        describe=lambda facts: f"{facts['vocab_size']:,} tokens, {facts['hash'][:12]}")
     with open(stage.path("tokenizer.model"), "rb") as file:
         return tokenizer_from_bytes(file.read()), stage
 
@@ -259,8 +272,10 @@ def _tokens(engine: Engine, corpus: Corpus, bounds: dict[str, int], trained: Sta
 
     def describe_tokens(facts: dict[str, Any]) -> str:
         total = sum((Counter(counts) for counts in facts["fertility"].values()), Counter[str]())
-        return (f"{total['tokens']:,} tokens, {total['bytes'] / max(total['tokens'], 1):.3f} bytes per token, "
+        ratio = total["bytes"] / max(total["tokens"], 1)
+        return (f"{total['tokens']:,} tokens, {ratio:.3f} bytes per token, "
                 "every document comes back exactly")
 
-    inputs = {"text": corpus.stage.digest, "tokenizer": trained.digest, "bounds": json.dumps(bounds)}
+    inputs = {"text": corpus.stage.digest, "tokenizer": trained.digest,
+              "bounds": json.dumps(bounds)}
     return engine.stage(STAGE_NAMES["tokens"], None, inputs, build, describe=describe_tokens)

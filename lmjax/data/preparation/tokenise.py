@@ -64,7 +64,8 @@ def training_sample(parts: Sequence[Shard], bounds: Mapping[str, int], budget: i
     chosen = {}
     for p in np.unique(places[0, order]):
         column = shards.read(parts[p].path, ["text"]).column(0)
-        chosen.update({int(i): column[int(places[1, i])].as_py() for i in order[places[0, order] == p]})
+        chosen.update({int(i): column[int(places[1, i])].as_py()
+                       for i in order[places[0, order] == p]})
     return [chosen[int(i)] for i in order]
 
 
@@ -75,7 +76,7 @@ def _load_tokenizer(path: str, changed_ns: int) -> Tokenizer:
 
 
 def tokenise(part: Shard, model: str, bounds: Mapping[str, int], folder: str) -> dict[str, Any]:
-    """Tokenises the documents of a shard as BOS + tokens + EOS, and checks that their texts come back.
+    """Turns each document into BOS + tokens + EOS, and checks that its text comes back.
 
     Args:
       part: the shard.
@@ -99,7 +100,8 @@ def tokenise(part: Shard, model: str, bounds: Mapping[str, int], folder: str) ->
         bad = tokenizer.lossy(group, ids)
         if bad is not None:
             raise UserError("a tokenizer that gives back its text", "another text",
-                            "use one that loses nothing, or train one by leaving data.tokenizer.path empty",
+                            "use one that loses nothing, or train one by leaving "
+                            "data.tokenizer.path empty",
                             where=f"document {names[base + bad]} of source {part.source}")
         out += [np.concatenate([bos, i.astype(dtype), eos]) for i in ids]
     held = is_heldout(part, batch.column("key").to_numpy(), bounds)

@@ -31,9 +31,10 @@ class Workers:
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """Returns `[function(item) for item in items]`; the function and the items must be picklable.
+        """Returns `[function(item) for item in items]`, computed by the workers.
 
-        With one worker or one item, the calls run in this process.
+        The function, the items and the results must be picklable. With one worker or one item, the
+        calls run in this process.
 
         Raises:
           UserError: a worker was killed, most likely because memory ran out.
@@ -63,11 +64,12 @@ class Workers:
 
         Without /proc, workers that are still alive are not counted.
         """
+        processes: list[int | str] = ["self", *(worker.pid for worker in self.started)]
         try:
-            return max(held_kib(process) for process in ("self", *(w.pid for w in self.started))) >> 10
+            return max(map(held_kib, processes)) >> 10
         except OSError:
             who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-            return max(resource.getrusage(processes).ru_maxrss for processes in who) >> 10
+            return max(resource.getrusage(group).ru_maxrss for group in who) >> 10
 
     def _call(self, function: Callable[[Any], Any], item: Any) -> Any:
         try:
@@ -84,7 +86,8 @@ class Workers:
             process.wait()
             raise UserError("a worker to finish", f"one that ended with {process.returncode} "
                             "(-9: most likely out of memory)",
-                            "lower data.curate.memory_mib or data.curate.workers", "prepare") from error
+                            "lower data.curate.memory_mib or data.curate.workers",
+                            where="prepare") from error
         self._idle.put(process)
         if not ok:
             raise result
@@ -92,7 +95,7 @@ class Workers:
 
 
 def held_kib(process: int | str) -> int:
-    """Returns the most memory that a process has ever held, in KiB; 0 for a process that has ended."""
+    """Returns the most memory that a process has held, in KiB; 0 for a process that has ended."""
     with open(f"/proc/{process}/status") as file:
         lines = [line for line in file if line.startswith("VmHWM:")]  # a zombie has none
     return int(lines[0].split()[1]) if lines else 0
@@ -100,7 +103,7 @@ def held_kib(process: int | str) -> int:
 
 def work() -> None:
     """The loop of a worker process. It ends when the parent process ends, however that happens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which kills its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which kills us
     tasks, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # prints of libraries go to stderr, away from the results
     while True:

@@ -1,4 +1,4 @@
-"""Writes the prepared directory's data: the token store, contamination counts and n-gram baselines."""
+"""Writes the token store; counts contamination and measures n-gram baselines."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def write_store(config: DataConfig, made: Prepared, out: str) -> dict[str, Any]:
 def _write_split(made: Prepared, out: str, source: str, split: str, size: int) -> dict[str, Any]:
     """Writes one split of a source, whose texts have `size` bytes."""
     parts = [part for part in made.finished.parts if part.source == source]
-    lengths, starts, which, places = [], [], [], []  # of every document: its tokens, and where they are
+    # Of every document: its number of tokens, where they begin, its shard, and its place in that.
+    lengths, starts, which, places = [], [], [], []
     for p, part in enumerate(parts):
         load = functools.partial(_load, made.tokens, part)
         mine = np.flatnonzero(load("heldout") == (split == "heldout"))
@@ -97,7 +98,8 @@ def contamination(made: Prepared) -> list[dict[str, Any]]:
             runs[hit["example"]][hit["kind"]].add(hit["run"])
             documents[hit["example"]].add(hit["id"])
     return [{"set": example["set"], "id": example["id"], "text": shards.excerpt(example["text"]),
-             "documents": sorted(found), **{kind: [len(mine[kind]), example[kind]] for kind in mine}}
+             "documents": sorted(found),
+             **{kind: [len(mine[kind]), example[kind]] for kind in mine}}
             for example, mine, found in zip(examples, runs, documents, strict=True)]
 
 
@@ -115,10 +117,12 @@ def baselines(entries: dict[str, Any], tokenizer: Tokenizer, out: str) -> dict[s
     share = min(1.0, BASELINE_TOKENS / total)
 
     def tokens(split: str, share: float) -> np.ndarray:
-        wanted = {name: int(entry[split]["tokens"] * share) for name, entry in entries.items()}
-        return np.concatenate([store.open_array(f"{out}/{name}/{split}/tokens")[:count].read().result()
-                               for name, count in wanted.items()])
+        parts = []
+        for name, entry in entries.items():
+            array = store.open_array(f"{out}/{name}/{split}/tokens")
+            parts.append(array[: int(entry[split]["tokens"] * share)].read().result())
+        return np.concatenate(parts)
 
-    return ngram.baselines(tokens("train", share), tokens("heldout", 1.0), vocab_size=tokenizer.vocab_size,
-                           heldout_bytes=sum(entry["heldout"]["bytes"] for entry in entries.values()),
-                           bos_id=tokenizer.bos_id)
+    heldout_bytes = sum(entry["heldout"]["bytes"] for entry in entries.values())
+    return ngram.baselines(tokens("train", share), tokens("heldout", 1.0), bos_id=tokenizer.bos_id,
+                           vocab_size=tokenizer.vocab_size, heldout_bytes=heldout_bytes)
