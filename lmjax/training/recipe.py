@@ -23,6 +23,8 @@ from lmjax.models.presets import with_preset
 from lmjax.nn.quantized import MATMUL_DTYPES
 from lmjax.sharding import MeshConfig
 from lmjax.training.optim.config import OptimizerConfig
+from lmjax.training.optim.schedules import SCHEDULES
+from lmjax.training.optim.table import OPTIMIZERS
 
 # The objective of a family whose recipe names none; a decoder's is DataConfig's default.
 DEFAULT_OBJECTIVES = {"encoder": "masked_lm", "encdec": "span_corruption"}
@@ -150,6 +152,8 @@ class Recipe:
     watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
+        choice("optimizer.name", self.optimizer.name, OPTIMIZERS)
+        choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
         family, objective, seq_len = self.model.family, self.data.objective, self.data.seq_len
         if self.model.positions == "learned" and seq_len > self.model.max_positions:
             raise UserError(f"at most model.max_positions={self.model.max_positions}", seq_len,

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lmjax.config import choice
 from lmjax.errors import UserError
 from lmjax.training.optim.config import OptimizerConfig
 
@@ -41,8 +42,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], 
       step (an integer from 0, traced or not) -> float32 scalar.
 
     Raises:
-      UserError: the warm-up, and with wsd also the decay, does not fit into `total_steps`.
+      UserError: no such schedule, or its warm-up (with wsd: and decay) is too long.
     """
+    choice("optimizer.schedule", config.schedule, SCHEDULES)
     warmup = decay_start = config.warmup_steps
     if config.schedule == "wsd":
         decay_start = total_steps - round(config.decay_fraction * total_steps)

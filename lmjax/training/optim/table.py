@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from lmjax.config import choice
 from lmjax.training.optim.adam import adamw, lion, sgd
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.factored import adafactor
@@ -34,6 +35,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int,
       total_steps: the step at which the schedule ends.
       axes: a tree like the parameters, whose leaves are tuples of axis names.
     """
+    choice("optimizer.name", config.name, OPTIMIZERS)
     decayed = ("matrix", "embedding") if config.decay_embeddings else ("matrix",)
     mask = map_axes(lambda a: kind_of(a) in decayed, axes)
     return optax.chain(
