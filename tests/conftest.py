@@ -1,6 +1,6 @@
-"""A strict place to run in: eight CPU devices, no silent broadcasting, no warnings (see pyproject.toml).
+"""Strict tests: eight CPU devices, no silent broadcasting, no warnings (see pyproject.toml).
 
-Everything here has to happen before JAX or TensorFlow is first imported, hence at the top of this file.
+All of this must happen before JAX or TensorFlow is imported, so it stands at the top of this file.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def _cpu_features() -> str:
-    """What names this CPU: a program compiled for one with other instructions may not run here."""
+    """A hash of the CPU's instruction sets: a program compiled for others may not run here."""
     try:
         cpuinfo = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -24,20 +24,21 @@ def _cpu_features() -> str:
     return hashlib.sha256((flags.group() if flags else platform.machine()).encode()).hexdigest()[:8]
 
 
-GPU = os.environ.get("LMJAX_TEST_PLATFORM") == "gpu"  # as launch/gpu_check has it, for the tests that are marked so
-# Processes that a test starts inherit these; one that wants another number of devices sets XLA_FLAGS itself.
+GPU = os.environ.get("LMJAX_TEST_PLATFORM") == "gpu"  # launch/gpu_check runs the tests marked gpu
+# The processes that a test starts inherit these variables.
 os.environ["JAX_PLATFORMS"] = "cuda" if GPU else "cpu"
-# Compiling is most of what tests do, each program once for some milliseconds of work: without LLVM's optimisations
-# that takes half the time, and by way of the older emitters, where a JAX still has them, two thirds of what is left.
 if not GPU:
+    # Tests mostly compile: each program runs for some milliseconds. Without LLVM's optimisations
+    # compiling takes half the time. The older emitters of jaxlib 0.10 take two thirds of that.
     older = importlib.metadata.version("jaxlib").startswith("0.10.")
-    os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-                               + " --xla_cpu_use_fusion_emitters=false" * older)
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+        + " --xla_cpu_use_fusion_emitters=false" * older)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# XLA's thread pool. A collective holds its thread until all eight devices have joined, and independent collectives
-# run at once: with the two threads a device that two cores get, all can be held by different ones, for ever.
+# The size of XLA's thread pool. A collective holds one thread per device until all devices have
+# joined. With few threads, independent collectives can wait for each other for ever.
 os.environ["NPROC"] = "128"
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow's greetings and its notes on CPU instructions
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # without TensorFlow's start-up messages
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
 os.environ["MPLBACKEND"] = "agg"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
@@ -46,26 +47,29 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Set here and not in the environment: a process that a test kills could leave half an entry behind.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / f"jax-tests-{_cpu_features()}"))
+# The processes that tests start do not share this cache: a killed one could leave a broken entry.
+CACHE = ROOT / ".cache" / f"jax-tests-{_cpu_features()}"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-# With several processes (launch/test) a file is one piece of work: the longest begin first.
-LONGEST = ("test_readme.py", "test_distributed.py", "test_refusals_distributed.py", "test_resume.py", "test_kernels.py",
-           "test_families.py", "test_meshes.py", "test_init_from.py", "test_watch.py", "test_launch_tpu_pod.py",
-           "test_launch.py")
+# With several workers (launch/test) one worker runs a whole file. The longest files start first.
+LONGEST = ("test_readme.py", "test_distributed.py", "test_refusals.py", "test_resume.py",
+           "test_kernels.py", "test_families.py", "test_meshes.py", "test_init_from.py",
+           "test_watchdog.py", "test_tpu_pod.py", "test_launch.py")
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of 1 MiB, where the machine allows one to be mounted."""
+    """A real file system of 1 MiB, if this machine allows to mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("cannot mount a small file system here (needs root)")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)

@@ -1,7 +1,10 @@
-"""The goodput ledger: what the wall time of a run went to, summed over all its starts.
+"""The goodput ledger: how a run spent its wall time, summed over all its starts.
 
-`ledger.jsonl` has a row for each start, and then one a minute and at every checkpoint: {"step", "at" (seconds since
-1970), and seconds since the row before by kind}. The row of a start has "start" instead: seconds from its beginning.
+`ledger.jsonl` has one row per start, and then one row per minute and per checkpoint:
+
+    {"step": ..., "at": seconds since 1970, ACTIVITY: seconds since the row before, ...}
+
+The row of a start also has "start": the seconds since the process began.
 """
 
 import time
@@ -13,10 +16,10 @@ from typing import Any
 from lmjax.monitoring.jsonl import Appender
 from lmjax.monitoring.units import human_seconds
 
-FILE = "ledger.jsonl"
-ROW_SECONDS = 60.0  # between rows: what a kill can take out of the account
-SLOW = 1.5  # times the median of the steps before, and a step is an outlier
-KINDS = {  # in the order in which they are shown
+LEDGER_FILE = "ledger.jsonl"
+ROW_SECONDS = 60.0  # between rows: the most time that a kill leaves without an account
+SLOW_FACTOR = 1.5  # a step is slow if it takes more than this times the median of the steps before
+ACTIVITIES = {  # in the order in which reports show them
     "useful": "training steps that count",
     "redone": "steps that a later start did again",
     "data": "waiting for data",
@@ -32,34 +35,41 @@ KINDS = {  # in the order in which they are shown
 
 
 class Ledger:
-    """Adds up seconds by kind and writes a row of them now and then, to `ledger.jsonl` in `workdir`.
+    """Adds up seconds by activity and writes them to `ledger.jsonl`, about once per minute.
 
-    workdir: None on processes that write nothing.
+    Args:
+      workdir: the run's directory; None on processes that write nothing.
     """
 
     def __init__(self, workdir: Path | None):
-        self._file = Appender(workdir / FILE if workdir else None)
+        self._file = Appender(workdir / LEDGER_FILE if workdir else None)
         self._step, self._spent, self._next = 0, Counter[str](), 0.0
 
     def start(self, step: int, seconds: float, **spent: float) -> None:
-        """The loop begins from `step`, `seconds` after this start did; `spent` of these on other kinds than setup."""
+        """Records that the loop begins.
+
+        Args:
+          step: the step that the run starts or resumes from.
+          seconds: the seconds since the process began.
+          spent: how many of them went to other activities than setting up.
+        """
         self._step = step
         self._row({"start": seconds, **spent})
 
     def spend(self, step: int, **seconds: float) -> None:
-        """`seconds` went to these kinds, up to `step`."""
+        """Records that `seconds` went to these activities, up to `step`."""
         self._step = step
         self._spent.update(seconds)
         if time.time() >= self._next:
             self.row()
 
     def row(self) -> None:
-        """Writes what was spent since the last row, if anything was."""
+        """Writes the seconds since the last row, if there are any."""
         if self._spent:
             self._row(self._spent)
 
     def close(self) -> None:
-        """Writes the rest."""
+        """Writes the last row and closes the file."""
         self.row()
         self._file.close()
 
@@ -70,45 +80,60 @@ class Ledger:
 
 
 def account(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds by kind, in the order of KINDS and without those of none; they sum to the wall time of the run.
+    """Sums up the seconds of a ledger by activity.
 
-    A start that goes on from before the last row takes the steps in between out of what was useful.
+    If a start resumes before the last row, the steps that it repeats were not useful: their
+    seconds count as redone.
+
+    Args:
+      rows: the rows of `ledger.jsonl`.
+
+    Returns:
+      Seconds by activity, in the order of ACTIVITIES, without those of 0 seconds. The sum is the
+      wall time of the run.
     """
     spent: Counter[str] = Counter()
-    steps: list[list[float]] = []  # first, last, useful seconds of each row
+    steps: list[tuple[float, float, float]] = []  # per row: first step, last step, useful seconds
     first = last = None
     for row in rows:
         began = row["at"] - row.get("start", 0.0)
-        first, before = (began if first is None else first), (began if last is None else last)
-        named = {kind: row[kind] for kind in KINDS if kind in row}
+        first = began if first is None else first
+        before = began if last is None else last
+        named = {activity: row[activity] for activity in ACTIVITIES if activity in row}
         spent.update(named)
         if "start" in row:
             spent["down"] += max(began - before, 0.0)
             spent["setup"] += row["start"] - sum(named.values())
             spent["redone"] += _undo(steps, row["step"])
-        steps.append([steps[-1][1] if steps else 0, row["step"], named.get("useful", 0.0)])
+        steps.append((steps[-1][1] if steps else 0, row["step"], named.get("useful", 0.0)))
         last = row["at"]
-    if first is None:
+    if first is None or last is None:
         return {}
     spent["useful"] -= spent["redone"]
-    spent["idle"] = max(last - first - sum(spent.values()), 0.0)
-    return {kind: spent[kind] for kind in KINDS if spent[kind] > 0}
+    idle = max(last - first - sum(spent.values()), 0.0)
+    seconds: dict[str, float] = {**spent, "idle": idle}
+    return {activity: seconds[activity] for activity in ACTIVITIES if seconds.get(activity, 0) > 0}
 
 
-def _undo(steps: list[list[float]], step: int) -> float:
-    """Useful seconds of the steps after `step`, taken out of their rows."""
+def _undo(steps: list[tuple[float, float, float]], step: int) -> float:
+    """Removes the steps after `step` from `steps` and returns their useful seconds.
+
+    A row that `step` divides gives up its share of the seconds.
+    """
     lost = 0.0
     while steps and steps[-1][1] > step:
         first, last, useful = steps.pop()
         keep = max(step - first, 0) / (last - first) if last > first else 0.0
         lost += useful * (1 - keep)
         if keep:
-            steps.append([first, step, useful * keep])
+            steps.append((first, step, useful * keep))
     return lost
 
 
 def goodput_line(spent: Mapping[str, float]) -> str:
-    """`goodput: 91.2% of 3h12m: useful 2h55m, compile 40s, ...`."""
+    """Words an account: `goodput: 91.2% of 3h12m: useful 2h55m, compile 40s, ...`."""
     total = sum(spent.values())
-    parts = ", ".join(f"{kind} {human_seconds(seconds)}" for kind, seconds in spent.items())
-    return f"goodput: {spent.get('useful', 0.0) / total:.1%} of {human_seconds(total)}: {parts}"
+    parts = ", ".join(f"{activity} {human_seconds(seconds)}"
+                      for activity, seconds in spent.items())
+    share = spent.get("useful", 0.0) / total
+    return f"goodput: {share:.1%} of {human_seconds(total)}: {parts}"

@@ -1,4 +1,4 @@
-"""JSONL files that survive a kill: appended line by line, truncated on resume."""
+"""JSON-lines files that survive a kill: appended line by line, cut back when a run resumes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lmjax.errors import UserError
 from lmjax.runtime.files import write_whole
 
 
-def _plain(value: Any) -> Any:
-    """Numpy and JAX scalars as Python ones; NaN and infinities as strings, since JSON has no such numbers.
+def _json_value(value: Any) -> Any:
+    """Turns NumPy and JAX scalars into Python ones.
 
-    A float is written as its shortest decimal that reads back to the same bits.
+    A float becomes the shortest decimal that reads back to the same bits. JSON has no NaN and no
+    infinities, so these become strings.
     """
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -28,42 +30,44 @@ def _plain(value: Any) -> Any:
         return number if math.isfinite(number) else str(number)
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
-    plain = {key: _plain(value) for key, value in record.items()}
-    # A half of a surrogate pair cannot be written as UTF-8; it becomes "?".
-    return json.dumps(plain, allow_nan=False, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+def _encode(record: Mapping[str, Any]) -> bytes:
+    values = {key: _json_value(value) for key, value in record.items()}
+    text = json.dumps(values, allow_nan=False, ensure_ascii=False)
+    return text.encode("utf-8", "replace") + b"\n"  # UTF-8 has no lone surrogates: they become "?"
 
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file, in order; none if there is no file. A torn last line is left out.
+    """Yields the objects of a JSON-lines file; none if there is no file.
 
-    Raises ValueError at a whole line that is not a JSON object with a step.
+    A last line without its end is left out: a kill has cut it off.
+
+    Raises:
+      UserError: a whole line is not a JSON object with a step.
     """
     return (record for _, record in _whole_lines(Path(path)))
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each complete line of the file with the object on it."""
+    """Yields each complete line of the file with its object."""
     if not path.exists():
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
-                return  # torn by a kill in the middle of a write
+                return
             try:
                 record = json.loads(line)
             except ValueError:
                 record = None
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError(
-                    f"{path}, line {number}: expected a JSON object with a step, got {line[:60]!r}; "
-                    "remove that line, or move the file away"
-                )
+                raise UserError("a JSON object with a step", repr(line[:60]),
+                                "remove that line, or move the file away",
+                                where=f"{path}, line {number}")
             yield line, record
 
 
 def _truncate(path: Path, last_step: float) -> Counter[bytes]:
-    """Keeps exactly the whole lines with step <= last_step, in one rename. Returns those of last_step."""
+    """Removes the lines after `last_step` from the file, and returns the lines of `last_step`."""
     kept = [(line, record) for line, record in _whole_lines(path) if record["step"] <= last_step]
     content = b"".join(line for line, _ in kept)
     if path.exists() and path.stat().st_size != len(content):
@@ -72,21 +76,23 @@ def _truncate(path: Path, last_step: float) -> Counter[bytes]:
 
 
 class Appender:
-    """Appends whole lines, each given to the system at once: what was appended survives a kill.
+    """Appends lines to a file. A line survives a kill as soon as it is appended.
 
-    path: None on processes that write nothing.
+    Args:
+      path: the file; None on processes that write nothing.
+      last_step: the step that the run resumes from. Lines of later steps are removed.
     """
 
     def __init__(self, path: Path | None, last_step: float = math.inf):
-        # A run resumed at step k may replay what it logged at step k; no line is added twice.
+        # A run that resumes at a step may log this step again: the same line is not added twice.
         self._seen = _truncate(path, last_step) if path else Counter[bytes]()
         self._file = path.open("ab") if path else None
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds it, unless it is one of the last step that is there."""
+        """Adds a line, unless the file had the same line of `last_step` before."""
         if self._file is None:
             return
-        line = _line(record)
+        line = _encode(record)
         if self._seen[line]:
             self._seen[line] -= 1
         else:
@@ -94,7 +100,7 @@ class Appender:
             self._file.flush()
 
     def sync(self) -> None:
-        """Returns once all of it is on the disk."""
+        """Returns when every line is on the disk, safe from a power cut."""
         if self._file:
             os.fsync(self._file.fileno())
 

@@ -14,33 +14,40 @@ from lmjax.monitoring.units import human_count, human_seconds
 
 
 class Progress:
-    """Shows how far a run is: a line rewritten in place on a terminal, plain lines now and then elsewhere.
-    Piped lines come at the first update, then 1, 2, 4, 8, 15, 15, ... seconds apart, and always at the end.
+    """Shows on the terminal how far a run is.
 
-    total_steps: the step at which the run ends. stream: standard error unless given, so that standard output
-    stays clean. clock: seconds, monotonic. quiet: on processes that show nothing.
+    On a terminal one line is rewritten in place. Elsewhere there are plain lines: at the first
+    update, then 1, 2, 4, 8, 15, 15, ... seconds apart, and at the end.
+
+    Args:
+      total_steps: the step at which the run ends.
+      stream: standard error by default, so that standard output stays clean.
+      clock: seconds, monotonic.
+      quiet: True on processes that show nothing.
     """
 
-    def __init__(
-        self, total_steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
-        quiet: bool = False
-    ):
-        self._quiet = quiet
-        self._total = total_steps
+    def __init__(self, total_steps: int, stream: TextIO | None = None,
+                 clock: Callable[[], float] = time.monotonic, quiet: bool = False):
+        self._total, self._quiet, self._clock = total_steps, quiet, clock
         self._stream = sys.stderr if stream is None else stream
-        self._clock = clock
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._gap = 0.1 if self._live else 1.0
+        self._gap = 0.1 if self._live else 1.0  # seconds to the next line
         self._next_time = -math.inf
         self._first: tuple[int, float] | None = None  # step and time of the first update
         self._line = ""
-        self._shown = True
+        self._shown = True  # whether `_line` is on the terminal
 
     def update(self, step: int, loss: float, bits_per_byte: float, tokens_per_second: float,
                data_wait_share: float = 0.0, mfu: float | None = None) -> None:
-        """Figures of the newest step: nats per token, bits per byte, 1/s, and shares of 0..1 (None: not known).
+        """Shows the figures of the newest step. It draws at most ten times per second.
 
-        Cheap enough for every step; it draws at most ten times a second.
+        Args:
+          step: the newest step.
+          loss: nats per token.
+          bits_per_byte: bits per byte of text.
+          tokens_per_second: tokens per second.
+          data_wait_share: the share of the step, 0 to 1, that was spent waiting for data.
+          mfu: model FLOP/s as a share of the peak, 0 to 1; None if the peak is not known.
         """
         now = self._clock()
         self._first = self._first or (step, now)
@@ -49,13 +56,16 @@ class Progress:
         if step > first_step:
             remaining = (now - first_time) / (step - first_step) * (self._total - step)
         done = f"{step:,}/{self._total:,} {step / max(self._total, 1):.0%}"
-        losses, rate = (f"loss {loss:.3f}", f"{bits_per_byte:.3f} bits/byte"), human_count(tokens_per_second)
+        losses = (f"loss {loss:.3f}", f"{bits_per_byte:.3f} bits/byte")
+        rate = human_count(tokens_per_second)
         left = f"ETA {'-' if math.isnan(remaining) else human_seconds(round(remaining))}"
         used = () if mfu is None else (f"MFU {mfu:.0%}",)
         if self._live:  # short enough for 80 columns
-            parts = (done, *losses, f"{rate} tok/s", *(used or (f"wait {data_wait_share:.0%}",)), left)
+            used = used or (f"wait {data_wait_share:.0%}",)
+            parts = (done, *losses, f"{rate} tok/s", *used, left)
         else:
-            parts = (f"step {done}", *losses, f"{rate} tokens/s", *used, f"data wait {data_wait_share:.1%}", left)
+            wait = f"data wait {data_wait_share:.1%}"
+            parts = (f"step {done}", *losses, f"{rate} tokens/s", *used, wait, left)
         self._line = ("  " if self._live else " | ").join(parts)
         self._shown = False
         if now >= self._next_time or step >= self._total:
@@ -64,7 +74,7 @@ class Progress:
             self._gap = self._gap if self._live else min(2 * self._gap, 15.0)
 
     def log(self, message: str) -> None:
-        """Prints a message on lines of its own, the live line staying below it."""
+        """Prints a message on lines of its own. The live line stays below it."""
         if not self._live:
             self._emit(message + "\n")
             return
@@ -73,7 +83,7 @@ class Progress:
             self._show()
 
     def close(self) -> None:
-        """Shows the last figures, if they were not yet, and ends the line."""
+        """Shows the last figures if they are not on the terminal yet, and ends the line."""
         if self._live and self._line:
             self._show()
             self._emit("\n")
@@ -89,7 +99,7 @@ class Progress:
 
     def _show(self) -> None:
         if self._live:
-            # One column stays free: some terminals wrap when the last one is written.
+            # One column stays free: some terminals wrap as soon as the last column is written.
             width = shutil.get_terminal_size().columns - 1
             self._emit("\r" + self._line[:width] + "\x1b[K")
         else:

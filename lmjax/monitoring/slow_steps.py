@@ -6,7 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
-from lmjax.monitoring.goodput import SLOW
+from lmjax.monitoring.goodput import SLOW_FACTOR
 from lmjax.monitoring.units import human_seconds
 
 WINDOW = 64  # steps whose median is the usual time of a step
@@ -26,7 +26,7 @@ class Outliers:
         return statistics.median(self._seconds) if len(self._seconds) >= MIN_STEPS else math.inf
 
     def __call__(self, seconds: float, waited: float = 0.0) -> bool:
-        """Whether a step is slow: without the wait for data it took over SLOW times the usual time.
+        """Whether a step is slow: it took over SLOW_FACTOR times the usual time, without its wait.
 
         The usual time includes waiting; when every step waits, the rest is too small to judge.
 
@@ -34,7 +34,7 @@ class Outliers:
           seconds: how long the step took.
           waited: the part of `seconds` in which this process waited for its data.
         """
-        slow = seconds - waited > SLOW * self.usual
+        slow = seconds - waited > SLOW_FACTOR * self.usual
         self._seconds.append(seconds)
         return slow
 

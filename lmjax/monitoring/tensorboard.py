@@ -1,4 +1,8 @@
-"""A TensorBoard event file, written record by record."""
+"""TensorBoard event files: TFRecords, each an `Event` message (tensorflow/core/util/event.proto).
+
+lmjax encodes the messages itself. The usual writers queue events in a thread, so that a killed run
+loses them, and they import PyTorch wherever it is installed.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ def _crc_table() -> list[int]:
 
 
 def _masked_crc(data: bytes) -> bytes:
-    """CRC-32C, rotated and offset as TFRecords want it, little-endian."""
+    """The CRC-32C of `data`, masked (rotated and offset) as in TFRecords; little-endian."""
     crc, table = 0xFFFFFFFF, _crc_table()
     for byte in data:
         crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
@@ -34,6 +38,7 @@ def _masked_crc(data: bytes) -> bytes:
 
 
 def _varint(value: int) -> bytes:
+    """A protocol buffer's integer: 7 bits per byte, the lowest first."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -42,46 +47,58 @@ def _varint(value: int) -> bytes:
 
 
 def _field(number: int, value: int | bytes | str) -> bytes:
-    """A protocol buffer field: an integer (wire type 0), or a string, bytes or a message (2)."""
+    """A field of a protocol buffer: an integer, a string, bytes or an encoded message."""
+    integer, delimited = 0, 2  # wire types
     if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
+        return _varint(number << 3 | integer) + _varint(value)
     value = value.encode("utf-8", "replace") if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
+    return _varint(number << 3 | delimited) + _varint(len(value)) + value
 
 
-class _EventFile:
-    """An event file that tells TensorBoard to forget what earlier files hold from `purge_step` on."""
+class EventFile:
+    """A TensorBoard event file of one start of a run.
+
+    Args:
+      workdir: the folder of the file.
+      purge_step: TensorBoard forgets the events of earlier files from this step on.
+    """
 
     def __init__(self, workdir: Path, purge_step: int):
-        # TensorBoard reads the files of a directory in the order of their names: the time comes first.
-        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        # TensorBoard reads the files of a folder in the order of their names: the time comes first.
+        now = f"{time.time():017.6f}"
+        name = f"events.out.tfevents.{now}.{socket.gethostname()}.{os.getpid()}"
         self._file = (workdir / name).open("ab")
         self._write(0, _field(3, "brain.Event:2"))
         self._write(purge_step, _field(7, _field(1, 1)))  # session_log { status: START }
 
-    def _write(self, step: int, what: bytes) -> None:
-        event = struct.pack("<Bd", 1 << 3 | 1, time.time()) + _field(2, max(int(step), 0)) + what
+    def _write(self, step: int, content: bytes) -> None:
+        """Writes one TFRecord: an `Event` with the time, the step and the encoded `content`."""
+        event = struct.pack("<Bd", 1 << 3 | 1, time.time()) + _field(2, max(int(step), 0)) + content
         length = struct.pack("<Q", len(event))
         self._file.write(length + _masked_crc(length) + event + _masked_crc(event))
         self._file.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Rounded to float32, which is what the format holds."""
+        """Writes one value per tag, rounded to float32."""
         summary = b""
         for tag, value in values.items():
-            if math.isfinite(value):  # struct.pack refuses what rounds beyond; NaN and inf pass
+            if math.isfinite(value):  # struct.pack takes NaN and infinities, but no overflow
                 value = max(-MAX_FLOAT32, min(MAX_FLOAT32, value))
             summary += _field(1, _field(1, tag) + struct.pack("<Bf", 2 << 3 | 5, value))
         self._write(step, _field(5, summary))
 
     def text(self, step: int, tag: str, markdown: str) -> None:
-        tensor = _field(1, 7) + _field(2, _field(2, _field(1, 1))) + _field(8, markdown)  # strings, shape [1]
+        """Writes a text, which TensorBoard shows as Markdown."""
+        shape = _field(2, _field(2, _field(1, 1)))  # [1]
+        tensor = _field(1, 7) + shape + _field(8, markdown)  # type 7: strings
         metadata = _field(1, _field(1, "text"))
         value = _field(1, f"{tag}/text_summary") + _field(8, tensor) + _field(9, metadata)
         self._write(step, _field(5, _field(1, value)))
 
     def sync(self) -> None:
+        """Returns when every event is on the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers with units for people: counts, durations and sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Callable
 
 
 def human_count(value: float) -> str:
-    """`1234567` -> `1.2M`, `12` -> `12`: at most four characters of digits and one suffix (k, M, B, T)."""
+    """Shortens a count: `1234567` -> `1.2M`, `12` -> `12`.
+
+    Returns:
+      At most four characters of digits, with a suffix (k, M, B or T) where one is needed.
+    """
     value = float(value)
     if not math.isfinite(value):
         return str(value)
@@ -21,7 +25,7 @@ def human_count(value: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """`0.02` -> `20ms`, `5.25` -> `5.2s`, `200` -> `3m20s`, `3700` -> `1h01m`, `200000` -> `2d07h`."""
+    """Words a duration: `0.02` -> `20ms`, `5.25` -> `5.2s`, `200` -> `3m20s`, `3700` -> `1h01m`."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 0.9995:
@@ -29,30 +33,32 @@ def human_seconds(seconds: float) -> str:
     if seconds < 9.95:
         return f"{seconds:.1f}s"
     whole = round(seconds)
-    for unit, sub_unit, size, sub_size in (("m", "s", 60, 1), ("h", "m", 3600, 60), ("d", "h", 86400, 3600)):
+    text = f"{whole}s"
+    units = (("m", "s", 60, 1), ("h", "m", 3600, 60), ("d", "h", 86400, 3600))
+    for unit, sub_unit, size, sub_size in units:
         if whole < size:
             break
         text = f"{whole // size}{unit}{whole % size // sub_size:02d}{sub_unit}"
-    return text if whole >= 60 else f"{whole}s"
+    return text
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
-    """The name and length in seconds of the unit in which a time reads well: s, ms or us."""
+    """The unit in which to show a time, s, ms or us: its name and its seconds."""
     return ("s", 1.0) if seconds >= 0.1 else ("ms", 1e-3) if seconds >= 1e-4 else ("us", 1e-6)
 
 
 def size_unit(size: float) -> tuple[str, float]:
-    """The name and bytes of the unit in which a size reads well: GiB or MiB."""
+    """The unit in which to show a size, GiB or MiB: its name and its bytes."""
     return ("GiB", 2**30) if size >= 2**30 else ("MiB", 2**20)
 
 
 def human_bytes(size: float) -> str:
-    """`5368709120` -> `5.0 GiB`."""
+    """Words a size: `5368709120` -> `5.0 GiB`."""
     unit, scale = size_unit(size)
     return f"{size / scale:.1f} {unit}"
 
 
 def human_range(values: tuple[float, float], form: Callable[[float], str]) -> str:
-    """`(2.0, 1.0)` -> `1 .. 2`; one figure if both read the same."""
+    """Words a range, `(2.0, 1.0)` -> `1 .. 2`; one figure if both ends read the same."""
     low, high = form(min(values)), form(max(values))
     return low if low == high else f"{low} .. {high}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lmjax.monitoring.goodput import KINDS, SLOW
+from lmjax.monitoring.goodput import ACTIVITIES, SLOW_FACTOR
 from lmjax.monitoring.units import human_count, human_seconds
 from lmjax.reporting import page as html
 from lmjax.reporting.run_files import Columns, Run, last, median, read_run
@@ -246,11 +246,14 @@ def _time(run: Run) -> str:
     total = sum(run.spent.values())
     if not total > 0:
         return ""
-    parts = [(KINDS[kind], seconds / total, human_seconds(seconds)) for kind, seconds in run.spent.items()]
+    parts = [(ACTIVITIES[activity], seconds / total, human_seconds(seconds))
+             for activity, seconds in run.spent.items()]
     slow = sum(name == "slow_step" for name, _, _ in run.events)
-    note = f"Of {human_seconds(total)} in all. " + (
-        f"{slow} step{'s' if slow > 1 else ''} took over {SLOW} times the median of those before." if slow else "")
-    return html.card("Where the time went", html.bars(parts), note.strip())
+    note = f"Of {human_seconds(total)} in all."
+    if slow:
+        steps = "step" if slow == 1 else "steps"
+        note += f" {slow} {steps} took over {SLOW_FACTOR} times the median of those before."
+    return html.card("Where the time went", html.bars(parts), note)
 
 
 def _data(run: Run) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lmjax.monitoring.goodput import FILE, account
+from lmjax.monitoring.goodput import LEDGER_FILE, account
 from lmjax.monitoring.jsonl import read_jsonl
 
 PARSED_BYTES = 4 << 20  # of a file of metrics; longer ones are thinned
@@ -154,7 +154,7 @@ def read_run(workdir: Path) -> Run:
     run.timing = _columns([record for record in timing if "event" not in record])
     run.events = [(r["event"], r["step"], float(r.get("seconds", 0.0))) for r in timing if "event" in r]
     run.seconds = _wall_seconds(timing)
-    run.spent = account(read_jsonl(workdir / FILE))
+    run.spent = account(read_jsonl(workdir / LEDGER_FILE))
     run.samples = list(read_jsonl(workdir / "samples.jsonl"))
     named = Path(str(run.facts.get("data", {}).get("directory") or "data"))
     for directory in (named, workdir / named, workdir / "data"):

@@ -1,4 +1,8 @@
-"""The process: its place among others, its compilation cache, how it is asked to stop, and directories it makes."""
+"""The processes of a run: they start together, send each other small messages, and end together.
+
+The messages go through the key-value store of JAX's coordinator, which process 0 runs. They need no
+devices, so they arrive even while a process waits in a collective.
+"""
 
 import contextlib
 import itertools
@@ -10,210 +14,175 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
-from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
-from jax._src.distributed import global_state  # its client is the key-value store, which has no public name
+from jax._src.distributed import global_state  # no public name gives the key-value store
+
+from lmjax.runtime import cluster
 
 T = TypeVar("T")
 Explain = Callable[[BaseException], tuple[int, str]]  # the exit code and the line of an error
-WEEK_MS = 7 * 24 * 3600 * 1000  # longer than any preparation: what fails meanwhile ends the wait
+WEEK_MS = 7 * 24 * 3600 * 1000  # longer than any preparation; a failure elsewhere ends a wait early
 LOOK_SECONDS = 0.5  # between looks at whether a process has failed
-FAREWELL_SECONDS = 5.0  # for the others to learn of it before the coordinator goes
-_FAILED, _HEARD, _PLACES, _LATE = (f"lmjax/{name}" for name in ("failed", "heard", "places", "late"))  # of the store
-_turns = itertools.count()
+FAREWELL_SECONDS = 5.0  # how long process 0 waits until the others have heard of a failure
+# Keys of the store.
+_FAILURE, _HEARD, _PLACES, _LATE, _AGREED, _DONE = (
+    f"lmjax/{name}" for name in ("failed", "heard", "places", "late", "agreed", "done"))
+_agreements = itertools.count()
 
 
 @contextlib.contextmanager
 def together(explain: Explain) -> Iterator[None]:
-    """Runs the block with the other processes that the environment names; they end together.
+    """Runs the block together with the other processes of the run; an error in one ends them all.
 
-    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who takes part; without them Slurm,
-    GKE and Cloud TPU do, where JAX finds out by itself. Whatever one of them raises ends all, within seconds and
-    wherever they wait: each prints the line of the first error, as `explain` words it, and exits with its code.
-    Without others there is just the block.
+    After an error, every process prints the line of the first error and exits with its code. This
+    takes seconds, whatever the processes wait for. A process without others just runs the block.
+
+    Args:
+      explain: gives the exit code and the line of an error.
 
     Raises:
-      ValueError: the environment names a coordinator and does not say who this process is.
-
-    When not all of them have come together after LMJAX_JOIN_SECONDS (300), it says so and exits with code 1.
+      UserError: `cluster.join` cannot tell who takes part.
     """
-    if not _join():
+    if not cluster.join():
         yield
         return
     done = threading.Event()
-    watch = threading.Thread(target=_watch, args=(done,), name="lmjax-watch", daemon=True)
-    watch.start()
+    watcher = threading.Thread(target=_end_with_others, args=(done,), name="lmjax-others",
+                               daemon=True)
+    watcher.start()
     try:
         yield
-        # Nobody stops listening while another can still fail.
-        global_state.client.wait_at_barrier("lmjax/done", WEEK_MS)
+        # Each keeps watching until the last one is done, because that one may still fail.
+        _store().wait_at_barrier(_DONE, WEEK_MS)
     except (Exception, KeyboardInterrupt) as error:
         code, line = explain(error)
         if code == 1 or os.environ.get("LMJAX_TRACEBACK"):
             traceback.print_exception(error)
-        failure = json.dumps([code, f"process {global_state.process_id}: {line}"])
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
-            global_state.client.key_value_set(f"{_FAILED}/first", failure)
-        watch.join()  # it ends this process like the others
+        _write(f"{_FAILURE}/first", [code, f"process {process()}: {line}"])
+        watcher.join()  # ends this process like the others
         os._exit(code)
     done.set()
-    watch.join()
+    watcher.join()
 
 
 def agreed(do: Callable[[], T]) -> T:
-    """What `do` returns on process 0, a JSON value: the others wait for it. What it raises there ends all."""
-    if global_state.client is None:
+    """Runs `do` on process 0 and returns its result on every process.
+
+    Every process has to call it, in the same order. An exception of `do` ends all processes.
+
+    Args:
+      do: returns a JSON value.
+    """
+    if _store() is None:
         return do()
-    key = f"lmjax/agreed/{next(_turns)}"
-    if global_state.process_id == 0:
-        global_state.client.key_value_set(key, json.dumps(do()))
-    return json.loads(global_state.client.blocking_key_value_get(key, WEEK_MS))
+    key = f"{_AGREED}/{next(_agreements)}"
+    if process() == 0:
+        _store().key_value_set(key, json.dumps(do()))
+    return json.loads(_store().blocking_key_value_get(key, WEEK_MS))
 
 
 def process() -> int:
-    """The number of this process, without a look at its devices."""
+    """The number of this process. Unlike `jax.process_index`, it does not wait for the devices."""
     return global_state.process_id
 
 
 class Place(NamedTuple):
-    """Where a process is. moves: how often it has moved on; of two processes the one with fewer is behind."""
+    """What a process is doing. The process with the fewest moves keeps the others waiting."""
 
-    moves: int
+    moves: int  # how often the process has begun something new
     step: int
     doing: str
 
 
 def tell(place: Place) -> None:
-    """Tells the other processes where this one is."""
-    if global_state.client is not None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            global_state.client.key_value_set(f"{_PLACES}/{global_state.process_id}",
-                                              json.dumps([place, socket.gethostname()]), allow_overwrite=True)
+    """Tells the other processes what this process is doing."""
+    _write(f"{_PLACES}/{process()}", [place, socket.gethostname()], overwrite=True)
 
 
 def places(mine: Place) -> dict[int, tuple[Place, str]]:
-    """By process, where each said last that it is, and its host; without others, `mine`."""
-    found = {}
-    if global_state.client is not None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            found = {int(key.rsplit("/", 1)[1]): json.loads(value)
-                     for key, value in global_state.client.key_value_dir_get(_PLACES)}
-    return ({number: (Place(*place), host) for number, (place, host) in found.items()}
-            or {global_state.process_id: (mine, socket.gethostname())})
+    """Returns what each process last told with `tell`, by process number, and its host.
+
+    Without other processes this is `mine` alone.
+    """
+    found = {number: (Place(*place), host) for number, (place, host) in _read(_PLACES).items()}
+    return found or {process(): (mine, socket.gethostname())}
 
 
 def tell_late(step: int, seconds: float) -> None:
-    """Tells the other processes that this one begins `step` late, having waited `seconds` for its data."""
-    if global_state.client is not None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            global_state.client.key_value_set(f"{_LATE}/{global_state.process_id}",
-                                              json.dumps([step, seconds, socket.gethostname()]), allow_overwrite=True)
+    """Tells the others that this process began `step` late: it waited `seconds` for its data."""
+    _write(f"{_LATE}/{process()}", [step, seconds, socket.gethostname()], overwrite=True)
 
 
 def late_with(step: int) -> tuple[int, str] | None:
-    """The process, and its host, that told of the longest wait for the data of `step`, if one did."""
-    found = []
-    if global_state.client is not None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            for key, value in global_state.client.key_value_dir_get(_LATE):
-                of, seconds, host = json.loads(value)
-                found += [(seconds, int(key.rsplit("/", 1)[1]), host)] * (of == step)
+    """Returns the process that waited longest for its data of `step`, and its host.
+
+    None if no process has told that it was late.
+    """
+    found = [(seconds, number, host) for number, (late_step, seconds, host) in _read(_LATE).items()
+             if late_step == step]
     return max(found)[1:] if found else None
 
 
 def fail(code: int, line: str) -> NoReturn:
-    """Ends this process and all others with `line` and `code`, from any thread and whatever the main one waits for."""
-    if global_state.client is not None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
-            global_state.client.key_value_set(f"{_FAILED}/first", json.dumps([code, line]))
-        time.sleep(2 * FAREWELL_SECONDS)  # the thread of `together` prints the line and ends this process
+    """Prints `line` and exits with `code`, in all processes.
+
+    Any thread may call it, whatever the main thread waits for.
+    """
+    if _store() is not None:
+        _write(f"{_FAILURE}/first", [code, line])
+        time.sleep(2 * FAREWELL_SECONDS)  # the thread of `together` usually ends this process
     print(f"lmjax: error: {line}", file=sys.stderr, flush=True)
     os._exit(code)
 
 
-def _watch(done: threading.Event) -> None:
-    """Ends this process once any has failed, whatever its main thread waits for."""
-    client, process = global_state.client, global_state.process_id
+def _end_with_others(done: threading.Event) -> None:
+    """Ends this process as soon as any process has failed, whatever its main thread waits for."""
     while not done.wait(LOOK_SECONDS):
         failures = []
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # JAX itself ends who loses the coordinator
-            failures = client.key_value_dir_get(_FAILED)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # JAX ends who loses the coordinator
+            failures = _store().key_value_dir_get(_FAILURE)
         if not failures:
             continue
         code, line = json.loads(failures[0][1])
         print(f"lmjax: error: {line}", file=sys.stderr, flush=True)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client.key_value_set(f"{_HEARD}/{process}", "")
-            deadline = time.monotonic() + FAREWELL_SECONDS
-            # The store goes with process 0, and JAX aborts who is left without it.
-            while (process == 0 and len(client.key_value_dir_get(_HEARD)) < global_state.num_processes
-                   and time.monotonic() < deadline):
-                time.sleep(0.1)
-            time.sleep(0.2 * (process == 0))
-        os._exit(code)  # a normal exit waits for the other processes
+            _store().key_value_set(f"{_HEARD}/{process()}", "")
+            if process() == 0:
+                _wait_until_heard()
+        os._exit(code)  # a normal exit would wait for the other processes
 
 
-def _join() -> bool:
-    """Whether there are other processes; if so, they have been joined."""
-    address, named = os.environ.get("JAX_COORDINATOR_ADDRESS"), {}
-    if address:
-        names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        missing = [name for name in names if not os.environ.get(name, "").isdigit()]
-        if missing:
-            raise ValueError(f"{missing[0]}: expected an integer beside JAX_COORDINATOR_ADDRESS={address}, got "
-                             f"{os.environ.get(missing[0])!r}; set it for every process")
-        named = {"coordinator_address": address, "num_processes": int(os.environ[names[0]]),
-                 "process_id": int(os.environ[names[1]]), "cluster_detection_method": "deactivate"}
-    elif not _in_cluster():
-        return False
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    seconds = os.environ.get("LMJAX_JOIN_SECONDS", "300")
-    if not seconds.isdigit():
-        raise ValueError(f"LMJAX_JOIN_SECONDS: expected whole seconds, got {seconds!r}; set a number such as 300")
-    def give_up() -> None:
-        where = (global_state.coordinator_address or address or os.environ.get("MEGASCALE_COORDINATOR_ADDRESS")
-                 or next(iter(_hosts()), "the address that the cluster names"))  # JAX looks its name up, first
-        print(f"lmjax: error: expected all processes at the coordinator {where} within {seconds} s, got no answer; "
-              "start all of them, process 0 on that host, and let its port through", file=sys.stderr, flush=True)
-        os._exit(1)  # the others may come yet: worth another try
-
-    patience = threading.Timer(int(seconds), give_up)  # JAX, when its own is at an end, aborts without the address
-    patience.daemon = True
-    patience.start()
-    try:
-        jax.distributed.initialize(**named, local_device_ids=_local_devices(), initialization_timeout=int(seconds) + 30)
-    finally:
-        patience.cancel()
-    return True
+def _wait_until_heard() -> None:
+    """Keeps the store open until the others know of the failure: JAX aborts them when it goes."""
+    deadline = time.monotonic() + FAREWELL_SECONDS
+    while (len(_store().key_value_dir_get(_HEARD)) < global_state.num_processes
+           and time.monotonic() < deadline):
+        time.sleep(0.1)
+    time.sleep(0.2)
 
 
-def _in_cluster() -> bool:
-    """Whether Slurm, GKE or Cloud TPU started this process, so that `jax.distributed.initialize` needs no argument."""
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:  # of this `srun`
-        return True
-    # Neither tests nor the planner's compiler are processes of a pod, whatever machine they are on.
-    if not running_in_cloud_tpu_vm or os.environ.get("JAX_PLATFORMS") == "cpu":
-        return False
-    hosts = _hosts()
-    if not hosts:  # then Cloud TPU's metadata name them
-        return "TPU_SKIP_MDS_QUERY" not in os.environ
-    return len(hosts) > 1 or int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1  # GKE, which skips the metadata
+def _store() -> Any:
+    """The client of the coordinator's key-value store; None in a process without others."""
+    return global_state.client
 
 
-def _hosts() -> list[str]:
-    """The hosts of this slice, the first of which coordinates, where the environment names them as GKE's does."""
-    names = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES") or ""
-    return [name for name in names.split(",") if name]
+def _write(key: str, value: Any, overwrite: bool = False) -> None:
+    """Stores a JSON value for the other processes, if there are any.
+
+    Does nothing if the key is taken (without `overwrite`) or the coordinator has gone.
+    """
+    if _store() is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _store().key_value_set(key, json.dumps(value), allow_overwrite=overwrite)
 
 
-def _local_devices() -> list[int] | None:
-    """Under Slurm with one process a node, all GPUs of the node, where JAX would take the first; else as JAX has it."""
-    tasks, nodes, gpus = (os.environ.get(f"SLURM_{name}", "") for name in ("STEP_NUM_TASKS", "STEP_NUM_NODES",
-                                                                           "GPUS_ON_NODE"))
-    alone = tasks == nodes and "JAX_LOCAL_DEVICE_IDS" not in os.environ
-    return list(range(int(gpus))) if gpus.isdigit() and alone else None
-
-
+def _read(folder: str) -> dict[int, Any]:
+    """Returns the JSON values under `folder`, by process number."""
+    found = {}
+    if _store() is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            found = {int(key.rsplit("/", 1)[1]): json.loads(value)
+                     for key, value in _store().key_value_dir_get(folder)}
+    return found

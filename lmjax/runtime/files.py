@@ -1,4 +1,4 @@
-"""Files and directories: locks, whole writes, directories that appear when they are complete, full disks."""
+"""Files and directories: locks, whole writes, directories made in one piece, full disks."""
 
 import contextlib
 import errno
@@ -11,9 +11,12 @@ from pathlib import Path
 
 from lmjax.errors import UserError
 
+# How TensorStore and NumPy word a full disk.
+FULL = r"No space left|RESOURCE_EXHAUSTED|^\d+ requested and \d+ written"
+
 
 class Busy(UserError):
-    """Another process is at work there. It may have ended the next time, so a launcher may try again."""
+    """Another process works in the same place. It may end soon, so a launcher may try again."""
 
 
 def lock(path: str | Path, busy: Busy) -> int:
@@ -25,7 +28,8 @@ def lock(path: str | Path, busy: Busy) -> int:
     Raises:
       Busy: `busy`, if another process holds the lock.
     """
-    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666)
+    flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -43,8 +47,8 @@ def claim(directory: str | Path, out: str | Path) -> int:
     Raises:
       Busy: another process makes `out`.
     """
-    busy = Busy("nobody else at work there", "another process that is making it", "wait until it has ended",
-                where=str(out))
+    busy = Busy("nobody else at work there", "another process that is making it",
+                "wait until it has ended", where=str(out))
     os.makedirs(directory, exist_ok=True)
     descriptor = lock(directory, busy)
     with contextlib.suppress(FileNotFoundError):
@@ -65,40 +69,50 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def when_full(say: Exception) -> Iterator[None]:
-    """Raises `say` where the block meets a full disk, however a library words that (TensorStore, NumPy)."""
+def when_full(error_to_raise: Exception) -> Iterator[None]:
+    """Raises `error_to_raise` if the block meets a full disk.
+
+    TensorStore and NumPy report that with errors of their own.
+    """
     try:
         yield
     except Exception as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if full or re.search(r"No space left|RESOURCE_EXHAUSTED|^\d+ requested and \d+ written", str(error)):
-            raise say from error
+        if full or re.search(FULL, str(error)):
+            raise error_to_raise from error
         raise
 
 
 @contextlib.contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """An empty directory to write into, which becomes `out` when the block is done and goes if it fails.
+    """Yields an empty directory that becomes `out` when the block is done.
+
+    If the block fails, the directory is removed.
 
     Raises:
-      ValueError: `out` is there already, or another process is making it.
+      UserError: `out` exists already.
+      Busy: another process makes `out`.
     """
     out = out.expanduser().absolute()
     part = out.with_name(f".{out.name}.part")
-    lock = claim(part, out)
+    descriptor = claim(part, out)
     try:
         if out.exists():
-            raise ValueError(f"--out: expected a directory that does not exist yet, got {out}; choose another")
-        _empty(part)  # of what a killed process has left
+            raise UserError("a directory that does not exist yet", out, "choose another",
+                            where="--out")
+        _empty(part)  # a killed process may have left files
         yield part
         part.rename(out)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
     finally:
-        os.close(lock)
+        os.close(descriptor)
 
 
 def _empty(directory: Path) -> None:
     for path in directory.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -14,10 +14,11 @@ import jax
 from lmjax.data import eval_batches, make_batches
 from lmjax.decoding.sampling import Sampling
 from lmjax.models.model import Batch
-from lmjax.monitoring.goodput import FILE, KINDS, account, goodput_line
+from lmjax.monitoring.goodput import ACTIVITIES, LEDGER_FILE, account, goodput_line
 from lmjax.monitoring.jsonl import read_jsonl
+from lmjax.monitoring.profiling import Profiler, write_hlo
 from lmjax.monitoring.units import human_count
-from lmjax.monitoring.watch import Trace, Watchdog, write_hlo
+from lmjax.monitoring.watchdog import Watchdog
 from lmjax.reporting.report import write_report
 from lmjax.runtime.signals import StopSignal, stop_signal
 from lmjax.training.evaluate import evaluate
@@ -61,7 +62,7 @@ def train(recipe: Recipe, workdir: str | Path, log: Log = _to_stderr) -> str:
                     with contextlib.closing(records):
                         outcome = run_steps(run, records, stop, start, end)
         if jax.process_index() == 0 and (workdir / "metrics.jsonl").stat().st_size:
-            log(goodput_line(account(read_jsonl(workdir / FILE))))
+            log(goodput_line(account(read_jsonl(workdir / LEDGER_FILE))))
             log(f"report: {write_report(workdir)}")
     return outcome
 
@@ -76,18 +77,18 @@ def run_steps(run: Run, records: Records, stop: StopSignal, start: int, end: int
     batches = make_batches(run.train_split, batch_size=run.recipe.train.batch_size,
                            start_row=run.steps.rows(start), steps=max(end - start, 1),
                            sharding=run.layout.sharding(("batch", "seq")))
-    trace = Trace(run.recipe.watch.profile, run.workdir)
-    with contextlib.closing(batches), contextlib.closing(trace):
-        if missed := trace.missed(start):
+    profiler = Profiler(run.recipe.watch.profile, run.workdir)
+    with contextlib.closing(batches), contextlib.closing(profiler):
+        if missed := profiler.missed(start):
             records.progress.log(missed)
         if run.compiled is None and start < end:  # while the first batches are made
             with records.timed(start, "compile"):
                 run.compiled = _compile(run)
-        return _loop(run, records, stop, range(start, end + 1), batches, trace)
+        return _loop(run, records, stop, range(start, end + 1), batches, profiler)
 
 
 def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: Iterator[Batch],
-          trace: Trace) -> str:
+          profiler: Profiler) -> str:
     """The loop itself. Step k is dispatched before the metrics of step k-1 are read."""
     recipe, state, run.state = run.recipe, run.state, None  # the step takes over the arrays
     assert state is not None
@@ -119,13 +120,13 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
 
         # Take a batch and run the next step. While it runs, log the step before it.
         batch = records.next_batch(batches, step + 1)
-        trace.before(step + 1)
+        profiler.before(step + 1)
         assert run.compiled is not None
         state, metrics = run.compiled(state, batch)
         if on_its_way:
             records.log_step(*on_its_way)
         on_its_way = step + 1, metrics
-        if trace.after(step + 1, metrics):
+        if profiler.after(step + 1, metrics):
             records.progress.log(f"step {step + 1}: the trace is in {run.workdir / 'profile'}")
 
     if on_its_way:
@@ -153,7 +154,7 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
     most = 0 if step == recipe.train.steps else recipe.eval.batches  # 0: the whole held-out set
 
     def until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in records.watchdog.each(batches, step, KINDS["eval"]):
+        for batch in records.watchdog.each(batches, step, ACTIVITIES["eval"]):
             if stop.due():
                 raise _Stopped
             yield batch

@@ -11,11 +11,11 @@ import jax
 from lmjax.errors import UserError
 from lmjax.models.flops import flops_per_row
 from lmjax.models.model import Batch
-from lmjax.monitoring.goodput import KINDS, SLOW, Ledger
+from lmjax.monitoring.goodput import ACTIVITIES, SLOW_FACTOR, Ledger
 from lmjax.monitoring.metrics import MetricsWriter
 from lmjax.monitoring.progress import Progress
 from lmjax.monitoring.slow_steps import Outliers, SlowStepLog
-from lmjax.monitoring.watch import Watchdog
+from lmjax.monitoring.watchdog import Watchdog
 from lmjax.runtime.chips import peak_flops
 from lmjax.runtime.distributed import late_with, tell_late
 from lmjax.training.evaluate import bits_per_byte
@@ -63,8 +63,8 @@ class Records:
 
     @contextlib.contextmanager
     def timed(self, step: int, kind: str) -> Iterator[None]:
-        """Records the block's seconds as an event of `kind`, one of `goodput.KINDS`, at `step`."""
-        self.watchdog.at(step, KINDS[kind])
+        """Records the block's seconds as an event of `kind`, one of `ACTIVITIES`, at `step`."""
+        self.watchdog.at(step, ACTIVITIES[kind])
         began = time.monotonic()
         yield
         seconds = time.monotonic() - began
@@ -85,7 +85,8 @@ class Records:
         batch = next(batches)
         waited = time.monotonic() - began
         self._waited += waited
-        if waited > (SLOW - 1) * self._outliers.usual:  # the other processes wait within the step
+        # Then the other processes wait for this one within the step.
+        if waited > (SLOW_FACTOR - 1) * self._outliers.usual:
             tell_late(step, waited)
         self.watchdog.at(step, RUNNING)
         return batch

@@ -15,7 +15,7 @@ from lmjax.data.preparation.prepare import prepare
 from lmjax.data.tokenizers import prepared_tokenizer
 from lmjax.decoding.generate import Generator
 from lmjax.errors import UserError
-from lmjax.monitoring.goodput import KINDS
+from lmjax.monitoring.goodput import ACTIVITIES
 from lmjax.runtime.chips import GIB
 from lmjax.runtime.devices import device_memory
 from lmjax.runtime.distributed import agreed
@@ -52,7 +52,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log,
     directory = _data(recipe, workdir, log)
     at(0, "setting up")
     run = _open(recipe, workdir, directory, log)
-    at(0, KINDS["restore"])
+    at(0, ACTIVITIES["restore"])
     facts = announce(run, directory, log) | begin(run, source, log)
     if jax.process_index() == 0:  # only now: a start that is refused leaves the directory as it was
         for name, value in (("run.json", facts), ("config.json", plain(recipe))):

@@ -212,11 +212,11 @@ def test_slurm_refuses(cloud):
       "JAX_LOCAL_DEVICE_IDS": "0"}, None),
 ])
 def test_one_process_a_node_takes_all_its_gpus(environ, expected, monkeypatch):
-    from lmjax.runtime.distributed import _local_devices
+    from lmjax.runtime.cluster import local_devices
 
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert _local_devices() == expected
+    assert local_devices() == expected
 
 
 # Processes of this machine -----------------------------------------------------------------------------------

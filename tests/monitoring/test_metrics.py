@@ -1,4 +1,4 @@
-"""What is written while a run trains: exact, valid, safe from a kill, and readable by TensorBoard."""
+"""The records of a run are exact, valid JSON, safe from a kill, and readable by TensorBoard."""
 
 import io
 import json
@@ -9,6 +9,7 @@ import struct
 import numpy as np
 import pytest
 
+from lmjax.errors import UserError
 from lmjax.monitoring.jsonl import read_jsonl
 from lmjax.monitoring.metrics import MetricsWriter
 from lmjax.monitoring.progress import Progress
@@ -69,20 +70,20 @@ def test_interrupted_equals_straight(tmp_path):
         write_steps(workdir, k, range(k + 1, 9))
         assert files(workdir) == files(tmp_path / "straight")
         timed = [line["step"] for line in read_jsonl(workdir / "timing.jsonl")]
-        assert timed == [*range(1, 8), *range(k + 1, 9)]  # kept: that time was spent
+        assert timed == [*range(1, 8), *range(k + 1, 9)]  # kept, because that time was spent
 
 
 def test_replaying_the_step_resumed_at_adds_nothing(tmp_path):
     write_steps(tmp_path / "straight", -1, range(0, 5))
     write_steps(tmp_path / "again", -1, range(0, 3))
-    write_steps(tmp_path / "again", 0, range(0, 5))  # no checkpoint yet: step 0 is written a second time
+    write_steps(tmp_path / "again", 0, range(0, 5))  # no checkpoint yet: step 0 is written again
     assert files(tmp_path / "again") == files(tmp_path / "straight")
     write_steps(tmp_path / "again", -1, range(0, 5))
     assert files(tmp_path / "again") == files(tmp_path / "straight")
 
 
 def test_torn_at_any_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # hundreds of them, and no power cut to survive
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # for speed: no power cut to survive
     write_steps(tmp_path, 0, range(1, 4))
     whole = files(tmp_path)
     for name, content in whole.items():
@@ -91,7 +92,8 @@ def test_torn_at_any_byte(tmp_path, monkeypatch):
             (tmp_path / name).write_bytes(content[:cut])
             MetricsWriter(tmp_path, 2, tensorboard=False).close()
             kept = content[: max([end for end in ends if end <= cut], default=0)]
-            expected = b"".join(line for line in kept.splitlines(True) if json.loads(line)["step"] <= 2)
+            expected = b"".join(line for line in kept.splitlines(True)
+                                if json.loads(line)["step"] <= 2)
             assert (tmp_path / name).read_bytes() == expected
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -119,9 +121,8 @@ def test_damage_in_the_middle_is_refused(tmp_path, damage):
     path = tmp_path / "metrics.jsonl"
     content = path.read_bytes()
     path.write_bytes(damage + content)
-    with pytest.raises(
-        ValueError, match="line 1: expected a JSON object with a step, got .*; remove that line"
-    ):
+    message = "line 1: expected a JSON object with a step, got .*; remove that line"
+    with pytest.raises(UserError, match=message):
         MetricsWriter(tmp_path, 1, tensorboard=False)
     assert path.read_bytes() == damage + content
 
@@ -139,7 +140,7 @@ def test_lines_are_in_the_file_at_once(tmp_path):
 
 
 def records(path):
-    """Payloads of a TFRecord file, read without its checksums."""
+    """The payloads of a TFRecord file; the checksums are not checked."""
     data, at, found = path.read_bytes(), 0, []
     while at < len(data):
         (length,) = struct.unpack_from("<Q", data, at)
@@ -149,7 +150,7 @@ def records(path):
 
 
 def test_tensorboard_events(tmp_path):
-    """TensorFlow, which shares no code with the writer, checks the checksums and parses the messages."""
+    """TensorFlow, an independent reader, checks the checksums and parses the messages."""
     tf = pytest.importorskip("tensorflow")
     from tensorflow.core.util import event_pb2
 
@@ -169,15 +170,16 @@ def test_tensorboard_events(tmp_path):
     values = {value.tag: value.simple_value for value in train.summary.value}
     assert train.step == 71 and train.wall_time > 1e9
     assert math.isnan(values.pop("train/grad_norm"))
-    assert values == {"train/loss": 2.5, "train/tokens": 2**40, "train/big": np.finfo(np.float32).max}
+    largest = np.finfo(np.float32).max
+    assert values == {"train/loss": 2.5, "train/tokens": 2**40, "train/big": largest}
     assert evaluation.step == 300_000
-    assert [(v.tag, v.simple_value) for v in evaluation.summary.value] == [("eval/loss", np.float32(0.1))]
+    evaluated = [(value.tag, value.simple_value) for value in evaluation.summary.value]
+    assert evaluated == [("eval/loss", np.float32(0.1))]
     assert timing.summary.value[0].tag == "timing/tokens_per_second"
     for index, event in enumerate(samples):
         (value,) = event.summary.value
-        assert (
-            value.tag == f"samples/{index}/text_summary" and value.metadata.plugin_data.plugin_name == "text"
-        )
+        assert value.tag == f"samples/{index}/text_summary"
+        assert value.metadata.plugin_data.plugin_name == "text"
         (text,) = tf.make_ndarray(value.tensor)
         assert text.decode().endswith("(x):\n      return ?\n")
 
@@ -207,7 +209,8 @@ def test_piped_progress():
                 progress.log("evaluated")
     text = stream.getvalue()
     assert "\r" not in text and "\x1b" not in text
-    assert times == [0.125 + at for at in (0, 1, 3, 7, 15, 30, 45, 60, 75, 90, 105, 120)] + [125.0]
+    due = (0, 1, 3, 7, 15, 30, 45, 60, 75, 90, 105, 120)
+    assert times == [0.125 + at for at in due] + [125.0]
     lines = text.splitlines()
     assert "evaluated" in lines and len(lines) == len(times) + 1
     assert lines[0] == (
@@ -225,10 +228,8 @@ def test_piped_progress_shows_the_last_update_of_a_run_that_stops_early():
     progress.close()
     progress.close()
     assert [line.split(" | ")[0] for line in stream.getvalue().splitlines()] == [
-        "step 1/1,000 0%",
-        "step 2/1,000 0%",
-    ]
-    Progress(10, stream).close()  # nothing was shown: nothing is written
+        "step 1/1,000 0%", "step 2/1,000 0%"]
+    Progress(10, stream).close()  # without an update nothing is written
 
 
 def test_live_progress_stays_on_one_line(monkeypatch):
@@ -246,7 +247,8 @@ def test_live_progress_stays_on_one_line(monkeypatch):
     assert text.count("\n") == 3 and text.endswith("\n")
     frames = re.findall(r"\r(\d[^\r\n\x1b]*)\x1b\[K", text)
     assert 8 <= len(frames) <= 16  # of a hundred updates within a second
-    assert max(map(len, frames)) == 49 and frames[-1].startswith("100/100 100%  loss 2.000  1.500 bits/byte")
+    assert max(map(len, frames)) == 49
+    assert frames[-1].startswith("100/100 100%  loss 2.000  1.500 bits/byte")
     assert "\r\x1b[Ka message\nof two lines\n\r50/100 50%  " in text
 
 
@@ -271,10 +273,9 @@ def test_live_progress_fits_eighty_columns(monkeypatch):
 
 @pytest.mark.parametrize(
     "value, expected",
-    [(0, "0"), (7, "7"), (999, "999"), (999.6, "1.0k"), (1234, "1.2k"), (12_345, "12.3k"), (99_960, "100k"),
-     (999_499, "999k"), (999_500, "1.0M"), (1_234_567, "1.2M"), (8.4e9, "8.4B"), (3e15, "3000T"),
-     (0.25, "0.2"), (math.nan, "nan"), (-1500, "-1.5k")],
-)  # fmt: skip
+    [(0, "0"), (7, "7"), (999, "999"), (999.6, "1.0k"), (1234, "1.2k"), (12_345, "12.3k"),
+     (99_960, "100k"), (999_499, "999k"), (999_500, "1.0M"), (1_234_567, "1.2M"), (8.4e9, "8.4B"),
+     (3e15, "3000T"), (0.25, "0.2"), (math.nan, "nan"), (-1500, "-1.5k")])
 def test_human_count(value, expected):
     assert human_count(value) == expected
 
@@ -283,7 +284,6 @@ def test_human_count(value, expected):
     "seconds, expected",
     [(0, "0ms"), (0.02, "20ms"), (0.9996, "1.0s"), (5.25, "5.2s"), (9.96, "10s"), (59.4, "59s"),
      (59.6, "1m00s"), (200, "3m20s"), (3599.7, "1h00m"), (3700, "1h01m"), (86399.9, "1d00h"),
-     (200_000, "2d07h"), (math.inf, "?")],
-)  # fmt: skip
+     (200_000, "2d07h"), (math.inf, "?")])
 def test_human_seconds(seconds, expected):
     assert human_seconds(seconds) == expected

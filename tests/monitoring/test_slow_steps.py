@@ -1,7 +1,13 @@
 """Which steps are slow, and how the terminal tells of them."""
 
-import numpy as np
+import re
 
+import numpy as np
+import pytest
+from processes import finish, finish_together, lines
+
+from lmjax.monitoring.goodput import account
+from lmjax.monitoring.jsonl import read_jsonl
 from lmjax.monitoring.slow_steps import SECONDS_PER_LINE, Outliers, SlowStepLog
 
 RUNNING, WAITING = "process 0 (a) was running the step", "process 1 (b) was waiting for data"
@@ -50,3 +56,45 @@ def test_the_rest_is_told_at_the_end():
     log.close()
     log.close()
     assert lines == [f"slow steps: 1, 31.2 times the median; {WAITING}"]
+
+
+LATE_ONCE = """
+import time
+from lmjax.training import loop
+make = loop.make_batches
+def late(*args, **kwargs):
+    for number, batch in enumerate(make(*args, **kwargs), 1):
+        if number == 22:
+            time.sleep(3)
+        yield batch
+loop.make_batches = late
+"""
+STEPS = ("train.steps=24", "optimizer.warmup_steps=2", "checkpoint.every=30", "eval.every=0")
+
+
+@pytest.mark.long
+def test_data_that_is_late_once_is_no_slow_step(tmp_path):
+    """The wait counts as part of the step before, which is still running."""
+    workdir = tmp_path / "run"
+    finish(workdir, *STEPS, first=LATE_ONCE)
+    timing = lines(workdir, "timing.jsonl")
+    assert account(read_jsonl(workdir / "ledger.jsonl"))["data"] >= 3
+    steps = {line["step"]: line for line in timing if "data_wait_share" in line}
+    stalled, = (step for step, line in steps.items() if line["step_seconds"] >= 3)
+    assert stalled == 21 and steps[stalled]["data_wait_share"] > 0.8
+    assert not [line for line in timing
+                if line.get("event") == "slow_step" and line["seconds"] > 1]
+
+
+@pytest.mark.long
+def test_a_slow_step_names_the_process_that_waited_for_its_data(tmp_path):
+    workdir = tmp_path / "run"
+    printed = finish_together(workdir, *STEPS, processes=2, devices=1,
+                              only={1: {"first": LATE_ONCE}})
+    slow, = (line for line in lines(workdir, "timing.jsonl")
+             if line.get("event") == "slow_step" and line["seconds"] > 2)
+    assert (slow["step"], slow["process"], slow["doing"]) == (22, 1, "waiting for data")
+    assert slow["host"]
+    told = re.findall(r"slow steps: .*", printed)
+    assert len(told) == 1, told
+    assert re.search(r"\d times the median; .*process 1 \(\S+\) was waiting for data", told[0])
