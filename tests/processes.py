@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from lmjax.cli import main as cli
 from lmjax.models.model import build_model
 from lmjax.training.checkpoint import checkpoint_steps, read_about, restore_params
 from lmjax.training.recipe import build_recipe
@@ -42,6 +43,12 @@ def finish(workdir: pathlib.Path, *overrides: str, expect: int = 0, **options: o
     printed = pathlib.Path(f"{workdir}.log").read_text()[before:]
     assert code == expect, printed
     return printed
+
+
+def run_here(workdir: pathlib.Path, *overrides: str, config: str = "configs/synthetic.py:tiny") -> int:
+    """`lmjax train` in this process, which saves the imports; returns the exit code."""
+    return cli.main(["train", "--config", config, "--workdir", str(workdir),
+                     *(f"--config.{item}" for item in overrides)])
 
 
 def start_together(workdir: pathlib.Path, *overrides: str, processes: int, devices: int,

@@ -95,13 +95,13 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
     on_its_way = None  # the newest step and its metrics, which nobody has read yet
     records.restart_clock()
     for step in steps:  # `state` is the state after `step` steps
-        starts, final = step == steps.start, step == recipe.train.steps
-        stopping = not starts and stop.due()
-        # The step that a start goes on from is saved, and unless `unfinished` also evaluated.
-        looks = not starts or run.unfinished
-        evaluates = looks and (final or _due(recipe.eval.every, step))
-        samples = looks and recipe.sample.every > 0 and (final or _due(recipe.sample.every, step))
-        saves = not starts and (final or stopping or _due(recipe.checkpoint.every, step))
+        first, final = step == steps.start, step == recipe.train.steps
+        stopping = not first and stop.due()
+        # The first state was saved before, and evaluated too unless `unfinished`.
+        owed = not first or run.unfinished
+        evaluates = owed and (final or _due(recipe.eval.every, step))
+        samples = owed and recipe.sample.every > 0 and (final or _due(recipe.sample.every, step))
+        saves = not first and (final or stopping or _due(recipe.checkpoint.every, step))
         if on_its_way and (evaluates or samples or saves):
             records.log_step(*on_its_way)
             on_its_way = None
@@ -110,7 +110,7 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
         complete = not evaluates or _evaluate(run, records, stop, step, state)
         if samples and complete:
             _sample(run, records, step, state)
-        if saves or not (complete or starts):
+        if saves or not (complete or first):
             _save(run, records, step, state, complete)
         if evaluates or samples or saves:
             records.restart_clock()
