@@ -1,10 +1,12 @@
-"""A small BERT (Devlin et al. 2018, arXiv:1810.04805) on the text of Python's own standard library: masked LM.
+"""A small BERT (Devlin et al. 2018, arXiv:1810.04805), trained on masked LM on Python's own texts.
 
     lmjax train --config configs/bert.py --workdir runs/bert
+    lmjax train --config configs/bert.py:tiny --workdir runs/bert-tiny
 
-Nothing is downloaded; some ten minutes on two CPU cores. `configs/bert.py:tiny` is the same recipe shrunk to seconds,
-for tests. For the published model take out the dimensions, and the paper's batch of 256 rows of 512 tokens and its
-rate of 1e-4 over a million steps.
+The corpus is the standard library of the interpreter, so nothing is downloaded. It takes about ten
+minutes on two CPU cores. `configs/bert.py:tiny` is the same recipe, made small for tests: it takes
+seconds. For the model of the paper, leave out the dimensions, and take 256 rows of 512 tokens per
+step and a rate of 1e-4 over a million steps.
 """
 
 from ml_collections import ConfigDict
@@ -12,37 +14,50 @@ from ml_collections import ConfigDict
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "tiny"):
-        raise ValueError(f"configs/bert.py: expected no variant or tiny, got {variant!r}; leave it out")
+        raise ValueError(f"configs/bert.py: expected no variant or tiny, got {variant!r}; "
+                         "leave it out")
     config = ConfigDict()
     config.model = dict(
         preset="bert-base",
-        num_layers=4,
+        num_layers=4,  # a third of the layers and a quarter of the width, for a CPU
         embed_dim=192,
-        num_heads=6,
+        num_heads=6,  # of 32 dimensions each
         num_kv_heads=6,
-        mlp_dim=768,
+        mlp_dim=768,  # 4 * embed_dim, as in the paper
         vocab_size=0,  # as large as the tokenizer's
-        pooler=False,  # no second sentence is predicted, so nothing would train it
-        dropout=0.0,  # too small to overfit in so few steps
-        scan_layers=False,  # four layers compile fast enough one by one, and run faster on a CPU
+        pooler=False,  # only the prediction of a second sentence, which is left out, trains it
+        dropout=0.0,  # the model is too small to overfit in so few steps
+        scan_layers=False,  # on a CPU, four layers run faster without a scan, and compile fast
     )
     config.data = dict(
         sources=[dict(name="python-stdlib", uri="builtin:python-stdlib")],
-        tokenizer=dict(vocab_size=4095, train_bytes=8_000_000),  # 4096 with [MASK]: divides over a mesh
+        tokenizer=dict(
+            vocab_size=4095,  # 4096 with [MASK], which divides over a mesh
+            train_bytes=8_000_000,  # a sample of the corpus is enough for so few tokens
+        ),
         seq_len=256,
-        objective=dict(name="masked_lm", whole_word=True),  # a word whose other half is there is no riddle
+        objective=dict(
+            name="masked_lm",
+            whole_word=True,  # a word whose other half is visible is too easy to guess
+        ),
     )
     config.optimizer = dict(
-        name="muon",  # leaves the plateau where only the tokens' frequencies are known in a fraction of AdamW's steps
+        name="muon",  # learns more than token frequencies in a fraction of AdamW's steps
         peak_lr=1e-2,
         schedule="linear",
-        warmup_steps=100,  # norms behind the sums make the first steps steep
-        weight_decay=0.01,
-        clip_norm=1.0,
+        warmup_steps=100,  # post-norm makes the gradients of the first steps large
+        weight_decay=0.01,  # the paper's
+        clip_norm=1.0,  # as in the paper's code
     )
-    config.train = dict(steps=2000, batch_size=16)
-    config.eval = dict(every=200, batches=16)
-    config.checkpoint = dict(every=200)
+    config.train = dict(
+        steps=2000,
+        batch_size=16,  # 4096 tokens per step
+    )
+    config.eval = dict(
+        every=200,
+        batches=16,
+    )
+    config.checkpoint = dict(every=200)  # with each evaluation
     if variant == "tiny":
         config.model.update(num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=4, mlp_dim=128)
         config.data.update(seq_len=64)

@@ -31,7 +31,7 @@ def installed(*packages: str) -> dict[str, str]:
 
 
 def __getattr__(name: str) -> Any:
-    # `import lmjax` stays instant; JAX is imported when a model is loaded.
+    # JAX is imported when a model is loaded, so that `import lmjax` takes no time.
     if name in ("load", "LM"):
         from lmjax import lm
 

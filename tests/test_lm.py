@@ -1,6 +1,7 @@
-"""`lmjax.load`: where it finds a model, and what that says, against a float64 softmax of its own logits.
+"""`lmjax.load`: what it loads, and its scores against a float64 softmax of the model's own logits.
 
-The model's vocabulary is larger than the tokenizer's, as it is where a table is padded to divide a mesh.
+The model's vocabulary is larger than the tokenizer's, as it is when a table is padded to divide
+over a mesh.
 """
 
 import json
@@ -17,16 +18,21 @@ from lmjax import lm as lm_module
 from lmjax.cli import main as cli
 from lmjax.data import open_splits
 from lmjax.decoding.generate import Generator, Sampling
+from lmjax.decoding.reading import rows_of
+from lmjax.errors import UserError
 from lmjax.lm import LM
 
 KNOWN, PADDED = 300, 384  # ids of the tokenizer, rows of the table
-LENGTH = 64  # of a training row
-TEXTS = ["", "Document 7 tells", "of the number \u00e9\u4e16\U0001f600\n" * 9]  # the last is longer than a row
+LENGTH = 32  # of a training row
+# The last text is longer than a row.
+TEXTS = ["", "Document 7 tells", "of the number \u00e9\u4e16\U0001f600\n" * 5]
+SMALL = ("model.num_layers=1", "model.embed_dim=16", "model.mlp_dim=32", f"data.seq_len={LENGTH}",
+         "optimizer.name=adamw")
 
 
 def train(config: str, workdir: pathlib.Path, *overrides: str) -> pathlib.Path:
-    options = ["train.steps=4", "optimizer.warmup_steps=1", "checkpoint.every=2", "eval.every=0", "sample.every=0",
-               *overrides]
+    options = ["train.steps=4", "optimizer.warmup_steps=1", "checkpoint.every=2", "eval.every=0",
+               "sample.every=0", *SMALL, *overrides]
     assert cli.main(["train", "--config", config, "--workdir", str(workdir),
                      *(f"--config.{item}" for item in options)]) == 0
     return workdir
@@ -34,18 +40,21 @@ def train(config: str, workdir: pathlib.Path, *overrides: str) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Four steps of text, with checkpoints at 2 and 4 and averaged weights."""
+    """Four steps on text, with checkpoints at 2 and 4 and averaged weights."""
     folder = tmp_path_factory.mktemp("lm")
     (folder / "text").mkdir()
-    for i in range(100):
-        (folder / "text" / f"{i:03}.txt").write_text(f"Document {i} tells of the number {i * i}.\n" * 20)
-    return train("configs/quickstart.py:tiny", folder / "run", f"data.sources.0.uri=text:{folder}/text/*.txt",
-                 "data.heldout_fraction=0.2", f"data.tokenizer.vocab_size={KNOWN}", f"model.vocab_size={PADDED}",
+    for i in range(40):
+        text = f"Document {i} tells of the number {i * i}.\n" * 20
+        (folder / "text" / f"{i:03}.txt").write_text(text)
+    return train("configs/quickstart.py:tiny", folder / "run",
+                 f"data.sources.0.uri=text:{folder}/text/*.txt", "data.heldout_fraction=0.2",
+                 f"data.tokenizer.vocab_size={KNOWN}", f"model.vocab_size={PADDED}",
                  "optimizer.ema_decay=0.5")
 
 
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
+    """A run without tokenizer and averaged weights."""
     return train("configs/synthetic.py:tiny", tmp_path_factory.mktemp("synthetic") / "run")
 
 
@@ -65,18 +74,19 @@ def log_softmax(logits):
 
 
 def logits(lm, rows):
-    """float32 [rows, LENGTH, PADDED]: padding on the right changes nothing on its left."""
+    """float32 [rows, LENGTH, PADDED]. Padding on the right changes nothing on its left."""
     tokens = np.zeros((len(rows), LENGTH), np.int32)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
     return np.asarray(lm.logits(tokens))
 
 
-# --- where it is found
+# What is loaded
 
 
 def test_a_run_its_checkpoints_and_one_of_them(run, lm):
-    assert lm.about["step"] == 4 and lm.params["embedding"]["table"].shape[0] == PADDED > lm.tokenizer.vocab_size
+    assert lm.about["step"] == 4
+    assert lm.params["embedding"]["table"].shape[0] == PADDED > lm.tokenizer.vocab_size
     for path in (str(run), run / "checkpoints", run / "checkpoints" / "4"):
         assert same(lmjax.load(path), lm)
     older = lmjax.load(run, step=2)
@@ -87,59 +97,65 @@ def test_a_run_its_checkpoints_and_one_of_them(run, lm):
 def test_averaged_weights_are_taken_where_there_are_any(run, synthetic, lm):
     assert same(lmjax.load(run, ema=True), lm) and not same(lmjax.load(run, ema=False), lm)
     assert same(lmjax.load(synthetic), lmjax.load(synthetic, ema=False))
-    with pytest.raises(ValueError, match="expected averaged weights, got a run with optimizer.ema_decay=0; leave ema"):
+    message = "expected averaged weights, got a run with optimizer.ema_decay=0; leave ema"
+    with pytest.raises(ValueError, match=message):
         lmjax.load(synthetic, ema=True)
 
 
 def test_a_run_with_another_platforms_kernel_is_loaded(lm, tmp_path):
     about = json.loads(json.dumps(lm.about))
-    about["recipe"]["model"]["attention"] = "splash"  # a TPU's
+    about["recipe"]["model"]["attention"] = "splash"  # runs only on a TPU
     LM(lm.model, lm.params, lm.layout, lm.tokenizer, lm.recipe, about).save(tmp_path / "run")
     found = lmjax.load(tmp_path / "run")
-    assert found.recipe.model.attention == "splash" and found.model.kernel == lm.model.kernel and same(found, lm)
+    assert found.recipe.model.attention == "splash"
+    assert found.model.kernel == lm.model.kernel and same(found, lm)
 
 
 @pytest.mark.parametrize("text", ["null", "[]", '{"a": 1}', "{"])
 def test_a_damaged_about_is_one_line(text, tmp_path):
     (tmp_path / "about").mkdir()
     (tmp_path / "about" / "metadata").write_text(text)
-    with pytest.raises(ValueError, match="metadata: expected a JSON object with its sha256, got .*; the file is"):
+    message = "metadata: expected a JSON object with its sha256, got .*; the file is"
+    with pytest.raises(ValueError, match=message):
         lmjax.load(tmp_path)
 
 
-def test_a_file_that_is_no_text_is_one_line(run, tmp_path, capsys):
+def test_a_file_that_is_not_utf8_is_one_line(run, tmp_path, capsys):
     (tmp_path / "latin").write_bytes("na\u00efve".encode("latin-1"))
     assert cli.main(["score", str(run), str(tmp_path / "latin")]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert re.search(f"{tmp_path}/latin: expected UTF-8 text, got .* 0xef in position 2.*; convert it", line)
+    message = f"{tmp_path}/latin: expected UTF-8 text, got .* 0xef in position 2.*; convert it"
+    assert re.search(message, line)
 
 
-def test_what_is_not_there_is_refused(run, tmp_path, capsys):
-    for path, step, words in ((tmp_path / "nowhere", None, "expected a checkpoint, got none; pass"),
-                              (tmp_path, None, "expected a checkpoint, got none; pass"),
-                              (run, 3, r"expected checkpoint 3, got \[2, 4\]; pass")):
+def test_a_missing_checkpoint_is_refused(run, tmp_path, capsys):
+    for path, step, words in (
+            (tmp_path / "nowhere", None, "expected a checkpoint, got none; pass"),
+            (tmp_path, None, "expected a checkpoint, got none; pass"),
+            (run, 3, r"expected checkpoint 3, got \[2, 4\]; pass")):
         with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {words}"):
             lmjax.load(path, step=step)
     assert cli.main(["score", str(tmp_path), str(tmp_path / "text")]) == 2
     assert "expected a checkpoint, got none" in capsys.readouterr().err
 
 
-def test_a_model_of_synthetic_data_has_logits_alone(synthetic):
-    made_up = lmjax.load(synthetic)
-    assert made_up.logits(np.zeros((1, 8), np.int32)).shape == (1, 8, made_up.model.config.vocab_size)
-    for use in (made_up.score, made_up.generate):
-        with pytest.raises(ValueError, match=r"expected a model with a tokenizer, got .*; use lm.logits"):
+def test_a_model_of_synthetic_data_has_only_logits(synthetic):
+    lm = lmjax.load(synthetic)
+    assert lm.logits(np.zeros((1, 8), np.int32)).shape == (1, 8, lm.model.config.vocab_size)
+    for use in (lm.score, lm.generate):
+        message = "expected a model with a tokenizer, got .*; use lm.logits"
+        with pytest.raises(UserError, match=message):
             use(["text"])
 
 
-# --- what it says
+# What the model says
 
 
-def test_what_would_be_scored_wrongly_is_refused(lm):
-    with pytest.raises(ValueError, match="texts: expected a list of texts, got one text"):
+def test_input_that_would_be_read_wrongly_is_refused(lm):
+    with pytest.raises(UserError, match="texts: expected a list of texts, got one text"):
         lm.score("import os")
     for ids in ([[1, lm.model.config.vocab_size]], [[-1, 3]]):
-        with pytest.raises(ValueError, match="tokens: expected ids of 0 to .*, got .*; encode"):
+        with pytest.raises(UserError, match="tokens: expected ids of 0 to .*, got .*; encode"):
             lm.logits(ids)
 
 
@@ -149,39 +165,50 @@ def test_score_is_the_log_softmax_of_the_logits(lm):
         ids = [lm.tokenizer.bos_id, *lm.tokenizer.encode(text)]
         pieces = [ids[at : at + LENGTH + 1] for at in range(0, len(ids) - 1, LENGTH)]
         log_p = log_softmax(logits(lm, [piece[:-1] for piece in pieces])) if pieces else []
-        nats = sum(p[t, target] for p, piece in zip(log_p, pieces, strict=True) for t, target in enumerate(piece[1:]))
+        nats = sum(p[t, target] for p, piece in zip(log_p, pieces, strict=True)
+                   for t, target in enumerate(piece[1:]))
         assert (score.tokens, score.bytes) == (len(ids) - 1, len(text.encode()))
         assert score.log_likelihood == pytest.approx(nats, rel=1e-5)
         if text:
-            assert score.bits_per_byte == pytest.approx(-nats / math.log(2) / len(text.encode()), rel=1e-5)
+            bits = -nats / math.log(2)
+            assert score.bits_per_byte == pytest.approx(bits / len(text.encode()), rel=1e-5)
             assert score.perplexity == pytest.approx(math.exp(-nats / (len(ids) - 1)), rel=1e-4)
     assert scores[2].tokens > 2 * LENGTH and scores[0].log_likelihood == 0
-    assert lm.score(TEXTS[1:2]) == scores[1:2]  # whatever it is scored beside
+    assert lm.score(TEXTS[1:2]) == scores[1:2]  # the other texts make no difference
 
 
 def test_long_rows_are_scored_fewer_at_a_time(lm, monkeypatch):
-    """So many as their length alone says: the same values, whatever there is beside them."""
+    """Their length alone decides how many, and the values stay the same."""
     expected, shapes, score = lm.score(TEXTS * 3), [], lm._score
-    monkeypatch.setattr(lm, "_score", lambda p, batch: shapes.append(batch["tokens"].shape) or score(p, batch))
+
+    def recorded(params, batch):
+        shapes.append(batch["tokens"].shape)
+        return score(params, batch)
+
+    monkeypatch.setattr(lm, "_score", recorded)
     for tokens, rows in ((2 * LENGTH, 2), (1, 1)):
         monkeypatch.setattr(lm_module, "SCORE_TOKENS", tokens)
         shapes.clear()
         for got, wanted in zip(lm.score(TEXTS * 3), expected, strict=True):
             assert got.log_likelihood == pytest.approx(wanted.log_likelihood, rel=1e-6)
-        assert (rows, LENGTH) in shapes and all(shape[0] <= max(tokens // shape[1], 1) for shape in shapes)
+        assert (rows, LENGTH) in shapes
+        assert all(shape[0] <= max(tokens // shape[1], 1) for shape in shapes)
 
 
 def test_score_never_holds_all_logits(run, monkeypatch):
-    """The same values in smaller pieces, from a program in which no array is as large as all logits."""
+    """Smaller chunks give the same values, and no array of the program holds all logits."""
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     rows, scores = lm_module.SCORE_ROWS, []
     for positions in (LENGTH, 4):
         monkeypatch.setattr(lm_module, "SCORE_LOGITS", rows * PADDED * positions)
         lm = lmjax.load(run)
         scores.append([score.log_likelihood for score in lm.score(TEXTS)])
-        program = lm._score.lower(lm.params, lm._batch([[1] * (LENGTH + 1)], rows, LENGTH, [1])).compile().as_text()
-        shapes = [[int(n) for n in dims.split(",")] for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program)]
-        assert max(math.prod(shape) for shape in shapes if PADDED in shape) == rows * positions * PADDED
+        batch = rows_of(lm.model, [[1] * (LENGTH + 1)], rows, LENGTH, [1])
+        program = lm._score.lower(lm.params, batch).compile().as_text()
+        shapes = [[int(n) for n in dims.split(",")]
+                  for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program)]
+        largest = max(math.prod(shape) for shape in shapes if PADDED in shape)
+        assert largest == rows * positions * PADDED
     np.testing.assert_allclose(*scores, rtol=1e-6)
 
 
@@ -198,53 +225,58 @@ def test_greedy_generation_takes_the_likeliest_known_token(lm):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(num_beams=2, stream=print), "num_beams, stream: expected one of them, got 2; leave all but one out"),
-    (dict(draft=True, stream=print), "draft, stream: expected one of them"),
+    (dict(num_beams=2, stream=print),
+     "num_beams, stream: expected one of them, got 2; leave all but one out"),
+    (dict(draft="itself", stream=print), "draft, stream: expected one of them"),
     (dict(num_beams=2, top_k=3), "num_beams: expected no top_k, .* got one; leave it out"),
     (dict(num_beams=0), "num_beams: expected at least 1, got 0; raise it"),
     (dict(max_tokens=-5), "max_tokens: expected at least 1, got -5; raise it"),
     (dict(max_tokens=0, num_beams=2), "max_tokens: expected at least 1, got 0; raise it")])
-def test_ways_of_decoding_that_are_refused(lm, options, message):
+def test_options_of_decoding_that_are_refused(lm, options, message):
+    options = options | ({"draft": lm} if "draft" in options else {})
     with pytest.raises(ValueError, match=message):
         lm.generate(["of"], **options)
 
 
 def test_padding_of_the_vocabulary_is_never_drawn(lm):
     prompts = [[lm.tokenizer.bos_id, i] for i in range(16)]
-    hot = Sampling(temperature=20.0)  # all but uniform
+    hot = Sampling(temperature=20.0)  # nearly uniform
 
     def drawn(vocab_size):
         generator = Generator(lm.model, lm.layout, vocab_size=vocab_size)
         return np.concatenate(generator(lm.params, prompts, max_tokens=32, sampling=hot))
 
-    assert (drawn(PADDED) >= KNOWN).mean() > 0.1  # as it would be
+    assert (drawn(PADDED) >= KNOWN).mean() > 0.1  # with the padding in the vocabulary
     ids = drawn(KNOWN)
     assert ids.max() < KNOWN and len(np.unique(ids)) > KNOWN / 2
     assert lm._generator.vocab_size == lm.tokenizer.vocab_size == KNOWN
 
 
 def test_the_loss_of_a_run_is_that_of_its_logits(run):
-    """What the run's last evaluation wrote, over held-out rows packed with several documents each."""
+    """The run's last evaluation covers held-out rows, each packed with several documents."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for name, ema in (("eval/loss", False), ("eval_ema/loss", True)):
         lm = lmjax.load(run, ema=ema)
         _, heldout = open_splits(lm.recipe.data, str(run / "data"))
         rows = heldout.rows(np.arange(heldout.num_rows()))
         log_p = log_softmax(jax.jit(lm.model.logits)(lm.params, rows))
-        nats = -np.take_along_axis(log_p, rows["targets"][..., None], -1)[..., 0] * rows["loss_mask"]
+        nats = -np.take_along_axis(log_p, rows["targets"][..., None], -1)[..., 0]
+        nats = nats * rows["loss_mask"]
         assert rows["segment_ids"].max() > 1 and rows["targets"].max() < KNOWN
         [found] = [record[name] for record in metrics if name in record]
         assert found == pytest.approx(nats.sum() / rows["loss_mask"].sum(), rel=1e-5)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_any_number_of_devices_says_the_same(run, lm, monkeypatch, count):
-    """On 8 the table is split in 8, on 3 it cannot be and every device has all of it."""
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.long), 3])
+def test_the_number_of_devices_changes_nothing(run, lm, monkeypatch, count):
+    """8 devices have an eighth of the table each. 3 do not divide it, so each has the whole."""
     assert {len(p.sharding.device_set) for p in jax.tree.leaves(lm.params)} == {8}
     assert not lm.params["embedding"]["table"].sharding.is_fully_replicated
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:count])
     other = lmjax.load(run)
-    assert {len(p.sharding.device_set) for p in jax.tree.leaves(other.params)} == {count} and same(lm, other)
+    assert {len(p.sharding.device_set) for p in jax.tree.leaves(other.params)} == {count}
+    assert same(lm, other)
     for a, b in zip(lm.score(TEXTS), other.score(TEXTS), strict=True):
         assert a.log_likelihood == pytest.approx(b.log_likelihood, rel=1e-5)
-    assert other.generate(TEXTS, temperature=0, max_tokens=8) == lm.generate(TEXTS, temperature=0, max_tokens=8)
+    options = dict(temperature=0, max_tokens=8)
+    assert other.generate(TEXTS, **options) == lm.generate(TEXTS, **options)

@@ -1,6 +1,7 @@
-"""Hugging Face directories in and out: names, layouts and settings are tables, and no code of theirs is run."""
+"""Reads and writes Hugging Face directories by tables of names. Never runs code from one."""
 
 from lmjax.huggingface.directory import (
+    ExportOptions,
     is_hf_directory,
     read_directory,
     read_params,
@@ -9,5 +10,6 @@ from lmjax.huggingface.directory import (
 from lmjax.huggingface.settings import difference
 from lmjax.huggingface.tokenizers import SENTENCEPIECE, read_tokenizer
 
-__all__ = ["SENTENCEPIECE", "difference", "is_hf_directory", "read_directory", "read_params", "read_tokenizer",
-           "write_directory"]
+__all__ = [
+    "SENTENCEPIECE", "ExportOptions", "difference", "is_hf_directory", "read_directory",
+    "read_params", "read_tokenizer", "write_directory"]

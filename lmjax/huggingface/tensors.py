@@ -1,9 +1,9 @@
-"""Directories of safetensors files, single or sharded: read one tensor at a time, written one shard at a time."""
+"""Directories of safetensors files: read one tensor at a time, written one file at a time."""
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,126 +11,155 @@ import ml_dtypes
 import numpy as np
 
 from lmjax.config import choice
+from lmjax.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# safetensors' name -> NumPy's: what weights come in. Reading widens to float32, which loses nothing.
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# The dtypes that weights may be stored in: safetensors' code -> NumPy's dtype.
+# Weights are read as float32, which holds all of them without loss.
+STORED_DTYPES = {
+    "F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+# The same dtypes by the name that --dtype takes -> safetensors' code.
+DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class Entry(NamedTuple):
-    """Where a tensor is and what it looks like. name: in that file. dtype: safetensors' name."""
+    """One stored tensor, as its file's header describes it."""
 
     file: Path
-    name: str
+    name: str  # within the file
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # safetensors' code
 
 
 def open_tensors(directory: Path) -> dict[str, Entry]:
-    """Every tensor of a directory, by name, from the files' headers alone.
+    """Lists the tensors of a directory by name. Reads only the headers of its files.
 
     Raises:
-      ValueError: no safetensors file, a truncated one, or an index that does not agree with its files.
+      UserError: a safetensors file is missing or truncated, or the index disagrees with the files.
     """
     index = directory / INDEX
-    if index.exists():
-        where = read_json(index).get("weight_map")
-        if not isinstance(where, dict):
-            raise ValueError(f"{index}: expected weight_map to name each tensor's file, got {where!r:.40}; fetch it "
-                             "again")
-        files = sorted({directory / str(file) for file in where.values()})
-        if any(file.parent != directory for file in files):
-            raise ValueError(f"{index}: expected files of this directory, got a path out of it; correct the index")
-    else:
-        files, where = [directory / SINGLE], None
-    entries: dict[str, Entry] = {}
-    for file in files:
-        with _opened(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no dict
-                part = opened.get_slice(name)
-                entries[name] = Entry(file, name, tuple(part.get_shape()), part.get_dtype())
-    if where is not None and {name: directory / file for name, file in where.items()} != {
+    if not index.exists():
+        return _headers([directory / SINGLE])
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise UserError("weight_map to name each tensor's file", f"{listed!r:.40}",
+                        "fetch it again", where=str(index))
+    files = sorted({directory / str(file) for file in listed.values()})
+    if any(file.parent != directory for file in files):
+        raise UserError("files of this directory", "a path out of it", "correct the index",
+                        where=str(index))
+    entries = _headers(files)
+    if {name: directory / file for name, file in listed.items()} != {
             name: entry.file for name, entry in entries.items()}:
-        odd = sorted(where.keys() ^ entries.keys()) or ["a tensor in another file"]
-        raise ValueError(f"{index}: expected the tensors that its files hold, got another list (first: {odd[0]}); "
-                         "fetch the directory again")
+        odd = sorted(listed.keys() ^ entries.keys()) or ["a tensor in another file"]
+        raise UserError("the tensors that its files hold", f"another list (first: {odd[0]})",
+                        "fetch the directory again", where=str(index))
     return entries
 
 
 def read_tensor(entry: Entry) -> np.ndarray:
-    """One whole tensor, in the dtype that it is stored in."""
-    with _opened(entry.file) as opened:
+    """Reads one whole tensor, in its stored shape and dtype."""
+    with _open(entry.file) as opened:
         return opened.get_tensor(entry.name)
 
 
-def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], np.ndarray], *,
-                  dtype: str, max_shard_bytes: int) -> None:
-    """Writes the tensors `get(name)` as float32, bfloat16 or float16, in files of at most `max_shard_bytes` each.
+def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]],
+                  get: Callable[[str], np.ndarray], *, dtype: str, max_shard_bytes: int) -> None:
+    """Writes the tensors `get(name)` into one or more safetensors files.
 
-    A tensor that is larger gets a file of its own. No more than one file's tensors are held at a time.
+    Only the tensors of one file are held in memory at a time.
+
+    Args:
+      shapes: every tensor's shape by name, in the order in which they are written.
+      get: returns the tensor of that name, in any float dtype.
+      dtype: what the tensors are stored as: float32, bfloat16 or float16.
+      max_shard_bytes: limit of a file's size. A tensor above it gets a file of its own.
+
+    Raises:
+      UserError: `dtype` is none of these.
+      OSError: a file cannot be written, for example because the disk is full.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    choice("dtype", dtype, NAMES)
-    to = DTYPES[NAMES[dtype]]
-    sizes = {name: math.prod(shape) * to.itemsize for name, shape in shapes.items()}
+    choice("dtype", dtype, DTYPE_CODES)
+    stored = STORED_DTYPES[DTYPE_CODES[dtype]]
+    sizes = {name: math.prod(shape) * stored.itemsize for name, shape in shapes.items()}
     shards = _shards(sizes, max_shard_bytes)
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-                                              for i in range(len(shards))]
+    files = [SINGLE]
+    if len(shards) > 1:
+        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+                 for i in range(1, len(shards) + 1)]
     for file, names in zip(files, shards, strict=True):
-        tensors = {name: np.ascontiguousarray(get(name).astype(to)) for name in names}
+        tensors = {name: np.ascontiguousarray(get(name).astype(stored)) for name in names}
         try:
             save_file(tensors, directory / file, metadata={"format": "pt"})
-            (directory / file).chmod(directory.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
-        except SafetensorError as error:  # no OSError, whatever the disk has said
+            # safetensors lets only the owner read its files.
+            (directory / file).chmod(directory.stat().st_mode & 0o666)
+        except SafetensorError as error:  # not an OSError, even when the disk is full
             size = sum(sizes[name] for name in names)
-            failed = OSError(f"{directory / file}: expected to write {size / 1e6:.1f} MB, got: {error}; make room, "
-                             "then try again")
-            failed.errno = next(map(int, re.findall(r"os error (\d+)", str(error))), None)
+            failed = OSError(f"{directory / file}: expected to write {size / 1e6:.1f} MB, got: "
+                             f"{error}; make room, then try again")
+            code = re.search(r"os error (\d+)", str(error))
+            failed.errno = int(code[1]) if code else None
             raise failed from None
     if len(shards) > 1:
-        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+        weight_map = {name: file for file, names in zip(files, shards, strict=True)
+                      for name in names}
+        write_json(directory / INDEX, {
+            "metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Reads a file that holds one JSON object.
 
     Raises:
-      ValueError: no such file, or none in it.
+      UserError: the file is missing, or holds anything else.
     """
     if not file.is_file():
-        raise ValueError(f"{file.parent}: expected a Hugging Face model with {file.name}, got none; check the path")
+        raise UserError(f"a Hugging Face model with {file.name}", "none", "check the path",
+                        where=str(file.parent))
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, got {error}; fetch it again") from None
+        raise UserError("JSON", error, "fetch it again", where=str(file)) from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(found).__name__}; fetch it again")
+        raise UserError("a JSON object", type(found).__name__, "fetch it again", where=str(file))
     return found
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Indented, as transformers writes it."""
+    """Writes indented JSON, as transformers does."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _opened(file: Path) -> Any:
+def _headers(files: list[Path]) -> dict[str, Entry]:
+    entries = {}
+    for file in files:
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 - `opened` is no dict
+                tensor = opened.get_slice(name)
+                entries[name] = Entry(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
+    return entries
+
+
+def _open(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
-        raise ValueError(f"{file.parent}: expected the weights in {file.name}, got no such file; fetch it, or convert "
-                         "pytorch_model.bin to safetensors first")
+        raise UserError(f"the weights in {file.name}", "no such file",
+                        "fetch it, or convert pytorch_model.bin to safetensors first",
+                        where=str(file.parent))
     try:
         return safe_open(file, framework="np")
     except SafetensorError as error:
-        raise ValueError(f"{file}: expected a whole safetensors file, got one of {file.stat().st_size} bytes with "
-                         f"{error}; fetch it again") from None
+        raise UserError("a whole safetensors file",
+                        f"one of {file.stat().st_size} bytes with {error}", "fetch it again",
+                        where=str(file)) from None
 
 
-def _shards(sizes: Mapping[str, int], limit: int) -> Iterable[list[str]]:
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Splits the names, in their order, into files of at most `limit` bytes."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():

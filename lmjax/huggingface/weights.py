@@ -1,14 +1,16 @@
-"""Parameter trees from and to Hugging Face tensors, by tables of names.
+"""Reads parameters from Hugging Face tensors and writes them back, by tables of names.
 
-A table says for each of our leaves which of their tensors holds it and how it lies there:
+A table says for each of our parameters which of their tensors holds it, and how it lies there
+(`Stored.how`):
 
-  ""         in the same shape
-  "flat"     in one dimension
-  "in,out"   as a matrix whose rows are inputs (GPT-2); "in2,out": our first two dimensions are inputs, "in0": none is
-  "out,in"   as a matrix whose rows are outputs (torch.nn.Linear); "out,in2" likewise
+  how        their tensor
+  ""         has the shape of our parameter
+  "flat"     has one dimension
+  "in,out"   is a matrix whose rows are inputs (GPT-2)
+  "out,in"   is a matrix whose rows are outputs (torch.nn.Linear)
 
-A part of a fused matrix or bias is one of several equal shares of its outputs. Every {} in their name stands for an
-index into the leading dimensions of ours: layers, experts.
+The inputs of a matrix are the first dimension of our parameter; with "in2" they are its first two
+dimensions, and with "in0" the matrix has one input. The other dimensions are outputs.
 """
 
 import functools
@@ -23,147 +25,193 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from lmjax.huggingface.tensors import DTYPES, Entry, read_tensor
+from lmjax.errors import UserError
+from lmjax.huggingface.tensors import STORED_DTYPES, Entry, read_tensor
 from lmjax.nn.module import Params
 from lmjax.tree import named_leaves
 
 
-class Row(NamedTuple):
-    """How one of our leaves lies in theirs. part: (i, n) for the i-th of n equal parts. first: what layer 0's is
-    called, where that is not by its number."""
+class Stored(NamedTuple):
+    """How one of our parameters is stored in their tensors."""
 
+    # The tensor's name. Each {} stands for an index into the leading dimensions of our parameter,
+    # which are layers and experts: one tensor holds the part of one layer or expert.
     theirs: str
-    how: str = ""
+    how: str = ""  # how the parameter lies in the tensor: see the table above
+    # (i, n): the i-th of n equal shares of a fused tensor's outputs.
     part: tuple[int, int] = (0, 1)
-    first: str = ""
+    first: str = ""  # the tensor's name for layer 0, if that has a name of its own
 
     @property
-    def axis(self) -> int:
-        """The dimension of theirs that is in parts: the outputs."""
+    def output_axis(self) -> int:
+        """The dimension of their tensor that `part` divides."""
         return 0 if self.how.startswith("out") else -1
 
 
-Table = Mapping[str, Row]
+Table = Mapping[str, Stored]  # path of our parameter -> how it is stored
 
 
-class _Slot(NamedTuple):
-    """One of their tensors, or a part of one, and the piece of our leaf that it is."""
+class _Piece(NamedTuple):
+    """The piece of one of our parameters that one of their tensors, or a share of it, holds."""
 
-    leaf: str
-    index: tuple[int, ...]
-    shape: tuple[int, ...]  # of that piece
-    row: Row
+    leaf: str  # path of the parameter
+    at: tuple[int, ...]  # index into the parameter's leading dimensions
+    shape: tuple[int, ...]  # of the piece
+    row: Stored
 
 
 def tensor_shapes(shapes: Params, table: Table) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor of theirs that a tree of our shapes makes, layer by layer."""
-    return {name: _their_shape(slots) for name, slots in _slots(shapes, table).items()}
+    """The name and shape of every tensor of theirs, for parameters of these shapes.
+
+    Raises:
+      UserError: the table has no row for one of the parameters.
+    """
+    return {name: _their_shape(pieces) for name, pieces in _pieces(shapes, table).items()}
 
 
 def check_tensors(entries: Mapping[str, Entry], shapes: Params, table: Table, *, where: str,
                   ignore: Sequence[str] = ()) -> None:
-    """Refuses a tensor that is missing, left over, of another shape or of no float type, before one is read."""
+    """Checks that the stored tensors are those that the model needs. Reads none of them.
+
+    Args:
+      entries: the tensors that are stored, by name.
+      shapes: a tree with the shapes of the parameters.
+      table: how each parameter is stored.
+      where: the directory, for error messages.
+      ignore: regular expressions of names that may be stored although the model does not need them.
+
+    Raises:
+      UserError: a tensor is missing, not needed, of another shape or of no float dtype.
+    """
     expected = tensor_shapes(shapes, table)
     fix = "the weights and config.json belong to different models"
     for name, shape in expected.items():
+        wanted = f"tensor {name} {list(shape)}"
         if name not in entries:
-            raise ValueError(f"{where}: expected tensor {name} {list(shape)}, got none; {fix}")
+            raise UserError(wanted, "none", fix, where)
         if entries[name].shape != shape:
-            raise ValueError(f"{where}: expected tensor {name} {list(shape)}, got {list(entries[name].shape)}; {fix}")
-        if entries[name].dtype not in DTYPES:
-            raise ValueError(f"{where}: expected tensor {name} in {', '.join(DTYPES)}, got {entries[name].dtype}; "
-                             "take weights that are not quantised")
+            raise UserError(wanted, list(entries[name].shape), fix, where)
+        if entries[name].dtype not in STORED_DTYPES:
+            raise UserError(f"tensor {name} in {', '.join(STORED_DTYPES)}", entries[name].dtype,
+                            "take weights that are not quantised", where)
     for name in entries.keys() - expected.keys():
         if not any(re.fullmatch(pattern, name) for pattern in ignore):
-            raise ValueError(f"{where}: expected only tensors that the model has, got {name} as well; {fix}")
+            raise UserError("only tensors that the model has", f"{name} as well", fix, where)
 
 
-def read_tree(entries: Mapping[str, Entry], shapes: Params, shardings: Params, table: Table) -> Params:
-    """Our float32 parameters, each placed as its sharding says. At most one of their tensors is in host memory."""
-    by_leaf: dict[str, list[tuple[str, _Slot]]] = {}
-    for name, slots in _slots(shapes, table).items():
-        for slot in slots:
-            by_leaf.setdefault(slot.leaf, []).append((name, slot))
+def read_tree(entries: Mapping[str, Entry], shapes: Params, shardings: Params,
+              table: Table) -> Params:
+    """Reads our parameters (float32), each onto the devices that its sharding names.
+
+    The host never holds more than one of their tensors.
+    """
+    by_leaf: dict[str, list[tuple[str, _Piece]]] = {}
+    for name, pieces in _pieces(shapes, table).items():
+        for piece in pieces:
+            by_leaf.setdefault(piece.leaf, []).append((name, piece))
     leaves = []
-    for (leaf, shape), (_, sharding) in zip(named_leaves(shapes), named_leaves(shardings), strict=True):
-        pieces = by_leaf[leaf]
-        lead = len(pieces[0][1].index)
-        # A stacked leaf is filled piece by piece where it lives: the host never holds more than one piece of it.
-        value = _zeros(shape.shape, sharding) if lead else None
-        for name, slot in pieces:
-            value = jax.block_until_ready(_place(_ours(read_tensor(entries[name]), slot), value, slot, sharding))
+    for (leaf, shape), (_, sharding) in zip(
+            named_leaves(shapes), named_leaves(shardings), strict=True):
+        # A parameter that several tensors hold is filled piece by piece on its devices.
+        is_stacked = bool(by_leaf[leaf][0][1].at)
+        value = _zeros(shape.shape, sharding) if is_stacked else None
+        for name, piece in by_leaf[leaf]:
+            array = _ours(read_tensor(entries[name]), piece)
+            value = jax.block_until_ready(_place(array, value, piece, sharding))
         leaves.append(value)
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def tensor_getter(params: Params, table: Table) -> Callable[[str], np.ndarray]:
-    """name -> their tensor, float32, brought to the host when it is asked for."""
+    """Returns a function from a tensor's name to that tensor (float32, on the host).
+
+    A tensor is brought to the host only when it is asked for.
+    """
     leaves = dict(named_leaves(params))
-    slots = _slots(params, table)
+    pieces = _pieces(params, table)
 
     def get(name: str) -> np.ndarray:
-        parts = [_theirs(np.asarray(leaves[slot.leaf][slot.index] if slot.index else leaves[slot.leaf]), slot)
-                 for slot in sorted(slots[name], key=lambda slot: slot.row.part)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=slots[name][0].row.axis)
+        shares = []
+        for piece in sorted(pieces[name], key=lambda piece: piece.row.part):
+            leaf = leaves[piece.leaf]
+            shares.append(_theirs(np.asarray(leaf[piece.at] if piece.at else leaf), piece))
+        if len(shares) == 1:
+            return shares[0]
+        return np.concatenate(shares, axis=pieces[name][0].row.output_axis)
     return get
 
 
-def _slots(shapes: Params, table: Table) -> dict[str, list[_Slot]]:
-    """Their tensors, in the order of the layers, with what each holds of ours."""
-    found: list[tuple[str, _Slot]] = []
+def _pieces(shapes: Params, table: Table) -> dict[str, list[_Piece]]:
+    """Their tensors, layer by layer, each with the pieces of our parameters that it holds."""
+    found: list[tuple[str, _Piece]] = []
     for leaf, shape in named_leaves(shapes):
         if leaf not in table:
-            raise ValueError(f"model: expected a model whose parts all have a Hugging Face name, got {leaf}, which has "
-                             "none here; choose another model type")
+            raise UserError("a model whose parts all have a Hugging Face name",
+                            f"{leaf}, which has none here", "choose another model type", "model")
         row = table[leaf]
         lead = row.theirs.count("{}")
         for index in itertools.product(*map(range, shape.shape[:lead])):
-            name = row.first if row.first and not any(index) else row.theirs.format(*index)
-            found.append((name, _Slot(leaf, index, tuple(shape.shape[lead:]), row)))
-    out: dict[str, list[_Slot]] = {}
-    for name, slot in sorted(found, key=lambda item: item[1].index):
-        out.setdefault(name, []).append(slot)
+            name = row.theirs.format(*index)
+            if row.first and not any(index):
+                name = row.first
+            found.append((name, _Piece(leaf, index, tuple(shape.shape[lead:]), row)))
+    out: dict[str, list[_Piece]] = {}
+    for name, piece in sorted(found, key=lambda item: item[1].at):
+        out.setdefault(name, []).append(piece)
     return out
 
 
-def _matrix(slot: _Slot) -> tuple[int, int]:
-    """(inputs, outputs) of a matrix kind."""
-    split = 2 if "in2" in slot.row.how else 0 if "in0" in slot.row.how else 1
-    return math.prod(slot.shape[:split]), math.prod(slot.shape[split:])
+def _matrix(piece: _Piece) -> tuple[int, int]:
+    """(inputs, outputs) of a piece that is stored as a matrix."""
+    how = piece.row.how
+    split = 2 if "in2" in how else 0 if "in0" in how else 1
+    return math.prod(piece.shape[:split]), math.prod(piece.shape[split:])
 
 
-def _their_shape(slots: Sequence[_Slot]) -> tuple[int, ...]:
-    slot = slots[0]
-    shape = list(slot.shape)
-    if slot.row.how == "flat":
-        shape = [math.prod(shape)]
-    elif slot.row.how:
-        shape = list(_matrix(slot) if slot.row.how.startswith("in") else _matrix(slot)[::-1])
-    shape[slot.row.axis] *= slot.row.part[1]
+def _their_shape(pieces: Sequence[_Piece]) -> tuple[int, ...]:
+    piece = pieces[0]
+    how = piece.row.how
+    if how == "flat":
+        shape = [math.prod(piece.shape)]
+    elif how:
+        shape = list(_matrix(piece) if how.startswith("in") else _matrix(piece)[::-1])
+    else:
+        shape = list(piece.shape)
+    shape[piece.row.output_axis] *= piece.row.part[1]
     return tuple(shape)
 
 
-def _ours(x: np.ndarray, slot: _Slot) -> np.ndarray:
-    part, parts = slot.row.part
+def _ours(x: np.ndarray, piece: _Piece) -> np.ndarray:
+    """The piece of our parameter that their tensor `x` holds."""
+    part, parts = piece.row.part
     if parts > 1:
-        x = np.split(x, parts, axis=slot.row.axis)[part]
-    return (x.T if slot.row.how.startswith("out") else x).reshape(slot.shape)
+        x = np.split(x, parts, axis=piece.row.output_axis)[part]
+    return (x.T if piece.row.how.startswith("out") else x).reshape(piece.shape)
 
 
-def _theirs(x: np.ndarray, slot: _Slot) -> np.ndarray:
-    if slot.row.how.startswith("out"):
-        return x.reshape(_matrix(slot)).T
-    return x.reshape(_matrix(slot) if slot.row.how.startswith("in") else -1) if slot.row.how else x
+def _theirs(x: np.ndarray, piece: _Piece) -> np.ndarray:
+    """The piece `x` of our parameter, as their tensor holds it."""
+    how = piece.row.how
+    if not how:
+        return x
+    if how == "flat":
+        return x.reshape(-1)
+    matrix = x.reshape(_matrix(piece))
+    return matrix if how.startswith("in") else matrix.T
 
 
-def _place(piece: np.ndarray, value: jax.Array | None, slot: _Slot, sharding: Sharding) -> jax.Array:
-    """`value` with `piece` in its place, or `piece` itself, in float32."""
-    placed = jax.make_array_from_callback(piece.shape, _without(sharding, len(slot.index)), piece.__getitem__)
-    return _cast(sharding)(placed) if value is None else _put(sharding)(value, placed, np.array(slot.index, np.int32))
+def _place(array: np.ndarray, value: jax.Array | None, piece: _Piece,
+           sharding: Sharding) -> jax.Array:
+    """Puts `array` into its place in the parameter `value`; without a `value`, makes it that."""
+    placed = jax.make_array_from_callback(
+        array.shape, _without(sharding, len(piece.at)), array.__getitem__)
+    if value is None:
+        return _cast(sharding)(placed)
+    return _put(sharding)(value, placed, np.array(piece.at, np.int32))
 
 
 def _without(sharding: Sharding, lead: int) -> Sharding:
-    """The sharding of one piece: that of the leaf without its leading dimensions."""
+    """The sharding of a parameter without its `lead` leading dimensions."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[lead:]))
@@ -183,6 +231,7 @@ def _put(sharding: Sharding) -> Callable[..., jax.Array]:
     def put(whole: jax.Array, piece: jax.Array, index: jax.Array) -> jax.Array:
         lead = whole.ndim - piece.ndim
         starts = [index[i] for i in range(lead)] + [0] * piece.ndim
-        return jax.lax.dynamic_update_slice(whole, piece.astype(whole.dtype)[(None,) * lead], starts)
+        update = piece.astype(whole.dtype)[(None,) * lead]
+        return jax.lax.dynamic_update_slice(whole, update, starts)
 
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)

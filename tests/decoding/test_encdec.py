@@ -51,18 +51,16 @@ def batch_of(source, target):
     return row
 
 
-def test_what_is_generated_from_reads_like_a_training_row(lm, tokenizer):
+def test_what_is_generated_from_reads_like_a_training_row(lm, tokenizer, monkeypatch):
     objective = Objective(lm.recipe.data.objective, seq_len=LENGTH, vocab_size=KNOWN)
     ids = np.array(tokenizer.encode(TEXT), np.int64)
     row = objective.rows(Pieces(ids, *(np.array([n]) for n in (0, len(ids), 0)), np.array([5], np.uint64)), 1,
                          (tokenizer.bos_id, tokenizer.eos_id))
     source = row["encoder_tokens"][row["encoder_segment_ids"] > 0].tolist()
-    asked = []
-    lm._generator, generator = lambda params, prompts, **options: asked.append(prompts) or [[]], lm._generator
-    try:
-        lm.generate([lm._names.decode(source[:-1])])
-    finally:
-        lm._generator = generator
+    asked, generator = [], lm._generator
+    with monkeypatch.context() as patched:
+        patched.setattr(lm, "generate_ids", asked.append)
+        lm.generate([lm._reader.names.decode(source[:-1])])
     assert asked == [[source]] and source[-1] == tokenizer.eos_id and max(source) >= KNOWN
     assert row["tokens"][0, 0] == generator.start_id == START_ID
     assert KNOWN <= row["targets"][0, 0] < generator.vocab_size == objective.vocab_size < lm.model.config.vocab_size
@@ -75,7 +73,7 @@ def test_answers_are_the_likeliest_sentinels_and_tokens(lm, tokenizer):
         last = logits(lm.params, batch_of(source, [*target, *[0] * (8 - len(target))]))[0, len(target) - 1]
         target.append(int(last[: KNOWN + SENTINELS].argmax()))
     ends = [*target[1:], tokenizer.eos_id].index(tokenizer.eos_id)
-    assert lm.generate([TEXT], temperature=0, max_tokens=7) == [lm._names.decode(target[1 : 1 + ends])]
+    assert lm.generate([TEXT], temperature=0, max_tokens=7) == [lm._reader.names.decode(target[1 : 1 + ends])]
     hot, shown = lm.generate([TEXT] * 8, temperature=50, max_tokens=24, seed=3), []
     assert any(f"<extra_id_{i}>" in "".join(hot) for i in range(SENTINELS))
     lm.generate([TEXT], temperature=50, max_tokens=24, seed=3, stream=lambda row, text: shown.append(text))
@@ -121,4 +119,4 @@ def test_an_import_begins_and_reads_as_its_own_files_say(lm, tokenizer, tmp_path
         (tmp_path / "hf" / name).write_text(json.dumps(told | keys))
     found = lmjax.load(tmp_path / "hf")
     assert (found._generator.start_id, found._generator.vocab_size) == (start_id, KNOWN)
-    assert found._ids(TEXT) == [*tokenizer.prefix, *tokenizer.encode(TEXT), *tokenizer.suffix]
+    assert found._reader.ids(TEXT) == [*tokenizer.prefix, *tokenizer.encode(TEXT), *tokenizer.suffix]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmjax.huggingface.families import FAMILIES
+from lmjax.huggingface.model_types import MODEL_TYPES
 from lmjax.huggingface.settings import read_settings
 
 V, D, F = 96, 32, 56
@@ -97,6 +97,6 @@ PUBLISHED = {
 def test_the_settings_of_published_models_are_read(name):
     model_type, settings = PUBLISHED[name]
     config = read_settings(COMMON | settings | {"model_type": model_type}, name)
-    assert (config.family, config.vocab_size, config.embed_dim) == (FAMILIES[model_type].config.family, V, D)
+    assert (config.family, config.vocab_size, config.embed_dim) == (MODEL_TYPES[model_type].config.family, V, D)
     with pytest.raises(ValueError, match="expected settings that lmjax computes with, got odd=1"):
         read_settings(COMMON | settings | {"model_type": model_type, "odd": 1}, name)

@@ -1,0 +1,67 @@
+"""What lmjax has to know about a Hugging Face model type."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lmjax.huggingface.weights import Table
+from lmjax.models.decoder import DecoderConfig
+
+REQUIRED = object()  # the default of a setting that config.json must hold
+
+
+class Setting(NamedTuple):
+    """One setting of config.json."""
+
+    theirs: str
+    # The field of our config; "moe.experts" is a field of a group. "" marks a setting that must
+    # have the value `default`, because lmjax computes nothing else.
+    ours: str
+    default: Any = REQUIRED  # their value, if config.json leaves the setting out
+    only: Mapping[Any, Any] | None = None  # their values -> ours; all other values are refused
+    also: Mapping[Any, Any] | None = None  # their values -> ours; all other values are kept
+    times: int = 1  # theirs = ours * times + plus
+    plus: int = 0
+    alias: str = ""  # another name of theirs
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """One `model_type` of config.json."""
+
+    name: str
+    architecture: str  # the class in transformers
+    settings: tuple[Setting, ...]
+    table: Table  # where each parameter is stored
+    ungated: Table = field(default_factory=dict)  # rows that replace others if the MLP has no gate
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # values of ours that never differ
+    prefix: str = ""  # of the tensors' names; missing from a model that was saved without its head
+    ignore: tuple[str, ...] = ()  # patterns of tensors that hold nothing the model needs
+    neutral: tuple[str, ...] = ()  # settings of this type that change nothing, besides NEUTRAL
+    # Field of ours -> (a tensor, the field's value if that is stored, its value otherwise).
+    present: Mapping[str, tuple[str, Any, Any]] = field(default_factory=dict)
+    config: type = DecoderConfig
+    # (config.json, i) -> whether layer i is local, if config.json has no layer_types.
+    is_local: Callable[[Mapping[str, Any], int], bool] | None = None
+    # The settings of the global and the local RoPE theta with their defaults; empty without RoPE.
+    rope: Mapping[str, float] = field(default_factory=lambda: {"rope_theta": 10_000.0})
+
+
+# Settings that change nothing about what a model computes from ids and weights outside training.
+NEUTRAL = frozenset("""
+    _name_or_path architectures auto_map bos_token_id bos_token cls_token_id decoder_start_token_id
+    dtype eos_token_id finetuning_task gradient_checkpointing id2label initializer_factor
+    initializer_range label2id model_type output_attentions output_hidden_states output_past
+    pad_token_id sep_token_id task_specific_params tokenizer_class torch_dtype torchscript
+    transformers_version unk_token_id use_cache pretraining_tp attention_dropout attn_pdrop
+    embd_pdrop resid_pdrop hidden_dropout_prob attention_probs_dropout_prob classifier_dropout
+    dropout dropout_rate n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj max_window_layers chunk_size_feed_forward
+    is_decoder return_dict problem_type layer_types rope_theta rope_scaling rope_parameters
+    output_router_logits router_aux_loss_coef router_jitter_noise _num_labels num_labels
+    cache_implementation predict_special_tokens max_sequence_length is_llama_config
+    transformers.js_config
+    do_sample early_stopping length_penalty max_length min_length num_beam_groups num_beams
+    num_return_sequences no_repeat_ngram_size repetition_penalty temperature top_k top_p typical_p
+    diversity_penalty bad_words_ids forced_bos_token_id forced_eos_token_id
+""".split())
