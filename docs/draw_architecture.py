@@ -52,7 +52,7 @@ FLOORS: tuple[tuple[str, str, tuple[Room, ...]], ...] = (
 WAY = (
     "data/text reads a document from a file",
     "data/preparation cleans and deduplicates it",
-    "data/tokenizer makes tokens; data/store keeps them",
+    "data/tokenizers make tokens; data/store keeps them",
     "data/order says which tokens row g of the run holds",
     "data/packing and data/objectives make the row",
     "data/batches puts rows on the devices of the mesh",

@@ -25,6 +25,7 @@ from lmjax.data.preparation import dedup, shards
 from lmjax.data.preparation.engine import Engine
 from lmjax.data.preparation.shards import Shard
 from lmjax.data.text import clean, filters, sources
+from lmjax.data.text.features import TextBatch
 from lmjax.data.text.sources import Document, SourceConfig
 from lmjax.data.text.words import batches
 from lmjax.data.tokenizers import TokenizerConfig, train_tokenizer
@@ -88,14 +89,14 @@ def corpus(limit: int) -> list[str]:
 def stages(texts: Sequence[str], folder: str, stack: contextlib.ExitStack) -> dict[str, Work]:
     """The work of each stage; dedup with the reading of its shards, the others without."""
     tokenizer = train_tokenizer(TokenizerConfig(train_bytes=2_000_000), texts)
-    gopher = {name: filters.FAMILIES[name]() for name in ("gopher_quality", "gopher_repetition")}
+    gopher = {name: filters.FILTERS[name]() for name in ("gopher_quality", "gopher_repetition")}
     tokens = sum(map(len, tokenizer.encode_batch(texts)))
     engine = stack.enter_context(Engine(folder, workers=1))
 
     def clean_and_filter() -> None:
         cleaned = [clean.clean(text, RULES)[0] for text in texts]
         for _, group in batches(cleaned):
-            batch = filters.Batch(group)
+            batch = TextBatch(group)
             filters.reject(batch, gopher)
             batch.languages  # noqa: B018 - worked out when it is asked for
 
@@ -107,7 +108,7 @@ def stages(texts: Sequence[str], folder: str, stack: contextlib.ExitStack) -> di
         return Work(run, round(tokens * share), size, len(documents))
 
     found = {"clean and filter": of(clean_and_filter),
-             "gopher filters": of(lambda: [filters.reject(filters.Batch(g), gopher) for _, g in batches(texts)]),
+             "gopher filters": of(lambda: [filters.reject(TextBatch(g), gopher) for _, g in batches(texts)]),
              "exact dedup": of(_dedup(engine, more, folder, near=False), more)}
     for length in LENGTHS:
         cut = [text[i : i + length] for text in texts for i in range(0, len(text), length)]

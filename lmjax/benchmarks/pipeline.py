@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from lmjax.data import DataConfig, SourceConfig, TokenizerConfig, make_batches, open_splits
-from lmjax.data.objectives import AugmentConfig, ObjectiveConfig
+from lmjax.data.augmentation import AugmentConfig
+from lmjax.data.objectives import ObjectiveConfig
 from lmjax.data.store import write_manifest, write_split
 
 VOCAB, SEQ_LEN, BATCH, DOCUMENTS = 32_000, 1024, 32, 5_000

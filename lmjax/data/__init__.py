@@ -1,4 +1,4 @@
-"""Data: from raw text to rows of tokens in a pure, replayable order."""
+"""Data: from stored tokens to batches, in an order that is a pure function."""
 
 from lmjax.data.batches import eval_batches, make_batches
 from lmjax.data.config import DataConfig

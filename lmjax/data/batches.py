@@ -1,48 +1,51 @@
-"""Batches of global arrays, made ahead in the background, from a split's rows.
+"""Batches of global arrays from the rows of a split, made ahead in the background.
 
-A batch is the next `batch_size` rows of the run. Nothing here has state to save: going on from another row is
-passing another `start_row`, and each process reads only the rows that its own devices hold.
+A batch is the next `batch_size` rows of the run. There is no state to save: a resumed run passes
+another `start_row`. Each process reads only the rows that its own devices hold.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import jax
 import numpy as np
 
-from lmjax.data import packing
 from lmjax.data.hashing import key_of, permute
-from lmjax.data.packing import Rows
 from lmjax.data.pipeline import Split
+from lmjax.data.rows import Rows, dtype_of, empty
+from lmjax.errors import UserError
 
-PREFETCH = 4  # batches made ahead: enough to ride over one slow read, little memory
+PREFETCH = 4  # batches made ahead: enough to hide one slow read, in little memory
 Batch = dict[str, jax.Array]
+HostBatch = Callable[[int], Rows]  # step -> the rows of this process
 
 
 def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
                  sharding: jax.sharding.Sharding) -> Iterator[Batch]:
-    """`steps` batches: rows start_row .. start_row + batch_size - 1, and so on without a gap.
+    """Batches of consecutive rows of a split; the work starts at once, in the background.
 
     Args:
       split: what to read.
       batch_size: rows in a global batch.
+      start_row: the first row of the first batch.
+      steps: number of batches.
       sharding: of the dimensions (batch, seq) over the devices of all processes.
     Returns:
-      an iterator of dicts of global arrays [batch_size, length], one for each of the split's fields; the work is
-      done ahead, in the background, from this call on.
+      an iterator of dicts of global arrays [batch_size, length], one per field of the split.
     Raises:
-      ValueError: the batch or the sequence does not divide over the mesh, or TensorFlow is needed and not installed (at
-        once, not at the first batch).
+      UserError: the batch or the sequence does not divide over the mesh, or TensorFlow is needed and not
+        installed. It is raised by this call, before the first batch.
     """
-    local = _check_shapes(split, batch_size, sharding)
+    local = _local_rows(split, batch_size, sharding)
 
     def host_batch(step: int) -> Rows:
         return split.rows(start_row + step * batch_size + local)
@@ -50,18 +53,19 @@ def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
     return _device_batches(split, host_batch, range(steps), batch_size, sharding, local)
 
 
-def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding, *, most: int = 0) -> Iterator[Batch]:
-    """Every row of the split once, in order; rows that fill up the last batch are all padding, masked.
+def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding, *,
+                 most: int = 0) -> Iterator[Batch]:
+    """Every row of the split once, in order; the last batch is filled up with rows of masked padding.
 
-    most: only so many batches, of rows drawn from all over the split, the same ones every time; 0: all.
-
-    Arguments, result and errors are those of `make_batches`.
+    Args:
+      split, batch_size, sharding: as for `make_batches`, like the result and the errors.
+      most: only so many batches, of rows drawn from the whole split, the same in every call; 0: all.
     """
-    local, total = _check_shapes(split, batch_size, sharding), split.num_rows()
+    local, total = _local_rows(split, batch_size, sharding), split.num_rows()
 
     def host_batch(step: int) -> Rows:
         g = step * batch_size + local
-        rows = packing.empty(split.fields, len(g))
+        rows = empty(split.fields, len(g))
         inside = g < total
         chosen = permute(g[inside], total, key_of("eval")) if most else g[inside]
         for name, values in split.rows(chosen).items() if inside.any() else ():
@@ -72,8 +76,8 @@ def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding,
     return _device_batches(split, host_batch, range(min(most or steps, steps)), batch_size, sharding, local)
 
 
-def _check_shapes(split: Split, batch_size: int, sharding: jax.sharding.Sharding) -> np.ndarray:
-    """The rows of a batch that are this process's, the same for every field."""
+def _local_rows(split: Split, batch_size: int, sharding: jax.sharding.Sharding) -> np.ndarray:
+    """`local_rows` of a batch, which are the same for every field; checks the shapes of all fields."""
     return [local_rows((batch_size, length), sharding) for length in set(split.fields.values())][0]
 
 
@@ -82,14 +86,16 @@ def local_rows(shape: tuple[int, int], sharding: jax.sharding.Sharding) -> np.nd
     try:
         sharding.shard_shape(shape)
     except ValueError as error:
-        where = f"{sharding.spec} on {dict(sharding.mesh.shape)}"
-        raise ValueError(f"batch_size, seq_len: expected multiples of the axes that split them ({where}), "
-                         f"got {shape}; change them or the mesh") from error
+        axes = str(sharding)
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            axes = f"{sharding.spec} on {dict(sharding.mesh.shape)}"
+        raise UserError(f"multiples of the axes that split them ({axes})", shape, "change them or the mesh",
+                        where="batch_size, seq_len") from error
     return rows_of(sharding.addressable_devices_indices_map(shape).values(), shape[0])
 
 
-def rows_of(indices: Any, batch_size: int) -> np.ndarray:
-    """The rows that any of these (batch, seq) index pairs covers; int64, ascending."""
+def rows_of(indices: Iterable[tuple[slice, ...] | None], batch_size: int) -> np.ndarray:
+    """The rows that any of these (batch, seq) pairs of slices covers; int64, ascending."""
     wanted = np.zeros(batch_size, bool)
     for index in indices:
         wanted[index[0] if index else slice(None)] = True
@@ -97,7 +103,7 @@ def rows_of(indices: Any, batch_size: int) -> np.ndarray:
 
 
 def to_global(rows: Rows, batch_size: int, sharding: jax.sharding.Sharding, local: np.ndarray) -> Batch:
-    """Global arrays [batch, length] from the rows `local` of this process."""
+    """Global arrays [batch_size, length] from this process's rows, whose numbers are `local`."""
     place = np.zeros(batch_size, np.int64)
     place[local] = np.arange(len(local))
 
@@ -106,12 +112,13 @@ def to_global(rows: Rows, batch_size: int, sharding: jax.sharding.Sharding, loca
         return values[place[begin] : place[begin] + stop - begin, index[1]]
 
     return {name: jax.make_array_from_callback((batch_size, values.shape[1]), sharding,
-                                               lambda index, v=values: shard(v, index))
+                                               functools.partial(shard, values))
             for name, values in rows.items()}
 
 
-def _device_batches(split, host_batch, steps, batch_size, sharding, local) -> Iterator[Batch]:
-    feed = _TfData if split.through_tensorflow else _Thread
+def _device_batches(split: Split, host_batch: HostBatch, steps: range, batch_size: int,
+                    sharding: jax.sharding.Sharding, local: np.ndarray) -> Iterator[Batch]:
+    feed: type[_TfData | _Thread] = _TfData if split.through_tensorflow else _Thread
     host = feed(host_batch, steps, tuple(split.fields))
 
     def batches() -> Iterator[Batch]:
@@ -123,16 +130,17 @@ def _device_batches(split, host_batch, steps, batch_size, sharding, local) -> It
 
 
 class _Thread:
-    """host_batch(step) for every step, a few ahead, in a thread: for data that needs no TensorFlow."""
+    """host_batch(step) of every step, made ahead in a thread, for data that needs no TensorFlow."""
 
-    def __init__(self, host_batch: Callable[[int], Rows], steps: range, names: tuple[str, ...]):
+    def __init__(self, host_batch: HostBatch, steps: range, names: tuple[str, ...]):
         self._queue: queue.Queue[Rows | Exception | None] = queue.Queue(PREFETCH)
         self._stop = threading.Event()
         args = (host_batch, steps, self._queue, self._stop)
         threading.Thread(target=self._work, args=args, name="lmjax-data", daemon=True).start()
 
     @staticmethod
-    def _work(host_batch, steps, out, stop) -> None:
+    def _work(host_batch: HostBatch, steps: range, out: queue.Queue[Rows | Exception | None],
+              stop: threading.Event) -> None:
         def put(item: Rows | Exception | None) -> None:
             while not stop.is_set():
                 with contextlib.suppress(queue.Full):
@@ -144,7 +152,7 @@ class _Thread:
                 if stop.is_set():
                     return
             put(None)
-        except Exception as error:  # raised again where the batch is asked for
+        except Exception as error:  # `__iter__` raises it again
             put(error)
 
     def __iter__(self) -> Iterator[Rows]:
@@ -160,21 +168,22 @@ class _Thread:
 
 
 class _TfData:
-    """The same by tf.data: Dataset.range(start, stop) mapped over host_batch, deterministic, prefetched."""
+    """The same by tf.data: `host_batch` mapped over Dataset.range, deterministic and prefetched."""
 
-    def __init__(self, host_batch: Callable[[int], Rows], steps: range, names: tuple[str, ...]):
+    def __init__(self, host_batch: HostBatch, steps: range, names: tuple[str, ...]):
         if importlib.util.find_spec("tensorflow") is None:
-            raise ValueError("data.sources: expected TensorFlow, which feeds rows of text, got none; pip install "
-                             "tensorflow-cpu, or train on synthetic data")
+            raise UserError("TensorFlow, which feeds rows of text", "none",
+                            "pip install tensorflow-cpu, or train on synthetic data", where="data.sources")
         self._error: list[Exception] = []
         self._made: Future[Any] = Future()
         self._names = names
         args = (self._made, self._error, host_batch, steps, names)
-        # In a thread because importing TensorFlow takes seconds, in which the model can be compiled.
+        # In a thread, because importing TensorFlow takes seconds, during which the model can compile.
         threading.Thread(target=self._work, args=args, name="lmjax-data", daemon=True).start()
 
     @staticmethod
-    def _work(made, errors, host_batch, steps, names) -> None:
+    def _work(made: Future[Any], errors: list[Exception], host_batch: HostBatch, steps: range,
+              names: Sequence[str]) -> None:
         try:
             made.set_result(_dataset(errors, host_batch, steps, names).as_numpy_iterator())
         except Exception as error:
@@ -188,7 +197,7 @@ class _TfData:
             except StopIteration:
                 return
             except Exception:
-                if self._error:  # what host_batch raised, rather than TensorFlow's account of it
+                if self._error:  # the exception of host_batch instead of TensorFlow's
                     raise self._error[0] from None
                 raise
             yield dict(zip(self._names, values, strict=True))
@@ -197,7 +206,8 @@ class _TfData:
         """tf.data stops when its iterator is dropped."""
 
 
-def _dataset(errors: list[Exception], host_batch: Callable[[int], Rows], steps: range, names: tuple[str, ...]) -> Any:
+def _dataset(errors: list[Exception], host_batch: HostBatch, steps: range, names: Sequence[str]) -> Any:
+    """The tf.data.Dataset of host_batch(step); appends an exception of `host_batch` to `errors`."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is first imported
     import tensorflow as tf
 
@@ -211,7 +221,7 @@ def _dataset(errors: list[Exception], host_batch: Callable[[int], Rows], steps: 
             raise
         return [rows[name] for name in names]
 
-    types = [tf.as_dtype(packing.dtype_of(name)) for name in names]
+    types = [tf.as_dtype(dtype_of(name)) for name in names]
     data = tf.data.Dataset.range(steps.start, steps.stop)
     data = data.map(lambda step: tf.numpy_function(call, [step], types, stateful=False))
     options = tf.data.Options()

@@ -6,11 +6,12 @@ import hashlib
 
 import numpy as np
 
-ROUNDS = 8  # of the Feistel network; 4 already pass for random against a chosen-plaintext adversary
+# Rounds of the Feistel network. 4 are enough that a chosen-plaintext adversary cannot tell it from random.
+ROUNDS = 8
 
 
 def key_of(*parts: int | str) -> np.ndarray:
-    """A 64-bit key from integers and strings; uint64 array of shape [] (arrays wrap around silently)."""
+    """A 64-bit key from integers and strings; a uint64 array of shape [], since arrays wrap around silently."""
     text = "\0".join(f"{type(p).__name__}:{p}" for p in parts)
     return np.array(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"), np.uint64)
 
@@ -24,7 +25,7 @@ def mix64(x: np.ndarray) -> np.ndarray:
 
 
 def fold(key: np.ndarray, *counters: np.ndarray | int) -> np.ndarray:
-    """A random-looking uint64 for every (key, counters...), broadcast: a counter-based generator."""
+    """A counter-based generator: a random-looking uint64 for each (key, counters...), broadcast."""
     value = np.atleast_1d(np.asarray(key, np.uint64))
     for counter in counters:
         counter = np.atleast_1d(np.asarray(counter)).astype(np.uint64)
@@ -32,15 +33,20 @@ def fold(key: np.ndarray, *counters: np.ndarray | int) -> np.ndarray:
     return value
 
 
+def uniform(random: np.ndarray) -> np.ndarray:
+    """Random uint64 to float64 in [0, 1), from the highest 53 bits."""
+    return (random >> np.uint64(11)) * 2.0**-53
+
+
 def permute(index: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarray:
-    """The place of each index in a keyed random-looking permutation of range(n).
+    """The place of each index in a keyed, random-looking permutation of range(n).
 
     Args:
       index: integers in [0, n).
-      n: size of the permuted range, 1 to 2**53; one for all or one for each index.
-      key: uint64, one for all or one for each index.
+      n: size of the permuted range, 1 to 2**53; one for all or one per index.
+      key: uint64; one for all or one per index.
     Returns:
-      int64 of index's shape; for one key and n a bijection of range(n).
+      int64 of the shape of `index`; for one key and one n a bijection of range(n).
     """
     x, n, key = np.broadcast_arrays(np.asarray(index).astype(np.uint64), np.asarray(n, np.uint64),
                                     np.asarray(key, np.uint64))
@@ -53,6 +59,7 @@ def permute(index: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarr
 
 
 def _feistel(x: np.ndarray, bits: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """A keyed bijection of the integers of `bits` bits, of which the lower half has `low` bits."""
     one, high = np.uint64(1), bits // np.uint64(2)
     low = bits - high
     low_mask, high_mask = (one << low) - one, (one << high) - one

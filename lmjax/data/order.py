@@ -1,16 +1,18 @@
-"""The order of training rows as a pure function of (seed, sources, row number): nothing is ever stored.
+"""The order of training rows: a pure function of (seed, sources, row number), of which nothing is stored.
 
-Row g lies in block g // BLOCK. In every block each source has an exact number of rows, by its weight;
-where in the block they come is a keyed permutation of the block. That gives (source, running index);
-the running index gives (epoch, place in the epoch), and a permutation keyed by (seed, source, epoch)
-turns the place into a packed row. So a run's data state is the number of rows it has consumed, any row
-can be found again, and the order knows nothing of steps, batch sizes, devices or processes.
+Row g lies in block g // BLOCK. Each source has an exact number of rows in each block, by its weight,
+and a keyed permutation of the block places them. That gives (source, running index in the source). The
+running index gives (epoch, place in the epoch), and a permutation keyed by (seed, source, epoch) turns
+the place into a packed row. So the data state of a run is the number of rows that it has consumed, any
+row can be found again, and the order does not depend on steps, batch sizes, devices or processes.
 
-The mixture may change at any row: each stage is such blocks from its own first row on, and a source's
-running index goes on through all of them, so its epochs know nothing of stages either.
+The mixture may change at any row. The blocks of each stage begin at the stage's first row; the running
+index of a source continues through all stages, so the epochs do not depend on the stages.
 
 The permutation is a Feistel network with cycle walking (Black and Rogaway, "Ciphers with Arbitrary
-Finite Domains", 2002), in NumPy, so that the order depends on no library's version.
+Finite Domains", 2002), in NumPy, so the order does not depend on the version of any library.
+
+Shape legend: U blocks, B rows of a block, S sources, K stages.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ import numpy as np
 
 from lmjax.data.hashing import fold, key_of, permute
 
-BLOCK = 256  # rows: a power of two; sources are mixed as evenly as this
+BLOCK = 256    # rows over which sources are mixed evenly; a power of two
 PERIOD = 1024  # blocks after which the counts repeat: weights are exact to 1 / (BLOCK * PERIOD)
 
 
 class BlockMixture:
-    """Which source every row is of, in blocks with exact counts.
+    """Which source each row belongs to, in blocks with exact counts.
 
     Args:
-      weights: share of rows of each source, any positive scale; 0 leaves a source out.
+      weights: share of rows of each source, of any positive scale; 0 leaves a source out.
       seed: of the order within blocks.
     """
 
@@ -39,7 +41,7 @@ class BlockMixture:
         self.cumulative = block_counts(np.asarray(weights, np.float64))
 
     def running(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers int64 [n] -> (source int64 [n], how many rows of that source came before it [n])."""
+        """The source of each row number of `g`, and how many rows of that source came before; int64 [n]."""
         g = np.asarray(g, np.int64)
         if self.num_sources == 1:
             return np.zeros_like(g), g
@@ -50,8 +52,8 @@ class BlockMixture:
         place_UB = np.broadcast_to(np.arange(BLOCK), shape)
         mixed_UB = permute(place_UB, BLOCK, np.broadcast_to(key_U[:, None], shape))
         ends_US = np.cumsum(self._before(blocks + 1) - before_US, axis=1)
-        source_UB = sum(mixed_UB >= ends_US[:, s, None] for s in range(self.num_sources))
-        rank_UB = np.zeros(shape, np.int64)  # rows of the same source that come earlier in the block
+        source_UB = (mixed_UB[:, :, None] >= ends_US[:, None, :]).sum(axis=2)
+        rank_UB = np.zeros(shape, np.int64)  # earlier rows of the same source in the block
         for s in range(self.num_sources):
             mine_UB = source_UB == s
             rank_UB += mine_UB * (np.cumsum(mine_UB, axis=1) - 1)
@@ -59,28 +61,29 @@ class BlockMixture:
         return source, before_US[which, source] + rank_UB[which, place]
 
     def seen(self, rows: int) -> np.ndarray:
-        """How many of the first `rows` rows are of each source; int64 [sources]."""
+        """How many of the first `rows` rows each source has; int64 [S]."""
         block, rest = divmod(rows, BLOCK)
         tail, _ = self.running(np.arange(block * BLOCK, block * BLOCK + rest))
         return self._before(np.array([block]))[0] + np.bincount(tail, minlength=self.num_sources)
 
     def _before(self, block: np.ndarray) -> np.ndarray:
+        """Rows of each source before each block, int64 [U, S]."""
         period, rest = np.divmod(block, PERIOD)
         return period[:, None] * self.cumulative[-1] + self.cumulative[rest]
 
 
 class StagedMixture:
-    """Which row of which source every row of a run is.
+    """Which packed row of which source each row of a run is.
 
     Args:
-      names: one a source; part of the keys, so that sources are shuffled independently.
+      names: one per source; they are part of the keys, so sources are shuffled independently.
       sizes: packed rows of each source in an epoch.
       stages: (first row, weights) of every stretch with one mixture, ascending; the first begins at row 0.
       seed: of all permutations.
     """
 
-    def __init__(self, *, names: Sequence[str], sizes: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]],
-                 seed: int):
+    def __init__(self, *, names: Sequence[str], sizes: Sequence[int],
+                 stages: Sequence[tuple[int, Sequence[float]]], seed: int):
         self.names, self.sizes, self.seed = tuple(names), tuple(sizes), seed
         self.starts = np.array([row for row, _ in stages], np.int64)
         self.mixtures = [BlockMixture(weights=weights, seed=seed) for _, weights in stages]
@@ -90,7 +93,7 @@ class StagedMixture:
                 int(self.starts[k] - self.starts[k - 1]))
 
     def locate(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Row numbers int64 [n] -> (source, epoch, packed row of the source), int64 [n] each."""
+        """(source, epoch, packed row of the source) of each row number of `g`; int64 [n] each."""
         source, index = self._running(np.asarray(g, np.int64))
         epoch, row = np.empty_like(index), np.empty_like(index)
         for s in np.unique(source):
@@ -100,12 +103,12 @@ class StagedMixture:
         return source, epoch, row
 
     def seen(self, rows: int) -> np.ndarray:
-        """How many of the first `rows` rows are of each source; int64 [sources]."""
+        """How many of the first `rows` rows each source has; int64 [S]."""
         k = max(int(np.searchsorted(self.starts, rows, side="right")) - 1, 0)
         return self.before_KS[k] + self.mixtures[k].seen(rows - int(self.starts[k]))
 
     def _running(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, how many rows of that source came before in the run), int64 [n] each."""
+        """The source of each row number of `g`, and how many rows of it came before in the run; int64 [n]."""
         source, index = np.empty_like(g), np.empty_like(g)
         stage = np.searchsorted(self.starts, g, side="right") - 1
         for k in np.unique(stage):
@@ -115,58 +118,59 @@ class StagedMixture:
         return source, index
 
 
-class Change(NamedTuple):
-    """From this many steps and rows on, a step trains on `size` rows."""
+class BatchSize(NamedTuple):
+    """The batch size from some step of a run on."""
 
-    step: int
-    row: int
-    size: int
+    step: int  # steps before it
+    row: int   # rows before it
+    size: int  # rows per step
 
 
 class Steps:
-    """Which rows each step of a run trains on: consecutive ones, `size` a step, until the size changes.
+    """Which rows each step of a run trains on: the next ones, as many as the batch size of that step.
 
-    changes: the first begins at step 0 and row 0. All of it fits into a line of a checkpoint's JSON.
+    Args:
+      changes: the batch sizes of the run, ascending; the first begins at step 0 and row 0.
     """
 
     def __init__(self, changes: Sequence[Sequence[int]]):
-        self.changes = tuple(Change(*change) for change in changes)
+        self.changes = tuple(BatchSize(*change) for change in changes)
 
     def rows(self, step: int) -> int:
-        """Rows that the first `step` steps train on: step k has rows(k - 1) to rows(k) - 1."""
+        """Rows that the first `step` steps train on: step k trains on rows(k - 1) to rows(k) - 1."""
         change = next(c for c in reversed(self.changes) if c.step <= step)
         return change.row + (step - change.step) * change.size
 
     def resumed(self, step: int, size: int) -> Steps:
-        """The same up to `step`, then `size` rows a step."""
+        """The same up to `step`, then `size` rows per step."""
         kept = [c for c in self.changes if c.step < step]
         same = kept and kept[-1].size == size
-        return Steps(kept if same else [*kept, Change(step, self.rows(step), size)])
+        return Steps(kept if same else [*kept, BatchSize(step, self.rows(step), size)])
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` steps has to hold, as plain JSON values."""
+        """The data state of a checkpoint after `step` steps, as plain JSON values."""
         return {"next_row": self.rows(step), "batches": [list(c) for c in self.changes]}
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], step: int) -> Steps:
-        """The steps of a checkpoint's `state`, from whose `next_row` they go on."""
+        """The steps of a checkpoint after `step` steps, from its `state`."""
         steps = cls(state["batches"])
         assert steps.rows(step) == state["next_row"], f"{state} does not belong to step {step}"
         return steps
 
 
 def block_counts(weights: np.ndarray) -> np.ndarray:
-    """Rows of each source before each block of a period, int64 [PERIOD + 1, sources].
+    """Rows of each source before each block of a period, int64 [PERIOD + 1, S].
 
-    Largest remainder with the error carried from block to block: a block has BLOCK rows, and after any
-    number of blocks a source is within about a row of its share.
+    The largest-remainder method, with the error carried from block to block: each block has BLOCK rows,
+    and after any number of blocks a source is within about one row of its share.
     """
     target = weights / weights.sum() * BLOCK
     total = np.zeros((PERIOD + 1, len(weights)), np.int64)
     for block in range(PERIOD):
         due = target * (block + 1) - total[block]
         count = np.maximum(np.floor(due), 0).astype(np.int64)
-        while (missing := BLOCK - count.sum()) != 0:  # at most about as often as there are sources
+        while (missing := BLOCK - count.sum()) != 0:  # about one round per source at most
             step = 1 if missing > 0 else -1
             able = np.where((count > 0) | (step > 0), step * (due - count), -np.inf)
             count[np.argmax(able)] += step

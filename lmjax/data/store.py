@@ -3,8 +3,8 @@
     manifest.json  tokenizer.model  baselines.json
     <source>/<split>/tokens/  <source>/<split>/offsets/  <source>/<split>/ids.txt
 
-tokens is every document of the split end to end, each BOS + text + EOS (uint16, or uint32 for a
-vocabulary over 65,536); document d is tokens[offsets[d] : offsets[d + 1]] (int64). The manifest is
+`tokens` holds the documents of the split end to end, each as BOS + text + EOS (uint16, or uint32 for a
+vocabulary over 65,536). Document d is tokens[offsets[d] : offsets[d + 1]] (int64). The manifest is
 written last: a directory without one is not a store.
 """
 
@@ -20,11 +20,12 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from lmjax.errors import first_line
+from lmjax.errors import UserError, first_line
 
 FORMAT, VERSION = "lmjax-tokens", 1
-SHARD, CHUNK = 1 << 24, 1 << 14  # tokens: one file holds a shard, one read decodes a chunk
-CACHE_BYTES = 256 << 20  # of decoded chunks, for stores too large to be held in memory
+SHARD = 1 << 24          # tokens in a file
+CHUNK = 1 << 14          # tokens that one read decodes
+CACHE_BYTES = 256 << 20  # of decoded chunks, for splits that are not held in memory
 
 
 def kvstore(path: str) -> dict[str, str]:
@@ -34,18 +35,18 @@ def kvstore(path: str) -> dict[str, str]:
             bucket, _, rest = path.removeprefix(scheme).partition("/")
             return {"driver": driver, "bucket": bucket, "path": rest.rstrip("/") + "/"}
     if is_remote(path):
-        raise ValueError(f"data.directory: expected a local path, gs:// or s3://, got {path}; "
-                         "use one of those")
+        raise UserError("a local path, gs:// or s3://", path, "use one of those", where="data.directory")
     return {"driver": "file", "path": str(epath.Path(path).expanduser().absolute()) + "/"}
 
 
 def is_remote(path: str) -> bool:
+    """Whether a path names a bucket (or anything else with a scheme)."""
     return "://" in path
 
 
 def digest(values: np.ndarray) -> str:
     """sha256 of an array's values in little-endian C order, hex: independent of chunks and compression."""
-    return hashlib.sha256(np.ascontiguousarray(values, values.dtype.newbyteorder("<"))).hexdigest()
+    return hashlib.sha256(_little_endian(values)).hexdigest()
 
 
 def canonical(value: Any) -> str:
@@ -53,10 +54,22 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def write_array(path: str, pieces: Iterable[np.ndarray], *, size: int, dtype: np.dtype) -> str:
-    """Writes a 1-D integer array from pieces: sharded, zstd-compressed, a CRC32C on every chunk; returns its digest.
+def _little_endian(values: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data
 
-    No more than a shard of it is in memory at once.
+
+def write_array(path: str, pieces: Iterable[np.ndarray], *, size: int, dtype: np.dtype) -> str:
+    """Writes a 1-D integer array in shards of zstd-compressed chunks, each with a CRC32C.
+
+    At most one shard is in memory at a time.
+
+    Args:
+      path: directory of the array, local or remote.
+      pieces: parts of the array, in order.
+      size: number of values.
+      dtype: of the stored values.
+    Returns:
+      the array's `digest`.
     """
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}},
               {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]
@@ -73,7 +86,7 @@ def write_array(path: str, pieces: Iterable[np.ndarray], *, size: int, dtype: np
 
     def flush() -> None:
         array[done : done + held].write(buffer[:held]).result()
-        sha256.update(np.ascontiguousarray(buffer[:held], dtype.newbyteorder("<")))
+        sha256.update(_little_endian(buffer[:held]))
 
     for piece in pieces:
         while len(piece):
@@ -88,20 +101,29 @@ def write_array(path: str, pieces: Iterable[np.ndarray], *, size: int, dtype: np
 
 
 def open_array(path: str) -> ts.TensorStore:
+    """Opens an array of `write_array` for reading."""
     context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
     spec = {"driver": "zarr3", "kvstore": kvstore(path), "recheck_cached_data": False}
     return ts.open(spec, open=True, read=True, context=context).result()
 
 
 def write_split(directory: str, source: str, split: str, documents: Iterable[np.ndarray], ids: Iterable[str], *,
-                vocab_size: int, text_bytes: int, lengths: Sequence[int] | None = None) -> dict[str, Any]:
-    """Writes one split of one source; returns its entry for the manifest.
+                vocab_size: int, text_bytes: int, lengths: Sequence[int] | np.ndarray | None = None) -> dict[str, Any]:
+    """Writes one split of one source.
 
-    documents: integer token ids of each document, with BOS and EOS. ids: one a document, no newlines.
-    text_bytes: UTF-8 bytes of the text that the tokens stand for.
-    lengths: how many tokens each document has, where `documents` can be gone through only once.
+    Args:
+      directory: the prepared directory.
+      source, split: which part of it.
+      documents: integer token ids of each document, with BOS and EOS.
+      ids: one per document, without newlines.
+      vocab_size: number of token ids, which decides the dtype.
+      text_bytes: UTF-8 bytes of the text that the tokens stand for.
+      lengths: number of tokens of each document; needed if `documents` can be iterated only once.
+    Returns:
+      the split's entry in the manifest.
     """
-    lengths = [len(document) for document in documents] if lengths is None else lengths
+    if lengths is None:
+        lengths = [len(document) for document in documents]
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     dtype, total = token_dtype(vocab_size), int(offsets[-1])
     path = epath.Path(directory) / source / split
@@ -122,10 +144,12 @@ def write_split(directory: str, source: str, split: str, documents: Iterable[np.
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype of stored tokens."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def write_manifest(directory: str, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, after which the directory is a store."""
     path = epath.Path(directory) / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
@@ -134,35 +158,45 @@ def read_manifest(directory: str) -> dict[str, Any]:
     """The manifest of a prepared directory.
 
     Raises:
-      ValueError: there is none, it cannot be read, or it is of another version.
+      UserError: there is none, it cannot be read, or it has another version.
     """
     path = epath.Path(directory) / "manifest.json"
     if not path.exists():
-        raise ValueError(f"expected prepared data in {directory}, got no manifest.json there; "
-                         "prepare it first, or correct data.directory")
+        raise UserError(f"prepared data in {directory}", "no manifest.json there",
+                        "prepare it first, or correct data.directory")
     try:
         manifest = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error}; delete the directory and prepare the data "
-                         "again") from error
+        raise UserError("JSON", error, "delete the directory and prepare the data again",
+                        where=str(path)) from error
     got = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else manifest
     if got != (FORMAT, VERSION):
-        raise ValueError(f"{path}: expected {FORMAT} version {VERSION}, got {got}; prepare the data again")
+        raise UserError(f"{FORMAT} version {VERSION}", got, "prepare the data again", where=str(path))
     return manifest
 
 
 class Documents(Protocol):
-    """Documents of tokens: document d is the tokens [offsets[d], offsets[d + 1]), BOS + text + EOS."""
+    """Documents of tokens: document d is the tokens offsets[d] to offsets[d + 1] - 1, BOS + text + EOS."""
 
-    predictions: int
-    bytes: int
-    fingerprint: str
-    offsets: np.ndarray
-    lengths: np.ndarray  # predictions of each
-    ids: list[str]
-    specials: tuple[int, int]  # the ids of BOS and EOS
+    predictions: int     # of all documents
+    bytes: int           # UTF-8 bytes of their text
+    fingerprint: str     # names their content
+    offsets: np.ndarray  # int64 [documents + 1]
 
-    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    @property
+    def lengths(self) -> np.ndarray:
+        """Predictions of each document, int64 [documents]."""
+
+    @property
+    def ids(self) -> list[str]:
+        """The name of each document."""
+
+    @property
+    def specials(self) -> tuple[int, int]:
+        """The ids of BOS and EOS."""
+
+    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ranges of tokens: (flat, at) such that range p is flat[at[p] : at[p] + lengths[p]]."""
 
 
 class SplitStore:
@@ -172,10 +206,11 @@ class SplitStore:
       directory: the prepared directory.
       source, split: which part of it.
       facts: that part's entry in the manifest.
-      memory_limit: bytes; tokens that fit are loaded once, others are read where they lie.
+      memory_limit: bytes; tokens that fit are loaded once, others are read whenever they are needed.
       verify: also hash everything against the manifest.
     Raises:
-      ValueError: missing, truncated, or (with verify, or as soon as a damaged chunk is read) altered.
+      UserError: an array is missing, truncated or altered. Without `verify`, an altered chunk is
+        noticed when it is read.
     """
 
     def __init__(self, directory: str, source: str, split: str, facts: dict[str, Any], *,
@@ -198,23 +233,24 @@ class SplitStore:
 
     @functools.cached_property
     def ids(self) -> list[str]:
+        """The name of each document."""
         return (self.path / "ids.txt").read_bytes().decode().split("\n")[:-1]
 
     @functools.cached_property
     def specials(self) -> tuple[int, int]:
-        """The ids of BOS and EOS, as the first document has them."""
+        """The ids of BOS and EOS, read from the first document."""
         flat, at = self.gather(np.array([0, self.offsets[1] - 1]), np.array([1, 1]))
         return int(flat[at[0]]), int(flat[at[1]])
 
     def tokens(self) -> np.ndarray:
-        """All tokens of the split, uint16 or uint32 [tokens]; not a copy where they are in memory."""
+        """All tokens of the split, uint16 or uint32 [tokens]; not a copy if they are in memory."""
         return self._memory if self._memory is not None else self._read(self._tokens, "tokens")
 
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ranges of tokens at once: (flat, at) such that range p is flat[at[p] : at[p] + lengths[p]]."""
+        """Ranges of tokens: (flat, at) such that range p is flat[at[p] : at[p] + lengths[p]]."""
         if self._memory is not None:
             return self._memory, starts
-        with ts.Batch() as batch:  # coalesces ranges of one chunk; everything is in flight together
+        with ts.Batch() as batch:  # reads a chunk once for all its ranges, and all chunks concurrently
             ranges = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
             pending = [self._tokens[begin:end].read(batch=batch) for begin, end in ranges]
         try:
@@ -246,7 +282,6 @@ class SplitStore:
         if ids != self.facts["sha256"]["ids"]:
             raise self._damaged("ids", f"sha256 {ids[:12]}")
 
-    def _damaged(self, name: str, got: object) -> ValueError:
-        expected = self.facts["sha256"][name][:12]
-        return ValueError(f"{self.path / name}: expected the array of sha256 {expected}, got {first_line(got)}; "
-                          "delete the directory and prepare the data again")
+    def _damaged(self, name: str, got: object) -> UserError:
+        return UserError(f"the array of sha256 {self.facts['sha256'][name][:12]}", first_line(got),
+                         "delete the directory and prepare the data again", where=str(self.path / name))

@@ -1,9 +1,12 @@
 """Synthetic rows: a fixed random Markov chain over the vocabulary, with a known entropy.
 
-Needs no file, no tokenizer and no TensorFlow, and a row is a pure function of (seed, row number), so it
-serves tests, benchmarks and machines that have nothing else. A document begins with BOS; every token has
-four likely successors; after each the document ends with probability END. A model that has learnt it
-reaches `entropy` nats per prediction; one that knows nothing starts at log(vocab_size).
+They need no file, no tokenizer and no TensorFlow, and a row is a pure function of (seed, row number):
+for tests, benchmarks and machines without a corpus. A document begins with BOS, each token has four
+possible successors, and after each token the document ends with probability END. A model that has
+learnt the chain reaches a loss of `entropy` nats per prediction; an untrained one starts at
+log(vocab_size).
+
+Shape legend: V vocabulary, K successors of a token.
 """
 
 from __future__ import annotations
@@ -12,56 +15,59 @@ import functools
 
 import numpy as np
 
-from lmjax.data.hashing import fold, key_of, permute
-from lmjax.data.packing import DECODER, Rows, empty_rows, ramps
+from lmjax.data.hashing import fold, key_of, permute, uniform
+from lmjax.data.rows import DECODER, Rows, empty_rows, ramps
+from lmjax.errors import UserError
 
-BOS_ID, EOS_ID, SPECIALS = 1, 2, 4  # the ids that the tokenizer reserves too: pad 0, bos 1, eos 2, unk 3
-SUCCESSORS = np.array([0.55, 0.25, 0.15, 0.05])
-END = 1 / 48  # so that a row of 256 holds several documents
+BOS_ID, EOS_ID, SPECIALS = 1, 2, 4  # as our tokenizers have them: pad 0, bos 1, eos 2, unk 3
+SUCCESSORS = np.array([0.55, 0.25, 0.15, 0.05])  # probabilities of a token's successors
+END = 1 / 48  # a row of 256 holds several documents
 
 
 class SyntheticRows:
-    """Rows of the chain; the same interface as rows packed from a store.
+    """Rows of the chain, with the interface of `pipeline.RowSource`.
 
     Args:
-      name: of the source; with `seed` the key of everything random.
-      vocab_size: including the 4 special ids; at least 8.
-      seq_len: row length.
+      name: of the source; `name` and `seed` key all random choices.
+      vocab_size: number of ids, with the 4 special ones; at least 8.
+      seq_len: length of a row.
       num_rows: rows in an epoch.
       seed: of the chain and of the rows.
-      split: "train" or "heldout": other rows of the same chain.
+      split: "train" or "heldout"; each has rows of its own, from the same chain.
     """
+
+    stored = False
 
     def __init__(self, *, name: str, vocab_size: int, seq_len: int, num_rows: int, seed: int, split: str):
         if vocab_size < SPECIALS + len(SUCCESSORS):
-            raise ValueError(f"data.tokenizer.vocab_size: expected at least 8 for synthetic data, "
-                             f"got {vocab_size}; raise it")
+            raise UserError("at least 8 for synthetic data", vocab_size, "raise it",
+                            where="data.tokenizer.vocab_size")
         self.name, self.vocab_size, self.seq_len, self.num_rows = name, vocab_size, seq_len, num_rows
         self.fingerprint = f"synthetic-1-{vocab_size}-{seq_len}-{num_rows}-{seed}-{split}"
         self.fields = dict.fromkeys(DECODER, seq_len)
         self._key = key_of("synthetic", name, seed, split)
         self._next_VK = _successors(vocab_size, key_of("chain", name, seed))
         self.predictions = int(self._used(np.arange(num_rows)).sum())
-        self.bytes = self.predictions  # a token counts as a byte: bits per byte are bits per token
+        self.bytes = self.predictions  # one byte per token, so bits per byte are bits per token
 
     @property
     def entropy(self) -> float:
-        """Nats per prediction of the chain itself: what a perfect model's loss tends to."""
+        """Nats per prediction of the chain: the loss of a perfect model."""
         step = -float(np.sum(SUCCESSORS * np.log(SUCCESSORS)))
         inside = -END * np.log(END) - (1 - END) * np.log(1 - END) + (1 - END) * step
         return float((step + inside / END) / (1 + 1 / END))  # a document: one BOS, then 1 / END tokens
 
     def documents(self) -> MadeDocuments:
-        """All of them in memory, for objectives that pack documents themselves."""
+        """The documents of all rows, for objectives that pack documents themselves."""
         return MadeDocuments(self)
 
     def documents_at(self, row: int) -> list[tuple[str, int, int]]:
-        """(id, first token, number of predictions) of what a row holds."""
+        """(id, first token, number of predictions) of the documents in a row."""
         lengths = np.bincount(self.rows_at(np.array([row]))["segment_ids"][0])[1:]
         return [(f"{row}/{i}", 0, int(length)) for i, length in enumerate(lengths, 1)]
 
     def rows_at(self, rows: np.ndarray, keys: np.ndarray | None = None) -> Rows:
-        """Row numbers int64 [n] -> the row dict (see `packing.fill_rows`); causal rows have no use for keys."""
+        """The arrays of `rows.DECODER` of the rows numbered `rows`, int64 [n]; `keys` are not needed."""
         rows = np.asarray(rows, np.int64)
         out = empty_rows(len(rows), self.seq_len)
         token, begin = np.full(len(rows), BOS_ID, np.int32), np.zeros(len(rows), np.int32)
@@ -69,8 +75,9 @@ class SyntheticRows:
         for t in range(self.seq_len):
             inside = t < used
             target = self._step(token, fold(self._key, rows, t + 1))
-            columns = {"tokens": token, "targets": target, "segment_ids": segment, "positions": t - begin,
-                       "loss_mask": 1.0}
+            columns: dict[str, np.ndarray | float] = {
+                "tokens": token, "targets": target, "segment_ids": segment, "positions": t - begin,
+                "loss_mask": 1.0}
             for name, value in columns.items():
                 out[name][:, t] = np.where(inside, value, 0)
             ended = target == EOS_ID
@@ -79,21 +86,22 @@ class SyntheticRows:
         return out
 
     def _step(self, token: np.ndarray, random: np.ndarray) -> np.ndarray:
-        uniform = (random >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        begins = token == BOS_ID  # never followed by EOS: no document is empty
-        ends = ~begins & (uniform < END)
-        uniform = np.where(begins, uniform, (uniform - END) / (1 - END))
-        pick = np.searchsorted(np.cumsum(SUCCESSORS)[:-1], uniform, side="right")
+        """The token after each token, chosen by random uint64."""
+        draw = uniform(random)
+        begins = token == BOS_ID  # EOS never follows BOS: no document is empty
+        ends = ~begins & (draw < END)
+        draw = np.where(begins, draw, (draw - END) / (1 - END))
+        pick = np.searchsorted(np.cumsum(SUCCESSORS)[:-1], draw, side="right")
         return np.where(ends, EOS_ID, self._next_VK[token, pick]).astype(np.int32)
 
     def _used(self, rows: np.ndarray) -> np.ndarray:
-        """Predictions of a row: up to an eighth of it is padding, as packed text may have."""
+        """Predictions of each row: as in packed text, some of it (up to an eighth) is padding."""
         spare = np.uint64(self.seq_len // 8 + 1)
         return self.seq_len - (fold(self._key, rows, 0) % spare).astype(np.int64)
 
 
 class MadeDocuments:
-    """The documents of all rows, as a token store holds them; those that a row's end cut off have no EOS."""
+    """The documents of all rows, as a token store holds them. A document cut off by a row's end has no EOS."""
 
     specials = (BOS_ID, EOS_ID)
 
@@ -114,12 +122,12 @@ class MadeDocuments:
         return [f"{row}/{segment}" for row, segment in zip(self._rows, self._segments, strict=True)]
 
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ranges of tokens at once: (flat, at) such that range p is flat[at[p] : at[p] + lengths[p]]."""
+        """Ranges of tokens: (flat, at) such that range p is flat[at[p] : at[p] + lengths[p]]."""
         return self.tokens, starts
 
 
 def _successors(vocab_size: int, key: np.ndarray) -> np.ndarray:
-    """int32 [vocab_size, 4]: distinct ordinary tokens for every token."""
+    """The successors of each token: 4 distinct ordinary tokens, int32 [V, K]."""
     ordinary = vocab_size - SPECIALS
     place_V = permute(np.arange(vocab_size) % ordinary, ordinary, key)
     shift_K = permute(np.arange(len(SUCCESSORS)), ordinary, fold(key, 1))

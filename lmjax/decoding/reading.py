@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmjax.data.config import DataConfig
-from lmjax.data.objectives import ENCODER, START_ID, Objective
-from lmjax.data.packing import Rows, fill_rows
+from lmjax.data.objectives import Objective
+from lmjax.data.rows import ENCODER, START_ID, Rows, fill_rows
 from lmjax.data.tokenizers import NamedIds, Tokenizer
 from lmjax.models.model import Model
 

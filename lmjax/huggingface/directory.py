@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.data.objectives import START_ID
+from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.errors import UserError
 from lmjax.huggingface.model_types import MODEL_TYPES

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from lmjax.data.packing import dtype_of
+from lmjax.data.rows import dtype_of
 from lmjax.errors import UserError
 from lmjax.models.model import Batch, Model, build_model
 from lmjax.nn.module import Params

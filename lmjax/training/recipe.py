@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lmjax.config import at_least, build, choice, plain
 from lmjax.data import DataConfig
-from lmjax.data.objectives import KINDS
+from lmjax.data.objectives import OBJECTIVES
 from lmjax.decoding.sampling import Sampling
 from lmjax.errors import UserError
 from lmjax.models.decoder import DecoderConfig
@@ -159,7 +159,7 @@ class Recipe:
             raise UserError(f"at most model.max_positions={self.model.max_positions}", seq_len,
                             "raise max_positions or shorten the rows", where="data.seq_len")
         if objective.architecture != family:
-            names = " or ".join(n for n, kind in KINDS.items() if kind.architecture == family)
+            names = " or ".join(n for n, kind in OBJECTIVES.items() if kind.architecture == family)
             raise UserError(f"{names} for a model of the family {family}", f"{objective.name}, "
                             f"which needs the family {objective.architecture}",
                             "change one of them", where="data.objective.name")

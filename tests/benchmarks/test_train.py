@@ -8,7 +8,8 @@ import pytest
 
 from lmjax.benchmarks import generate as bench_generate
 from lmjax.config import load
-from lmjax.data.objectives import Objective, Pieces
+from lmjax.data.objectives import Objective
+from lmjax.data.rows import Pieces
 from lmjax.models.model import build_model
 from lmjax.training.recipe import build_recipe
 from lmjax.tree import num_elements

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lmjax.data import DataConfig, SourceConfig, TokenizerConfig, batches, open_splits
-from lmjax.data.config import StageConfig
+from lmjax.data.config import MixtureStage
 from lmjax.data.order import BLOCK, StagedMixture, Steps
 
 HOSTS = [1, 2, 3, 4, 8]
@@ -102,16 +102,16 @@ def data(**kwargs):
 
 def test_a_later_stage_leaves_the_fingerprint_of_earlier_rows():
     plain, _ = open_splits(data())
-    staged, _ = open_splits(data(stages=(StageConfig(300, {"a": 1.0}),)))
+    staged, _ = open_splits(data(stages=(MixtureStage(300, {"a": 1.0}),)))
     for rows in (0, 300):
         assert staged.fingerprint_of(rows) == plain.fingerprint_of(10**6) == plain.fingerprint
     assert staged.fingerprint_of(301) != plain.fingerprint
-    other, _ = open_splits(data(stages=(StageConfig(0, {"a": 1.0, "b": 1.0}),)))
+    other, _ = open_splits(data(stages=(MixtureStage(0, {"a": 1.0, "b": 1.0}),)))
     assert other.fingerprint_of(0) != plain.fingerprint
 
 
 def test_the_plan_says_shares_and_epochs_and_a_cap_is_kept():
-    split, _ = open_splits(data(stages=(StageConfig(256, {"a": 1.0}),)))
+    split, _ = open_splits(data(stages=(MixtureStage(256, {"a": 1.0}),)))
     assert split.plan(512) == ["rows 0 to 255: a 25.0%, b 75.0%", "rows 256 to 511: a 100.0%",
                                "a: 320 rows, 6.40 epochs of 50", "b: 192 rows, 3.84 epochs of 50"]
     assert split.plan(100)[0].startswith("rows 0 to 99: ")
@@ -121,13 +121,13 @@ def test_the_plan_says_shares_and_epochs_and_a_cap_is_kept():
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"stages": (StageConfig(5, {"c": 1.0}),)}, "names of sources .a, b., got 'c'"),
+    ({"stages": (MixtureStage(5, {"c": 1.0}),)}, "names of sources .a, b., got 'c'"),
     ({"max_epochs": {"c": 1.0}}, "names of sources"),
     ({"max_epochs": {"a": -1.0}}, "max_epochs.a: expected at least 0"),
-    ({"stages": (StageConfig(5, {"a": 1.0}), StageConfig(5, {"b": 1.0}))}, "stages: expected rising rows"),
+    ({"stages": (MixtureStage(5, {"a": 1.0}), MixtureStage(5, {"b": 1.0}))}, "stages: expected rising rows"),
 ])
 def test_a_bad_plan_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         data(**fields)
     with pytest.raises(ValueError, match="weights: expected one above 0"):
-        StageConfig(0, {"a": 0.0})
+        MixtureStage(0, {"a": 0.0})

@@ -6,18 +6,12 @@ import numpy as np
 import pytest
 
 from lmjax.data import DataConfig, SourceConfig, TokenizerConfig, eval_batches, open_splits
+from lmjax.data.augmentation import AugmentConfig
+from lmjax.data.denoising import UL2, Denoiser, noise_counts, random_parts
 from lmjax.data.hashing import fold, key_of
-from lmjax.data.objectives import (
-    START_ID,
-    UL2,
-    AugmentConfig,
-    Denoiser,
-    Objective,
-    ObjectiveConfig,
-    noise_counts,
-    random_parts,
-)
+from lmjax.data.objectives import Objective, ObjectiveConfig
 from lmjax.data.pipeline import PackedRows
+from lmjax.data.rows import START_ID
 from lmjax.data.synthetic import SyntheticRows
 
 V, BOS, EOS = 1000, 1, 2
@@ -53,7 +47,7 @@ def rows_of(config, seq_len, corpus, method="best_fit", **kwargs):
 
 def pieces(source):
     """(row, segment, the stored tokens that the objective counts) of every piece, in order."""
-    begin = source.objective.kind.begin
+    begin = source.objective.kind.skipped
     for row in range(source.num_rows):
         for segment, (document, start, length) in enumerate(source.documents_at(row), 1):
             stored = source.store.documents[int(document)]

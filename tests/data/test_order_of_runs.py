@@ -13,7 +13,8 @@ from processes import finish, lines, start, wait_for
 from lmjax.cli.data import make_reader, open_run
 from lmjax.cli.main import main
 from lmjax.data import DataConfig, TokenizerConfig, make_batches
-from lmjax.data.objectives import AugmentConfig, ObjectiveConfig
+from lmjax.data.augmentation import AugmentConfig
+from lmjax.data.objectives import ObjectiveConfig
 from lmjax.data.tokenizers import train_tokenizer
 from lmjax.training.checkpoint import checkpoint_steps, read_about
 

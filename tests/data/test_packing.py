@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lmjax.data import packing
+from lmjax.data.rows import empty_rows, fill_rows, ramps
 
 METHODS = sorted(packing.METHODS)
 
@@ -26,7 +27,7 @@ def test_every_prediction_is_in_exactly_one_row(method, corpus):
     plan = packing.make_plan(method, lengths, seq_len)
     ends = np.cumsum(lengths)
     seen = np.zeros(ends[-1], np.int64)
-    np.add.at(seen, packing.ramps((ends - lengths)[plan.document_P] + plan.start_P, plan.length_P), 1)
+    np.add.at(seen, ramps((ends - lengths)[plan.document_P] + plan.start_P, plan.length_P), 1)
     assert (seen == 1).all()
     assert plan.predictions == lengths.sum()
     for row in range(plan.num_rows):
@@ -83,8 +84,8 @@ def test_filled_rows_hold_what_their_pieces_say(method):
     rows = rng.permutation(plan.num_rows)[: plan.num_rows - 1]
     pieces, place = plan.select(rows)
     at = offsets[plan.document_P[pieces]] + plan.start_P[pieces]
-    got = packing.fill_rows(tokens, at, plan.length_P[pieces], place, len(rows), seq_len)
-    want = packing.empty_rows(len(rows), seq_len)
+    got = fill_rows(tokens, at, plan.length_P[pieces], place, len(rows), seq_len)
+    want = empty_rows(len(rows), seq_len)
     for i, row in enumerate(rows):
         column = 0
         for segment, p in enumerate(range(plan.first_N[row], plan.first_N[row + 1]), 1):

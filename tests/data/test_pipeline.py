@@ -19,7 +19,7 @@ from lmjax.data import (
     make_batches,
     open_splits,
 )
-from lmjax.data.packing import DECODER
+from lmjax.data.rows import DECODER
 from lmjax.data.store import write_manifest, write_split
 from lmjax.data.synthetic import BOS_ID, EOS_ID, SyntheticRows
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import lmjax
-from lmjax.data.objectives import START_ID, Objective, Pieces
+from lmjax.data.objectives import Objective
+from lmjax.data.rows import START_ID, Pieces
 from lmjax.data.tokenizers import TokenizerConfig, train_tokenizer
 from lmjax.decoding.sampling import Sampling
 from lmjax.lm import LM

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from processes import lines
 
-from lmjax.data.packing import DECODER
+from lmjax.data.rows import DECODER
 from lmjax.nn.ops import matmul
 from lmjax.nn.quantized import MATMUL_DTYPES, matmuls_in
 from lmjax.training.loop import train

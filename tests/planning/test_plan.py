@@ -11,7 +11,7 @@ import pytest
 
 from lmjax.cli.main import main
 from lmjax.config import load
-from lmjax.data.packing import DECODER
+from lmjax.data.rows import DECODER
 from lmjax.errors import UserError
 from lmjax.planning import compile as plan_compile
 from lmjax.planning import search as plan_search

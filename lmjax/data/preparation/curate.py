@@ -29,7 +29,7 @@ from lmjax.data.preparation.decontaminate import Index
 from lmjax.data.preparation.engine import between
 from lmjax.data.preparation.shards import Samples, Shard, excerpt, shard_of
 from lmjax.data.text import clean, filters, sources
-from lmjax.data.text.filters import Batch
+from lmjax.data.text.features import TextBatch
 from lmjax.data.text.sources import Broken, SourceConfig
 from lmjax.data.text.words import batches, split
 
@@ -131,10 +131,10 @@ def clean_shard(part: Shard, config: CurateConfig, rules: Sequence[str], min_cha
         names.append(name)
         texts.append(text)
     columns: dict[str, list] = {"id": [], "text": [], "language": [], "words": []}
-    families = config.families()
+    thresholds = config.filters()
     for base, group in batches(texts):
-        measured = Batch(group)
-        verdicts = filters.reject(measured, families)
+        measured = TextBatch(group)
+        verdicts = filters.reject(measured, thresholds)
         words = np.diff(measured.words.bounds_D1).tolist()
         rows = zip(names[base : base + len(group)], group, measured.languages, words, verdicts,
                    strict=True)

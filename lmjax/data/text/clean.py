@@ -1,4 +1,4 @@
-"""Cleaning: a table of named rules, each of which makes a text from a text, applied in the order of the config."""
+"""Cleaning: a table of named rules, functions from text to text, applied in the order of the config."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff]")  # C0 but tab and newline, DEL, byte-order mark
-_TRAILING = re.compile(r"(?<![ \t])[ \t]+$", re.MULTILINE)  # looked for at the beginning of a run only
-# Pieces that are composed apart: each ends before a character that joins no earlier one, if there is one at all.
+from lmjax.errors import UserError
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff]")  # C0 but tab and newline; DEL; byte-order mark
+# Matches only where a run of spaces begins: trying every space of a long run would take quadratic time.
+_TRAILING = re.compile(r"(?<![ \t])[ \t]+$", re.MULTILINE)
+# Pieces that are composed one by one. A piece ends before a character that never composes with an
+# earlier one, or after 2048 characters if there is none.
 _PIECE = re.compile("(?s).{1,1024}[^\x00-\x7f\u3041-\u3096\u3400-\u9fff]{0,1024}")
 _BLANK = re.compile(r"\n{4,}")
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff]")
-# Whole lines that say something about the page and nothing of its own: navigation, consent, sharing, rights.
+# Whole lines about the page itself: navigation, consent, sharing, rights.
 _BOILERPLATE = re.compile(
     r"[ \t]*(?:(?:this (?:site|website)|we) uses? cookies.*|accept(?: all)? cookies|cookie (?:policy|settings)|"
     r"privacy policy|terms (?:of (?:use|service)|and conditions)|(?:copyright|\(c\)|©).{0,80}all rights reserved\.?|"
@@ -28,13 +32,14 @@ _BOILERPLATE = re.compile(
     r".{0,80}無断(?:転載|複製).{0,20}禁.{0,20}|続きを読む|"
     r"ログイン|プライバシーポリシー|利用規約)"
     r"[ \t]*(?:\n|\Z)", re.IGNORECASE)
-_HINTS = (  # one of which is in every line that the pattern matches: to search for each is far faster
+# Every line that the pattern matches has one of these; searching for them first is far faster.
+_HINTS = (
     "cookie", "privacy policy", "terms of ", "terms and conditions", "all rights reserved", "share", "tweet",
     "follow us", "skip to ", "javascript", "log in", "login", "log out", "logout", "log up", "logup", "sign in",
     "signin", "sign out", "signout", "sign up", "signup", "subscribe", "read more", "click here", "back to top",
     "loading", "advertisement", "版权所有", "版權所有", "上一篇", "下一篇", "点击", "阅读", "無断", "続きを読む",
     "ログイン", "プライバシーポリシー", "利用規約")
-# What UTF-8 looks like once it has been decoded as something else begins with one of these.
+# UTF-8 that was decoded as another encoding has one of these characters.
 _SUSPECT = re.compile("[\u0080-\u052f\u2010-\u2122\u2500-\u259f\ufffd]")
 _SENTENCE_END = tuple(".!?\"'\u201d\u2019\u3002\uff01\uff1f\u300d\u300f\u2026")
 _POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
@@ -57,7 +62,7 @@ def _control(text: str) -> str:
 def _nfc(text: str) -> str:
     if text.isascii():
         return text
-    # By pieces: what it takes grows with the square of the number of accents in a row.
+    # In pieces, because the time of `normalize` grows with the square of the number of accents in a row.
     return "".join([unicodedata.normalize("NFC", piece) for piece in _PIECE.findall(text)])
 
 
@@ -81,7 +86,7 @@ def _blank_lines(text: str) -> str:
 
 
 def _boilerplate(text: str) -> str:
-    lower, starts = text.replace("\u0130", "i").lower(), set()  # the one letter that becomes two in lower case
+    lower, starts = text.replace("\u0130", "i").lower(), set()  # U+0130 would become two characters
     for hint in _HINTS:
         at = lower.find(hint)
         while at >= 0:
@@ -108,8 +113,12 @@ def _c4_keeps(line: str) -> bool:
     return len(line.split()) >= 5 or len(_UNSPACED.findall(line)) >= 5
 
 
-def _mask(pattern: re.Pattern[str], sign: re.Pattern[str], label: str | Callable) -> Callable[[str], str]:
-    """sign: is in all that `pattern` finds and begins with one certain character, which makes its search fast."""
+def _mask(pattern: re.Pattern[str], sign: re.Pattern[str],
+          label: str | Callable[[re.Match[str]], str]) -> Callable[[str], str]:
+    """A rule that replaces each match of `pattern` by `label`.
+
+    `sign` occurs in every match. It begins with a fixed character, so searching it first is fast.
+    """
     return lambda text: pattern.sub(label, text) if sign.search(text) else text
 
 
@@ -120,16 +129,16 @@ def _public_ip(found: re.Match[str]) -> str:
         return found.group()
 
 
-# Where there is nothing to change a rule returns an equal text: that is how changes are counted.
-RULES: dict[str, Callable[[str], str]] = {
+# A rule that has nothing to change returns an equal text; `clean` counts changes by that.
+CLEANING_RULES: dict[str, Callable[[str], str]] = {
     "newlines": _newlines,  # \r\n and \r become \n
-    "control": _control,  # NUL, other control characters and byte-order marks are dropped
-    "ftfy": _ftfy,  # text that was once decoded wrongly is mended; nothing else is touched
-    "nfc": _nfc,  # composed and decomposed accents become one spelling
+    "control": _control,  # drops control characters, such as NUL, and byte-order marks
+    "ftfy": _ftfy,  # mends text that was decoded wrongly, and changes nothing else
+    "nfc": _nfc,  # gives composed and decomposed accents one spelling
     "trailing_spaces": _trailing_spaces,
     "blank_lines": _blank_lines,  # at most two in a row
-    "boilerplate": _boilerplate,  # lines of navigation, consent, sharing and rights are dropped
-    "c4_lines": _c4_lines,  # only lines that end like a sentence, of five words or more (Raffel et al., 2020)
+    "boilerplate": _boilerplate,  # drops lines of navigation, consent, sharing and rights
+    "c4_lines": _c4_lines,  # keeps lines of 5 or more words that end like a sentence (Raffel et al., 2020)
     "mask_email": _mask(_EMAIL, _HOST, "<email>"),
     "mask_ip": _mask(_IP, _DOTS, _public_ip),  # public IPv4 addresses
     "mask_phone": _mask(_PHONE, _PLUS, "<phone>"),  # international numbers
@@ -137,17 +146,21 @@ RULES: dict[str, Callable[[str], str]] = {
 
 
 def check_installed(rules: Iterable[str]) -> None:
-    """Raises a ValueError if one of `rules` needs a package that is not installed."""
+    """Raises a UserError if one of `rules` needs a package that is not installed."""
     if "ftfy" in rules and importlib.util.find_spec("ftfy") is None:
-        raise ValueError("data.clean: expected the package ftfy for the rule of that name, got none; pip install "
-                         "'lmjax[clean]', or leave the rule out")
+        raise UserError("the package ftfy for the rule of that name", "none",
+                        "pip install 'lmjax[clean]', or leave the rule out", where="data.clean")
 
 
 def clean(text: str, rules: Iterable[str]) -> tuple[str, dict[str, tuple[str, str]]]:
-    """The text after `rules` of the table, and (before, after) for each of them that changed it."""
+    """Applies rules of the table, in their order.
+
+    Returns:
+      the text after all rules, and (before, after) for each rule that changed it, by name.
+    """
     changes = {}
     for rule in rules:
-        after = RULES[rule](text)
+        after = CLEANING_RULES[rule](text)
         if after != text:
             changes[rule] = (text, after)
             text = after
@@ -155,7 +168,7 @@ def clean(text: str, rules: Iterable[str]) -> tuple[str, dict[str, tuple[str, st
 
 
 def first_change(before: str, after: str, around: int = 60) -> tuple[str, str]:
-    """The surroundings of the first place where two texts differ, in each."""
+    """Excerpts of two texts around the first place where they differ."""
     at = len(os.path.commonprefix([before, after]))
     low = max(0, at - around)
     return before[low : at + 4 * around], after[low : at + 4 * around]

@@ -1,8 +1,8 @@
-"""Which language a text is in: by its script where that decides, by its function words where it does not.
+"""Which language a text is in: decided by its script or, where several share one, by its function words.
 
-A language's most frequent small words make up a third of running text, and few of them belong to two languages. A
-word of several languages counts for each by its share. Text without enough of them is `und` (undetermined), as code
-and tables should be.
+A language's most frequent small words make up a third of running text, and few of them belong to two
+languages; a word of n languages counts 1 / n for each. A text with too few of them is `und`
+(undetermined), as code and tables should be.
 
 Shape legend: W words, D texts, H different function words, L languages.
 """
@@ -10,19 +10,27 @@ Shape legend: W words, D texts, H different function words, L languages.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
 from lmjax.data.text.words import Words, split
 
 UNDETERMINED = "und"
-MIN_SHARE, MIN_HITS = 0.08, 3  # of a text's words, weighted: running text has 0.2 to 0.5
-_SCRIPTS = {  # first and last code point; what is not here is written in Latin letters or is nothing of the kind
-    "kana": ((0x3040, 0x30FF),), "han": ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)),
-    "ko": ((0xAC00, 0xD7AF), (0x1100, 0x11FF)), "el": ((0x0370, 0x03FF),), "cyrillic": ((0x0400, 0x04FF),),
-    "he": ((0x0590, 0x05FF),), "arabic": ((0x0600, 0x06FF),), "hi": ((0x0900, 0x097F),), "th": ((0x0E00, 0x0E7F),),
+MIN_SHARE = 0.08  # least weighted share of function words among a text's words: running text has 0.2 to 0.5
+MIN_HITS = 3      # least number of function words in a text
+_SCRIPTS = {  # ranges of code points, first and last; any other character is Latin or not a letter
+    "kana": ((0x3040, 0x30FF),),
+    "han": ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)),
+    "ko": ((0xAC00, 0xD7AF), (0x1100, 0x11FF)),
+    "el": ((0x0370, 0x03FF),),
+    "cyrillic": ((0x0400, 0x04FF),),
+    "he": ((0x0590, 0x05FF),),
+    "arabic": ((0x0600, 0x06FF),),
+    "hi": ((0x0900, 0x097F),),
+    "th": ((0x0E00, 0x0E7F),),
 }
-WORDS = {
+FUNCTION_WORDS = {
     "en": "the of and to in is that for it with as be on by this are at from or have not you which an was can will has",
     "de": "der die das und ist nicht ein eine mit von zu den auf für im sich dem auch als werden oder wird sind aus",
     "fr": "le la les de des et est dans un une pour que qui pas sur au avec ce sont par il plus ou cette du vous",
@@ -48,6 +56,7 @@ CYRILLIC = ("ru", "uk")
 
 @functools.cache
 def _scripts() -> np.ndarray:
+    """The script of every code point: its number in `_SCRIPTS` from 1, or 0; uint8 [0x110000]."""
     table = np.zeros(0x110000, np.uint8)
     for number, ranges in enumerate(_SCRIPTS.values(), 1):
         for first, last in ranges:
@@ -57,25 +66,23 @@ def _scripts() -> np.ndarray:
 
 @functools.cache
 def _function_words() -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all function words, sorted uint64 [H]; what each counts for each language, [H, L]."""
-    hashes = {}
-    for name, words in WORDS.items():  # a single ASCII letter is a variable's name as well
-        hashes[name] = np.unique(split([" ".join(w for w in words.split() if len(w) > 1 or not w.isascii())]).hash_W)
-    hash_H = np.unique(np.concatenate(list(hashes.values())))
-    mine_HL = np.stack([np.isin(hash_H, own) for own in hashes.values()], axis=1).astype(float)
+    """Hashes of all function words, sorted uint64 [H], and the weight of each for each language, [H, L]."""
+    hashes = []
+    for words in FUNCTION_WORDS.values():
+        # A single ASCII letter is often the name of a variable.
+        kept = " ".join(w for w in words.split() if len(w) > 1 or not w.isascii())
+        hashes.append(np.unique(split([kept]).hash_W))
+    hash_H = np.unique(np.concatenate(hashes))
+    mine_HL = np.stack([np.isin(hash_H, own) for own in hashes], axis=1).astype(float)
     return hash_H, mine_HL / mine_HL.sum(axis=1, keepdims=True)
 
 
-def function_words(words: Words) -> tuple[np.ndarray, np.ndarray]:
-    """The function words among words: (place in words, number of the function word), int64 each."""
-    hash_H, _ = _function_words()
-    at = np.minimum(np.searchsorted(hash_H, words.hash_W), len(hash_H) - 1)
-    hits = np.flatnonzero(hash_H[at] == words.hash_W)
-    return hits, at[hits]
-
-
 def identify(words: Words) -> list[str]:
-    """The ISO 639-1 code of each text (`words.split(texts)`), or `und`."""
+    """The ISO 639-1 code of each text, or `und`.
+
+    Args:
+      words: the words of the texts, `words.split(texts)`.
+    """
     documents = len(words.offset_D)
     script_C = _scripts()[words.codes_C]
     found = np.flatnonzero(script_C)
@@ -83,27 +90,37 @@ def identify(words: Words) -> list[str]:
     wide = len(_SCRIPTS) + 1
     count_DS = np.bincount(doc * wide + script_C[found], minlength=documents * wide).reshape(documents, wide)
     letters_D = np.bincount(words.doc_W, words.end_W - words.start_W, documents)  # of all scripts, and digits
-    hits, which = function_words(words)
-    _, weight_HL = _function_words()
-    score_DL = np.stack([np.bincount(words.doc_W[hits], w[which], documents) for w in weight_HL.T], axis=1)
+    hash_H, weight_HL = _function_words()
+    at = np.minimum(np.searchsorted(hash_H, words.hash_W), len(hash_H) - 1)
+    hits = np.flatnonzero(hash_H[at] == words.hash_W)
+    score_DL = np.stack([np.bincount(words.doc_W[hits], w[at[hits]], documents) for w in weight_HL.T], axis=1)
     words_D = np.maximum(np.diff(words.bounds_D1), 1)
     hits_D = np.bincount(words.doc_W[hits], minlength=documents)
-    return [_decide(*row) for row in zip(count_DS, letters_D, score_DL, words_D, hits_D, strict=True)]
+    return [_decide(*facts) for facts in zip(count_DS, letters_D, score_DL, words_D, hits_D, strict=True)]
 
 
 def _decide(count_S: np.ndarray, letters: float, score_L: np.ndarray, words: int, hits: int) -> str:
+    """The language of one text.
+
+    Args:
+      count_S: characters in each script, after those in none.
+      letters: letters and digits of all scripts.
+      score_L: weighted function words of each language.
+      words: number of words, at least 1.
+      hits: number of function words of any language.
+    """
     names = ["", *_SCRIPTS]
     count = dict(zip(names, count_S.tolist(), strict=True))
     east = count["kana"] + count["han"]
-    if east > 0.3 * letters:  # one such character says as much as two or three Latin letters
+    if east > 0.3 * letters:  # one such character says as much as 2 or 3 Latin letters
         return "ja" if count["kana"] > 0.1 * east else "zh"
     best = max(names[3:], key=count.__getitem__)
-    languages = list(WORDS)
+    languages: Sequence[str] = list(FUNCTION_WORDS)
     if count[best] > 0.5 * letters:
         if best == "arabic":
             return "ar"
         if best != "cyrillic":
             return best
-        languages = list(CYRILLIC)
-    score, language = max((score_L[list(WORDS).index(name)], name) for name in languages)
+        languages = CYRILLIC
+    score, language = max((score_L[list(FUNCTION_WORDS).index(name)], name) for name in languages)
     return language if hits >= MIN_HITS and score >= MIN_SHARE * words else UNDETERMINED

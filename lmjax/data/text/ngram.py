@@ -1,20 +1,22 @@
-"""N-gram baselines on the very tokens that a model sees: what counting alone achieves.
+"""N-gram baselines on the tokens that a model sees: the loss that counting alone achieves.
 
-Interpolated modified Kneser-Ney (Chen and Goodman, "An Empirical Study of Smoothing Techniques for
-Language Modeling", 1998), the strongest of the classical n-gram models. For a history h of k - 1 tokens
-and h' without its first,
+The model is interpolated modified Kneser-Ney (Chen and Goodman, "An Empirical Study of Smoothing
+Techniques for Language Modeling", 1998), the strongest of the classical n-gram models. For a history h
+of k - 1 tokens, and h' without its first token,
 
-    P_k(w | h) = (c(h w) - D(c)) / sum_v c(h v) + gamma(h) P_{k-1}(w | h'),    P_0 = 1 / V,
+    P_k(w | h) = (c(h w) - D(c)) / sum_v c(h v) + gamma(h) P_{k-1}(w | h'),    P_0 = 1 / V.
 
-where c is the count at the highest order, and below it the number of different tokens seen before
-h w; n-grams that begin with BOS keep their counts, as nothing comes before them. Discounts D of 1, 2
-and 3 or more come from the counts of counts. An unseen history leaves P_{k-1}. Histories never cross a
-document's BOS, so that the probabilities are those of whole documents and sum to one.
+At the highest order, c is the count of h w; at lower orders it is the number of different tokens seen
+before h w. N-grams that begin with BOS keep their counts, because nothing comes before BOS. The
+discounts D of counts 1, 2 and 3 or more are estimated from the counts of counts. For an unseen history,
+P_k = P_{k-1}. Histories never cross the BOS of a document, so the probabilities are those of whole
+documents and sum to one.
 
-All n-grams of an order are one sorted array of uint64 keys (rank of the first n - 1 tokens) * V + last
-token: exact, no hashing.
+All n-grams of an order are one sorted array of uint64 keys, (rank of the first n - 1 tokens) * V + last
+token. The keys are exact: nothing is hashed.
 
-Shape legend: T tokens, G different n-grams of one order.
+Shape legend: T tokens, G different n-grams of one order, H histories (different (n-1)-grams), V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -26,27 +28,30 @@ import numpy as np
 
 
 class _Order(NamedTuple):
-    keys_G: np.ndarray  # uint64, sorted
-    count_G: np.ndarray  # float64, discounted; 0 for n-grams that are only histories
-    total_H: np.ndarray  # float64, one per (n-1)-gram: the sum of the counts that follow it
-    backoff_H: np.ndarray  # float64, one per (n-1)-gram: gamma
+    """The n-grams of one order, smoothed."""
+
+    keys_G: np.ndarray     # uint64, sorted
+    count_G: np.ndarray    # float64, discounted; 0 for n-grams that are only histories
+    total_H: np.ndarray    # float64: sum of the counts of all tokens after this history
+    backoff_H: np.ndarray  # float64: gamma
 
 
 class Counts:
-    """All n-grams of up to `order` tokens of a text, counted once for models of every order.
+    """All n-grams of up to `order` tokens, counted once for models of every order.
 
     Args:
       tokens: documents end to end, integers [T], each beginning with `bos_id` and holding no other.
       order: tokens of the longest n-gram, at least 1.
-      vocab_size: V.
+      vocab_size: number of token ids.
       bos_id: the token that begins each document, which is never predicted.
     """
 
     def __init__(self, tokens: np.ndarray, *, order: int, vocab_size: int, bos_id: int):
         self.order, self.vocab_size, self.bos_id = order, vocab_size, bos_id
         place_T = positions(tokens, bos_id)
-        self.keys: list[np.ndarray] = []  # of each order: uint64 [G], sorted
-        self.raw: list[np.ndarray] = []  # how often each occurs, int64 [G]
+        # One entry per order, for each of its n-grams:
+        self.keys: list[np.ndarray] = []    # uint64 [G], sorted
+        self.raw: list[np.ndarray] = []     # how often it occurs, int64 [G]
         self.begins: list[np.ndarray] = []  # whether it begins with BOS, bool [G]
         self.spread: list[np.ndarray] = []  # how many different tokens come before it, int64 [G]
         history_T = np.zeros(len(tokens), np.int64)  # rank of the k - 1 tokens before each token
@@ -54,7 +59,7 @@ class Counts:
         for k in range(1, order + 1):
             at = np.flatnonzero(place_T >= k - 1)
             key_A = history_T[at].astype(np.uint64) * np.uint64(vocab_size) + tokens[at].astype(np.uint64)
-            by_key = np.argsort(key_A, kind="stable")  # several times as fast as the default on repeated keys
+            by_key = np.argsort(key_A, kind="stable")  # much faster than the default on repeated keys
             sorted_A = key_A[by_key]
             new_A = np.concatenate([[True], sorted_A[1:] != sorted_A[:-1]])
             starts = np.flatnonzero(new_A)
@@ -70,7 +75,7 @@ class Counts:
 
 
 class NGram:
-    """A Kneser-Ney model of `order` tokens, at most as many as were counted."""
+    """A Kneser-Ney model of n-grams of up to `order` tokens, at most as many as were counted."""
 
     def __init__(self, counts: Counts, *, order: int):
         self.vocab_size, self.bos_id = counts.vocab_size, counts.bos_id
@@ -85,7 +90,7 @@ class NGram:
             self._orders.append(_smooth(counts.keys[k], count_G.astype(float), histories, self.vocab_size))
 
     def log_probs(self, tokens: np.ndarray) -> np.ndarray:
-        """Natural log of the probability of each token given its document so far; float64 [T], 0 for BOS."""
+        """Natural log of each token's probability given the document so far; float64 [T], 0 for BOS."""
         tokens = np.asarray(tokens).astype(np.uint64)
         place_T = positions(tokens, self.bos_id)
         p_T = np.full(len(tokens), 1 / self.vocab_size)
@@ -112,7 +117,9 @@ def positions(tokens: np.ndarray, bos_id: int) -> np.ndarray:
     return at - np.maximum.accumulate(np.where(tokens == bos_id, at, 0)) if len(tokens) else at
 
 
-def _find(keys_G: np.ndarray, history: np.ndarray, tokens: np.ndarray, vocab_size: int):
+def _find(keys_G: np.ndarray, history: np.ndarray, tokens: np.ndarray,
+          vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The place of each (history, token) among the n-grams, and whether it is there."""
     wanted = history.astype(np.uint64) * np.uint64(vocab_size) + tokens
     gram = np.minimum(np.searchsorted(keys_G, wanted), len(keys_G) - 1)
     return gram, keys_G[gram] == wanted
@@ -121,7 +128,7 @@ def _find(keys_G: np.ndarray, history: np.ndarray, tokens: np.ndarray, vocab_siz
 def _smooth(keys_G: np.ndarray, count_G: np.ndarray, histories: int, vocab_size: int) -> _Order:
     history_G = (keys_G // np.uint64(vocab_size)).astype(np.int64)
     discount_3 = _discounts(count_G)
-    class_G = np.minimum(count_G, 3).astype(np.int64)  # 0 is no prediction: it is not discounted
+    class_G = np.minimum(count_G, 3).astype(np.int64)  # counts of 0 are no predictions: no discount
     taken_G = np.concatenate([[0.0], discount_3])[class_G]
     total_H = np.bincount(history_G, count_G, histories)
     taken_H = np.bincount(history_G, taken_G, histories)
@@ -140,7 +147,7 @@ def _discounts(count_G: np.ndarray) -> np.ndarray:
 
 
 def unigram_log_probs(train: np.ndarray, tokens: np.ndarray, *, vocab_size: int, bos_id: int) -> np.ndarray:
-    """Add-one unigram model; the arguments and result of `NGram.log_probs`."""
+    """Natural log of each token's probability by add-one unigram counts of `train`; as `NGram.log_probs`."""
     count_V = np.bincount(train[train != bos_id], minlength=vocab_size) + 1.0
     return np.where(tokens == bos_id, 0.0, np.log(count_V / count_V.sum())[tokens])
 
@@ -152,8 +159,10 @@ def baselines(train: np.ndarray, heldout: np.ndarray, *, heldout_bytes: int, voc
     Args:
       train, heldout: documents end to end, integers [T], each beginning with BOS.
       heldout_bytes: UTF-8 bytes of the held-out text.
+      vocab_size: number of token ids.
+      bos_id: the token that begins each document.
     Returns:
-      the content of baselines.json; loss in nats per token.
+      the content of baselines.json, with losses in nats per token.
     """
     predictions = int((heldout != bos_id).sum())
     counts = Counts(train, order=5, vocab_size=vocab_size, bos_id=bos_id)

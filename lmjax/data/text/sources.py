@@ -1,13 +1,15 @@
-"""Where text comes from: one iterator of documents for every kind of source.
+"""Where text comes from: the documents of a source, whatever its files are.
 
-A source is named by a URI, `scheme:rest`, and `SCHEMES` is the table of them. Nothing is dropped in silence: a broken
-record comes out as one, named by its file and line, and a file that ends too early is an error.
+A source is named by a URI, `scheme:rest`; the table `SCHEMES` has all schemes. Nothing is dropped
+silently: a broken record comes out as `Broken`, named by its file and line, and a file that ends too
+early is an error.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import json
 import os
 import re
@@ -17,71 +19,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmjax.errors import first_line
+from lmjax.errors import UserError, first_line
 
 STDLIB_SUFFIXES = {".py", ".txt", ".rst", ".md", ".html", ".c", ".h"}
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
 
 
 class Document(NamedTuple):
-    """A text and a name for it that is stable from run to run."""
+    """A text."""
 
-    id: str
+    id: str  # a name for it, the same in every run
     data: str
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of text.
+    """One source of text."""
 
-    name: of its directory in the prepared data; letters, digits, '.', '_' and '-'.
-    uri: builtin:python-stdlib | text:GLOB | jsonl:GLOB (.gz and .zst too) | parquet:GLOB |
-      tfds:NAME[#SPLIT], NAME being a dataset or its directory | synthetic[:ROWS]. `**` in a glob descends into
-      directories.
-    weight: its share of the training rows, relative to the other sources.
-    text_field: the column or key that holds the text (jsonl, parquet, tfds).
-    data_dir: where TensorFlow Datasets keeps its data; "" for its own default.
-    """
-
-    name: str
+    name: str  # of its directory in the prepared data; letters, digits, '.', '_' and '-'
+    # builtin:python-stdlib | text:GLOB | jsonl:GLOB (also .gz and .zst) | parquet:GLOB |
+    # tfds:NAME[#SPLIT], where NAME is a dataset or its directory | synthetic[:ROWS].
+    # `**` in a GLOB descends into directories.
     uri: str
-    weight: float = 1.0
-    text_field: str = "text"
-    data_dir: str = ""
+    weight: float = 1.0       # its share of the training rows, relative to the other sources
+    text_field: str = "text"  # the column or key that holds the text (jsonl, parquet, tfds)
+    data_dir: str = ""        # where TensorFlow Datasets keeps its data; "": its own default
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name):
-            raise ValueError(f"name: expected letters, digits, '.', '_' or '-', got {self.name!r}; rename it")
+            raise UserError("letters, digits, '.', '_' or '-'", repr(self.name), "rename it", where="name")
         if not self.weight > 0:
-            raise ValueError(f"weight: expected more than 0, got {self.weight}; raise it or drop the source")
+            raise UserError("more than 0", self.weight, "raise it or drop the source", where="weight")
         scheme, _, rest = self.uri.partition(":")
         if is_synthetic(self):
             if rest and not (rest.isdecimal() and int(rest)):
-                raise ValueError(f"uri: expected synthetic or synthetic:ROWS, got {self.uri!r}; "
-                                 "give a number")
+                raise UserError("synthetic or synthetic:ROWS", repr(self.uri), "give a number", where="uri")
         elif scheme not in SCHEMES or not rest:
             known = ", ".join([*(f"{s}:..." for s in SCHEMES), "synthetic"])
-            raise ValueError(f"uri: expected one of {known}, got {self.uri!r}; put the scheme in front, "
-                             "e.g. text:books/*.txt")
+            raise UserError(f"one of {known}", repr(self.uri),
+                            "put the scheme in front, e.g. text:books/*.txt", where="uri")
 
 
 def is_synthetic(source: SourceConfig) -> bool:
+    """Whether the rows of a source are generated rather than read."""
     return source.uri.partition(":")[0] == "synthetic"
 
 
 class Broken(NamedTuple):
-    """A record that is no document, and why: `id` as a document would have it, `raw` the beginning of what is there."""
+    """A record without a document."""
 
-    id: str
+    id: str      # as the document's would be
     reason: str
-    raw: str
+    raw: str     # the beginning of the record
 
 
 def units(source: SourceConfig, size: int) -> list[list[tuple[str, str]]]:
-    """The source's files, (id, path) each, in runs of up to `size` bytes or of one file.
+    """Groups the files of a source, (id, path) each, to units of work of up to `size` bytes or one file.
 
     Raises:
-      ValueError: there are none.
+      UserError: the source has no file.
     """
     scheme, _, rest = source.uri.partition(":")
     out: list[list[tuple[str, str]]] = []
@@ -97,10 +93,10 @@ def units(source: SourceConfig, size: int) -> list[list[tuple[str, str]]]:
 
 
 def read(source: SourceConfig, files: Sequence[tuple[str, str]]) -> Iterator[Document | Broken]:
-    """The documents and the broken records of some of a source's files.
+    """The documents and the broken records of some files of a source.
 
     Raises (while iterating):
-      ValueError: a file that cannot be read to its end, or that has no text at all.
+      UserError: a file cannot be read to its end, or has no text field.
     """
     scheme = SCHEMES[source.uri.partition(":")[0]]
     for name, path in files:
@@ -111,23 +107,32 @@ def read(source: SourceConfig, files: Sequence[tuple[str, str]]) -> Iterator[Doc
                 continue
             try:
                 yield Document(where, raw.decode() if isinstance(raw, bytes) else _encodable(raw))
-            except UnicodeError as error:
+            except (UnicodeDecodeError, UnicodeEncodeError) as error:
                 start = raw[:200] if isinstance(raw, bytes) else raw[:200].encode(errors="surrogatepass")
                 yield Broken(where, f"no UTF-8: {error.reason}", start.decode(errors="backslashreplace"))
 
 
 def check_budget(source: SourceConfig, *, documents: int, broken: int, example: Sequence[str], budget: float) -> None:
-    """Raises a ValueError if a source has no record at all, or more broken ones than its share."""
+    """Raises a UserError if a source has no records, or too large a share of broken ones.
+
+    Args:
+      source: where the records come from.
+      documents: number of its documents.
+      broken: number of its broken records.
+      example: id and reason of one broken record, if there is one.
+      budget: the share of broken records that is allowed, `data.broken_budget`.
+    """
     total = documents + broken
     if not total:
         raise _problem(source, "at least one document", "none", "correct the uri")
     if broken > budget * total:
-        raise _problem(source, f"at most {budget:.1%} of broken records", f"{broken} of {total} (such as "
-                       f"{example[0]}: {example[1]})", "repair them, or raise data.broken_budget")
+        raise _problem(source, f"at most {budget:.1%} of broken records",
+                       f"{broken} of {total} (such as {example[0]}: {example[1]})",
+                       "repair them, or raise data.broken_budget")
 
 
 def identity(source: SourceConfig) -> str:
-    """A cheap hash of what the source holds now (names, sizes, times), "" where it cannot be listed."""
+    """A cheap hash of a source's files (names, sizes, times), "" if they cannot be listed."""
     scheme, _, rest = source.uri.partition(":")
     try:
         stats = [(name, os.stat(path)) for name, path in SCHEMES[scheme].files(rest, source)]
@@ -138,16 +143,16 @@ def identity(source: SourceConfig) -> str:
 
 
 def _encodable(text: str) -> str:
-    text.encode()  # a JSON escape may hold half a surrogate pair, which no encoding can
+    text.encode()  # raises for half a surrogate pair, which a JSON escape may hold
     return text
 
 
-def _problem(source: SourceConfig, expected: str, got: str, fix: str) -> ValueError:
-    return ValueError(f"source {source.name} ({source.uri}): expected {expected}, got {got}; {fix}")
+def _problem(source: SourceConfig, expected: str, got: str, fix: str) -> UserError:
+    return UserError(expected, got, fix, where=f"source {source.name} ({source.uri})")
 
 
 def _glob(pattern: str, source: SourceConfig) -> list[tuple[str, str]]:
-    """(id, path) of the files that match: ids are relative to the part without wildcards, in sorted order."""
+    """The files that match a pattern, sorted: id (relative to the part without wildcards) and path."""
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
         raise _problem(source, "files", f"the directory {pattern}", f"write {pattern.rstrip('/')}/**/*")
@@ -188,7 +193,8 @@ def _jsonl(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, st
         if line.strip():
             where = f"{name}:{number}"
             try:
-                yield where, _field(json.loads(line.decode("utf-8-sig")), source)  # some tools begin files with a BOM
+                # -sig: some tools begin files with a byte-order mark.
+                yield where, _field(json.loads(line.decode("utf-8-sig")), source)
             except UnicodeDecodeError:
                 yield where, line
             except (ValueError, RecursionError) as error:
@@ -196,9 +202,7 @@ def _jsonl(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, st
 
 
 def _lines(path: str, source: SourceConfig) -> Iterator[bytes]:
-    import io
-
-    import pyarrow as pa  # its streams notice a truncated .gz and .zst, which others end in silence
+    import pyarrow as pa  # its streams notice a truncated .gz or .zst; others just end
 
     compression = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1])
     try:
@@ -229,7 +233,7 @@ def _parquet(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, 
                                f"{table.schema_arrow.names} in {path}", "set text_field")
             row = 0
             for batch in table.iter_batches(columns=[source.text_field], batch_size=1024):
-                # as bytes: Parquet does not check that its strings are UTF-8
+                # As bytes, because Parquet does not check that its strings are UTF-8.
                 for value in batch.column(0).cast(pa.binary()):
                     yield f"{name}:{row}", _field({source.text_field: value.as_py()}, source)
                     row += 1
@@ -270,14 +274,14 @@ def _tfds(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, str
     import tensorflow_datasets as tfds
 
     builder, split = _tfds_builder(name, source)
-    one_by_one = tfds.ReadConfig(interleave_cycle_length=1, shuffle_seed=None)  # the same order every time
-    records = builder.as_dataset(split=split, shuffle_files=False, read_config=one_by_one)
+    in_order = tfds.ReadConfig(interleave_cycle_length=1, shuffle_seed=None)  # the same order every time
+    records = builder.as_dataset(split=split, shuffle_files=False, read_config=in_order)
     for i, record in enumerate(tfds.as_numpy(records)):
         yield f"{split}:{i}", _field(record, source)
 
 
 class Scheme(NamedTuple):
-    """How to list the files of a kind of source, (id, path) each, and how to read one of them."""
+    """How to list the files of a source, (id, path) each, and how to read the records of one of them."""
 
     files: Callable[[str, SourceConfig], list[tuple[str, str]]]
     read: Callable[[str, str, SourceConfig], Iterator[tuple[str, str | bytes | Broken]]]

@@ -1,12 +1,13 @@
 """Words, lines and their n-grams as 64-bit hashes, for many texts at once, in NumPy.
 
-A batch of texts becomes one array of code points. A run of characters is hashed as a difference of prefix sums of
-v(c) * P**i modulo 2**64, v being random-looking and the same for both cases of a letter; P is odd, so P**-i brings
-every run back to where it starts. Two different runs share a hash about once in 2**64 pairs.
+Texts become one array of code points. The hash of a run of characters is a difference of prefix sums
+of v(c) * P**i modulo 2**64. v is random-looking and the same for both cases of a letter. P is odd and
+so has an inverse: multiplying by P**-start makes the hash independent of the run's place. Two
+different runs share a hash about once in 2**64 pairs.
 
 Chinese and Japanese are written without spaces: each of their characters is a word of its own.
 
-Shape legend: C characters, W words (or lines), G n-grams, D texts.
+Shape legend: C characters, W units (words, tokens or lines), G n-grams, D texts.
 """
 
 from __future__ import annotations
@@ -21,28 +22,24 @@ import numpy as np
 
 from lmjax.data.hashing import key_of, mix64
 
-BATCH_CHARS = 1 << 20  # texts are taken together up to this many characters: some 60 MB while they are hashed
+BATCH_CHARS = 1 << 20  # characters of texts that are hashed together, which takes some 60 MB
 SEPARATOR, LETTER, OTHER, UNSPACED = 0, 1, 2, 3  # classes of characters
 UNSPACED_RANGES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 _P = int(key_of("character")) | 1
 _Q = np.uint64(int(key_of("word")) | 1)
-_TABLED = 0x20000  # classes and cases of the characters below are looked up; above there is only Han
-_WORD, _TOKEN, _LINE = "words", "tokens", "lines"
+_TABLED = 0x20000  # Python tells class and case of lower code points; those above are all Han
 
 
 class Words(NamedTuple):
-    """The words of D texts, in order.
+    """The units (words, tokens or lines) of D texts, in order."""
 
-    doc_W: which text each is of. start_W, end_W: where it lies in the text, in characters. hash_W: uint64.
-    """
-
-    doc_W: np.ndarray
-    start_W: np.ndarray
-    end_W: np.ndarray
-    hash_W: np.ndarray
-    bounds_D1: np.ndarray  # the words of text d are bounds[d] : bounds[d + 1]
-    codes_C: np.ndarray  # all texts, a separator after each
-    offset_D: np.ndarray  # where each text begins in codes_C
+    doc_W: np.ndarray      # the text of each unit, int64
+    start_W: np.ndarray    # where the unit begins in its text, in characters
+    end_W: np.ndarray      # where it ends
+    hash_W: np.ndarray     # its hash, uint64
+    bounds_D1: np.ndarray  # the units of text d are bounds_D1[d] : bounds_D1[d + 1]
+    codes_C: np.ndarray    # code points of all texts, with a newline after each text
+    offset_D: np.ndarray   # where each text begins in codes_C
 
 
 @functools.cache
@@ -61,18 +58,19 @@ def classes() -> np.ndarray:
 
 
 @functools.cache
-def _kinds() -> dict[str, np.ndarray]:
-    """What each kind of unit is made of: 0 separates, 1 joins its like, 3 stands alone."""
+def _units() -> dict[str, np.ndarray]:
+    """The role of every code point in each unit: SEPARATOR, LETTER (joins its like) or UNSPACED (alone)."""
     of = classes()
-    token = np.where(of == OTHER, LETTER, of).astype(np.uint8)  # what spaces part, punctuation and all
-    word = np.where(of == OTHER, SEPARATOR, of).astype(np.uint8)
-    line = np.full(len(of), LETTER, np.uint8)
-    line[ord("\n")] = SEPARATOR
-    return {_WORD: word, _TOKEN: token, _LINE: line}
+    words = np.where(of == OTHER, SEPARATOR, of).astype(np.uint8)
+    tokens = np.where(of == OTHER, LETTER, of).astype(np.uint8)
+    lines = np.full(len(of), LETTER, np.uint8)
+    lines[ord("\n")] = SEPARATOR
+    return {"words": words, "tokens": tokens, "lines": lines}
 
 
 @functools.cache
 def _values() -> np.ndarray:
+    """v(c) of every code point, uint64 [0x110000]."""
     codes = np.arange(sys.maxunicode + 1, dtype=np.uint64)
     for code in range(_TABLED):
         lower = chr(code).lower()
@@ -83,7 +81,7 @@ def _values() -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _powers(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """P**i and P**-i for i < n."""
+    """P**i and P**-i for i in range(n), uint64 each."""
     def powers(p: int) -> np.ndarray:
         out = np.full(n, p, np.uint64)
         out[0] = 1
@@ -93,7 +91,10 @@ def _powers(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batches(texts: Sequence[str], chars: int = BATCH_CHARS) -> Iterator[tuple[int, Sequence[str]]]:
-    """(number of the first, texts) of runs of texts that have together up to `chars` characters, or are one."""
+    """Groups neighbouring texts of up to `chars` characters together: (index of the first, texts).
+
+    A longer text is a group of its own.
+    """
     first = size = 0
     for i, text in enumerate(texts):
         if i > first and size + len(text) > chars:
@@ -104,15 +105,17 @@ def batches(texts: Sequence[str], chars: int = BATCH_CHARS) -> Iterator[tuple[in
         yield first, texts[first:]
 
 
-def split(texts: Sequence[str], kind: str = _WORD) -> Words:
-    """Cuts texts into units: `words` (letters and digits), `tokens` (what lies between spaces), `lines`.
+def split(texts: Sequence[str], unit: str = "words") -> Words:
+    """Cuts texts into units, whose hashes depend neither on case nor on the other texts.
 
-    Hashes do not depend on case, nor on the other texts.
+    Args:
+      texts: what to cut.
+      unit: `words` (runs of letters and digits), `tokens` (runs of anything but spaces) or `lines`.
     """
     codes_C = np.frombuffer("".join(f"{text}\n" for text in texts).encode("utf-32-le"), np.uint32)
     lengths = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
     offset_D = np.cumsum(lengths) - lengths
-    class_C = _kinds()[kind][codes_C]
+    class_C = _units()[unit][codes_C]
     before_C = np.concatenate([np.zeros(1, np.uint8), class_C[:-1]])
     edge_C = (class_C != before_C) | (class_C == UNSPACED)
     start_W = np.flatnonzero(edge_C & (class_C != SEPARATOR))
@@ -120,11 +123,12 @@ def split(texts: Sequence[str], kind: str = _WORD) -> Words:
     bounds = np.searchsorted(start_W, np.append(offset_D, len(codes_C)))
     doc_W = np.repeat(np.arange(len(texts)), np.diff(bounds))
     base_W = offset_D[doc_W]
-    return Words(doc_W, start_W - base_W, end_W - base_W, hash_runs(codes_C, start_W, end_W), bounds, codes_C, offset_D)
+    hash_W = hash_runs(codes_C, start_W, end_W)
+    return Words(doc_W, start_W - base_W, end_W - base_W, hash_W, bounds, codes_C, offset_D)
 
 
 def hash_runs(codes_C: np.ndarray, start_W: np.ndarray, end_W: np.ndarray) -> np.ndarray:
-    """Hashes of the runs start : end of an array of code points; uint64 [W]."""
+    """Hashes of the runs start_W : end_W of an array of code points; uint64 [W]."""
     n = len(codes_C)
     power, inverse = _powers(max(1 << (n - 1).bit_length(), BATCH_CHARS) if n else 1)
     sums = np.zeros(n + 1, np.uint64)
@@ -133,9 +137,14 @@ def hash_runs(codes_C: np.ndarray, start_W: np.ndarray, end_W: np.ndarray) -> np
 
 
 def ngrams(words: Words, n: int, *, shorter: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the runs of n words that lie within one text: (hash_G uint64, number of the first word_G int64).
+    """The runs of n units within one text.
 
-    shorter: a text of fewer words gives one n-gram of all that it has.
+    Args:
+      words: the units of the texts.
+      n: units in a run.
+      shorter: whether a text of fewer than n units gives one n-gram of all its units.
+    Returns:
+      (hash_G uint64, index of the first unit of each n-gram, int64), in the order of the texts.
     """
     first_G = np.arange(max(len(words.hash_W) - n + 1, 0))
     first_G = first_G[words.doc_W[first_G] == words.doc_W[first_G + n - 1]]

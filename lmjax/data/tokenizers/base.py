@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lmjax.data.packing import ramps
+from lmjax.data.rows import ramps
 
 SPACE = "\u2581"  # the sign that SentencePiece writes for a space
 

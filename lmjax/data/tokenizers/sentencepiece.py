@@ -22,7 +22,7 @@ import numpy as np
 
 from lmjax.config import at_least, choice
 from lmjax.data.hashing import key_of, permute
-from lmjax.data.packing import ramps
+from lmjax.data.rows import ramps
 from lmjax.data.tokenizers.base import SPACE, Tokenizer
 from lmjax.errors import UserError, first_line
 

@@ -11,7 +11,8 @@ import pytest
 from lmjax.data.config import DecontaminateConfig
 from lmjax.data.preparation import decontaminate
 from lmjax.data.text import clean, filters
-from lmjax.data.text.filters import FAMILIES, FEATURES, Batch
+from lmjax.data.text.features import FEATURES, STOP_WORDS, TextBatch
+from lmjax.data.text.filters import FILTERS
 
 ENGLISH = """The library reads every document of the corpus, and writes what it has found to a report. It is clear that
 this takes time, because each of the files has to be looked at with care. We have seen that the result is good.
@@ -35,18 +36,18 @@ def test_languages_of_our_own_sentences_and_of_the_standard_librarys_text():
         if (cjk / f"{name}-utf8.txt").exists():
             texts.append((cjk / f"{name}-utf8.txt").read_text())
             expected.append(code)
-    assert Batch(texts).languages == expected
+    assert TextBatch(texts).languages == expected
 
 
 @pytest.mark.parametrize("family", ["gopher_quality", "gopher_repetition", "c4", "fineweb"])
 def test_good_text_of_each_language_passes_and_bad_does_not(family):
-    limits = {family: FAMILIES[family]()}
-    assert filters.reject(Batch([ENGLISH, CHINESE, JAPANESE]), limits) == [None] * 3
+    limits = {family: FILTERS[family]()}
+    assert filters.reject(TextBatch([ENGLISH, CHINESE, JAPANESE]), limits) == [None] * 3
     bad = {"gopher_quality": "word " * 30, "gopher_repetition": "The same line again.\n" * 20,
            "c4": "no sentence " * 30, "fineweb": "menu\nhome\nabout\n" * 5}[family]
     chinese = {"gopher_quality": "短文。", "gopher_repetition": "同一句话又来了。\n" * 20, "c4": "没有句子",
                "fineweb": "首页\n关于\n" * 9}
-    verdicts = filters.reject(Batch([bad, chinese[family]]), limits)
+    verdicts = filters.reject(TextBatch([bad, chinese[family]]), limits)
     assert all(verdict and verdict[0].startswith(family) for verdict in verdicts)
 
 
@@ -72,18 +73,18 @@ def test_features_are_those_of_plain_loops():
     texts = [ENGLISH, "a b c a b c a b c d e", "x " * 40, (ENGLISH + " ") * 2, "one"]
     texts += [license.read_text()[:3000]] if license.exists() else []
     for n in (5, 6, 10):
-        batch = Batch(texts)
+        batch = TextBatch(texts)
         got = [FEATURES[f"duplicate_{k}gram_chars"](batch) for k in range(5, n + 1)][-1]
         assert got == pytest.approx([naive_duplicate_chars(text, n) for text in texts])
     for n in (2, 3, 4):
-        got = FEATURES[f"top_{n}gram_chars"](Batch(texts))
+        got = FEATURES[f"top_{n}gram_chars"](TextBatch(texts))
         assert got == pytest.approx([naive_top_chars(text, n) for text in texts])
-    batch = Batch(texts)
+    batch = TextBatch(texts)
     assert FEATURES["words"](batch).tolist() == [len(text.split()) for text in texts]
     assert FEATURES["alphabetic_words"](batch) == pytest.approx(
         [sum(any(c.isalpha() for c in w) for w in text.split()) / len(text.split()) for text in texts])
-    assert FEATURES["stop_words"](Batch([ENGLISH])) == [
-        len(set(filters.STOP_WORDS) & set(ENGLISH.lower().replace(",", " ").replace(".", " ").split()))]
+    assert FEATURES["stop_words"](TextBatch([ENGLISH])) == [
+        len(set(STOP_WORDS) & set(ENGLISH.lower().replace(",", " ").replace(".", " ").split()))]
 
 
 @pytest.mark.parametrize("rule, before, after", [
@@ -124,8 +125,8 @@ LONG = [" ", "\t", "\n", "1", ".", "-", "a", "@", "+1", "a@", "1.", "share ", "s
 def seconds(text):
     """Of the processor, for cleaning and for looking at all features of a text."""
     start = time.process_time()
-    clean.clean(text, clean.RULES)
-    filters.reject(Batch([text]), {name: family() for name, family in FAMILIES.items()})
+    clean.clean(text, clean.CLEANING_RULES)
+    filters.reject(TextBatch([text]), {name: family() for name, family in FILTERS.items()})
     return time.process_time() - start
 
 
