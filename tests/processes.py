@@ -45,6 +45,11 @@ def finish(workdir: pathlib.Path, *overrides: str, expect: int = 0, **options: o
     return printed
 
 
+# Overrides of configs/synthetic.py:tiny that end quickly, for `run_here`.
+FINISHED = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=2",
+            "checkpoint.keep_last=9", "eval.every=0")
+
+
 def run_here(workdir: pathlib.Path, *overrides: str, config: str = "configs/synthetic.py:tiny") -> int:
     """`lmjax train` in this process, which saves the imports; returns the exit code."""
     return cli.main(["train", "--config", config, "--workdir", str(workdir),
@@ -92,6 +97,18 @@ def lines(workdir: pathlib.Path, name: str = "metrics.jsonl") -> list[dict]:
     if not (workdir / name).exists():
         return []
     return [json.loads(line) for line in (workdir / name).read_text().splitlines(True) if line.endswith("\n")]
+
+
+def one_line(printed: str) -> str:
+    """The one line of the error in what a command printed to stderr."""
+    line, = (line for line in printed.splitlines() if line.startswith("lmjax: error: "))
+    return line
+
+
+def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
+    """The content of every file below `folder`, but for the lock."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
+            if p.is_file() and p.name != ".lock"}
 
 
 def losses(workdir: pathlib.Path) -> np.ndarray:
