@@ -1,26 +1,31 @@
-"""Published models as data: `model=dict(preset="llama3-8b", num_layers=8)` is that model with 8 layers.
+"""Published models as data.
 
-Each is a family's switches and a row of dimensions. vocab_size is that of the model's own tokenizer, padding
-included: with another tokenizer, set `vocab_size=0` to take its size.
+`model=dict(preset="llama3-8b", num_layers=8)` is that model with 8 layers. A preset is a row of
+dimensions and the switches of its series. Its `vocab_size` is that of the model's own tokenizer,
+padding included; for another tokenizer, set `vocab_size=0` to take that one's size.
 """
 
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from lmjax.errors import UserError
+
 Switches = dict[str, Any]
 
 DIMS = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "head_dim")
 
-GPT2 = dict(positions="learned", norm="layernorm", mlp="gelu_tanh", use_bias=True, tie_embeddings=True,
-            vocab_size=50257, dropout=0.1)
-# Brown et al. 2020 (arXiv:2005.14165), table 2.1; every layer dense, where theirs alternate with banded ones. Two of
-# its rows do not multiply out: 24 heads of 128 in 1.3B (16 here), and 5140 dimensions in 13B (5120 here).
+GPT2 = dict(positions="learned", norm="layernorm", mlp="gelu_tanh", use_bias=True,
+            tie_embeddings=True, vocab_size=50257, dropout=0.1)
+# Brown et al. 2020 (arXiv:2005.14165), table 2.1. Here every layer is dense; theirs alternate with
+# banded ones. Two rows of the table do not multiply out: 1.3B has 24 heads of 128 (here: 16 heads),
+# and 13B has 5140 dimensions (here: 5120).
 GPT3 = GPT2 | dict(max_positions=2048, dropout=0.0)
 LLAMA2 = dict(max_positions=4096, vocab_size=32000)
 LLAMA3 = dict(max_positions=8192, vocab_size=128256, rope_theta=500_000.0)
-LLAMA31 = LLAMA3 | dict(max_positions=131072, rope_scaling=dict(kind="llama3", factor=8.0, original_positions=8192))
-LLAMA32 = LLAMA31 | dict(tie_embeddings=True, rope_scaling=dict(kind="llama3", factor=32.0, original_positions=8192))
+LLAMA31_SCALING = dict(kind="llama3", factor=8.0, original_positions=8192)
+LLAMA31 = LLAMA3 | dict(max_positions=131072, rope_scaling=LLAMA31_SCALING)
+LLAMA32 = LLAMA31 | dict(tie_embeddings=True, rope_scaling=LLAMA31_SCALING | dict(factor=32.0))
 QWEN25 = dict(qkv_bias=True, norm_eps=1e-6, rope_theta=1e6, max_positions=32768, vocab_size=152064)
 QWEN25_SMALL = QWEN25 | dict(tie_embeddings=True, vocab_size=151936)
 QWEN3 = dict(qk_norm=True, norm_eps=1e-6, rope_theta=1e6, max_positions=40960, vocab_size=151936)
@@ -29,27 +34,34 @@ MISTRAL = dict(max_positions=32768, vocab_size=32000, sliding_window=4096)
 MIXTRAL = dict(max_positions=32768, vocab_size=32000, rope_theta=1e6,
                moe=dict(experts=8, per_token=2, balance_loss=0.02))
 QWEN3_MOE = QWEN3 | dict(moe=dict(experts=128, per_token=8, balance_loss=0.001))
-GEMMA = dict(norm="rmsnorm_1p", norm_eps=1e-6, norm_position="both", mlp="geglu", scale_embeddings=True,
-             tie_embeddings=True)
-GEMMA2 = GEMMA | dict(max_positions=8192, vocab_size=256000, layer_pattern=("local", "global"), sliding_window=4096,
-                      attention_softcap=50.0, logit_softcap=30.0)
-GEMMA3 = GEMMA | dict(max_positions=131072, vocab_size=262208, qk_norm=True, layer_pattern=("local",) * 5 + ("global",),
-                      sliding_window=1024, rope_theta=1e6, local_rope_theta=10_000.0,
+GEMMA = dict(norm="rmsnorm_1p", norm_eps=1e-6, norm_position="both", mlp="geglu",
+             scale_embeddings=True, tie_embeddings=True)
+GEMMA2 = GEMMA | dict(max_positions=8192, vocab_size=256000, layer_pattern=("local", "global"),
+                      sliding_window=4096, attention_softcap=50.0, logit_softcap=30.0)
+GEMMA3 = GEMMA | dict(max_positions=131072, vocab_size=262208, qk_norm=True,
+                      layer_pattern=("local",) * 5 + ("global",), sliding_window=1024,
+                      rope_theta=1e6, local_rope_theta=10_000.0,
                       rope_scaling=dict(kind="linear", factor=8.0))
-BERT = dict(family="encoder", positions="learned", max_positions=512, norm="layernorm", norm_eps=1e-12,
-            norm_position="post", embedding_norm="own", mlp="gelu", use_bias=True, token_types=2, pooler=True,
-            tie_embeddings=True, vocab_size=30522, dropout=0.1)
-ROBERTA = BERT | dict(norm_eps=1e-5, token_types=1, pooler=False, position_offset=2, vocab_size=50265)
-MODERNBERT = dict(family="encoder", norm="layernorm_no_bias", embedding_norm="first", mlp="geglu_erf",
-                  max_positions=8192, rope_theta=160_000.0, local_rope_theta=10_000.0, sliding_window=65,
-                  layer_pattern=("global", "local", "local"), tie_embeddings=True, vocab_size=50368)
+BERT = dict(family="encoder", positions="learned", max_positions=512, norm="layernorm",
+            norm_eps=1e-12, norm_position="post", embedding_norm="own", mlp="gelu", use_bias=True,
+            token_types=2, pooler=True, tie_embeddings=True, vocab_size=30522, dropout=0.1)
+ROBERTA = BERT | dict(norm_eps=1e-5, token_types=1, pooler=False, position_offset=2,
+                      vocab_size=50265)
+MODERNBERT = dict(family="encoder", norm="layernorm_no_bias", embedding_norm="first",
+                  mlp="geglu_erf", max_positions=8192, rope_theta=160_000.0,
+                  local_rope_theta=10_000.0, sliding_window=65,
+                  layer_pattern=("global", "local", "local"), tie_embeddings=True,
+                  vocab_size=50368)
 TRANSFORMER = dict(family="encdec", positions="sinusoidal", norm="layernorm", norm_position="post",
-                   scale_embeddings=True, mlp="relu", use_bias=True, tie_embeddings=True, vocab_size=37000)
-T5 = dict(family="encdec", positions="relative", norm_eps=1e-6, query_scalar=1.0, mlp="relu", tie_embeddings=True,
-          scale_output=True, vocab_size=32128, embedding_std=1.0, init_std=0.04, dropout=0.1)
+                   scale_embeddings=True, mlp="relu", use_bias=True, tie_embeddings=True,
+                   vocab_size=37000)
+T5 = dict(family="encdec", positions="relative", norm_eps=1e-6, query_scalar=1.0, mlp="relu",
+          tie_embeddings=True, scale_output=True, vocab_size=32128, embedding_std=1.0,
+          init_std=0.04, dropout=0.1)
 T5_11 = T5 | dict(mlp="geglu", tie_embeddings=False, scale_output=False, dropout=0.0)
 
-# name -> (switches, dimensions in the order of DIMS, switches of this size alone); trailing dimensions may be left out
+# name -> (switches of the series, dimensions in the order of DIMS, switches of this model alone);
+# the last dimensions may be left out
 TABLE: dict[str, tuple[Any, ...]] = {
     "gpt2": (GPT2, (12, 768, 12, 12, 3072)),
     "gpt2-medium": (GPT2, (24, 1024, 16, 16, 4096)),
@@ -87,7 +99,8 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "qwen3-14b": (QWEN3, (40, 5120, 40, 8, 17408, 128)),
     "qwen3-32b": (QWEN3, (64, 5120, 64, 8, 25600, 128)),
     "mistral-7b": (MISTRAL, (32, 4096, 32, 8, 14336)),
-    "mistral-7b-v0.3": (MISTRAL, (32, 4096, 32, 8, 14336), dict(sliding_window=0, rope_theta=1e6, vocab_size=32768)),
+    "mistral-7b-v0.3": (MISTRAL, (32, 4096, 32, 8, 14336), dict(
+        sliding_window=0, rope_theta=1e6, vocab_size=32768)),
     "mixtral-8x7b": (MIXTRAL, (32, 4096, 32, 8, 14336)),
     "qwen3-30b-a3b": (QWEN3_MOE, (48, 2048, 32, 4, 768, 128)),
     "qwen3-235b-a22b": (QWEN3_MOE, (94, 4096, 64, 4, 1536, 128)),
@@ -95,7 +108,8 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "gemma2-9b": (GEMMA2, (42, 3584, 16, 8, 14336, 256)),
     "gemma2-27b": (GEMMA2, (46, 4608, 32, 16, 36864, 128), dict(query_scalar=144.0)),
     "gemma3-1b": (GEMMA3, (26, 1152, 4, 1, 6912, 256), dict(
-        rope_scaling=dict(kind="none"), sliding_window=512, vocab_size=262144, max_positions=32768)),
+        rope_scaling=dict(kind="none"), sliding_window=512, vocab_size=262144,
+        max_positions=32768)),
     "gemma3-4b": (GEMMA3, (34, 2560, 8, 4, 10240, 256)),
     "gemma3-12b": (GEMMA3, (48, 3840, 16, 8, 15360, 256)),
     "gemma3-27b": (GEMMA3, (62, 5376, 32, 16, 21504, 128), dict(query_scalar=168.0)),
@@ -125,10 +139,10 @@ PRESETS: dict[str, Switches] = {
 
 
 def with_preset(model: Mapping[str, Any]) -> Switches:
-    """`model` without its `preset`, on top of that preset's switches; groups of keys are merged key by key.
+    """The keys of `model` on top of those of its `preset`; groups of keys are merged key by key.
 
     Raises:
-      ValueError: no such preset.
+      UserError: there is no such preset.
     """
     keys = dict(model)
     name = keys.pop("preset", None)
@@ -136,7 +150,9 @@ def with_preset(model: Mapping[str, Any]) -> Switches:
         return keys
     if str(name) not in PRESETS:
         near = difflib.get_close_matches(str(name), PRESETS, 3) or PRESETS
-        raise ValueError(f"config.model.preset: expected a published model, got {name!r}; nearest: {', '.join(near)}")
+        raise UserError("a published model", repr(name), f"nearest: {', '.join(near)}",
+                        where="config.model.preset")
     base = PRESETS[str(name)]
-    return base | {key: base[key] | dict(value) if isinstance(value, Mapping) and key in base else value
-                   for key, value in keys.items()}
+    return base | {
+        key: base[key] | dict(value) if isinstance(value, Mapping) and key in base else value
+        for key, value in keys.items()}
