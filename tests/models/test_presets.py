@@ -25,7 +25,7 @@ COUNTS = {
     "mistral-7b": 7_241_732_096, "mixtral-8x7b": 46_702_792_704,
     "gemma2-2b": 2_614_341_888, "gemma2-9b": 9_241_705_984, "gemma2-27b": 27_227_128_320,
     "gemma3-1b": 999_885_952,
-    # transformers' models with the pooler, plus the MLM head's matrix and bias
+    # BertForMaskedLM, plus the matrix and the bias of the pooler
     "bert-base": 109_514_298 + 768 * 769, "bert-large": 335_174_458 + 1024 * 1025,
     "roberta-base": 124_697_433, "roberta-large": 355_412_057, "modernbert-base": 149_655_232,
     "t5-small": 60_506_624, "t5-base": 222_903_552, "t5-large": 737_668_096,
