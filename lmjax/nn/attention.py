@@ -43,7 +43,7 @@ class CacheUpdate(NamedTuple):
     ring: bool
 
     def kv_positions(self, slots: int, num_new: int) -> jax.Array:
-        """The position of every key that `extend` returns, int32 [B, S]; negative: an empty slot."""
+        """The position of every key that `extend` returns, int32 [B, S]; negative: none."""
         B = self.first.shape[0]
         if not self.ring:
             positions = jnp.arange(slots, dtype=jnp.int32).reshape(1, -1)

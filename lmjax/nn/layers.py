@@ -21,7 +21,8 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-# name -> (activation, whether a second matrix gates it); GLU variants: Shazeer 2020, arXiv:2002.05202
+# name -> (activation, whether a second matrix gates it). The gated kinds are the GLU variants of
+# Shazeer 2020, arXiv:2002.05202.
 MLP_KINDS = {
     "gelu": ("gelu", False),
     "gelu_tanh": ("gelu_tanh", False),
@@ -40,12 +41,15 @@ class Dense(nnx.Module):
     The kernel has shape (*in_shape, *out_shape), is stored in float32 and used in the dtype of x.
     """
 
-    def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], axes: tuple[str, ...], *,
-                 use_bias: bool, init: Initializer, rngs: nnx.Rngs):
+    def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...],
+                 axes: tuple[str | None, ...], *, use_bias: bool, init: Initializer,
+                 rngs: nnx.Rngs):
         self.num_in = len(in_shape)
-        self.sides = (axes[0], axes[len(in_shape)])  # of merged dimensions, the first decides where they lie
+        # Where dimensions are merged for the matmul, the first of them decides the sharding.
+        self.sides = (axes[0], axes[len(in_shape)])
         self.kernel = param(rngs, init, (*in_shape, *out_shape), axes)
-        self.bias = param(rngs, zeros, out_shape, ("norm",) * len(out_shape)) if use_bias else None
+        bias_axes = ("norm",) * len(out_shape)
+        self.bias = param(rngs, zeros, out_shape, bias_axes) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
@@ -56,24 +60,28 @@ class Dense(nnx.Module):
 class Embedding(nnx.Module):
     """Rows of a (num, D) float32 table."""
 
-    def __init__(self, num: int, dim: int, axes: tuple[str, str], *, init: Initializer, rngs: nnx.Rngs):
+    def __init__(self, num: int, dim: int, axes: tuple[str, str], *, init: Initializer,
+                 rngs: nnx.Rngs):
         self.table = param(rngs, init, (num, dim), axes)
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """ids int32 [...] -> [..., D] in `dtype`. Ids out of range give the nearest row."""
+        """ids int32 [...] -> rows [..., D] in `dtype`. An id out of range gives the nearest row."""
         table = self.table[...]
         return _rows(len(table), table.astype(dtype), ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rows(num: int, table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows `ids` of a table of `num`. The gradient of a row is summed in float32: in bfloat16 the sum over a frequent
-    token stops growing once it is 256 times what is added."""
+    """Rows `ids` of a table of `num` rows; the gradient of each row is summed in float32.
+
+    A bfloat16 sum stops growing once it is 256 times the addend, which frequent tokens would reach.
+    """
     return jnp.take(table, ids, axis=0, mode="clip")
 
 
 def _rows_backward(num: int, ids: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
-    total = jnp.zeros((num, g.shape[-1]), jnp.float32).at[ids].add(g.astype(jnp.float32), mode="clip")
+    total = jnp.zeros((num, g.shape[-1]), jnp.float32)
+    total = total.at[ids].add(g.astype(jnp.float32), mode="clip")
     return total.astype(g.dtype), None
 
 
@@ -81,7 +89,10 @@ _rows.defvjp(lambda num, table, ids: (_rows(num, table, ids), ids), _rows_backwa
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * (offset + scale) over the last dimension, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """x / rms(x) * (offset + scale) over the last dimension, in float32.
+
+    Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
 
     def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs, offset: float = 0.0):
         self.eps, self.offset = eps, offset
@@ -92,7 +103,10 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / std * scale + bias over the last dimension, in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+    """(x - mean) / std * scale + bias over the last dimension, in float32.
+
+    Ba et al. 2016, arXiv:1607.06450.
+    """
 
     def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs, use_bias: bool = True):
         self.eps = eps
@@ -104,12 +118,14 @@ class LayerNorm(nnx.Module):
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         y = x32 * inverse * _along_last(self.scale[...], x.ndim)
-        return (y if self.bias is None else y + _along_last(self.bias[...], x.ndim)).astype(x.dtype)
+        y = y if self.bias is None else y + _along_last(self.bias[...], x.ndim)
+        return y.astype(x.dtype)
 
 
 NORMS = {
     "rmsnorm": RMSNorm,
-    "rmsnorm_1p": functools.partial(RMSNorm, offset=1.0),  # Gemma's: what is stored and decayed is scale - 1
+    # Gemma's norm: the parameter, which is also what weight decay sees, is scale - 1.
+    "rmsnorm_1p": functools.partial(RMSNorm, offset=1.0),
     "layernorm": LayerNorm,
     "layernorm_no_bias": functools.partial(LayerNorm, use_bias=False),
 }
@@ -120,17 +136,24 @@ class MLP(nnx.Module):
 
     def __init__(self, dim: int, hidden: int, *, kind: str, use_bias: bool, init: Initializer,
                  out_init: Initializer, rngs: nnx.Rngs):
-        activation, gated = MLP_KINDS[kind]
-        self.activation = activation
-        axes = ("embed", "mlp")
-        self.gate = Dense((dim,), (hidden,), axes, use_bias=use_bias, init=init, rngs=rngs) if gated else None
-        self.up = Dense((dim,), (hidden,), axes, use_bias=use_bias, init=init, rngs=rngs)
-        self.down = Dense((hidden,), (dim,), ("mlp", "embed"), use_bias=use_bias, init=out_init, rngs=rngs)
+        self.activation, gated = MLP_KINDS[kind]
+
+        def into() -> Dense:
+            return Dense((dim,), (hidden,), ("embed", "mlp"), use_bias=use_bias, init=init,
+                         rngs=rngs)
+
+        self.gate = into() if gated else None
+        self.up = into()
+        self.down = Dense((hidden,), (dim,), ("mlp", "embed"), use_bias=use_bias, init=out_init,
+                          rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]
         h_BTF = checkpoint_name(self.up(x_BTD), "up")
-        h_BTF = act(h_BTF) if self.gate is None else act(checkpoint_name(self.gate(x_BTD), "gate")) * h_BTF
+        if self.gate is None:
+            h_BTF = act(h_BTF)
+        else:
+            h_BTF = act(checkpoint_name(self.gate(x_BTD), "gate")) * h_BTF
         return self.down(barrier(constrain(h_BTF, "batch", "seq", "act_mlp"), "tpu"))
 
 
@@ -143,9 +166,13 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def residual_init(std: float, num_layers: int) -> Initializer:
-    """GPT-2's init of matrices that write to the residual stream: two writers a layer, variances add up."""
+    """The initializer of matrices that write to the residual stream, as in GPT-2.
+
+    Every layer writes twice and the variances add up, so `std` is divided by sqrt(2 * num_layers).
+    """
     return normal(std / math.sqrt(2 * num_layers))
 
 
 def _along_last(v: jax.Array, ndim: int) -> jax.Array:
+    """v with leading dimensions of size 1, so that it has `ndim` dimensions."""
     return v.reshape((1,) * (ndim - v.ndim) + v.shape)

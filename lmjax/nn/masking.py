@@ -29,7 +29,8 @@ class AttentionMask(NamedTuple):
     in_order: bool = False
     # int32 [B, T]: each token's index in reading order; None where the rows lie in that order.
     reading_index: jax.Array | None = None
-    dense: jax.Array | None = None  # the result of `to_dense`, once `kernels.prepare` has computed it
+    # The result of `to_dense`, if `kernels.choose.prepare` has computed it.
+    dense: jax.Array | None = None
 
     def by_index(self) -> "AttentionMask":
         """The same mask with indices for positions, if rows are in order.

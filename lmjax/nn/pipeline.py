@@ -1,16 +1,18 @@
-"""Layers as a pipeline: each stage holds some of them, and the parts of a batch pass from one stage to the next.
+"""Layers as a pipeline: each stage holds some of them, and microbatches pass through the stages.
 
-The schedule is GPipe's (Huang et al. 2019, arXiv:1811.06965), written as GSPMD has it (Xu et al. 2021,
-arXiv:2105.04663, 3.3): all stages are one computation, `vmap`ped over a leading dimension that the mesh splits, and an
-activation moves on where that dimension is rolled by one. The backward pass is the derivative of the forward pass,
-every other mesh axis works inside a stage as it does without stages, and no stage is a program of its own.
+The schedule is GPipe's (Huang et al. 2019, arXiv:1811.06965) in the formulation of GSPMD (Xu et al.
+2021, arXiv:2105.04663, 3.3). All stages are one computation, `vmap`ped over a leading dimension
+that the mesh splits; rolling that dimension by one moves each activation to the next stage. The
+backward pass is the derivative of the forward pass. All other mesh axes work inside a stage as they
+do without stages.
 
-A circular schedule (Narayanan et al. 2021, arXiv:2104.04473, 2.2) would divide the idle share by the pieces that a
-stage holds. Its stages hold every S-th piece of the layers, though, and a sharding splits an array into contiguous
-parts: the stacked parameters, and what a checkpoint holds, would lie in an order that depends on the mesh, or move
-before every step. Here any mesh reads any checkpoint; more microbatches make the idle share smaller, too.
+A circular schedule (Narayanan et al. 2021, arXiv:2104.04473, 2.2) would divide the idle share by
+the number of pieces per stage. But a stage would hold every S-th piece of the layers, while a
+sharding splits an array into contiguous parts. So the stacked parameters, and the checkpoints,
+would lie in an order that depends on the mesh, or would have to move before every step. With this
+schedule, any mesh reads any checkpoint, and more microbatches reduce the idle share as well.
 
-Shape suffixes: S stages, M parts of a batch, B rows, T sequence, D embed_dim.
+Shape suffixes: S stages, M microbatches, B rows, T sequence, D embed_dim.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +21,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmjax.nn.sequence import stream_axis
-from lmjax.sharding import constrain, current_layout, current_microbatches
+from lmjax.errors import UserError
+from lmjax.nn.sequence import required_layout, stream_axis
+from lmjax.sharding import constrain, current_microbatches
 
 
 def split_rows(x: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] -> [parts, B / parts, ...]; row i goes to part i % parts: every device keeps the rows that it has."""
+    """[B, ...] -> [parts, B / parts, ...]; row i goes to part i % parts.
+
+    So every device keeps the rows that it has.
+    """
     return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
 
 
@@ -34,57 +40,84 @@ def join_rows(x: jax.Array) -> jax.Array:
 
 
 def split_key(key: jax.Array, num: int) -> jax.Array:
-    """`num` keys of a key, or of each of [M] keys: [num, M]."""
-    return jax.vmap(lambda k: jax.random.split(k, num), out_axes=1)(key) if key.ndim else jax.random.split(key, num)
+    """Splits a key into [num] keys, or each of [M] keys into [num, M] keys."""
+    if not key.ndim:
+        return jax.random.split(key, num)
+    return jax.vmap(lambda k: jax.random.split(k, num), out_axes=1)(key)
 
 
-def per_part(fn: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, key: jax.Array) -> jax.Array:
-    """fn(x, key), or for [M] keys fn of each of M parts of x and its own key."""
+def per_part(fn: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array,
+             key: jax.Array) -> jax.Array:
+    """fn(x, key); with [M] keys, fn on each of M parts of x with its own key."""
     return join_rows(jax.vmap(fn)(split_rows(x, key.shape[0]), key)) if key.ndim else fn(x, key)
 
 
-def pipeline(layers: Callable[..., tuple[jax.Array, Any, Any]], block: tuple[Any, Any], x_BTD: jax.Array,
-             per_layer: Any, shared: Sequence[Any], *, period: int) -> tuple[jax.Array, Any]:
-    """`layers(block, x, per_layer, caches, shared) -> (x, caches, outs)`, a stage's share of them at a time.
+def pipeline(layers: Callable[..., tuple[jax.Array, Any, Any]], block: tuple[Any, Any],
+             x_BTD: jax.Array, per_layer: Any, shared: Sequence[Any], *,
+             period: int) -> tuple[jax.Array, Any]:
+    """Runs x through all layers in stages, one microbatch after another.
 
-    block: its structure, and parameters [layers, ...]. per_layer: a tree of arrays [layers], or [layers, M] of what
-    also differs from part to part. shared: a tree in which every array has B rows. Returns x and the outs, [layers,
-    ...], or [layers, M, ...] of several parts. Of M + S - 1 steps a stage idles in S - 1; what it computes then, on
-    zeros, reaches nothing.
+    This takes M + S - 1 steps. Each stage idles in S - 1 of them: what it then computes is dropped.
+
+    Args:
+      layers: runs the layers of one stage:
+        (block, x, per_layer, caches, shared) -> (x, caches, outs).
+      block: the structure of a layer, and the parameters [layers, ...] of all layers.
+      per_layer: a tree of arrays [layers], or [layers, M] where they differ between microbatches.
+      shared: a tree whose arrays all have B rows.
+      period: the length of the pattern of layers.
+
+    Returns:
+      x, and the layers' outs: [layers, ...], or [layers, M, ...] if M > 1.
 
     Raises:
-      ValueError: a stage would begin in the middle of the pattern of layers.
+      UserError: a stage would begin in the middle of the pattern.
     """
-    layout, (graph, params), M = current_layout(), block, current_microbatches()
-    S, axes, num_layers = layout.ways("layers"), layout.on("layers"), jax.tree.leaves(params)[0].shape[0]
+    layout, (graph, params), M = required_layout(), block, current_microbatches()
+    S, axes = layout.ways("layers"), layout.on("layers")
+    num_layers = jax.tree.leaves(params)[0].shape[0]
     if num_layers % (S * period):
-        raise ValueError(f"mesh.{axes[0]}: expected {S} stages of whole repetitions of the {period} layers of "
-                         f"model.layer_pattern, got {num_layers} layers; change one of them")
+        expected = f"{S} stages of whole repetitions of the {period} layers of model.layer_pattern"
+        raise UserError(expected, f"{num_layers} layers", "change one of them",
+                        where=f"mesh.{axes[0]}")
     leaves, tree = jax.tree.flatten(shared)
     parts = [split_rows(a, M) if isinstance(a, jax.Array) else a for a in leaves]
 
     def stage(params: Any, per_layer: Any, x: jax.Array, m: jax.Array) -> tuple[jax.Array, Any]:
-        own = [jax.lax.dynamic_index_in_dim(a, m, keepdims=False) if isinstance(a, jax.Array) else a for a in parts]
+        """One stage's layers on microbatch m."""
+        own = [jax.lax.dynamic_index_in_dim(a, m, keepdims=False) if isinstance(a, jax.Array) else a
+               for a in parts]
         per_layer = jax.tree.map(lambda a: a[:, m] if a.ndim > 1 else a, per_layer)
-        x, _, out = layers((graph, params), x, per_layer, (None,) * len(shared), jax.tree.unflatten(tree, own))
+        x, _, out = layers((graph, params), x, per_layer, (None,) * len(shared),
+                           jax.tree.unflatten(tree, own))
         return x, out
 
     stages = jax.vmap(stage, spmd_axis_name=axes)
     params, per_layer = jax.tree.map(lambda a: a.reshape(S, -1, *a.shape[1:]), (params, per_layer))
     number_S = jnp.arange(S)
 
-    def step(held_SBTD: jax.Array, fed: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-        at, x_BTD = fed
-        held = jnp.where(number_S.reshape(S, 1, 1, 1) == 0, x_BTD[None], jnp.roll(held_SBTD, 1, axis=0))
+    def step(held_SBTD: jax.Array,
+             fed: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        """Moves every activation to the next stage, feeds the first stage, and runs all stages."""
+        time, x_BTD = fed
+        first = number_S.reshape(S, 1, 1, 1) == 0
+        held = jnp.where(first, x_BTD[None], jnp.roll(held_SBTD, 1, axis=0))
         held = constrain(held, "layers", "batch", stream_axis(held), "act_embed")
-        held, out = stages(params, per_layer, held, jnp.clip(at - number_S, 0, M - 1))
+        held, out = stages(params, per_layer, held, jnp.clip(time - number_S, 0, M - 1))
         held = constrain(held, "layers", "batch", stream_axis(held), "act_embed")
         return held, (held, out)
 
     x_MBTD = split_rows(x_BTD, M)
     fed = jnp.arange(M + S - 1), jnp.pad(x_MBTD, ((0, S - 1), *((0, 0),) * x_BTD.ndim))
     _, (held, outs) = jax.lax.scan(step, jnp.zeros((S, *x_MBTD.shape[1:]), x_BTD.dtype), fed)
-    # Part m leaves stage s at step m + s.
-    outs = jax.tree.map(lambda a: jnp.stack([a[s : s + M, s] for s in range(S)]).swapaxes(1, 2), outs)
-    outs = jax.tree.map(lambda a: a.reshape(num_layers, *(a.shape[2:] if M > 1 else a.shape[3:])), outs)
-    return constrain(join_rows(held[S - 1:, S - 1]), "batch", stream_axis(held), "act_embed"), outs
+    outs = _by_layer(outs, S, M)
+    x_BTD = join_rows(held[S - 1:, S - 1])
+    return constrain(x_BTD, "batch", stream_axis(held), "act_embed"), outs
+
+
+def _by_layer(outs: Any, S: int, M: int) -> Any:
+    """Arrays [steps, S, layers per stage, ...] as [layers, M, ...], or [layers, ...] if M is 1."""
+    # Microbatch m leaves stage s at step m + s.
+    outs = jax.tree.map(
+        lambda a: jnp.stack([a[s : s + M, s] for s in range(S)]).swapaxes(1, 2), outs)
+    return jax.tree.map(lambda a: a.reshape(-1, *(a.shape[2:] if M > 1 else a.shape[3:])), outs)

@@ -1,6 +1,8 @@
-"""Where a token is: rotary angles and their scalings, sinusoids, and T5's relative buckets.
+"""Positions of tokens: rotary embedding and its scalings, sinusoids, T5's relative buckets.
 
-Rotary position embedding (Su et al. 2021, arXiv:2104.09864) is half-split as in Hugging Face's Llama.
+Rotary position embedding (Su et al. 2021, arXiv:2104.09864) is half-split, as in Hugging Face's
+Llama.
+
 Shape suffixes: B batch, T query sequence, S key sequence, H heads, K head_dim, D embed_dim.
 """
 
@@ -14,44 +16,46 @@ import numpy as np
 from jax import lax
 
 from lmjax.config import at_least, choice
+from lmjax.errors import UserError
 from lmjax.sharding import platform
 
-# cos and sin, each float32 [B, T, head_dim / 2]
+# cos and sin of the rotary angles, each float32 [B, T, head_dim / 2]
 Rotation = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are changed for rows longer than those that the model was first trained on.
+    """How rotary frequencies change for rows longer than those of the first training.
 
-    kind: none; linear (Chen et al. 2023, arXiv:2306.15595); ntk, which raises theta; llama3 (arXiv:2407.21783);
-    yarn (Peng et al. 2023, arXiv:2309.00071). factor: how much longer. original_positions: the first training length
-    (ntk, llama3, yarn). length: ntk takes factor to be right for rows of this length, as "dynamic" NTK does for the
-    row at hand; 0 raises theta by factor alone. low_freq_factor, high_freq_factor: llama3 scales wavelengths above
-    original_positions / low and keeps those below original_positions / high. beta_fast, beta_slow: turns over
-    original_positions between which yarn goes from keeping to scaling. attention_factor: what yarn multiplies cos
-    and sin with; 0 takes 0.1 ln(factor) + 1.
+    Kinds: none; linear (Chen et al. 2023, arXiv:2306.15595); ntk, which raises theta; llama3
+    (arXiv:2407.21783); yarn (Peng et al. 2023, arXiv:2309.00071).
     """
 
     kind: str = "none"
-    factor: float = 1.0
-    original_positions: int = 0
+    factor: float = 1.0  # how many times longer the rows are
+    original_positions: int = 0  # row length of the first training (ntk, llama3, yarn)
+    # ntk: the row length for which `factor` is exact, as "dynamic" NTK computes it from the row at
+    # hand. 0: theta is raised by `factor` alone.
     length: int = 0
+    # llama3 scales wavelengths above original_positions / low_freq_factor, keeps those below
+    # original_positions / high_freq_factor, and interpolates between.
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    # yarn keeps frequencies of at least beta_fast turns over original_positions, scales those of at
+    # most beta_slow turns, and interpolates between.
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention_factor: float = 0.0
+    attention_factor: float = 0.0  # yarn multiplies cos and sin by it; 0: 0.1 ln(factor) + 1
 
     def __post_init__(self) -> None:
-        choice("kind", self.kind, SCALINGS)
+        choice("kind", self.kind, ROPE_SCALINGS)
         at_least(1, factor=self.factor)
         at_least(0, length=self.length, attention_factor=self.attention_factor)
         if self.kind in ("llama3", "yarn") or self.length:
             at_least(1, original_positions=self.original_positions)
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(f"high_freq_factor: expected more than low_freq_factor={self.low_freq_factor}, got "
-                             f"{self.high_freq_factor}; raise it")
+            raise UserError(f"more than low_freq_factor={self.low_freq_factor}",
+                            self.high_freq_factor, "raise it", where="high_freq_factor")
 
 
 def _frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -65,40 +69,49 @@ def _linear(s: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
 def _ntk(s: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
     stretch = s.factor
     if s.length:
-        stretch = s.factor * max(s.length, s.original_positions) / s.original_positions - (s.factor - 1)
+        length = max(s.length, s.original_positions)
+        stretch = s.factor * length / s.original_positions - (s.factor - 1)
     return _frequencies(head_dim, theta * stretch ** (head_dim / (head_dim - 2)))
 
 
 def _llama3(s: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
     plain = _frequencies(head_dim, theta)
     turns = s.original_positions * plain / (2 * np.pi)
-    kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+    kept = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    kept = np.clip(kept, 0, 1)
     return (1 - kept) * plain / s.factor + kept * plain
 
 
 def _yarn(s: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
     plain = _frequencies(head_dim, theta)
 
-    def dimension(turns: float) -> float:  # whose frequency makes so many turns over the first training length
-        return head_dim * math.log(s.original_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def dimension(turns: float) -> float:
+        """The dimension whose frequency makes `turns` turns over original_positions."""
+        wavelength = s.original_positions / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(theta))
 
-    low, high = max(math.floor(dimension(s.beta_fast)), 0), min(math.ceil(dimension(s.beta_slow)), head_dim - 1)
+    low = max(math.floor(dimension(s.beta_fast)), 0)
+    high = min(math.ceil(dimension(s.beta_slow)), head_dim - 1)
     scaled = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
     return scaled * plain / s.factor + (1 - scaled) * plain
 
 
-SCALINGS: dict[str, Callable[[RopeScaling, int, float], np.ndarray]] = {
+# kind -> the frequencies, float64 [head_dim / 2], of a scaling, head_dim and theta
+ROPE_SCALINGS: dict[str, Callable[[RopeScaling, int, float], np.ndarray]] = {
     "none": lambda s, head_dim, theta: _frequencies(head_dim, theta),
-    "linear": _linear, "ntk": _ntk, "llama3": _llama3, "yarn": _yarn,
+    "linear": _linear,
+    "ntk": _ntk,
+    "llama3": _llama3,
+    "yarn": _yarn,
 }
 NO_SCALING = RopeScaling()
 
 
 def rope_rotation(positions_BT: jax.Array, head_dim: int, theta: float,
                   scaling: RopeScaling = NO_SCALING) -> Rotation:
-    """Angles positions * theta^(-2i / head_dim), with the frequencies scaled, computed once for all layers."""
-    frequencies = jnp.asarray(SCALINGS[scaling.kind](scaling, head_dim, theta), jnp.float32)
-    angles = positions_BT.astype(jnp.float32)[..., None] * frequencies.reshape(1, 1, -1)
+    """cos and sin of positions * theta^(-2i / head_dim), with the frequencies scaled."""
+    scaled = jnp.asarray(ROPE_SCALINGS[scaling.kind](scaling, head_dim, theta), jnp.float32)
+    angles = positions_BT.astype(jnp.float32)[..., None] * scaled.reshape(1, 1, -1)
     if scaling.kind != "yarn":
         return jnp.cos(angles), jnp.sin(angles)
     size = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
@@ -109,40 +122,55 @@ def apply_rope(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotates the pairs (x_i, x_{i + head_dim/2}) of every head, in float32."""
     cos, sin = (r[:, :, None, :] for r in rotation)
     if platform() == "tpu":
-        return _rope_by_matmul(x_BTHK, *(jnp.concatenate([r, r], axis=-1) for r in (cos, sin)))
+        cos, sin = (jnp.concatenate([r, r], axis=-1) for r in (cos, sin))
+        return _rope_by_matmul(x_BTHK, cos, sin)
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotated.astype(x_BTHK.dtype)
 
 
 @jax.custom_vjp
 def _rope_by_matmul(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x * cos + (x turned by a right angle) * sin. Halves of a vector register cannot be swapped cheaply; a matmul
-    with a signed permutation swaps them, without rounding, and fuses with what follows."""
+    """x * cos + (x rotated by 90 degrees) * sin, where a matmul rotates by 90 degrees.
+
+    A TPU cannot cheaply swap the halves of a vector register. A matmul with a signed permutation
+    swaps them without rounding, and is fused with the operations after it.
+    """
     half = x_BTHK.shape[-1] // 2
     turn = np.roll(np.eye(2 * half), half, axis=1)
     turn[half:] *= -1
     exact = lax.Precision.HIGHEST if x_BTHK.dtype == jnp.float32 else None
-    turned = lax.dot_general(x_BTHK, jnp.asarray(turn, x_BTHK.dtype), (((3,), (0,)), ((), ())), precision=exact,
-                             preferred_element_type=jnp.float32)
+    turned = lax.dot_general(
+        x_BTHK, jnp.asarray(turn, x_BTHK.dtype), (((3,), (0,)), ((), ())), precision=exact,
+        preferred_element_type=jnp.float32)
     return (x_BTHK.astype(jnp.float32) * cos + turned * sin).astype(x_BTHK.dtype)
 
 
-_rope_by_matmul.defvjp(lambda x, cos, sin: (_rope_by_matmul(x, cos, sin), (cos, sin)),
-                       lambda saved, g: (_rope_by_matmul(g, saved[0], -saved[1]), None, None))
+_rope_by_matmul.defvjp(
+    lambda x, cos, sin: (_rope_by_matmul(x, cos, sin), (cos, sin)),
+    lambda saved, g: (_rope_by_matmul(g, saved[0], -saved[1]), None, None))
 
 
 def sinusoids(positions_BT: jax.Array, dim: int) -> jax.Array:
-    """float32 [B, T, D]: sines in the first half and cosines in the second (Vaswani et al. 2017, arXiv:1706.03762,
-    which interleaves them: a permutation of the dimensions)."""
+    """Position embeddings float32 [B, T, D]: sines in the first half, cosines in the second.
+
+    Vaswani et al. 2017, arXiv:1706.03762, interleave the two; the dimensions are only permuted.
+    """
     return jnp.concatenate(rope_rotation(positions_BT, dim, 10_000.0)[::-1], axis=-1)
 
 
-def relative_buckets(q_positions_BT: jax.Array, kv_positions_BS: jax.Array, *, bidirectional: bool, buckets: int,
-                     distance: int) -> jax.Array:
-    """int32 [B, T, S] in [0, buckets), as T5 has them (Raffel et al. 2019, arXiv:1910.10683).
+def relative_buckets(q_positions_BT: jax.Array, kv_positions_BS: jax.Array, *, bidirectional: bool,
+                     buckets: int, distance: int) -> jax.Array:
+    """T5's bucket of each pair of positions (Raffel et al. 2019, arXiv:1910.10683).
 
-    Near keys have a bucket each, farther ones share buckets that grow logarithmically up to `distance`. bidirectional:
-    half of them are for keys to the right.
+    Each of the nearest keys has a bucket of its own. Farther keys share buckets, which grow
+    logarithmically up to `distance`.
+
+    Args:
+      bidirectional: uses half of the buckets for later keys.
+
+    Returns:
+      int32 [B, T, S] in [0, buckets).
     """
     offset = kv_positions_BS[:, None, :] - q_positions_BT[:, :, None]
     first = jnp.zeros_like(offset)
@@ -151,7 +179,10 @@ def relative_buckets(q_positions_BT: jax.Array, kv_positions_BS: jax.Array, *, b
         first = jnp.where(offset > 0, buckets, 0)
     away = jnp.abs(offset) if bidirectional else jnp.maximum(-offset, 0)
     exact = buckets // 2
-    # Where the logarithm reaches the next bucket, counted in integers: rounding must not move a boundary.
-    edges = [math.ceil(exact * (distance / exact) ** (i / (buckets - exact)) - 1e-9) for i in range(1, buckets - exact)]
+    # The distances at which the logarithm reaches the next bucket, as integers: rounding must not
+    # move a boundary.
+    growth = distance / exact
+    edges = [math.ceil(exact * growth ** (i / (buckets - exact)) - 1e-9)
+             for i in range(1, buckets - exact)]
     far = exact + sum((away >= edge).astype(jnp.int32) for edge in edges)
     return first + jnp.where(away < exact, away, far)

@@ -22,7 +22,7 @@ Body = Callable[..., jax.Array]
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
-    """The mesh axes that split the axis `name` in the current layout; axes of size 1 are left out."""
+    """The mesh axes, of more than one device, that split the axis `name` in the current layout."""
     layout = current_layout()
     return () if layout is None else layout.on(name)
 
@@ -122,9 +122,10 @@ def balanced_pieces(n: int) -> list[int]:
 
 
 def balance_sequence(x: jax.Array, *, back: bool = False) -> jax.Array:
-    """Reorders the sequence of x [B, T, ...] to balance causal work over the n devices that split it.
+    """Reorders the sequence of x [B, T, ...] to balance causal work over devices.
 
-    Of 2n equal pieces, device i then holds pieces i and 2n - 1 - i: an early one and a late one.
+    Of 2n equal pieces, device i of the n devices that split the sequence then holds pieces i and
+    2n - 1 - i: an early one and a late one.
 
     Args:
       back: restores reading order instead.
@@ -156,7 +157,7 @@ def balance_sequence(x: jax.Array, *, back: bool = False) -> jax.Array:
 
 
 def in_reading_order(x: jax.Array, n: int) -> jax.Array:
-    """Undoes `balance_sequence` over n devices, for an x [B, S, ...] that this device holds whole."""
+    """Undoes `balance_sequence` over n devices, where every device holds all of x [B, S, ...]."""
     parts = jnp.split(x, 2 * n, axis=1)
     return jnp.concatenate([parts[balanced_pieces(n).index(i)] for i in range(2 * n)], axis=1)
 

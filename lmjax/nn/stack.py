@@ -196,7 +196,7 @@ class Stack(nnx.Module):
         return jax.checkpoint(layer, policy=policy, prevent_cse=not in_loop)
 
     def _split_rounds(self, inputs: Inputs, rounds: int) -> tuple[Inputs, Inputs]:
-        """Inputs of the repetitions of the pattern [rounds, ...], and of the layers that are left."""
+        """The inputs of all repetitions of the pattern, [rounds, ...], and of the layers left."""
         params, more_params = _split(inputs.params, rounds, len(self.pattern))
         per_layer, more_per_layer = _split(inputs.per_layer, rounds, len(self.pattern))
         caches = [_split(cache, rounds, self.pattern.count(kind))

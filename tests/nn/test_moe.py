@@ -11,7 +11,7 @@ from lmjax.config import build
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
 from lmjax.nn.module import functional
-from lmjax.nn.moe import MoE, MoEConfig, _in_blocks, block_rows
+from lmjax.nn.moe import MoE, MoEConfig, block_rows, sort_into_blocks
 from lmjax.sharding import MeshConfig, make_layout
 from lmjax.training.losses import Loss, with_experts
 from lmjax.training.optim.config import OptimizerConfig
@@ -79,7 +79,7 @@ def test_blocks_hold_every_choice_once_and_one_expert_each(M, E, absent):
     chosen = np.sort(np.minimum(rng.geometric(0.4, M) - 1, E - 1))  # uneven, often with an expert that none chose
     chosen[M - absent:] = E
     sizes, order = np.bincount(chosen, minlength=E)[:E], rng.permutation(M)
-    filled, expert = _in_blocks(jnp.asarray(order), jnp.asarray(sizes), block_rows(M, E))
+    filled, expert = sort_into_blocks(jnp.asarray(order), jnp.asarray(sizes), block_rows(M, E))
     blocks = np.asarray(filled).reshape(len(expert), -1)
     held = {int(choice): int(e) for row, e in zip(blocks, expert, strict=True) for choice in row if choice < M}
     own = M - absent
@@ -87,7 +87,7 @@ def test_blocks_hold_every_choice_once_and_one_expert_each(M, E, absent):
 
 
 @pytest.mark.parametrize("per_token", [2, 3])
-def test_a_cpu_computes_in_blocks_what_ragged_dot_computes(per_token, monkeypatch):
+def test_a_cpu_computessort_into_blocks_what_ragged_dot_computes(per_token, monkeypatch):
     _, module = moe_of(per_token=per_token)
     params = module.init(jax.random.key(0))
     x, g = jax.random.normal(jax.random.key(1), (2, 4, 64, D))

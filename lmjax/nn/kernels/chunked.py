@@ -1,9 +1,9 @@
 """Attention in blocks of queries and keys: exact, in memory that grows with T and not with T * S.
 
 Flash attention (Dao et al. 2022, arXiv:2205.14135) in plain XLA, for platforms and models that no
-hand-written kernel serves. The forward pass keeps a running maximum and a running sum per query; the
-backward pass computes the probabilities again, block by block. Blocks of keys that no query of a
-block can see are skipped.
+hand-written kernel serves. The forward pass keeps a running maximum and a running sum per query.
+The backward pass computes the probabilities again, block by block. Blocks of keys that no query of
+a block can see are skipped.
 
 Shape suffixes: B batch, T query sequence, S key sequence, H query heads, G key/value heads,
 R = H / G query heads per key/value head, K head_dim; t queries per block, s keys per block,

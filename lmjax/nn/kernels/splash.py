@@ -121,7 +121,7 @@ def fit(tiles: Tiles, T: int, S: int) -> Tiles:
 @functools.lru_cache(maxsize=64)
 def make_kernel(index_mask: IndexMask, heads: int, softcap: float, tiles: Tiles,
                 interpret: bool) -> splash.SplashAttentionKernel:
-    """The kernel for one mask by index, with its tables of tiles to visit; cached for all layers."""
+    """The kernel for one mask, with its tables of tiles to visit; all layers share it."""
     T, S, causal, window, shards, balanced = index_mask
     mask: Any
     if window:
@@ -132,7 +132,9 @@ def make_kernel(index_mask: IndexMask, heads: int, softcap: float, tiles: Tiles,
         pieces = mask.q_sequence.reshape(2 * shards, -1)[balanced_pieces(shards)]
         mask.q_sequence = pieces.reshape(-1)
     fused = S // tiles.dkv_keys <= MAX_FUSED_TILES
-    dq = {} if fused else dict(block_q_dq=tiles.dq_queries, block_kv_dq=tiles.dq_keys)
+    dq: dict[str, Any] = {}
+    if not fused:
+        dq = dict(block_q_dq=tiles.dq_queries, block_kv_dq=tiles.dq_keys)
     sizes = splash.BlockSizes(
         block_q=tiles.queries, block_kv=tiles.keys, block_kv_compute=tiles.compute, **dq,
         block_q_dkv=tiles.dkv_queries, block_kv_dkv=tiles.dkv_keys,

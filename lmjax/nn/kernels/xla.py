@@ -37,9 +37,9 @@ def xla_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask:
                   scale: float, softcap: float, bias: jax.Array | None) -> jax.Array:
     """softmax(cap(q k^T * scale) + bias) v, with float32 scores [B, H, T, S] in memory."""
     T, mask_BTS = q_BTHK.shape[1], mask.to_dense()
-    # A causal mask hides the keys after a piece's last query from the whole piece: with four pieces,
-    # 3/8 of the work is skipped. Other platforms prefer large matmuls, and a sequence that is split
-    # over devices has to stay in one piece.
+    # A causal mask hides the keys after a piece's last query from the whole piece. With four
+    # pieces, 3/8 of the work is skipped. Other platforms prefer large matmuls, and a sequence that
+    # is split over devices has to stay in one piece.
     skip = mask.hides_later_keys() and platform() == "cpu" and num_devices() == 1
     size = max(-(-T // PIECES), MIN_QUERIES) if skip else T
     parts = []
