@@ -1,1 +1,1 @@
-"""Measurements behind `lmjax bench`; nothing else imports them."""
+"""Measurements for `lmjax bench`; nothing else imports them."""

@@ -1,25 +1,23 @@
-"""`lmjax bench data`: how fast one core is at each stage of `lmjax prepare`, and this machine at training rows.
+"""`lmjax bench data`: measures one core preparing text, and this machine making training rows.
 
-The text is the standard library's. All that is compared runs in turn, round after round, and a figure is the median of
-its rounds. Other libraries (the extra `compare`) do the same work in the same rounds, the slow ones on a part of it.
+The text is that of the standard library. All contestants run in turn, round after round, and a
+figure is the median of its rounds. Other libraries (the extra `compare`) do the same work in the
+same rounds, the slow ones on a part of the text.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from lmjax.benchmarks.pipeline import Work, pipelines
+from lmjax.benchmarks.rounds import Report, Turn, in_turn, write_report
 from lmjax.data.config import DedupConfig
 from lmjax.data.preparation import dedup, shards
 from lmjax.data.preparation.engine import Engine
@@ -30,23 +28,29 @@ from lmjax.data.text.sources import Document, SourceConfig
 from lmjax.data.text.words import batches
 from lmjax.data.tokenizers import TokenizerConfig, train_tokenizer
 
-RULES = ("newlines", "control", "nfc", "trailing_spaces", "blank_lines", "boilerplate", "mask_email", "mask_ip")
+CLEANING = ("newlines", "control", "nfc", "trailing_spaces", "blank_lines", "boilerplate",
+            "mask_email", "mask_ip")
 CHARS = 4 << 20  # of the corpus
-WHOLE = 8 * CHARS  # where a pass over CHARS takes milliseconds, of which files and folders take half
-LENGTHS = (400, 3000)  # characters: documents as long as a package's description, and as a web page
-PART = 16  # of as many documents, one for those who need seconds for a megabyte
+MORE_CHARS = 8 * CHARS  # for exact dedup, which would spend half of a shorter time on files
+LENGTHS = (400, 3000)  # characters: of a package's description, and of a web page
+PART = 16  # libraries that need seconds per megabyte get one of 16 documents
+Run = Callable[[], object]
 
 
-def bench_data(*, seconds: float = 60.0, out: str = "") -> dict[str, Any]:
-    """Measures for about `seconds` (three rounds at least), prints a table and returns its figures.
+def bench_data(*, seconds: float = 60.0, out: str = "") -> Report:
+    """Measures the preparation of data and prints a table.
 
-    out: a file for the figures as JSON.
+    Args:
+      seconds: how long to measure, about; at least three rounds are run.
+      out: a file for the figures as JSON; "" writes none.
+    Returns:
+      the figures.
     """
     texts = corpus(CHARS)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         print("bench: making the data that is read", file=sys.stderr)
-        work = stages(texts, folder, stack) | pipelines(folder, stack)
-        times = _in_turn(work, seconds)
+        work = preparation(texts, folder, stack) | pipelines(folder, stack)
+        times = in_turn([Turn(name, one.run) for name, one in work.items()], seconds)
     rows = {}
     for name, one in work.items():
         middle = statistics.median(times[name])
@@ -55,27 +59,14 @@ def bench_data(*, seconds: float = 60.0, out: str = "") -> dict[str, Any]:
     report = {"cores": os.cpu_count(), "rounds": len(times["tokenise"]), "rows": rows}
     print(f"{'':34}{'MB/s':>9}{'tokens/s':>13}{'documents/s':>13}")
     for name, row in rows.items():
-        print(f"{name:34}{row['mb_per_s']:9.1f}{row['tokens_per_s']:13,.0f}{row['documents_per_s']:13,.0f}")
-    if out:
-        Path(out).write_text(json.dumps(report, indent=2) + "\n")
+        print(f"{name:34}{row['mb_per_s']:9.1f}{row['tokens_per_s']:13,.0f}"
+              f"{row['documents_per_s']:13,.0f}")
+    write_report(report, out)
     return report
 
 
-def _in_turn(work: dict[str, Work], seconds: float) -> dict[str, list[float]]:
-    began = time.monotonic()
-    times: dict[str, list[float]] = {name: [] for name in work}
-    while time.monotonic() - began < seconds or len(times["tokenise"]) < 3:
-        for name, one in work.items():
-            at = time.perf_counter()
-            one.run()
-            times[name].append(time.perf_counter() - at)
-            print(f"\rbench: {name}: {times[name][-1]:.2f} s        ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return times
-
-
 def corpus(limit: int) -> list[str]:
-    """Texts of about `limit` characters together."""
+    """Returns texts of the standard library with about `limit` characters in total."""
     source = SourceConfig(name="stdlib", uri="builtin:python-stdlib")
     texts, size = [], 0
     for files in sources.units(source, 1 << 20):
@@ -86,40 +77,56 @@ def corpus(limit: int) -> list[str]:
     return texts
 
 
-def stages(texts: Sequence[str], folder: str, stack: contextlib.ExitStack) -> dict[str, Work]:
-    """The work of each stage; dedup with the reading of its shards, the others without."""
+def preparation(texts: Sequence[str], folder: str, stack: contextlib.ExitStack) -> dict[str, Work]:
+    """Returns the work of each stage of preparation, and the same work by other libraries.
+
+    Deduplication reads its documents from shards; the other stages get them in memory.
+
+    Args:
+      texts: the corpus.
+      folder: for shards and spilled records.
+      stack: closes the engine.
+    """
     tokenizer = train_tokenizer(TokenizerConfig(train_bytes=2_000_000), texts)
     gopher = {name: filters.FILTERS[name]() for name in ("gopher_quality", "gopher_repetition")}
-    tokens = sum(map(len, tokenizer.encode_batch(texts)))
+    tokens_per_char = sum(map(len, tokenizer.encode_batch(texts))) / sum(map(len, texts))
     engine = stack.enter_context(Engine(folder, workers=1))
 
     def clean_and_filter() -> None:
-        cleaned = [clean.clean(text, RULES)[0] for text in texts]
+        cleaned = [clean.clean(text, CLEANING)[0] for text in texts]
         for _, group in batches(cleaned):
             batch = TextBatch(group)
             filters.reject(batch, gopher)
-            batch.languages  # noqa: B018 - worked out when it is asked for
+            batch.languages  # noqa: B018 - computed when it is first read
 
-    more = corpus(WHOLE)
+    def gopher_filters() -> None:
+        for _, group in batches(texts):
+            filters.reject(TextBatch(group), gopher)
 
-    def of(run: Any, documents: Sequence[str] = texts) -> Work:
+    def tokenise() -> None:
+        for _, group in batches(texts):
+            tokenizer.encode_batch(group, num_threads=1)
+
+    def of(run: Run, documents: Sequence[str] = texts) -> Work:
         size = sum(len(text.encode()) for text in documents)
-        share = sum(map(len, documents)) / sum(map(len, texts))
-        return Work(run, round(tokens * share), size, len(documents))
+        tokens = round(tokens_per_char * sum(map(len, documents)))
+        return Work(run, tokens, size, len(documents))
 
-    found = {"clean and filter": of(clean_and_filter),
-             "gopher filters": of(lambda: [filters.reject(TextBatch(g), gopher) for _, g in batches(texts)]),
+    more = corpus(MORE_CHARS)
+    found = {"clean and filter": of(clean_and_filter), "gopher filters": of(gopher_filters),
              "exact dedup": of(_dedup(engine, more, folder, near=False), more)}
     for length in LENGTHS:
         cut = [text[i : i + length] for text in texts for i in range(0, len(text), length)]
-        found[f"MinHash dedup, {length} characters"] = of(_dedup(engine, cut, folder, near=True), cut)
-    found["tokenise"] = of(lambda: [tokenizer.encode_batch(group, num_threads=1) for _, group in batches(texts)])
+        near = _dedup(engine, cut, folder, near=True)
+        found[f"MinHash dedup, {length} characters"] = of(near, cut)
+    found["tokenise"] = of(tokenise)
     part = [text[: LENGTHS[1]] for text in texts[::PART]]
     others = _others(_datatrove, part) | _others(_datasketch, part)
     return found | {name: of(run, part) for name, run in others.items()}
 
 
-def _dedup(engine: Engine, texts: Sequence[str], folder: str, *, near: bool) -> Any:
+def _dedup(engine: Engine, texts: Sequence[str], folder: str, *, near: bool) -> Run:
+    """Writes the texts to a shard; returns the work of finding near or exact copies in it."""
     where = tempfile.mkdtemp(dir=folder)
     part = Shard(f"{where}/shard", "", 0, len(texts))
     shards.write(part.path, {"id": [str(i) for i in range(len(texts))], "text": texts})
@@ -136,29 +143,37 @@ def _dedup(engine: Engine, texts: Sequence[str], folder: str, *, near: bool) -> 
     return run
 
 
-def _others(add: Any, texts: Sequence[str]) -> dict[str, Any]:
+def _others(library: Callable[[Sequence[str]], dict[str, Run]],
+            texts: Sequence[str]) -> dict[str, Run]:
+    """Returns the work of another library; says so and returns none if it is not installed."""
     try:
-        return add(texts)
+        return library(texts)
     except ImportError as error:
-        print(f"bench: no comparison with {add.__name__[1:]}: {error}; pip install lmjax[compare]", file=sys.stderr)
+        print(f"bench: no comparison with {library.__name__[1:]}: {error}; "
+              "pip install lmjax[compare]", file=sys.stderr)
         return {}
 
 
-def _datatrove(texts: Sequence[str]) -> dict[str, Any]:
+def _datatrove(texts: Sequence[str]) -> dict[str, Run]:
     from datatrove.data import Document as Theirs
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
     from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
 
     both = GopherQualityFilter(), GopherRepetitionFilter()
-    both[0].filter(Theirs(text="its tokenizer is a package of its own", id=""))
+    both[0].filter(Theirs(text="raises here if its tokenizer is not installed", id=""))
     documents = [Theirs(text=text, id=str(i)) for i, text in enumerate(texts)]
     minhash = MinhashDedupSignature("unused", config=MinhashConfig(n_grams=5))
+
+    def signatures() -> None:
+        for text in texts:
+            if (shingles := minhash.get_shingles(text)).size:
+                minhash.get_signature(shingles)
+
     return {"gopher filters, datatrove": lambda: [f.filter(d) for d in documents for f in both],
-            "MinHash signatures, datatrove": lambda: [
-                minhash.get_signature(found) for text in texts if (found := minhash.get_shingles(text)).size]}
+            "MinHash signatures, datatrove": signatures}
 
 
-def _datasketch(texts: Sequence[str]) -> dict[str, Any]:
+def _datasketch(texts: Sequence[str]) -> dict[str, Run]:
     import datasketch
 
     def run() -> None:
@@ -166,7 +181,8 @@ def _datasketch(texts: Sequence[str]) -> dict[str, Any]:
         for i, text in enumerate(texts):
             words = text.lower().split()
             sketch = datasketch.MinHash(120)
-            sketch.update_batch([" ".join(words[k : k + 5]).encode() for k in range(max(len(words) - 4, 1))])
+            sketch.update_batch([" ".join(words[k : k + 5]).encode()
+                                 for k in range(max(len(words) - 4, 1))])
             index.query(sketch)
             index.insert(str(i), sketch)
 
