@@ -6,5 +6,5 @@ from lmjax.data.pipeline import open_splits
 from lmjax.data.text.sources import SourceConfig
 from lmjax.data.tokenizers import Tokenizer, TokenizerConfig
 
-__all__ = ["DataConfig", "SourceConfig", "Tokenizer", "TokenizerConfig", "eval_batches", "make_batches",
-           "open_splits"]
+__all__ = ["DataConfig", "SourceConfig", "Tokenizer", "TokenizerConfig", "eval_batches",
+           "make_batches", "open_splits"]

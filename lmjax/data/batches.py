@@ -42,8 +42,8 @@ def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
     Returns:
       an iterator of dicts of global arrays [batch_size, length], one per field of the split.
     Raises:
-      UserError: the batch or the sequence does not divide over the mesh, or TensorFlow is needed and not
-        installed. It is raised by this call, before the first batch.
+      UserError: the batch or the sequence does not divide over the mesh, or TensorFlow is needed
+        and not installed. It is raised by this call, before the first batch.
     """
     local = _local_rows(split, batch_size, sharding)
 
@@ -55,11 +55,12 @@ def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
 
 def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding, *,
                  most: int = 0) -> Iterator[Batch]:
-    """Every row of the split once, in order; the last batch is filled up with rows of masked padding.
+    """Every row of the split once, in order; rows of masked padding fill up the last batch.
 
     Args:
       split, batch_size, sharding: as for `make_batches`, like the result and the errors.
-      most: only so many batches, of rows drawn from the whole split, the same in every call; 0: all.
+      most: 0: all rows. Else so many batches, of rows drawn from the whole split, the same in
+        every call.
     """
     local, total = _local_rows(split, batch_size, sharding), split.num_rows()
 
@@ -73,23 +74,25 @@ def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding,
         return rows
 
     steps = -(-total // batch_size)
-    return _device_batches(split, host_batch, range(min(most or steps, steps)), batch_size, sharding, local)
+    return _device_batches(split, host_batch, range(min(most or steps, steps)), batch_size,
+                           sharding, local)
 
 
 def _local_rows(split: Split, batch_size: int, sharding: jax.sharding.Sharding) -> np.ndarray:
-    """`local_rows` of a batch, which are the same for every field; checks the shapes of all fields."""
+    """`local_rows` of a batch, the same for every field; checks the shapes of all fields."""
     return [local_rows((batch_size, length), sharding) for length in set(split.fields.values())][0]
 
 
 def local_rows(shape: tuple[int, int], sharding: jax.sharding.Sharding) -> np.ndarray:
-    """Rows of a global batch that this process's devices hold under `sharding`; int64, ascending."""
+    """The rows of a global batch that this process's devices hold; int64, ascending."""
     try:
         sharding.shard_shape(shape)
     except ValueError as error:
         axes = str(sharding)
         if isinstance(sharding, jax.sharding.NamedSharding):
             axes = f"{sharding.spec} on {dict(sharding.mesh.shape)}"
-        raise UserError(f"multiples of the axes that split them ({axes})", shape, "change them or the mesh",
+        raise UserError(f"multiples of the axes that split them ({axes})", shape,
+                        "change them or the mesh",
                         where="batch_size, seq_len") from error
     return rows_of(sharding.addressable_devices_indices_map(shape).values(), shape[0])
 
@@ -102,7 +105,8 @@ def rows_of(indices: Iterable[tuple[slice, ...] | None], batch_size: int) -> np.
     return np.flatnonzero(wanted)
 
 
-def to_global(rows: Rows, batch_size: int, sharding: jax.sharding.Sharding, local: np.ndarray) -> Batch:
+def to_global(rows: Rows, batch_size: int, sharding: jax.sharding.Sharding,
+              local: np.ndarray) -> Batch:
     """Global arrays [batch_size, length] from this process's rows, whose numbers are `local`."""
     place = np.zeros(batch_size, np.int64)
     place[local] = np.arange(len(local))
@@ -173,12 +177,13 @@ class _TfData:
     def __init__(self, host_batch: HostBatch, steps: range, names: tuple[str, ...]):
         if importlib.util.find_spec("tensorflow") is None:
             raise UserError("TensorFlow, which feeds rows of text", "none",
-                            "pip install tensorflow-cpu, or train on synthetic data", where="data.sources")
+                            "pip install tensorflow-cpu, or train on synthetic data",
+                            where="data.sources")
         self._error: list[Exception] = []
         self._made: Future[Any] = Future()
         self._names = names
         args = (self._made, self._error, host_batch, steps, names)
-        # In a thread, because importing TensorFlow takes seconds, during which the model can compile.
+        # In a thread: importing TensorFlow takes seconds, during which the model can compile.
         threading.Thread(target=self._work, args=args, name="lmjax-data", daemon=True).start()
 
     @staticmethod
@@ -206,7 +211,8 @@ class _TfData:
         """tf.data stops when its iterator is dropped."""
 
 
-def _dataset(errors: list[Exception], host_batch: HostBatch, steps: range, names: Sequence[str]) -> Any:
+def _dataset(errors: list[Exception], host_batch: HostBatch, steps: range,
+             names: Sequence[str]) -> Any:
     """The tf.data.Dataset of host_batch(step); appends an exception of `host_batch` to `errors`."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is first imported
     import tensorflow as tf

@@ -1,4 +1,4 @@
-"""The configs of data: sources, cleaning, deduplication, decontamination, the mixture over a run."""
+"""The configs of data: sources, cleaning, deduplication, decontamination, mixture."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ class DecontaminateConfig:
 class DedupConfig:
     """Which repeated text is removed. Exact copies always are; 0 switches any other step off."""
 
-    threshold: float = 0.0   # Jaccard similarity of two documents' shingles that removes the later one
+    # Jaccard similarity of two documents' shingles that removes the later one
+    threshold: float = 0.0
     shingle: int = 5         # words in a shingle
-    # MinHash signature: a pair of similarity s is compared with probability 1 - (1 - s**rows)**bands,
-    # which is 0.998 at s = 0.8 with these defaults.
+    # MinHash signature: a pair of similarity s is compared with probability
+    # 1 - (1 - s**rows)**bands, which is 0.998 at s = 0.8 with these defaults.
     bands: int = 20
     rows: int = 6
     window: int = 0          # a run of so many words that occurred before, anywhere, is cut
@@ -45,10 +46,12 @@ class DedupConfig:
     line_chars: int = 20     # shorter lines are left alone
 
     def __post_init__(self) -> None:
-        at_least(1, shingle=self.shingle, bands=self.bands, rows=self.rows, line_chars=self.line_chars)
+        at_least(1, shingle=self.shingle, bands=self.bands, rows=self.rows,
+                 line_chars=self.line_chars)
         at_least(0, window=self.window, line_documents=self.line_documents)
         if not 0 <= self.threshold <= 1:
-            raise UserError("a similarity in [0, 1]", self.threshold, "0.8 is usual", where="threshold")
+            raise UserError("a similarity in [0, 1]", self.threshold, "0.8 is usual",
+                            where="threshold")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class CurateConfig:
     A filter is None (off) or its thresholds; `{}` gives the published ones.
     """
 
-    max_chars: int = 4_000_000       # longer documents are dropped, which bounds memory per document
+    # longer documents are dropped, which bounds memory per document
+    max_chars: int = 4_000_000
     languages: tuple[str, ...] = ()  # ISO 639-1 codes, and `und` (code, tables); () keeps all
     gopher_quality: GopherQuality | None = None
     gopher_repetition: GopherRepetition | None = None
@@ -68,19 +72,23 @@ class CurateConfig:
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     workers: int = 0                 # processes; 0: one per core
     memory_mib: int = 2048           # memory that they may hold together
-    beam: tuple[str, ...] = ()       # options of an Apache Beam pipeline to use instead, e.g. --runner=FlinkRunner
+    # options of an Apache Beam pipeline to use instead, e.g. --runner=FlinkRunner
+    beam: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         at_least(0, workers=self.workers)
         at_least(256, memory_mib=self.memory_mib)
         at_least(1, max_chars=self.max_chars)
-        known = [*language.FUNCTION_WORDS, "zh", "ja", "ko", "el", "he", "ar", "hi", "th", language.UNDETERMINED]
+        known = [*language.FUNCTION_WORDS, "zh", "ja", "ko", "el", "he", "ar", "hi", "th",
+                 language.UNDETERMINED]
         if unknown := set(self.languages) - set(known):
-            raise UserError(f"some of {', '.join(known)}", sorted(unknown), "correct them", where="languages")
+            raise UserError(f"some of {', '.join(known)}", sorted(unknown), "correct them",
+                            where="languages")
 
     def decides(self) -> dict[str, Any]:
-        """The settings that decide the result, as plain JSON values; the others say how to compute it."""
-        return {key: value for key, value in plain(self).items() if key not in ("workers", "memory_mib", "beam")}
+        """The settings that decide the result, as plain JSON values."""
+        return {key: value for key, value in plain(self).items()
+                if key not in ("workers", "memory_mib", "beam")}
 
     def filters(self) -> dict[str, Any]:
         """The thresholds of each filter that is on, by name."""
@@ -95,10 +103,12 @@ class MixtureStage:
     """Other proportions of the sources, from some row of the run on."""
 
     row: int                   # the first row of the run that these weights hold for
-    weights: dict[str, float]  # share of the rows by name of the source; 0 for each source not named
+    # share of the rows by name of the source; 0 for each source not named
+    weights: dict[str, float]
 
     def __post_init__(self) -> None:
-        at_least(0, row=self.row, **{f"weights.{name}": weight for name, weight in self.weights.items()})
+        at_least(0, row=self.row,
+                 **{f"weights.{name}": weight for name, weight in self.weights.items()})
         if not any(self.weights.values()):
             raise UserError("one above 0", self.weights, "raise one", where="weights")
 
@@ -107,58 +117,66 @@ class MixtureStage:
 class DataConfig:
     """What a model is trained on, how it is cut into rows, and in which order they come."""
 
-    # What is read, in which proportions.
-    sources: tuple[SourceConfig, ...] = (SourceConfig(name="python-stdlib", uri="builtin:python-stdlib"),)
+    # what is read, in which proportions
+    sources: tuple[SourceConfig, ...] = (
+        SourceConfig(name="python-stdlib", uri="builtin:python-stdlib"),)
     stages: tuple[MixtureStage, ...] = ()  # other proportions, each from some row of the run on
-    # Most epochs of each source that a run may take, by name; a longer run is refused. Default: no limit.
+    # by name of a source: the most epochs that a run may take of it; no limit for the others
     max_epochs: dict[str, float] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    directory: str = ""              # prepared data: local, gs:// or s3://; "": `data` in the run's directory
+    # prepared data: local, gs:// or s3://; "": `data` in the run's directory
+    directory: str = ""
     seq_len: int = 256               # tokens in a row, of the encoder if there is one
-    packing: str = "best_fit"        # best_fit (cuts only documents longer than a row), concat or none
+    # best_fit (cuts only documents longer than a row), concat or none
+    packing: str = "best_fit"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     seed: int = 0                    # of the order of training rows, and of synthetic data
     heldout_fraction: float = 0.02   # share of documents, chosen by hash, kept for evaluation
-    broken_budget: float = 0.02      # share of records that may be broken: not UTF-8, not JSON, without text
+    # share of records that may be broken: not UTF-8, not JSON, without text
+    broken_budget: float = 0.02
     min_chars: int = 32              # after cleaning, shorter documents are dropped
-    clean: tuple[str, ...] = ("newlines", "control", "nfc")  # rules of lmjax/data/text/clean.py, in this order
+    # rules of lmjax/data/text/clean.py, in this order
+    clean: tuple[str, ...] = ("newlines", "control", "nfc")
     curate: CurateConfig = field(default_factory=CurateConfig)
     memory_limit_mib: int = 1024     # a split's tokens are held in memory up to this size
 
     def __post_init__(self) -> None:
         choice("packing", self.packing, packing.METHODS)
         at_least(2, seq_len=self.seq_len)
-        at_least(0, min_chars=self.min_chars, memory_limit_mib=self.memory_limit_mib, seed=self.seed)
+        at_least(0, min_chars=self.min_chars, memory_limit_mib=self.memory_limit_mib,
+                 seed=self.seed)
         for rule in self.clean:
             choice("clean", rule, CLEANING_RULES)
         if not 0 < self.heldout_fraction < 1:
-            raise UserError("a share in (0, 1)", self.heldout_fraction, "use e.g. 0.02", where="heldout_fraction")
+            raise UserError("a share in (0, 1)", self.heldout_fraction, "use e.g. 0.02",
+                            where="heldout_fraction")
         if not 0 <= self.broken_budget <= 1:
-            raise UserError("a share in [0, 1]", self.broken_budget, "use e.g. 0.02", where="broken_budget")
+            raise UserError("a share in [0, 1]", self.broken_budget, "use e.g. 0.02",
+                            where="broken_budget")
         if self.packing == "concat" and not self.objective.joins:
-            raise UserError(f"best_fit or none for {self.objective.name}, whose rows cannot be cut from a "
-                            "stream of text", "concat", "use best_fit", where="packing")
+            raise UserError(f"best_fit or none for {self.objective.name}, whose rows cannot be cut "
+                            "from a stream of text", "concat", "use best_fit", where="packing")
         names = [source.name for source in self.sources]
         self._check_sources(names)
         self._check_stages(names)
 
     def _check_sources(self, names: Sequence[str]) -> None:
         if not names or len(set(names)) < len(names):
-            raise UserError("one or more with different names", names, "rename them" if names else "name one",
-                            where="sources")
+            raise UserError("one or more with different names", names,
+                            "rename them" if names else "name one", where="sources")
         if 0 < sum(map(is_synthetic, self.sources)) < len(self.sources):
             raise UserError("all or none to be synthetic", "a mixture", "train on them separately",
                             where="sources")
         if self.objective.whole_word and self.synthetic:
-            raise UserError("false for synthetic data, which has no words", "true", "set it to false",
-                            where="objective.whole_word")
+            raise UserError("false for synthetic data, which has no words", "true",
+                            "set it to false", where="objective.whole_word")
 
     def _check_stages(self, names: Sequence[str]) -> None:
         unknown = [n for stage in self.stages for n in stage.weights if n not in names]
         unknown += [n for n in self.max_epochs if n not in names]
         if unknown:
-            raise UserError(f"names of sources ({', '.join(names)})", repr(unknown[0]), "correct it",
-                            where="stages, max_epochs")
+            raise UserError(f"names of sources ({', '.join(names)})", repr(unknown[0]),
+                            "correct it", where="stages, max_epochs")
         rows = [stage.row for stage in self.stages]
         if sorted(set(rows)) != rows:
             raise UserError("rising rows", rows, "sort them", where="stages")
@@ -167,7 +185,8 @@ class DataConfig:
     @property
     def mixture(self) -> list[tuple[int, list[float]]]:
         """(first row, weight of each source) of every stretch of the run with one mixture."""
-        stages = [(s.row, [s.weights.get(source.name, 0.0) for source in self.sources]) for s in self.stages]
+        stages = [(s.row, [s.weights.get(source.name, 0.0) for source in self.sources])
+                  for s in self.stages]
         if stages and stages[0][0] == 0:
             return stages
         return [(0, [source.weight for source in self.sources]), *stages]
@@ -192,6 +211,7 @@ def check_prepared_by(config: DataConfig, manifest: dict[str, Any], directory: s
     got, expected = manifest["config"], config.prepared_by()
     for key in expected:
         if got.get(key) != expected[key]:
-            raise UserError(f"data prepared with {key} = {canonical(expected[key])}", canonical(got.get(key)),
-                            "repeat the config.data settings that it was prepared with, or use another "
-                            "directory", where=directory)
+            raise UserError(f"data prepared with {key} = {canonical(expected[key])}",
+                            canonical(got.get(key)),
+                            "repeat the config.data settings that it was prepared with, or use "
+                            "another directory", where=directory)

@@ -1,4 +1,4 @@
-"""Denoising objectives: spans of a text are replaced by sentinels, and the decoder writes what they hide.
+"""Denoising objectives: sentinels replace spans of a text, and the decoder writes the spans.
 
 Span corruption is T5's (arXiv:1910.10683); UL2 mixes several denoisers (arXiv:2205.05131).
 
@@ -13,7 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmjax.data.hashing import fold, permute, uniform
-from lmjax.data.rows import DECODER, ENCODER, START_ID, Draw, Pieces, Rows, empty, ramps, segments, starts
+from lmjax.data.rows import (
+    DECODER,
+    ENCODER,
+    START_ID,
+    Draw,
+    Pieces,
+    Rows,
+    empty,
+    ramps,
+    segments,
+    starts,
+)
 from lmjax.errors import UserError
 
 
@@ -32,7 +43,8 @@ class Denoiser:
         if self.mean_span and self.mean_span < 1:
             raise UserError("at least 1, or 0", self.mean_span, "T5 has 3", where="mean_span")
         if self.weight <= 0:
-            raise UserError("more than 0", self.weight, "raise it or drop the denoiser", where="weight")
+            raise UserError("more than 0", self.weight, "raise it or drop the denoiser",
+                            where="weight")
 
 
 UL2 = (  # table 1 of arXiv:2205.05131
@@ -123,7 +135,8 @@ class Denoising:
         to_Q = _spans_from(start_P, hidden_Q + 1, spans_P)
         flat[to_Q] = sentinel_Q
         flat[ramps(to_Q + 1, hidden_Q)] = p.flat[ramps(source_Q + kept_Q, hidden_Q)]
-        out["tokens"][:, 1:] = np.where(out["positions"][:, 1:] > 0, out["targets"][:, :-1], START_ID)
+        out["tokens"][:, 1:] = np.where(out["positions"][:, 1:] > 0, out["targets"][:, :-1],
+                                        START_ID)
         out["loss_mask"][...] = out["segment_ids"] > 0
         return out
 
@@ -135,8 +148,10 @@ class Denoising:
         shares = np.cumsum([d.weight for d in self.mixture])
         random_P = uniform(fold(key_P, Draw.DENOISER))
         which_P = np.searchsorted(shares[:-1] / shares[-1], random_P, side="right")
-        table = [(d.density, d.mean_span, self._id_of(d.mode) if d.mode else -1) for d in self.mixture]
-        density_P, mean_P, mode_P = (np.array(column)[which_P] for column in zip(*table, strict=True))
+        table = [(d.density, d.mean_span, self._id_of(d.mode) if d.mode else -1)
+                 for d in self.mixture]
+        density_P, mean_P, mode_P = (np.array(column)[which_P]
+                                     for column in zip(*table, strict=True))
         return density_P, mean_P, mode_P
 
 
@@ -144,8 +159,8 @@ def noise_counts(length: np.ndarray, density: float | np.ndarray,
                  mean_span: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How much of a text is hidden, rounded as in T5.
 
-    There is at least one span, no two spans touch, and none is at the beginning. A text of one token
-    stays whole.
+    There is at least one span, no two spans touch, and none is at the beginning. A text of one
+    token stays whole.
 
     Args:
       length: tokens of each text, int64, at least 1.
@@ -155,11 +170,14 @@ def noise_counts(length: np.ndarray, density: float | np.ndarray,
     """
     noise = np.clip(np.rint(length * density), 1, length - 1).astype(np.int64)
     wanted = np.where(np.asarray(mean_span) > 0, np.rint(noise / np.maximum(mean_span, 1.0)), 1)
-    return noise, np.clip(wanted, 1, np.maximum(np.minimum(noise, length - noise), 1)).astype(np.int64)
+    most = np.maximum(np.minimum(noise, length - noise), 1)
+    return noise, np.clip(wanted, 1, most).astype(np.int64)
 
 
 def random_parts(total_P: np.ndarray, parts_P: np.ndarray, key_P: np.ndarray) -> np.ndarray:
-    """Cuts each total into parts of at least 1, all ways equally likely; a total of 0 is one part of 0.
+    """Cuts each total into parts of at least 1, all ways equally likely.
+
+    A total of 0 is one part of 0.
 
     Returns:
       int64, the parts of all totals, one total after the other.
@@ -173,7 +191,7 @@ def random_parts(total_P: np.ndarray, parts_P: np.ndarray, key_P: np.ndarray) ->
 
 
 def _place(out: Rows, prefix: str, size_P: np.ndarray, place_P: np.ndarray) -> np.ndarray:
-    """Writes segment ids and positions of pieces on one side; returns where each begins, flattened."""
+    """Writes segment ids and positions of one side; returns where each piece begins, flattened."""
     segment_ids = out[f"{prefix}segment_ids"]
     start_P = starts(size_P, place_P, segment_ids.shape[1])
     slots = ramps(start_P, size_P)

@@ -6,18 +6,17 @@ import hashlib
 
 import numpy as np
 
-# Rounds of the Feistel network. 4 are enough that a chosen-plaintext adversary cannot tell it from random.
-ROUNDS = 8
+ROUNDS = 8  # of the Feistel network; after 4 a chosen-plaintext adversary takes it for random
 
 
 def key_of(*parts: int | str) -> np.ndarray:
-    """A 64-bit key from integers and strings; a uint64 array of shape [], since arrays wrap around silently."""
+    """A 64-bit key from integers and strings: uint64 [], an array because arrays wrap silently."""
     text = "\0".join(f"{type(p).__name__}:{p}" for p in parts)
     return np.array(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"), np.uint64)
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit integers that looks random (SplitMix64's finaliser, Steele et al., 2014)."""
+    """A random-looking bijection of uint64: SplitMix64's finaliser (Steele et al., 2014)."""
     x = np.atleast_1d(np.asarray(x, np.uint64))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -53,7 +52,8 @@ def permute(index: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarr
     n, key = n.reshape(-1), key.reshape(-1)
     bits = np.frexp((n - np.uint64(1)).astype(np.float64))[1].astype(np.uint64)  # of n - 1
     x = _feistel(x.reshape(-1), bits, key)
-    while (outside := np.flatnonzero(x >= n)).size:  # cycle walking: at most half of 2**bits is outside
+    # Cycle walking: at most half of 2**bits is outside.
+    while (outside := np.flatnonzero(x >= n)).size:
         x[outside] = _feistel(x[outside], bits[outside], key[outside])
     return x.astype(np.int64).reshape(np.shape(index))
 

@@ -71,7 +71,7 @@ class ObjectiveConfig:
 
     @property
     def joins(self) -> bool:
-        """Whether rows can be cut from a stream of text: a row is as long as its pieces together."""
+        """Whether a row is as long as its pieces, so that a stream of text can be cut into rows."""
         return self.architecture != "encdec" and not self.augment.share
 
 

@@ -1,13 +1,14 @@
-"""The order of training rows: a pure function of (seed, sources, row number), of which nothing is stored.
+"""The order of training rows: a pure function of (seed, sources, row number), never stored.
 
-Row g lies in block g // BLOCK. Each source has an exact number of rows in each block, by its weight,
-and a keyed permutation of the block places them. That gives (source, running index in the source). The
-running index gives (epoch, place in the epoch), and a permutation keyed by (seed, source, epoch) turns
-the place into a packed row. So the data state of a run is the number of rows that it has consumed, any
-row can be found again, and the order does not depend on steps, batch sizes, devices or processes.
+Row g lies in block g // BLOCK. Each source has an exact number of rows in each block, by its
+weight, and a keyed permutation of the block places them. That gives (source, running index in the
+source). The running index gives (epoch, place in the epoch), and a permutation keyed by (seed,
+source, epoch) turns the place into a packed row. So the data state of a run is the number of rows
+that it has consumed, any row can be found again, and the order does not depend on steps, batch
+sizes, devices or processes.
 
-The mixture may change at any row. The blocks of each stage begin at the stage's first row; the running
-index of a source continues through all stages, so the epochs do not depend on the stages.
+The mixture may change at any row. The blocks of each stage begin at the stage's first row; the
+running index of a source continues through all stages, so the epochs do not depend on the stages.
 
 The permutation is a Feistel network with cycle walking (Black and Rogaway, "Ciphers with Arbitrary
 Finite Domains", 2002), in NumPy, so the order does not depend on the version of any library.
@@ -41,7 +42,7 @@ class BlockMixture:
         self.cumulative = block_counts(np.asarray(weights, np.float64))
 
     def running(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each row number of `g`, and how many rows of that source came before; int64 [n]."""
+        """Each row's source, and how many rows of that source came before; int64 [n] each."""
         g = np.asarray(g, np.int64)
         if self.num_sources == 1:
             return np.zeros_like(g), g
@@ -78,7 +79,8 @@ class StagedMixture:
     Args:
       names: one per source; they are part of the keys, so sources are shuffled independently.
       sizes: packed rows of each source in an epoch.
-      stages: (first row, weights) of every stretch with one mixture, ascending; the first begins at row 0.
+      stages: (first row, weights) of every stretch with one mixture, ascending; the first begins at
+        row 0.
       seed: of all permutations.
     """
 
@@ -87,7 +89,8 @@ class StagedMixture:
         self.names, self.sizes, self.seed = tuple(names), tuple(sizes), seed
         self.starts = np.array([row for row, _ in stages], np.int64)
         self.mixtures = [BlockMixture(weights=weights, seed=seed) for _, weights in stages]
-        self.before_KS = np.zeros((len(stages), len(names)), np.int64)  # rows of each source in earlier stages
+        # Rows of each source in earlier stages.
+        self.before_KS = np.zeros((len(stages), len(names)), np.int64)
         for k in range(1, len(stages)):
             self.before_KS[k] = self.before_KS[k - 1] + self.mixtures[k - 1].seen(
                 int(self.starts[k] - self.starts[k - 1]))
@@ -99,7 +102,8 @@ class StagedMixture:
         for s in np.unique(source):
             mine, size = source == s, self.sizes[s]
             epoch[mine], place = np.divmod(index[mine], size)
-            row[mine] = permute(place, size, fold(key_of("epoch", self.seed, self.names[s]), epoch[mine]))
+            row[mine] = permute(place, size,
+                                fold(key_of("epoch", self.seed, self.names[s]), epoch[mine]))
         return source, epoch, row
 
     def seen(self, rows: int) -> np.ndarray:
@@ -108,7 +112,7 @@ class StagedMixture:
         return self.before_KS[k] + self.mixtures[k].seen(rows - int(self.starts[k]))
 
     def _running(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each row number of `g`, and how many rows of it came before in the run; int64 [n]."""
+        """Each row's source, and how many rows of that source came before; int64 [n] each."""
         source, index = np.empty_like(g), np.empty_like(g)
         stage = np.searchsorted(self.starts, g, side="right") - 1
         for k in np.unique(stage):
@@ -127,7 +131,7 @@ class BatchSize(NamedTuple):
 
 
 class Steps:
-    """Which rows each step of a run trains on: the next ones, as many as the batch size of that step.
+    """Which rows each step of a run trains on: the next ones, as many as its batch size.
 
     Args:
       changes: the batch sizes of the run, ascending; the first begins at step 0 and row 0.
@@ -137,7 +141,7 @@ class Steps:
         self.changes = tuple(BatchSize(*change) for change in changes)
 
     def rows(self, step: int) -> int:
-        """Rows that the first `step` steps train on: step k trains on rows(k - 1) to rows(k) - 1."""
+        """Rows of the first `step` steps: step k trains on rows(k - 1) to rows(k) - 1."""
         change = next(c for c in reversed(self.changes) if c.step <= step)
         return change.row + (step - change.step) * change.size
 
@@ -162,8 +166,8 @@ class Steps:
 def block_counts(weights: np.ndarray) -> np.ndarray:
     """Rows of each source before each block of a period, int64 [PERIOD + 1, S].
 
-    The largest-remainder method, with the error carried from block to block: each block has BLOCK rows,
-    and after any number of blocks a source is within about one row of its share.
+    The largest-remainder method, with the error carried from block to block: each block has BLOCK
+    rows, and after any number of blocks a source is within about one row of its share.
     """
     target = weights / weights.sum() * BLOCK
     total = np.zeros((PERIOD + 1, len(weights)), np.int64)

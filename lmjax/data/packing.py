@@ -2,9 +2,9 @@
 
 The objective says what a length counts. For a decoder, lengths count predictions: a stored document
 of n tokens (BOS + text + EOS) makes n - 1 predictions, and prediction i reads token i and targets
-token i + 1. So a piece (document, start, length) covers the stored tokens start to start + length, and
-two neighbouring pieces of a document share one token. Every plan puts everything that is counted into
-exactly one row.
+token i + 1. So a piece (document, start, length) covers the stored tokens start to start + length,
+and two neighbouring pieces of a document share one token. Every plan puts everything that is
+counted into exactly one row.
 
 Shape legend: P pieces, N rows, L row length (seq_len).
 """
@@ -22,12 +22,12 @@ from lmjax.errors import UserError
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """The pieces of every row: row r holds pieces first_N[r] to first_N[r + 1] - 1, side by side."""
+    """The pieces of every row: row r holds pieces first_N[r] to first_N[r + 1] - 1."""
 
     document_P: np.ndarray  # the document of each piece, int64
     start_P: np.ndarray     # where the piece begins in its document, int64
     length_P: np.ndarray    # its length, int64
-    first_N: np.ndarray     # the first piece of each row and, as one more entry, the number of pieces
+    first_N: np.ndarray     # the first piece of each row, and one more entry: the number of pieces
 
     @property
     def num_rows(self) -> int:
@@ -39,13 +39,14 @@ class PackingPlan:
         return int(self.length_P.sum())
 
     def select(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The pieces of the rows numbered `rows` (int64 [n]), in order, and the place of each in `rows`."""
+        """The pieces of some rows, in order, and the index in `rows` of each piece's row; int64."""
         counts = self.first_N[rows + 1] - self.first_N[rows]
         place = np.repeat(np.arange(len(rows)), counts)
         return ramps(self.first_N[rows], counts), place
 
 
-def make_plan(method: str, lengths: np.ndarray, seq_len: int, cost: np.ndarray | None = None) -> PackingPlan:
+def make_plan(method: str, lengths: np.ndarray, seq_len: int,
+              cost: np.ndarray | None = None) -> PackingPlan:
     """Packs documents into rows.
 
     Args:
@@ -58,13 +59,14 @@ def make_plan(method: str, lengths: np.ndarray, seq_len: int, cost: np.ndarray |
       UserError: the method is unknown.
     """
     if method not in METHODS:
-        raise UserError(f"one of {sorted(METHODS)}", repr(method), "use one of those", where="data.packing")
+        raise UserError(f"one of {sorted(METHODS)}", repr(method), "use one of those",
+                        where="data.packing")
     cost = np.arange(seq_len + 1) if cost is None else cost
     return METHODS[method](np.asarray(lengths, np.int64), seq_len, cost)
 
 
 def cut(lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts only documents longer than `longest`: (document, start, length) of all pieces, in order."""
+    """Cuts documents longer than `longest`: (document, start, length) of all pieces, in order."""
     counts = -(-lengths // longest)
     document = np.repeat(np.arange(len(lengths)), counts)
     start = ramps(np.zeros_like(counts), counts) * longest
@@ -75,8 +77,9 @@ def best_fit(lengths: np.ndarray, seq_len: int, cost: np.ndarray) -> PackingPlan
     """Best-fit decreasing: each piece, longest first, goes to the fullest row that has room for it.
 
     The number of rows is close to the least possible, and only documents longer than a row are cut
-    ("Fewer Truncations Improve Language Modeling", arXiv:2404.10830). Pieces of one length, and rows
-    with the same room, are handled together, so the time grows with the number of distinct lengths.
+    ("Fewer Truncations Improve Language Modeling", arXiv:2404.10830). Pieces of one length, and
+    rows with the same room, are handled together, so the time grows with the number of distinct
+    lengths.
     """
     document, start, length = cut(lengths, len(cost) - 1)
     taken = cost[length]
@@ -107,7 +110,8 @@ class _OpenRows:
             fit = np.flatnonzero(self.has[size:])
             room = int(fit[0]) + size if len(fit) else self.seq_len
             per_row = room // size  # a row just filled stays the best fit while another piece fits
-            rows = self._take(room, -(-count // per_row)) if len(fit) else self._open(-(-count // per_row))
+            needed = -(-count // per_row)
+            rows = self._take(room, needed) if len(fit) else self._open(needed)
             used = min(count, len(rows) * per_row)
             out[at : at + used] = np.repeat(rows, per_row)[:used]
             last = used - (len(rows) - 1) * per_row  # pieces of the last row, which may be fewer
@@ -148,7 +152,8 @@ def concat(lengths: np.ndarray, seq_len: int, cost: np.ndarray) -> PackingPlan:
     begin, length = bounds[:-1], np.diff(bounds)
     document = np.searchsorted(ends, begin, side="right")
     start = begin - (ends - lengths)[document]
-    return _group(document, start, length, begin // seq_len, np.arange(len(begin)), -(-total // seq_len))
+    return _group(document, start, length, begin // seq_len, np.arange(len(begin)),
+                  -(-total // seq_len))
 
 
 def one_per_row(lengths: np.ndarray, seq_len: int, cost: np.ndarray) -> PackingPlan:

@@ -1,4 +1,4 @@
-"""From a data config to splits: rows of several sources, each found by its number in the run alone."""
+"""From a data config to splits: rows of several sources, each found by its number in the run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RowSource(Protocol):
     stored: bool            # whether rows are read from a token store
 
     def rows_at(self, rows: np.ndarray, keys: np.ndarray) -> Rows:
-        """The arrays of the packed rows numbered `rows`, int64 [n]; keys: uint64 [n], of random decisions."""
+        """The arrays of packed rows, int64 [n]; `keys`, uint64 [n], key their random decisions."""
 
     def documents_at(self, row: int) -> list[tuple[str, int, int]]:
         """(id, first token, number of tokens) of the pieces in a packed row."""
@@ -60,9 +60,11 @@ class PackedRows:
                  words: WordTables | None = None):
         self.store, self.objective, self.name, self.words = documents, objective, name, words
         self.stored = isinstance(documents, SplitStore)
-        self.vocab_size, self.seq_len, self.fields = objective.vocab_size, objective.seq_len, objective.fields
+        self.vocab_size, self.seq_len = objective.vocab_size, objective.seq_len
+        self.fields = objective.fields
         tokens = documents.lengths + 1  # `lengths` counts predictions, one fewer than tokens
-        self.plan = make_plan(method, tokens - objective.kind.uncounted, self.seq_len, objective.cost)
+        self.plan = make_plan(method, tokens - objective.kind.uncounted, self.seq_len,
+                              objective.cost)
         self.num_rows = self.plan.num_rows
         self.predictions, self.bytes = documents.predictions, documents.bytes
         self.fingerprint = f"{documents.fingerprint}-{method}-{self.seq_len}"
@@ -80,13 +82,14 @@ class PackedRows:
         keys = rows.astype(np.uint64) if keys is None else keys
         pieces, place = self.plan.select(rows)
         length, kind = self.plan.length_P[pieces], self.objective.kind
-        begin = self.store.offsets[self.plan.document_P[pieces]] + self.plan.start_P[pieces] + kind.skipped
+        begin = self.store.offsets[self.plan.document_P[pieces]] + self.plan.start_P[pieces]
+        begin = begin + kind.skipped
         flat, at = self.store.gather(begin, length + kind.lookahead)
         made = Pieces(flat, at, length, place, fold(keys[place], segments(place)))
         return self.objective.rows(made, len(rows), self.store.specials, self.words)
 
     def documents_at(self, row: int) -> list[tuple[str, int, int]]:
-        """(id, first token, number of tokens) of the pieces in a packed row, as the objective counts them."""
+        """(id, first token, number of tokens) of a packed row's pieces, as the objective counts."""
         pieces, _ = self.plan.select(np.array([row]))
         parts = (self.plan.document_P, self.plan.start_P, self.plan.length_P)
         return [(self.store.ids[document], int(start), int(length))
@@ -94,10 +97,11 @@ class PackedRows:
 
 
 class Split(abc.ABC):
-    """Rows of several sources. `rows` is a pure function; `fingerprint` names everything that decides them."""
+    """Rows of several sources. `rows` is pure; `fingerprint` names everything that decides them."""
 
     def __init__(self, sources: Sequence[RowSource], order: str, key: np.ndarray):
-        self.sources, self.seq_len, self.fields = tuple(sources), sources[0].seq_len, sources[0].fields
+        self.sources = tuple(sources)
+        self.seq_len, self.fields = sources[0].seq_len, sources[0].fields
         self.vocab_size, self.key = sources[0].vocab_size, key
         self.predictions = sum(s.predictions for s in sources)  # of a decoder, in an epoch
         self.bytes = sum(s.bytes for s in sources)  # UTF-8 bytes of the text that they stand for
@@ -136,18 +140,21 @@ class Mixture(Split):
       seed: of the order and of the objective's random decisions.
     """
 
-    def __init__(self, sources: Sequence[RowSource], *, stages: Sequence[tuple[int, Sequence[float]]],
+    def __init__(self, sources: Sequence[RowSource], *,
+                 stages: Sequence[tuple[int, Sequence[float]]],
                  seed: int):
-        super().__init__(sources, f"mixture-1 {list(stages[0][1])} {seed}", key_of("objective", seed))
+        super().__init__(sources, f"mixture-1 {list(stages[0][1])} {seed}",
+                         key_of("objective", seed))
         self.stages = stages
-        self.order = StagedMixture(names=[s.name for s in sources], sizes=[s.num_rows for s in sources],
+        self.order = StagedMixture(names=[s.name for s in sources],
+                                   sizes=[s.num_rows for s in sources],
                                    stages=stages, seed=seed)
 
     def locate(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.order.locate(g)
 
     def fingerprint_of(self, rows: int) -> str:
-        """Names everything that decides the first `rows` rows of the run, so no stage that begins later."""
+        """Names everything that decides the first `rows` rows of the run: no later stage."""
         later = [[row, list(weights)] for row, weights in self.stages[1:] if row < rows]
         if not later:
             return self.fingerprint
@@ -159,7 +166,7 @@ class Mixture(Split):
         return {s.name: float(n) / s.num_rows for s, n in zip(self.sources, seen, strict=True)}
 
     def check_epochs(self, rows: int, most: dict[str, float]) -> None:
-        """Raises a UserError for the first source that `rows` rows go through more often than `most` allows."""
+        """Raises a UserError if `rows` rows go through a source more often than `most` allows."""
         for name, epochs in self.epochs(rows).items():
             if epochs > most.get(name, np.inf):
                 raise UserError(f"at most {most[name]:g} epochs of it",
@@ -168,7 +175,7 @@ class Mixture(Split):
                                 where=f"data.max_epochs.{name}")
 
     def plan(self, rows: int) -> list[str]:
-        """Lines that describe the first `rows` rows of the run: shares by stage, epochs by source."""
+        """Describes the first `rows` rows of the run: shares by stage, epochs by source."""
         starts = [row for row, _ in self.stages if row < rows]
         lines = []
         for begin, end in zip(starts, [*starts[1:], rows], strict=True):
@@ -193,12 +200,13 @@ class InOrder(Split):
         return source, np.zeros_like(g), g - np.concatenate([[0], self._ends])[source]
 
 
-def open_splits(config: DataConfig, directory: str = "", *, verify: bool = False) -> tuple[Mixture, InOrder]:
+def open_splits(config: DataConfig, directory: str = "", *,
+                verify: bool = False) -> tuple[Mixture, InOrder]:
     """Opens the training rows and the held-out rows of prepared (or synthetic) data.
 
     Args:
-      config: sources, weights, seq_len, packing and seed may be chosen anew; all other settings must be
-        those that the data was prepared with.
+      config: sources, weights, seq_len, packing and seed may be chosen anew; all other settings
+        must be those that the data was prepared with.
       directory: the prepared data; not read for synthetic sources.
       verify: hash every array against the manifest.
     Raises:
@@ -214,7 +222,8 @@ def open_splits(config: DataConfig, directory: str = "", *, verify: bool = False
 def _synthetic(config: DataConfig, source: SourceConfig, split: str) -> RowSource:
     rows = int(source.uri.partition(":")[2] or SYNTHETIC_ROWS)
     rows = rows if split == "train" else max(1, round(rows * config.heldout_fraction))
-    made = SyntheticRows(name=source.name, vocab_size=config.tokenizer.vocab_size, seq_len=config.seq_len,
+    made = SyntheticRows(name=source.name, vocab_size=config.tokenizer.vocab_size,
+                         seq_len=config.seq_len,
                          num_rows=rows, seed=config.seed, split=split)
     if config.objective == ObjectiveConfig():
         return made

@@ -14,12 +14,13 @@ Rows = dict[str, np.ndarray]  # arrays [B, L] by name
 # The arrays of a decoder's batch. segment_ids number the documents of a row from 1, 0 is padding;
 # positions count from 0 in each document; loss_mask is the weight of each target.
 DECODER = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
-ENCODER = ("encoder_tokens", "encoder_segment_ids", "encoder_positions")  # an encoder-decoder has both
+# The arrays that an encoder-decoder's batch has as well.
+ENCODER = ("encoder_tokens", "encoder_segment_ids", "encoder_positions")
 START_ID = 0  # the first input of an encoder-decoder's decoder: the padding id, as in T5
 
 
 class Pieces(NamedTuple):
-    """Runs of stored tokens, and the rows that they go to. Pieces of one row are neighbours, in order."""
+    """Runs of stored tokens and their rows; the pieces of a row are neighbours, in order."""
 
     flat: np.ndarray      # token ids, any integer dtype
     at_P: np.ndarray      # where each piece begins in `flat`, int64
@@ -29,7 +30,7 @@ class Pieces(NamedTuple):
 
 
 class Draw(enum.IntEnum):
-    """The random decisions about a piece. Each is a counter of `hashing.fold`, so they are independent.
+    """The random decisions about a piece; as counters of `hashing.fold` they are independent.
 
     The numbers decide what existing runs train on: they never change.
     """
@@ -80,7 +81,7 @@ def empty_rows(rows: int, seq_len: int) -> Rows:
 
 def fill_rows(flat: np.ndarray, at_P: np.ndarray, length_P: np.ndarray, place_P: np.ndarray,
               rows: int, seq_len: int) -> Rows:
-    """Rows of a decoder: piece p reads flat[at : at + length + 1] and predicts each token but the first.
+    """Rows of a decoder: a piece reads flat[at : at + length + 1] and predicts all but the first.
 
     Args:
       flat, at_P, length_P, place_P: as in `Pieces`; a piece's length counts predictions.

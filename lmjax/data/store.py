@@ -3,9 +3,9 @@
     manifest.json  tokenizer.model  baselines.json
     <source>/<split>/tokens/  <source>/<split>/offsets/  <source>/<split>/ids.txt
 
-`tokens` holds the documents of the split end to end, each as BOS + text + EOS (uint16, or uint32 for a
-vocabulary over 65,536). Document d is tokens[offsets[d] : offsets[d + 1]] (int64). The manifest is
-written last: a directory without one is not a store.
+`tokens` holds the documents of the split end to end, each as BOS + text + EOS (uint16, or uint32
+for a vocabulary over 65,536). Document d is tokens[offsets[d] : offsets[d + 1]] (int64). The
+manifest is written last: a directory without one is not a store.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def kvstore(path: str) -> dict[str, str]:
             bucket, _, rest = path.removeprefix(scheme).partition("/")
             return {"driver": driver, "bucket": bucket, "path": rest.rstrip("/") + "/"}
     if is_remote(path):
-        raise UserError("a local path, gs:// or s3://", path, "use one of those", where="data.directory")
+        raise UserError("a local path, gs:// or s3://", path, "use one of those",
+                        where="data.directory")
     return {"driver": "file", "path": str(epath.Path(path).expanduser().absolute()) + "/"}
 
 
@@ -45,7 +46,7 @@ def is_remote(path: str) -> bool:
 
 
 def digest(values: np.ndarray) -> str:
-    """sha256 of an array's values in little-endian C order, hex: independent of chunks and compression."""
+    """sha256 (hex) of an array's values in little-endian C order, however they are stored."""
     return hashlib.sha256(_little_endian(values)).hexdigest()
 
 
@@ -77,7 +78,8 @@ def write_array(path: str, pieces: Iterable[np.ndarray], *, size: int, dtype: np
     metadata = {
         "shape": [size], "data_type": dtype.name, "fill_value": 0,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
-        "codecs": [{"name": "sharding_indexed", "configuration": {"chunk_shape": [CHUNK], "codecs": codecs}}],
+        "codecs": [{"name": "sharding_indexed",
+                    "configuration": {"chunk_shape": [CHUNK], "codecs": codecs}}],
     }
     spec = {"driver": "zarr3", "kvstore": kvstore(path), "metadata": metadata}
     array = ts.open(spec, create=True, delete_existing=True).result()
@@ -107,8 +109,9 @@ def open_array(path: str) -> ts.TensorStore:
     return ts.open(spec, open=True, read=True, context=context).result()
 
 
-def write_split(directory: str, source: str, split: str, documents: Iterable[np.ndarray], ids: Iterable[str], *,
-                vocab_size: int, text_bytes: int, lengths: Sequence[int] | np.ndarray | None = None) -> dict[str, Any]:
+def write_split(directory: str, source: str, split: str, documents: Iterable[np.ndarray],
+                ids: Iterable[str], *, vocab_size: int, text_bytes: int,
+                lengths: Sequence[int] | np.ndarray | None = None) -> dict[str, Any]:
     """Writes one split of one source.
 
     Args:
@@ -169,14 +172,17 @@ def read_manifest(directory: str) -> dict[str, Any]:
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError("JSON", error, "delete the directory and prepare the data again",
                         where=str(path)) from error
-    got = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else manifest
+    got = manifest
+    if isinstance(manifest, dict):
+        got = manifest.get("format"), manifest.get("version")
     if got != (FORMAT, VERSION):
-        raise UserError(f"{FORMAT} version {VERSION}", got, "prepare the data again", where=str(path))
+        raise UserError(f"{FORMAT} version {VERSION}", got, "prepare the data again",
+                        where=str(path))
     return manifest
 
 
 class Documents(Protocol):
-    """Documents of tokens: document d is the tokens offsets[d] to offsets[d + 1] - 1, BOS + text + EOS."""
+    """Documents, each BOS + text + EOS: document d is tokens offsets[d] to offsets[d + 1] - 1."""
 
     predictions: int     # of all documents
     bytes: int           # UTF-8 bytes of their text
@@ -206,7 +212,8 @@ class SplitStore:
       directory: the prepared directory.
       source, split: which part of it.
       facts: that part's entry in the manifest.
-      memory_limit: bytes; tokens that fit are loaded once, others are read whenever they are needed.
+      memory_limit: bytes; tokens that fit are loaded once, others are read whenever they are
+        needed.
       verify: also hash everything against the manifest.
     Raises:
       UserError: an array is missing, truncated or altered. Without `verify`, an altered chunk is
@@ -250,7 +257,8 @@ class SplitStore:
         """Ranges of tokens: (flat, at) such that range p is flat[at[p] : at[p] + lengths[p]]."""
         if self._memory is not None:
             return self._memory, starts
-        with ts.Batch() as batch:  # reads a chunk once for all its ranges, and all chunks concurrently
+        # Reads a chunk once for all its ranges, and all chunks concurrently.
+        with ts.Batch() as batch:
             ranges = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
             pending = [self._tokens[begin:end].read(batch=batch) for begin, end in ranges]
         try:
@@ -284,4 +292,5 @@ class SplitStore:
 
     def _damaged(self, name: str, got: object) -> UserError:
         return UserError(f"the array of sha256 {self.facts['sha256'][name][:12]}", first_line(got),
-                         "delete the directory and prepare the data again", where=str(self.path / name))
+                         "delete the directory and prepare the data again",
+                         where=str(self.path / name))

@@ -1,10 +1,10 @@
 """Synthetic rows: a fixed random Markov chain over the vocabulary, with a known entropy.
 
-They need no file, no tokenizer and no TensorFlow, and a row is a pure function of (seed, row number):
-for tests, benchmarks and machines without a corpus. A document begins with BOS, each token has four
-possible successors, and after each token the document ends with probability END. A model that has
-learnt the chain reaches a loss of `entropy` nats per prediction; an untrained one starts at
-log(vocab_size).
+They need no file, no tokenizer and no TensorFlow, and a row is a pure function of (seed, row
+number): for tests, benchmarks and machines without a corpus. A document begins with BOS, each token
+has four possible successors, and after each token the document ends with probability END. A model
+that has learnt the chain reaches a loss of `entropy` nats per prediction; an untrained one starts
+at log(vocab_size).
 
 Shape legend: V vocabulary, K successors of a token.
 """
@@ -38,11 +38,13 @@ class SyntheticRows:
 
     stored = False
 
-    def __init__(self, *, name: str, vocab_size: int, seq_len: int, num_rows: int, seed: int, split: str):
+    def __init__(self, *, name: str, vocab_size: int, seq_len: int, num_rows: int, seed: int,
+                 split: str):
         if vocab_size < SPECIALS + len(SUCCESSORS):
             raise UserError("at least 8 for synthetic data", vocab_size, "raise it",
                             where="data.tokenizer.vocab_size")
-        self.name, self.vocab_size, self.seq_len, self.num_rows = name, vocab_size, seq_len, num_rows
+        self.name, self.vocab_size = name, vocab_size
+        self.seq_len, self.num_rows = seq_len, num_rows
         self.fingerprint = f"synthetic-1-{vocab_size}-{seq_len}-{num_rows}-{seed}-{split}"
         self.fields = dict.fromkeys(DECODER, seq_len)
         self._key = key_of("synthetic", name, seed, split)
@@ -55,7 +57,8 @@ class SyntheticRows:
         """Nats per prediction of the chain: the loss of a perfect model."""
         step = -float(np.sum(SUCCESSORS * np.log(SUCCESSORS)))
         inside = -END * np.log(END) - (1 - END) * np.log(1 - END) + (1 - END) * step
-        return float((step + inside / END) / (1 + 1 / END))  # a document: one BOS, then 1 / END tokens
+        # A document has one BOS, then 1 / END tokens on average.
+        return float((step + inside / END) / (1 + 1 / END))
 
     def documents(self) -> MadeDocuments:
         """The documents of all rows, for objectives that pack documents themselves."""
@@ -67,7 +70,7 @@ class SyntheticRows:
         return [(f"{row}/{i}", 0, int(length)) for i, length in enumerate(lengths, 1)]
 
     def rows_at(self, rows: np.ndarray, keys: np.ndarray | None = None) -> Rows:
-        """The arrays of `rows.DECODER` of the rows numbered `rows`, int64 [n]; `keys` are not needed."""
+        """The arrays of `DECODER` of the rows numbered `rows`, int64 [n]; `keys` are not needed."""
         rows = np.asarray(rows, np.int64)
         out = empty_rows(len(rows), self.seq_len)
         token, begin = np.full(len(rows), BOS_ID, np.int32), np.zeros(len(rows), np.int32)
@@ -101,7 +104,10 @@ class SyntheticRows:
 
 
 class MadeDocuments:
-    """The documents of all rows, as a token store holds them. A document cut off by a row's end has no EOS."""
+    """The documents of all rows, as a token store holds them.
+
+    A document that the end of a row cuts off has no EOS.
+    """
 
     specials = (BOS_ID, EOS_ID)
 
@@ -115,7 +121,8 @@ class MadeDocuments:
         self.tokens[ramps(self.offsets[:-1], self.lengths)] = made["tokens"][used]
         self.tokens[self.offsets[1:] - 1] = made["targets"][used][first + self.lengths - 1]
         self._rows, self._segments = np.nonzero(used)[0][first], segments[used][first]
-        self.predictions, self.bytes, self.fingerprint = rows.predictions, rows.bytes, rows.fingerprint
+        self.predictions, self.bytes = rows.predictions, rows.bytes
+        self.fingerprint = rows.fingerprint
 
     @functools.cached_property
     def ids(self) -> list[str]:

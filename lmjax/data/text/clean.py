@@ -1,4 +1,4 @@
-"""Cleaning: a table of named rules, functions from text to text, applied in the order of the config."""
+"""Cleaning: named rules, functions from text to text, applied in the order of the config."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable
 
 from lmjax.errors import UserError
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff]")  # C0 but tab and newline; DEL; byte-order mark
-# Matches only where a run of spaces begins: trying every space of a long run would take quadratic time.
+# C0 control characters but tab and newline; DEL; byte-order mark.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff]")
+# Matches only where a run of spaces begins: trying every space of a long run would take quadratic
+# time.
 _TRAILING = re.compile(r"(?<![ \t])[ \t]+$", re.MULTILINE)
 # Pieces that are composed one by one. A piece ends before a character that never composes with an
 # earlier one, or after 2048 characters if there is none.
@@ -22,10 +24,12 @@ _BLANK = re.compile(r"\n{4,}")
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff]")
 # Whole lines about the page itself: navigation, consent, sharing, rights.
 _BOILERPLATE = re.compile(
-    r"[ \t]*(?:(?:this (?:site|website)|we) uses? cookies.*|accept(?: all)? cookies|cookie (?:policy|settings)|"
-    r"privacy policy|terms (?:of (?:use|service)|and conditions)|(?:copyright|\(c\)|©).{0,80}all rights reserved\.?|"
-    r"all rights reserved\.?|(?:share|tweet|follow us)(?: (?:this|on)\b.{0,40})?|skip to (?:main )?content|"
-    r"(?:please )?(?:enable|turn on) javascript.*|(?:log|sign) ?(?:in|up|out)|subscribe(?: to our newsletter)?|"
+    r"[ \t]*(?:(?:this (?:site|website)|we) uses? cookies.*|accept(?: all)? cookies|"
+    r"cookie (?:policy|settings)|privacy policy|terms (?:of (?:use|service)|and conditions)|"
+    r"(?:copyright|\(c\)|©).{0,80}all rights reserved\.?|all rights reserved\.?|"
+    r"(?:share|tweet|follow us)(?: (?:this|on)\b.{0,40})?|skip to (?:main )?content|"
+    r"(?:please )?(?:enable|turn on) javascript.*|(?:log|sign) ?(?:in|up|out)|"
+    r"subscribe(?: to our newsletter)?|"
     r"(?:read more|click here|loading)[^\w\n]*+|back to top|advertisement|"
     r"(?:版权所有|版權所有).{0,80}|上一篇.{0,80}|下一篇.{0,80}|"
     r"点击(?:这里|查看更多)|阅读(?:全文|更多)|"
@@ -34,16 +38,19 @@ _BOILERPLATE = re.compile(
     r"[ \t]*(?:\n|\Z)", re.IGNORECASE)
 # Every line that the pattern matches has one of these; searching for them first is far faster.
 _HINTS = (
-    "cookie", "privacy policy", "terms of ", "terms and conditions", "all rights reserved", "share", "tweet",
-    "follow us", "skip to ", "javascript", "log in", "login", "log out", "logout", "log up", "logup", "sign in",
-    "signin", "sign out", "signout", "sign up", "signup", "subscribe", "read more", "click here", "back to top",
-    "loading", "advertisement", "版权所有", "版權所有", "上一篇", "下一篇", "点击", "阅读", "無断", "続きを読む",
-    "ログイン", "プライバシーポリシー", "利用規約")
+    "cookie", "privacy policy", "terms of ", "terms and conditions", "all rights reserved", "share",
+    "tweet", "follow us", "skip to ", "javascript", "log in", "login", "log out", "logout",
+    "log up", "logup", "sign in", "signin", "sign out", "signout", "sign up", "signup",
+    "subscribe", "read more", "click here", "back to top",
+    "loading", "advertisement", "版权所有", "版權所有", "上一篇", "下一篇", "点击", "阅读",
+    "無断", "続きを読む", "ログイン", "プライバシーポリシー", "利用規約")
 # UTF-8 that was decoded as another encoding has one of these characters.
 _SUSPECT = re.compile("[\u0080-\u052f\u2010-\u2122\u2500-\u259f\ufffd]")
 _SENTENCE_END = tuple(".!?\"'\u201d\u2019\u3002\uff01\uff1f\u300d\u300f\u2026")
-_POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
-_EMAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,24}\b")
+_POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies",
+           "use cookies")
+_EMAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}"
+                    r"(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,24}\b")
 _HOST = re.compile(r"@(?<=[A-Za-z0-9._%+-]@)[A-Za-z0-9-]")
 _DOTS = re.compile(r"\.\d{1,3}\.\d{1,3}\.\d")
 _PLUS = re.compile(r"\+\d")
@@ -62,7 +69,8 @@ def _control(text: str) -> str:
 def _nfc(text: str) -> str:
     if text.isascii():
         return text
-    # In pieces, because the time of `normalize` grows with the square of the number of accents in a row.
+    # In pieces, because the time of `normalize` grows with the square of the number of accents in a
+    # row.
     return "".join([unicodedata.normalize("NFC", piece) for piece in _PIECE.findall(text)])
 
 
@@ -73,7 +81,8 @@ def _ftfy(text: str) -> str:
 
     if not ftfy.badness.is_bad(text):
         return text
-    return ftfy.fix_text(text, uncurl_quotes=False, fix_character_width=False, fix_latin_ligatures=False)
+    return ftfy.fix_text(text, uncurl_quotes=False, fix_character_width=False,
+                         fix_latin_ligatures=False)
 
 
 def _trailing_spaces(text: str) -> str:
@@ -135,10 +144,11 @@ CLEANING_RULES: dict[str, Callable[[str], str]] = {
     "control": _control,  # drops control characters, such as NUL, and byte-order marks
     "ftfy": _ftfy,  # mends text that was decoded wrongly, and changes nothing else
     "nfc": _nfc,  # gives composed and decomposed accents one spelling
-    "trailing_spaces": _trailing_spaces,
+    "trailing_spaces": _trailing_spaces,  # at the end of each line
     "blank_lines": _blank_lines,  # at most two in a row
     "boilerplate": _boilerplate,  # drops lines of navigation, consent, sharing and rights
-    "c4_lines": _c4_lines,  # keeps lines of 5 or more words that end like a sentence (Raffel et al., 2020)
+    # keeps lines of 5 or more words that end like a sentence (Raffel et al., 2020)
+    "c4_lines": _c4_lines,
     "mask_email": _mask(_EMAIL, _HOST, "<email>"),
     "mask_ip": _mask(_IP, _DOTS, _public_ip),  # public IPv4 addresses
     "mask_phone": _mask(_PHONE, _PLUS, "<phone>"),  # international numbers

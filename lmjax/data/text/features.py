@@ -22,10 +22,12 @@ from lmjax.data.text.words import LETTER, UNSPACED, Words, classes, split
 BULLETS = ("\u2022", "\u2023", "\u25e6", "\u25cf", "\u25cb", "\u25a0", "\u30fb", "\u00b7", "-", "*")
 ELLIPSES = ("...", "\u2026")
 SENTENCE_END = re.compile(r"[.!?](?=[\s\"'\u201d)]|\Z)|[\u3002\uff01\uff1f]")
-PUNCTUATION = tuple(".!?,;:\"'\u201d\u2019)\u3002\uff01\uff1f\u3001\uff0c\uff1b\uff1a\u300d\u300f\uff09\u2026")
-SHORT_LINE = 30  # characters; half as many in unspaced text, where a character says as much as two letters
+PUNCTUATION = tuple(".!?,;:\"'\u201d\u2019)"
+                    "\u3002\uff01\uff1f\u3001\uff0c\uff1b\uff1a\u300d\u300f\uff09\u2026")
+SHORT_LINE = 30  # characters; half as many in unspaced text, whose characters say twice as much
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
-SPACED_ONLY = {"mean_word_chars", "stop_words"}  # features that mean nothing without spaces between words
+# Features that mean nothing without spaces between words.
+SPACED_ONLY = {"mean_word_chars", "stop_words"}
 
 
 class Repeats(NamedTuple):
@@ -119,7 +121,8 @@ class TextBatch:
         hash_G = mix64(hash_G + hash_W[first_G + n - 1])
         order = np.argsort(hash_G)
         ordered = hash_G[order]
-        starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)])
+        new = np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]
+        starts = np.flatnonzero(new)
         times = np.diff(starts, append=len(ordered))
         earliest = np.minimum.reduceat(first_G[order], starts) if len(starts) else first_G
         repeated = np.repeat(times > 1, times)
@@ -237,7 +240,8 @@ FEATURES: dict[str, Feature] = {
     "duplicate_paragraph_chars": lambda batch: _duplicates(batch.paragraphs, True),
     **{f"top_{n}gram_chars": _top_ngram(n) for n in (2, 3, 4)},
     **{f"duplicate_{n}gram_chars": _duplicate_ngrams(n) for n in range(5, 11)},
-    "sentences": lambda batch: np.array([sum(1 for _ in SENTENCE_END.finditer(t)) for t in batch.texts]),
+    "sentences": lambda batch: np.array([sum(1 for _ in SENTENCE_END.finditer(t))
+                                         for t in batch.texts]),
     "braces": lambda batch: np.array([text.count("{") for text in batch.texts]),
     "lorem_ipsum": lambda batch: np.array(["lorem ipsum" in text.lower() for text in batch.texts]),
     "punctuated_lines": _lines_that(str.endswith, PUNCTUATION),

@@ -1,8 +1,8 @@
 """Published filters: a text is dropped if one of its features is out of bounds.
 
-A filter is a dataclass. Its field `min_x` is the least value of feature `x`, `max_x` the greatest; the
-defaults are the published ones. lmjax/data/text/features.py computes the features. Where words are not
-separated by spaces, the features of `SPACED_ONLY` mean nothing and are not checked.
+A filter is a dataclass. Its field `min_x` is the least value of feature `x`, `max_x` the greatest;
+the defaults are the published ones. lmjax/data/text/features.py computes the features. Where words
+are not separated by spaces, the features of `SPACED_ONLY` mean nothing and are not checked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from lmjax.data.text.features import FEATURES, SPACED_ONLY, TextBatch
 
 @dataclass(frozen=True)
 class GopherQuality:
-    """Rae et al., "Scaling Language Models", 2021, appendix A.1.1. Stop words are those of the text's language."""
+    """Rae et al., "Scaling Language Models", 2021, appendix A.1.1.
+
+    The stop words are those of the text's language.
+    """
 
     min_words: float = 50
     max_words: float = 100_000
@@ -69,7 +72,12 @@ class FineWeb:
 
 
 # By the name of the config key.
-FILTERS = {"gopher_quality": GopherQuality, "gopher_repetition": GopherRepetition, "c4": C4, "fineweb": FineWeb}
+FILTERS = {
+    "gopher_quality": GopherQuality,
+    "gopher_repetition": GopherRepetition,
+    "c4": C4,
+    "fineweb": FineWeb,
+}
 
 
 def reject(batch: TextBatch, filters: dict[str, Any]) -> list[tuple[str, float] | None]:

@@ -1,7 +1,7 @@
-"""Which language a text is in: decided by its script or, where several share one, by its function words.
+"""Which language a text is in, by its script or, where languages share it, by function words.
 
-A language's most frequent small words make up a third of running text, and few of them belong to two
-languages; a word of n languages counts 1 / n for each. A text with too few of them is `und`
+A language's most frequent small words make up a third of running text, and few of them belong to
+two languages; a word of n languages counts 1 / n for each. A text with too few of them is `und`
 (undetermined), as code and tables should be.
 
 Shape legend: W words, D texts, H different function words, L languages.
@@ -17,8 +17,9 @@ import numpy as np
 from lmjax.data.text.words import Words, split
 
 UNDETERMINED = "und"
-MIN_SHARE = 0.08  # least weighted share of function words among a text's words: running text has 0.2 to 0.5
-MIN_HITS = 3      # least number of function words in a text
+# A text is in a language if it has so large a (weighted) share of its function words, and so many
+# function words of any language. Running text has a share of 0.2 to 0.5.
+MIN_SHARE, MIN_HITS = 0.08, 3
 _SCRIPTS = {  # ranges of code points, first and last; any other character is Latin or not a letter
     "kana": ((0x3040, 0x30FF),),
     "han": ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)),
@@ -31,23 +32,37 @@ _SCRIPTS = {  # ranges of code points, first and last; any other character is La
     "th": ((0x0E00, 0x0E7F),),
 }
 FUNCTION_WORDS = {
-    "en": "the of and to in is that for it with as be on by this are at from or have not you which an was can will has",
-    "de": "der die das und ist nicht ein eine mit von zu den auf für im sich dem auch als werden oder wird sind aus",
-    "fr": "le la les de des et est dans un une pour que qui pas sur au avec ce sont par il plus ou cette du vous",
-    "es": "el la los las de y que en un una es por con para no se del al como su más está puede este o son",
-    "it": "il la le di e che è per un una in non con del della sono si da come nel più i gli alla dei questo",
-    "pt": "o a os as de e que em um uma é para com não por se do da no na mais como foi ao dos são pode",
-    "nl": "de het een en van is niet dat op te met voor zijn in er aan door ook als bij naar kan wordt of deze",
-    "sv": "och att det som en är av för på med till den inte har om ett kan från eller detta var så",
-    "da": "og at det som en er af for på med til den ikke har om et kan fra eller dette var der til blev",
+    "en": "the of and to in is that for it with as be on by this are at from or have not you "
+          "which an was can will has",
+    "de": "der die das und ist nicht ein eine mit von zu den auf für im sich dem auch als "
+          "werden oder wird sind aus",
+    "fr": "le la les de des et est dans un une pour que qui pas sur au avec ce sont par il plus "
+          "ou cette du vous",
+    "es": "el la los las de y que en un una es por con para no se del al como su más está puede "
+          "este o son",
+    "it": "il la le di e che è per un una in non con del della sono si da come nel più i gli "
+          "alla dei questo",
+    "pt": "o a os as de e que em um uma é para com não por se do da no na mais como foi ao dos "
+          "são pode",
+    "nl": "de het een en van is niet dat op te met voor zijn in er aan door ook als bij naar "
+          "kan wordt of deze",
+    "sv": "och att det som en är av för på med till den inte har om ett kan från eller detta "
+          "var så",
+    "da": "og at det som en er af for på med til den ikke har om et kan fra eller dette var der "
+          "til blev",
     "fi": "ja on ei se että ovat mutta kun niin myös tai joka sen tämä voi olla hän oli kuin jos",
-    "pl": "i w na z do nie jest się że to o jak dla po od przez lub oraz są ale czy może za jego tym",
+    "pl": "i w na z do nie jest się że to o jak dla po od przez lub oraz są ale czy może za "
+          "jego tym",
     "cs": "a v na je se že s z do pro o to jako i ale nebo by jsou po k může které při tak od",
-    "hu": "a az és hogy nem egy is ez van vagy meg csak de ha mint minden volt lehet ki el két kell már",
-    "ro": "și de la cu în nu este pe un o care din mai sau pentru sunt să se fi ce ca al prin acest",
-    "tr": "ve bir bu için ile da de olarak ne gibi olan daha çok var veya ama en sonra kadar her ise değil",
+    "hu": "a az és hogy nem egy is ez van vagy meg csak de ha mint minden volt lehet ki el két "
+          "kell már",
+    "ro": "și de la cu în nu este pe un o care din mai sau pentru sunt să se fi ce ca al prin "
+          "acest",
+    "tr": "ve bir bu için ile da de olarak ne gibi olan daha çok var veya ama en sonra kadar "
+          "her ise değil",
     "vi": "và của là có cho không được các một trong với này để những khi đã từ nếu người",
-    "id": "yang dan di ini untuk dengan tidak dari dalam akan pada atau juga ke adalah oleh itu dapat telah bisa",
+    "id": "yang dan di ini untuk dengan tidak dari dalam akan pada atau juga ke adalah oleh itu "
+          "dapat telah bisa",
     "ru": "и в не на что с как это для по из от или к о так его был но при он я этот",
     "uk": "і в не на що з як це для та або від до його є про за так цей у",
 }
@@ -66,7 +81,7 @@ def _scripts() -> np.ndarray:
 
 @functools.cache
 def _function_words() -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all function words, sorted uint64 [H], and the weight of each for each language, [H, L]."""
+    """Hashes of all function words, sorted uint64 [H], and their weights per language, [H, L]."""
     hashes = []
     for words in FUNCTION_WORDS.values():
         # A single ASCII letter is often the name of a variable.
@@ -88,15 +103,18 @@ def identify(words: Words) -> list[str]:
     found = np.flatnonzero(script_C)
     doc = np.searchsorted(words.offset_D, found, side="right") - 1
     wide = len(_SCRIPTS) + 1
-    count_DS = np.bincount(doc * wide + script_C[found], minlength=documents * wide).reshape(documents, wide)
-    letters_D = np.bincount(words.doc_W, words.end_W - words.start_W, documents)  # of all scripts, and digits
+    count_DS = np.bincount(doc * wide + script_C[found],
+                           minlength=documents * wide).reshape(documents, wide)
+    letters_D = np.bincount(words.doc_W, words.end_W - words.start_W, documents)
     hash_H, weight_HL = _function_words()
     at = np.minimum(np.searchsorted(hash_H, words.hash_W), len(hash_H) - 1)
     hits = np.flatnonzero(hash_H[at] == words.hash_W)
-    score_DL = np.stack([np.bincount(words.doc_W[hits], w[at[hits]], documents) for w in weight_HL.T], axis=1)
+    score_DL = np.stack([np.bincount(words.doc_W[hits], w[at[hits]], documents)
+                         for w in weight_HL.T], axis=1)
     words_D = np.maximum(np.diff(words.bounds_D1), 1)
     hits_D = np.bincount(words.doc_W[hits], minlength=documents)
-    return [_decide(*facts) for facts in zip(count_DS, letters_D, score_DL, words_D, hits_D, strict=True)]
+    facts = zip(count_DS, letters_D, score_DL, words_D, hits_D, strict=True)
+    return [_decide(*row) for row in facts]
 
 
 def _decide(count_S: np.ndarray, letters: float, score_L: np.ndarray, words: int, hits: int) -> str:

@@ -1,19 +1,19 @@
 """N-gram baselines on the tokens that a model sees: the loss that counting alone achieves.
 
 The model is interpolated modified Kneser-Ney (Chen and Goodman, "An Empirical Study of Smoothing
-Techniques for Language Modeling", 1998), the strongest of the classical n-gram models. For a history h
-of k - 1 tokens, and h' without its first token,
+Techniques for Language Modeling", 1998), the strongest of the classical n-gram models. For a
+history h of k - 1 tokens, and h' without its first token,
 
     P_k(w | h) = (c(h w) - D(c)) / sum_v c(h v) + gamma(h) P_{k-1}(w | h'),    P_0 = 1 / V.
 
-At the highest order, c is the count of h w; at lower orders it is the number of different tokens seen
-before h w. N-grams that begin with BOS keep their counts, because nothing comes before BOS. The
-discounts D of counts 1, 2 and 3 or more are estimated from the counts of counts. For an unseen history,
-P_k = P_{k-1}. Histories never cross the BOS of a document, so the probabilities are those of whole
-documents and sum to one.
+At the highest order, c is the count of h w; at lower orders it is the number of different tokens
+seen before h w. N-grams that begin with BOS keep their counts, because nothing comes before BOS.
+The discounts D of counts 1, 2 and 3 or more are estimated from the counts of counts. For an unseen
+history, P_k = P_{k-1}. Histories never cross the BOS of a document, so the probabilities are those
+of whole documents and sum to one.
 
-All n-grams of an order are one sorted array of uint64 keys, (rank of the first n - 1 tokens) * V + last
-token. The keys are exact: nothing is hashed.
+All n-grams of an order are one sorted array of uint64 keys, (rank of the first n - 1 tokens) * V +
+last token. The keys are exact: nothing is hashed.
 
 Shape legend: T tokens, G different n-grams of one order, H histories (different (n-1)-grams), V
 vocabulary.
@@ -58,8 +58,10 @@ class Counts:
         previous_T = history_T
         for k in range(1, order + 1):
             at = np.flatnonzero(place_T >= k - 1)
-            key_A = history_T[at].astype(np.uint64) * np.uint64(vocab_size) + tokens[at].astype(np.uint64)
-            by_key = np.argsort(key_A, kind="stable")  # much faster than the default on repeated keys
+            key_A = history_T[at].astype(np.uint64) * np.uint64(vocab_size)
+            key_A += tokens[at].astype(np.uint64)
+            # A stable sort is much faster than the default on repeated keys.
+            by_key = np.argsort(key_A, kind="stable")
             sorted_A = key_A[by_key]
             new_A = np.concatenate([[True], sorted_A[1:] != sorted_A[:-1]])
             starts = np.flatnonzero(new_A)
@@ -69,7 +71,8 @@ class Counts:
             self.keys.append(sorted_A[starts])
             self.raw.append(np.diff(starts, append=len(at)))
             self.begins.append(place_T[first] == k - 1)
-            previous_T = np.zeros(len(tokens), np.int64)  # rank of the k-gram that ends at each token
+            # The rank of the k-gram that ends at each token.
+            previous_T = np.zeros(len(tokens), np.int64)
             previous_T[at[by_key]] = np.cumsum(new_A) - 1
             history_T = np.concatenate([[0], previous_T[:-1]])
 
@@ -85,12 +88,14 @@ class NGram:
             if k + 1 < order:
                 count_G = np.where(counts.begins[k], count_G, counts.spread[k])
             if k == 0:
-                count_G = np.where(counts.keys[0] == self.bos_id, 0, count_G)  # a history, never a prediction
+                # BOS is a history, never a prediction.
+                count_G = np.where(counts.keys[0] == self.bos_id, 0, count_G)
             histories = len(counts.keys[k - 1]) if k else 1
-            self._orders.append(_smooth(counts.keys[k], count_G.astype(float), histories, self.vocab_size))
+            self._orders.append(_smooth(counts.keys[k], count_G.astype(float), histories,
+                                        self.vocab_size))
 
     def log_probs(self, tokens: np.ndarray) -> np.ndarray:
-        """Natural log of each token's probability given the document so far; float64 [T], 0 for BOS."""
+        """Log of each token's probability given its document so far; float64 [T], 0 for BOS."""
         tokens = np.asarray(tokens).astype(np.uint64)
         place_T = positions(tokens, self.bos_id)
         p_T = np.full(len(tokens), 1 / self.vocab_size)
@@ -137,7 +142,7 @@ def _smooth(keys_G: np.ndarray, count_G: np.ndarray, histories: int, vocab_size:
 
 
 def _discounts(count_G: np.ndarray) -> np.ndarray:
-    """Discounts of counts 1, 2 and 3 or more (Chen and Goodman, equation 26), kept within (0, count)."""
+    """Discounts of counts 1, 2 and 3 or more (Chen and Goodman, eq. 26), within (0, count)."""
     n = np.bincount(np.minimum(count_G, 5).astype(np.int64), minlength=6).astype(np.float64)
     if not n[1] or not n[2]:
         return np.full(3, 0.5)  # too little text to estimate from
@@ -146,15 +151,16 @@ def _discounts(count_G: np.ndarray) -> np.ndarray:
     return np.clip(estimate, 0.01, [0.99, 1.99, 2.99])
 
 
-def unigram_log_probs(train: np.ndarray, tokens: np.ndarray, *, vocab_size: int, bos_id: int) -> np.ndarray:
-    """Natural log of each token's probability by add-one unigram counts of `train`; as `NGram.log_probs`."""
+def unigram_log_probs(train: np.ndarray, tokens: np.ndarray, *, vocab_size: int,
+                      bos_id: int) -> np.ndarray:
+    """`NGram.log_probs` of a unigram model with add-one counts of `train`."""
     count_V = np.bincount(train[train != bos_id], minlength=vocab_size) + 1.0
     return np.where(tokens == bos_id, 0.0, np.log(count_V / count_V.sum())[tokens])
 
 
 def baselines(train: np.ndarray, heldout: np.ndarray, *, heldout_bytes: int, vocab_size: int,
               bos_id: int) -> dict[str, Any]:
-    """Losses of a unigram, a bigram and a 5-gram model on all predictions of the held-out documents.
+    """Losses of a unigram, a bigram and a 5-gram model on all held-out predictions.
 
     Args:
       train, heldout: documents end to end, integers [T], each beginning with BOS.
@@ -175,7 +181,8 @@ def baselines(train: np.ndarray, heldout: np.ndarray, *, heldout_bytes: int, voc
         "train_tokens": len(train),
         "heldout": {"tokens": predictions, "bytes": heldout_bytes},
         "baselines": [
-            {"name": name, "loss": n / predictions, "bits_per_byte": n / heldout_bytes / math.log(2)}
+            {"name": name, "loss": n / predictions,
+             "bits_per_byte": n / heldout_bytes / math.log(2)}
             for name, n in nats.items()
         ],
     }

@@ -1,8 +1,8 @@
 """Where text comes from: the documents of a source, whatever its files are.
 
 A source is named by a URI, `scheme:rest`; the table `SCHEMES` has all schemes. Nothing is dropped
-silently: a broken record comes out as `Broken`, named by its file and line, and a file that ends too
-early is an error.
+silently: a broken record comes out as `Broken`, named by its file and line, and a file that ends
+too early is an error.
 """
 
 from __future__ import annotations
@@ -47,13 +47,16 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name):
-            raise UserError("letters, digits, '.', '_' or '-'", repr(self.name), "rename it", where="name")
+            raise UserError("letters, digits, '.', '_' or '-'", repr(self.name), "rename it",
+                            where="name")
         if not self.weight > 0:
-            raise UserError("more than 0", self.weight, "raise it or drop the source", where="weight")
+            raise UserError("more than 0", self.weight, "raise it or drop the source",
+                            where="weight")
         scheme, _, rest = self.uri.partition(":")
         if is_synthetic(self):
             if rest and not (rest.isdecimal() and int(rest)):
-                raise UserError("synthetic or synthetic:ROWS", repr(self.uri), "give a number", where="uri")
+                raise UserError("synthetic or synthetic:ROWS", repr(self.uri), "give a number",
+                                where="uri")
         elif scheme not in SCHEMES or not rest:
             known = ", ".join([*(f"{s}:..." for s in SCHEMES), "synthetic"])
             raise UserError(f"one of {known}", repr(self.uri),
@@ -74,7 +77,9 @@ class Broken(NamedTuple):
 
 
 def units(source: SourceConfig, size: int) -> list[list[tuple[str, str]]]:
-    """Groups the files of a source, (id, path) each, to units of work of up to `size` bytes or one file.
+    """Groups the files of a source, (id, path) each, to units of work.
+
+    A unit has up to `size` bytes, or is one file.
 
     Raises:
       UserError: the source has no file.
@@ -108,11 +113,15 @@ def read(source: SourceConfig, files: Sequence[tuple[str, str]]) -> Iterator[Doc
             try:
                 yield Document(where, raw.decode() if isinstance(raw, bytes) else _encodable(raw))
             except (UnicodeDecodeError, UnicodeEncodeError) as error:
-                start = raw[:200] if isinstance(raw, bytes) else raw[:200].encode(errors="surrogatepass")
-                yield Broken(where, f"no UTF-8: {error.reason}", start.decode(errors="backslashreplace"))
+                start = raw[:200]
+                if isinstance(start, str):
+                    start = start.encode(errors="surrogatepass")
+                yield Broken(where, f"no UTF-8: {error.reason}",
+                             start.decode(errors="backslashreplace"))
 
 
-def check_budget(source: SourceConfig, *, documents: int, broken: int, example: Sequence[str], budget: float) -> None:
+def check_budget(source: SourceConfig, *, documents: int, broken: int, example: Sequence[str],
+                 budget: float) -> None:
     """Raises a UserError if a source has no records, or too large a share of broken ones.
 
     Args:
@@ -152,17 +161,19 @@ def _problem(source: SourceConfig, expected: str, got: str, fix: str) -> UserErr
 
 
 def _glob(pattern: str, source: SourceConfig) -> list[tuple[str, str]]:
-    """The files that match a pattern, sorted: id (relative to the part without wildcards) and path."""
+    """The files that match, sorted: id (the path after the part without wildcards) and path."""
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
-        raise _problem(source, "files", f"the directory {pattern}", f"write {pattern.rstrip('/')}/**/*")
+        raise _problem(source, "files", f"the directory {pattern}",
+                       f"write {pattern.rstrip('/')}/**/*")
     base = pattern if os.path.exists(pattern) else re.split(r"[*?\[]", pattern)[0]
     base = os.path.dirname(base)
     found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
     files = sorted(path for path in found if os.path.isfile(path))
     if not files:
         where = "" if os.path.isdir(base or ".") else f" ({base} does not exist)"
-        raise _problem(source, "files that match", f"none{where}", "correct the path or the wildcards")
+        raise _problem(source, "files that match", f"none{where}",
+                       "correct the path or the wildcards")
     return [(_name(os.path.relpath(path, base or ".")), path) for path in files]
 
 
@@ -173,7 +184,8 @@ def _stdlib(rest: str, source: SourceConfig) -> list[tuple[str, str]]:
     files = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - STDLIB_SKIPPED)
-        files += [os.path.join(folder, n) for n in names if os.path.splitext(n)[1] in STDLIB_SUFFIXES]
+        files += [os.path.join(folder, n) for n in names
+                  if os.path.splitext(n)[1] in STDLIB_SUFFIXES]
     return sorted((_name(os.path.relpath(path, root)), path) for path in files)
 
 
@@ -188,7 +200,8 @@ def _whole(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, by
         raise _problem(source, "readable files", str(error), "correct its permissions") from error
 
 
-def _jsonl(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, str | bytes | Broken]]:
+def _jsonl(name: str, path: str,
+           source: SourceConfig) -> Iterator[tuple[str, str | bytes | Broken]]:
     for number, line in enumerate(_lines(path, source), 1):
         if line.strip():
             where = f"{name}:{number}"
@@ -198,7 +211,8 @@ def _jsonl(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, st
             except UnicodeDecodeError:
                 yield where, line
             except (ValueError, RecursionError) as error:
-                yield where, Broken("", f"no JSON: {error}", line[:200].decode(errors="backslashreplace"))
+                yield where, Broken("", f"no JSON: {error}",
+                                    line[:200].decode(errors="backslashreplace"))
 
 
 def _lines(path: str, source: SourceConfig) -> Iterator[bytes]:
@@ -222,7 +236,8 @@ def _field(record: Any, source: SourceConfig) -> str | bytes | Broken:
     return Broken("", f"{what} under {source.text_field!r} (it has {keys})", ascii(record)[:200])
 
 
-def _parquet(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, str | bytes | Broken]]:
+def _parquet(name: str, path: str,
+             source: SourceConfig) -> Iterator[tuple[str, str | bytes | Broken]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -260,8 +275,8 @@ def _tfds_builder(rest: str, source: SourceConfig) -> tuple[Any, str]:
                        "correct the name, or data_dir") from error
     if split not in builder.info.splits:
         raise _problem(source, f"a prepared split {split!r} in {builder.data_dir}",
-                       f"{sorted(builder.info.splits)}", "prepare it with `tfds build`, or set data_dir beside the "
-                       "source's uri")
+                       f"{sorted(builder.info.splits)}",
+                       "prepare it with `tfds build`, or set data_dir beside the source's uri")
     return builder, split
 
 
@@ -274,14 +289,15 @@ def _tfds(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, str
     import tensorflow_datasets as tfds
 
     builder, split = _tfds_builder(name, source)
-    in_order = tfds.ReadConfig(interleave_cycle_length=1, shuffle_seed=None)  # the same order every time
+    # The same order every time.
+    in_order = tfds.ReadConfig(interleave_cycle_length=1, shuffle_seed=None)
     records = builder.as_dataset(split=split, shuffle_files=False, read_config=in_order)
     for i, record in enumerate(tfds.as_numpy(records)):
         yield f"{split}:{i}", _field(record, source)
 
 
 class Scheme(NamedTuple):
-    """How to list the files of a source, (id, path) each, and how to read the records of one of them."""
+    """How to list the files of a source, (id, path) each, and how to read the records of a file."""
 
     files: Callable[[str, SourceConfig], list[tuple[str, str]]]
     read: Callable[[str, str, SourceConfig], Iterator[tuple[str, str | bytes | Broken]]]

@@ -1,9 +1,9 @@
 """Words, lines and their n-grams as 64-bit hashes, for many texts at once, in NumPy.
 
-Texts become one array of code points. The hash of a run of characters is a difference of prefix sums
-of v(c) * P**i modulo 2**64. v is random-looking and the same for both cases of a letter. P is odd and
-so has an inverse: multiplying by P**-start makes the hash independent of the run's place. Two
-different runs share a hash about once in 2**64 pairs.
+Texts become one array of code points. The hash of a run of characters is a difference of prefix
+sums of v(c) * P**i modulo 2**64. v is random-looking and the same for both cases of a letter. P is
+odd and so has an inverse: multiplying by P**-start makes the hash independent of the run's place.
+Two different runs share a hash about once in 2**64 pairs.
 
 Chinese and Japanese are written without spaces: each of their characters is a word of its own.
 
@@ -24,7 +24,8 @@ from lmjax.data.hashing import key_of, mix64
 
 BATCH_CHARS = 1 << 20  # characters of texts that are hashed together, which takes some 60 MB
 SEPARATOR, LETTER, OTHER, UNSPACED = 0, 1, 2, 3  # classes of characters
-UNSPACED_RANGES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+UNSPACED_RANGES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF),
+                   (0x20000, 0x3FFFF))
 _P = int(key_of("character")) | 1
 _Q = np.uint64(int(key_of("word")) | 1)
 _TABLED = 0x20000  # Python tells class and case of lower code points; those above are all Han
@@ -50,7 +51,8 @@ def classes() -> np.ndarray:
         character = chr(code)
         if character.isspace():
             table[code] = SEPARATOR
-        elif character.isalnum() or character == "_" or unicodedata.category(character).startswith("M"):
+        elif (character.isalnum() or character == "_"
+              or unicodedata.category(character).startswith("M")):
             table[code] = LETTER
     for first, last in UNSPACED_RANGES:
         table[first : last + 1] = UNSPACED
@@ -59,7 +61,7 @@ def classes() -> np.ndarray:
 
 @functools.cache
 def _units() -> dict[str, np.ndarray]:
-    """The role of every code point in each unit: SEPARATOR, LETTER (joins its like) or UNSPACED (alone)."""
+    """The role of every code point in each unit: SEPARATOR, LETTER (joins) or UNSPACED (alone)."""
     of = classes()
     words = np.where(of == OTHER, SEPARATOR, of).astype(np.uint8)
     tokens = np.where(of == OTHER, LETTER, of).astype(np.uint8)
@@ -119,7 +121,8 @@ def split(texts: Sequence[str], unit: str = "words") -> Words:
     before_C = np.concatenate([np.zeros(1, np.uint8), class_C[:-1]])
     edge_C = (class_C != before_C) | (class_C == UNSPACED)
     start_W = np.flatnonzero(edge_C & (class_C != SEPARATOR))
-    end_W = np.flatnonzero(edge_C[1:] & (class_C[:-1] != SEPARATOR)) + 1  # each text ends in a separator
+    # Each text ends in a separator.
+    end_W = np.flatnonzero(edge_C[1:] & (class_C[:-1] != SEPARATOR)) + 1
     bounds = np.searchsorted(start_W, np.append(offset_D, len(codes_C)))
     doc_W = np.repeat(np.arange(len(texts)), np.diff(bounds))
     base_W = offset_D[doc_W]

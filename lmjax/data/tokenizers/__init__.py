@@ -9,8 +9,13 @@ from lmjax.data.tokenizers.factory import (
     tokenizer_from_bytes,
 )
 from lmjax.data.tokenizers.huggingface import HF_FILES, HuggingFaceTokenizer
-from lmjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, TokenizerConfig, train_tokenizer
+from lmjax.data.tokenizers.sentencepiece import (
+    SentencePieceTokenizer,
+    TokenizerConfig,
+    train_tokenizer,
+)
 
-__all__ = ["HF_FILES", "SPACE", "HuggingFaceTokenizer", "NamedIds", "SentencePieceTokenizer", "Tokenizer",
-           "TokenizerConfig", "TokenizerFactory", "check_vocab_size", "make_tokenizer", "prepared_tokenizer",
-           "tokenizer_from_bytes", "train_tokenizer", "word_tables"]
+__all__ = ["HF_FILES", "SPACE", "HuggingFaceTokenizer", "NamedIds", "SentencePieceTokenizer",
+           "Tokenizer", "TokenizerConfig", "TokenizerFactory", "check_vocab_size",
+           "make_tokenizer", "prepared_tokenizer", "tokenizer_from_bytes", "train_tokenizer",
+           "word_tables"]

@@ -1,4 +1,4 @@
-"""The interface of all tokenizers, and what follows from it: exact surfaces, word borders, extra ids.
+"""The interface of all tokenizers, with what it gives: exact surfaces, word borders, further ids.
 
 Shape legend: V vocabulary.
 """
@@ -54,7 +54,8 @@ class Tokenizer(abc.ABC):
         """Token ids of a text, without special tokens around it."""
 
     @abc.abstractmethod
-    def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], *,
+                     num_threads: int | None = None) -> list[np.ndarray]:
         """Token ids of many texts, one int32 array per text.
 
         Args:
@@ -134,7 +135,7 @@ class NamedIds:
 
 
 def word_tables(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """For each token, whether it begins outside a word and whether it ends outside a word; bool [V].
+    """For each token, whether it begins outside a word and whether it ends outside one; bool [V].
 
     A word continues across the border of two tokens if the characters on both sides are letters or
     digits. Each Chinese or Japanese character is a word of its own. A token that is a single byte

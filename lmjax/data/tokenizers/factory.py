@@ -8,7 +8,11 @@ from etils import epath
 
 from lmjax.data.tokenizers.base import Tokenizer
 from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
-from lmjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, TokenizerConfig, train_tokenizer
+from lmjax.data.tokenizers.sentencepiece import (
+    SentencePieceTokenizer,
+    TokenizerConfig,
+    train_tokenizer,
+)
 from lmjax.errors import UserError
 
 TokenizerFactory = Callable[[TokenizerConfig, Sequence[str]], Tokenizer]  # (config, texts)
@@ -35,7 +39,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
 
 
 def check_vocab_size(config: TokenizerConfig, tokenizer: Tokenizer) -> Tokenizer:
-    """Returns the tokenizer of `config.path`, or raises a UserError if `vocab_size` is not its size."""
+    """Returns `tokenizer`, or raises a UserError if `config.vocab_size` is not its size."""
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"{tokenizer.vocab_size}, as {config.path} has", config.vocab_size,
                         f"set it to {tokenizer.vocab_size}", where="data.tokenizer.vocab_size")
@@ -43,8 +47,9 @@ def check_vocab_size(config: TokenizerConfig, tokenizer: Tokenizer) -> Tokenizer
 
 
 def tokenizer_from_bytes(model: bytes) -> Tokenizer:
-    """The tokenizer whose `to_bytes` gave these bytes: JSON is Hugging Face's, else SentencePiece's."""
-    return HuggingFaceTokenizer(model) if model.startswith(b"{") else SentencePieceTokenizer(model)
+    """The tokenizer whose `to_bytes` gave these bytes."""
+    is_json = model.startswith(b"{")
+    return HuggingFaceTokenizer(model) if is_json else SentencePieceTokenizer(model)
 
 
 def prepared_tokenizer(directory: str) -> Tokenizer:

@@ -23,8 +23,8 @@ class HuggingFaceTokenizer(Tokenizer):
     Args:
       model: `{"kind": "huggingface", "files": {name: text}}` as UTF-8.
     Raises:
-      UserError: the JSON is not a tokenizer, it names neither a BOS nor an EOS token, or the package
-        `tokenizers` is not installed.
+      UserError: the JSON is not a tokenizer, it names neither a BOS nor an EOS token, or the
+        package `tokenizers` is not installed.
     """
 
     def __init__(self, model: bytes):
@@ -48,13 +48,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = 1 + max(self._hf.get_vocab(with_added_tokens=True).values(), default=-1)
         ids = {role: self._id(named.get(f"{role}_token"))
                for role in ("bos", "eos", "pad", "cls", "sep")}
-        # A model with only one of BOS and EOS uses it for both, as GPT-2 does. BERT's [CLS] and [SEP]
-        # stand where BOS and EOS do.
+        # A model with only one of BOS and EOS uses it for both, as GPT-2 does. BERT's [CLS] and
+        # [SEP] stand where BOS and EOS do.
         bos = next((ids[role] for role in ("bos", "cls", "eos") if ids[role] is not None), None)
         eos = next((ids[role] for role in ("eos", "sep", "bos") if ids[role] is not None), None)
         if bos is None or eos is None:
-            raise UserError("bos_token or eos_token in tokenizer_config.json", "neither", "name one",
-                            where="tokenizer")
+            raise UserError("bos_token or eos_token in tokenizer_config.json", "neither",
+                            "name one", where="tokenizer")
         self.bos_id, self.eos_id, self.pad_id = bos, eos, ids["pad"] or 0
         bare, whole = self.encode("a"), self._hf.encode("a").ids
         at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
@@ -75,7 +75,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """Token ids of a text, without special tokens around it."""
         return self._hf.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], *,
+                     num_threads: int | None = None) -> list[np.ndarray]:
         """Token ids of many texts, one int32 array per text; always on all cores."""
         return [np.array(e.ids, np.int32)
                 for e in self._hf.encode_batch_fast(texts, add_special_tokens=False)]
@@ -85,7 +86,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._hf.decode([int(i) for i in ids if i < self.vocab_size])
 
     def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text of `ids` where they follow `before`, so that rules for a text's start do not apply."""
+        """The text of `ids` after `before`: rules for the start of a text do not apply to it."""
         start, whole = self.decode(before), self.decode([*before, *ids])
         return whole[len(start):] if whole.startswith(start) else self.decode(ids)
 
@@ -99,7 +100,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @functools.cached_property
     def _byte_of(self) -> dict[str, int]:
-        """The byte of each of GPT-2's letters for bytes; empty if this tokenizer does not use them."""
+        """The byte of each of GPT-2's letters for bytes; empty if the tokenizer has none."""
         decoder = self._rules.get("decoder") or {}
         parts = [decoder, *decoder.get("decoders", ())]
         if "ByteLevel" not in [part["type"] for part in parts if "type" in part]:

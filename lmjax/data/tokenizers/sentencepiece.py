@@ -37,7 +37,7 @@ class TokenizerConfig:
 
     vocab_size: int = 4096        # number of tokens; 260 of them are bytes and special tokens
     model: str = "bpe"            # bpe or unigram
-    train_bytes: int = 8_000_000  # size of the training sample: whole documents of the training split
+    train_bytes: int = 8_000_000  # size of the training sample, whole documents of the split
     seed: int = 0                 # of the sample
     # An existing tokenizer to use instead: a SentencePiece model, or the directory of a run, of a
     # checkpoint, or of a Hugging Face model or tokenizer. vocab_size must be its own.
@@ -82,7 +82,8 @@ class SentencePieceTokenizer(Tokenizer):
         parts = [self._sp.encode(part) for part in text.split(SPACE)]
         return parts[0] + [i for part in parts[1:] for i in [*self._space_ids, *part]]
 
-    def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], *,
+                     num_threads: int | None = None) -> list[np.ndarray]:
         """Token ids of many texts, one int32 array per text.
 
         Words recur, so each distinct word is encoded only once wherever that gives the same ids.
@@ -105,9 +106,9 @@ class SentencePieceTokenizer(Tokenizer):
     def _by_unit(self) -> bool:
         """Whether the tokens of a text are the tokens of its units (`_UNIT`), one after the other.
 
-        True if no piece reaches from one unit into the next, the model normalises nothing, characters
-        outside the vocabulary become bytes, and the model is BPE, whose scores are whole numbers
-        (ranks of merges). A unigram model adds scores, and in a longer text the sums round
+        True if no piece reaches from one unit into the next, the model normalises nothing,
+        characters outside the vocabulary become bytes, and the model is BPE, whose scores are whole
+        numbers (ranks of merges). A unigram model adds scores, and in a longer text the sums round
         differently.
         """
         sp, ids, probe = self._sp, range(self.vocab_size), "  a\t\ufb01 e\u0301\u3000 "
@@ -142,16 +143,18 @@ def train_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> SentencePi
         "model_type": config.model, "vocab_size": config.vocab_size,
         "pad_id": PAD_ID, "bos_id": BOS_ID, "eos_id": EOS_ID, "unk_id": UNK_ID,
         "byte_fallback": True, "normalization_rule_name": "identity",  # nothing is lost
-        "add_dummy_prefix": False, "remove_extra_whitespaces": False,  # no space is added or removed
+        "add_dummy_prefix": False, "remove_extra_whitespaces": False,  # spaces stay as they are
         "split_digits": True, "allow_whitespace_only_pieces": True, "user_defined_symbols": ["\n"],
-        "required_chars": SPACE,  # Chinese text may lack spaces, yet a space must not become the bytes of U+2581
+        # Chinese text may lack spaces, and a space must not become the bytes of U+2581.
+        "required_chars": SPACE,
         "max_sentence_length": 1 << 30,  # longer lines would be skipped silently (default: 4192)
         "num_threads": 2,  # pinned: the model may depend on it
         "minloglevel": 2,
     }
     lines = _sample_lines(texts, config.train_bytes, config.seed)
     try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model,
+                                                 **settings)
     except RuntimeError as error:
         first = first_line(error)
         raise UserError("a size that the training text supports",
