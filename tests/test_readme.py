@@ -55,7 +55,7 @@ if args[0] == "bench":
     sys.modules["torch"] = None  # it compiles for half a minute; tests/benchmarks compares
 sys.exit(main(args))
 """
-# Other tests run these (tests/training/test_setup.py, tests/benchmarks), or a test machine cannot.
+# Other tests run these (tests/launch/test_installation.py, tests/benchmarks), or a test machine cannot.
 ELSEWHERE = ("./launch/local", "./launch/test", "pip install", "lmjax bench generate")
 
 

@@ -1,4 +1,4 @@
-"""Optimizers against hand-written formulas, stacked parameters against single ones, shardings by the byte."""
+"""Optimizers against formulas, stacked parameters against single ones, shardings by the byte."""
 
 import dataclasses
 import math
@@ -22,7 +22,8 @@ LAYERS, EMBED, HEADS, HEAD_DIM, MLP, VOCAB = 3, 16, 2, 4, 24, 40
 AXES = {
     "embedding": {"table": ("vocab", "embed")},
     "blocks": {
-        "query": {"kernel": ("layers", "embed", "heads", "head_dim"), "bias": ("layers", "norm", "norm")},
+        "query": {"kernel": ("layers", "embed", "heads", "head_dim"),
+                  "bias": ("layers", "norm", "norm")},
         "out": {"kernel": ("layers", "heads", "head_dim", "embed")},
         "down": {"kernel": ("layers", "mlp", "embed")},
         "norm": {"scale": ("layers", "norm")},
@@ -41,12 +42,14 @@ SHAPES = {
 }
 MATRICES = ("query/kernel", "out/kernel", "down/kernel")
 # One step at full rate, with nothing but the rescaling that is looked at.
-BARE = OptimizerConfig(peak_lr=1.0, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
+BARE = OptimizerConfig(peak_lr=1.0, schedule="constant", warmup_steps=0, weight_decay=0.0,
+                       clip_norm=0.0)
 
 
 def random_like(shapes, seed, scale=1.0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda shape: jnp.asarray(scale * rng.normal(size=shape), jnp.float32), shapes,
+    return jax.tree.map(lambda shape: jnp.asarray(scale * rng.normal(size=shape), jnp.float32),
+                        shapes,
                         is_leaf=lambda x: isinstance(x, tuple))
 
 
@@ -94,22 +97,26 @@ def test_schedule_has_its_closed_form(name):
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
 def test_the_decay_ends_one_step_after_the_last(name):
-    """As documented for final_lr_fraction: so even with 0 the last step (of 0..109) still learns."""
+    """So even with final_lr_fraction 0, the last step (of 0..109) still learns."""
     for fraction in (0.0, 0.1):
-        config = OptimizerConfig(schedule=name, peak_lr=1.0, warmup_steps=10, final_lr_fraction=fraction)
+        config = OptimizerConfig(schedule=name, peak_lr=1.0, warmup_steps=10,
+                                 final_lr_fraction=fraction)
         last, after = (float(make_schedule(config, 110)(step)) for step in (109, 110))
-        assert after == pytest.approx(fraction, abs=1e-6) and fraction + 1e-4 < last < fraction + 0.03
+        assert after == pytest.approx(fraction, abs=1e-6)
+        assert fraction + 1e-4 < last < fraction + 0.03
 
 
 def test_no_warmup_starts_at_the_peak():
     for name in SCHEDULES:
-        assert make_schedule(OptimizerConfig(schedule=name, warmup_steps=0, peak_lr=0.5), 20)(0) == 0.5
+        config = OptimizerConfig(schedule=name, warmup_steps=0, peak_lr=0.5)
+        assert make_schedule(config, 20)(0) == 0.5
 
 
 @pytest.mark.parametrize("schedule, warmup", [("cosine", 100), ("wsd", 81)])
 def test_warmup_that_does_not_fit_is_refused(schedule, warmup):
     make_schedule(OptimizerConfig(schedule=schedule, warmup_steps=warmup - 1), 100)
-    with pytest.raises(ValueError, match=f"warmup_steps: expected at most {warmup - 1} .* got {warmup};"):
+    with pytest.raises(ValueError, match=f"warmup_steps: expected at most {warmup - 1} .* got "
+                       f"{warmup};"):
         make_schedule(OptimizerConfig(schedule=schedule, warmup_steps=warmup), 100)
 
 
@@ -119,7 +126,8 @@ def test_warmup_that_does_not_fit_is_refused(schedule, warmup):
     ({"peak_lr": -1.0}, "peak_lr: expected at least 0"),
     ({"b2": 1.0}, "b2: expected 0 <= b2 < 1, got 1.0"),
     ({"final_lr_fraction": 10.0}, "final_lr_fraction: expected 0 to 1"),
-    ({"schedule": "exponential", "final_lr_fraction": 0.0}, "final_lr_fraction: expected more than 0"),
+    ({"schedule": "exponential", "final_lr_fraction": 0.0},
+     "final_lr_fraction: expected more than 0"),
 ])
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -128,7 +136,8 @@ def test_wrong_settings_are_named(settings, message):
 
 def test_adamw_is_the_formula():
     config = OptimizerConfig(name="adamw", peak_lr=0.01, schedule="linear", warmup_steps=2,
-                             final_lr_fraction=0.0, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3, clip_norm=0.0)
+                             final_lr_fraction=0.0, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3,
+                             clip_norm=0.0)
     tx = make_optimizer(config, 10, AXES)
     params = random_like(SHAPES, 0)
     state = tx.init(params)
@@ -161,8 +170,9 @@ def test_kinds_come_from_names_not_ranks():
         assert kind_of(axes) == "vector", axes
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("decay_embeddings", [False, True])
+@pytest.mark.parametrize("name, decay_embeddings", [
+    *((name, False) for name in OPTIMIZERS), ("adamw", True),
+    *(pytest.param(name, True, marks=pytest.mark.long) for name in OPTIMIZERS if name != "adamw")])
 def test_only_matrices_decay(name, decay_embeddings):
     config = bare(name, peak_lr=0.5, weight_decay=0.2, decay_embeddings=decay_embeddings)
     params = random_like(SHAPES, 0)
@@ -170,7 +180,8 @@ def test_only_matrices_decay(name, decay_embeddings):
     updates = first_updates(config, params, jax.tree.map(jnp.zeros_like, params))
     for path, param in named(params).items():
         decays = path.endswith(MATRICES) or (decay_embeddings and path.startswith("embedding"))
-        np.testing.assert_allclose(updates[path], -0.5 * 0.2 * param if decays else 0 * param, atol=1e-7)
+        np.testing.assert_allclose(updates[path], -0.5 * 0.2 * param if decays else 0 * param,
+                                   atol=1e-7)
 
 
 def test_clipping_is_by_the_norm_of_all_parameters():
@@ -185,7 +196,8 @@ def test_clipping_is_by_the_norm_of_all_parameters():
 def test_muon_is_two_dimensional_muon_in_every_layer():
     grads = random_like(SHAPES, 1)
     updates = first_updates(bare("muon"), random_like(SHAPES, 0), grads)
-    sides = {"query": (EMBED, HEADS * HEAD_DIM), "out": (HEADS * HEAD_DIM, EMBED), "down": (MLP, EMBED)}
+    sides = {"query": (EMBED, HEADS * HEAD_DIM), "out": (HEADS * HEAD_DIM, EMBED),
+             "down": (MLP, EMBED)}
     single = optax.contrib.muon(1.0, beta=0.95, consistent_rms=0.2)
     first_update = jax.jit(lambda g: single.update(g, single.init(g), g)[0])
     for name, (rows, columns) in sides.items():
@@ -194,7 +206,8 @@ def test_muon_is_two_dimensional_muon_in_every_layer():
         for g_RC, u_RC in zip(g_LRC, u_LRC, strict=True):
             np.testing.assert_allclose(u_RC, first_update(g_RC), rtol=1e-3, atol=1e-5)
             # Five iterations leave singular values about 1, not at it (Jordan et al. 2024).
-            values = np.linalg.svd(np.asarray(u_RC) / (0.2 * math.sqrt(max(rows, columns))), compute_uv=False)
+            values = np.linalg.svd(np.asarray(u_RC) / (0.2 * math.sqrt(max(rows, columns))),
+                                   compute_uv=False)
             assert 0.6 < values.min() and values.max() < 1.3
             assert 0.15 < float(jnp.sqrt(jnp.mean(u_RC ** 2))) < 0.25  # as AdamW's
     # The rest is AdamW, whose first step is the gradient's sign.
@@ -219,10 +232,10 @@ def test_adafactor_treats_every_layer_alone():
     params = random_like({"w": (3, 128, 130), "scale": (3, 4)}, 0)
     state = make_optimizer(bare("adafactor"), 9, axes).init(params)
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(state))
-    assert sizes[-3:] == [12, 3 * 128, 3 * 130], "expected one row and one column of statistics a matrix"
+    assert sizes[-3:] == [12, 3 * 128, 3 * 130], "a row and a column of statistics per matrix"
 
     def second_update(params, axes, growth):
-        """The gradient grows from step to step by another factor in each layer, so that some are clipped."""
+        """Lets the gradient grow by another factor in each layer, so that some are clipped."""
         tx = make_optimizer(bare("adafactor"), 9, axes)
         _, state = tx.update(params, tx.init(params), params)
         return tx.update(jax.tree.map(jnp.multiply, params, growth), state, params)[0]
@@ -238,7 +251,7 @@ def test_adafactor_treats_every_layer_alone():
         for name, update in alone.items():
             np.testing.assert_allclose(together[name][i], update, rtol=1e-4)
         rms.append(float(jnp.sqrt(jnp.mean(alone["w"] ** 2))))
-    assert rms[0] < 0.5 and 0.999 < rms[2] < 1.001, "expected one layer to be clipped and another not"
+    assert rms[0] < 0.5 and 0.999 < rms[2] < 1.001, "one layer is clipped and another is not"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -248,7 +261,8 @@ def test_every_optimizer_goes_downhill(name):
     target = random_like(SHAPES, 0, 0.3)
 
     def loss(params):
-        return sum(jnp.sum(d ** 2) for d in jax.tree.leaves(jax.tree.map(jnp.subtract, params, target)))
+        differences = jax.tree.map(jnp.subtract, params, target)
+        return sum(jnp.sum(d ** 2) for d in jax.tree.leaves(differences))
 
     @jax.jit
     def run(params):
@@ -283,7 +297,7 @@ def test_state_is_all_that_a_resumed_run_needs(name):
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
 
 
-# Every parameter here divides by 8 over all its sharded axes; w is large enough for Adafactor to factor.
+# Every parameter divides by 8 over all its sharded axes; w is large enough for Adafactor to factor.
 SHARDED = {
     "table": ((256, 128), ("vocab", "embed"), PartitionSpec("tensor", "fsdp")),
     "w": ((2, 128, 256), ("layers", "embed", "mlp"), PartitionSpec(None, "fsdp", "tensor")),
@@ -299,7 +313,8 @@ def test_state_lies_where_its_parameters_lie(name):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     shardings = {k: NamedSharding(mesh, spec) for k, (_, _, spec) in SHARDED.items()}
     shapes = {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, (shape, _, _) in SHARDED.items()}
-    tx = make_optimizer(OptimizerConfig(name=name), 1000, {k: axes for k, (_, axes, _) in SHARDED.items()})
+    tx = make_optimizer(OptimizerConfig(name=name), 1000,
+                        {k: axes for k, (_, axes, _) in SHARDED.items()})
     params = {k: jax.device_put(jnp.ones(s.shape), shardings[k]) for k, s in shapes.items()}
     out = state_shardings(tx, shapes, shardings, mesh)
     state = jax.jit(tx.init, out_shardings=out)(params)
@@ -307,12 +322,14 @@ def test_state_lies_where_its_parameters_lie(name):
     def held(tree):
         """Bytes of each of the eight devices."""
         shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
-        return [sum(s.data.nbytes for s in shards if s.device == device) for device in jax.devices()]
+        return [sum(s.data.nbytes for s in shards if s.device == device)
+                for device in jax.devices()]
 
     def share(*names):
         return held({k: params[k] for k in names})[0]
 
-    # Moments of: two (or one) of every parameter, sharded alike; the counts and coefficients are a few bytes.
+    # Moments of one or two arrays per parameter, sharded alike. Counts and coefficients are a few
+    # bytes.
     matrices = ("w", "square", "query")
     expected = {
         "adamw": 2 * share(*SHARDED),
@@ -327,7 +344,8 @@ def test_state_lies_where_its_parameters_lie(name):
             2 * (128 // 4 + 128),  # query: in each layer and the one head of two that a device has
         ]),
     }[name]
-    assert all(expected <= nbytes <= expected + 80 for nbytes in held(state)), (expected, held(state))
+    sizes = held(state)
+    assert all(expected <= nbytes <= expected + 80 for nbytes in sizes), (expected, sizes)
     # An update leaves everything where it is.
     updates, new = jax.jit(tx.update, out_shardings=(shardings, out))(params, state, params)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, state, new))
@@ -346,7 +364,8 @@ def test_adafactor_statistics_follow_the_axis_they_keep():
     column, = (spec for path, spec in specs.items() if "v_col" in path)
     _, state = jax.jit(lambda p: tx.update(p, tx.init(p), p))(params)
     v_row, v_col = (optax.tree.get(state, key)["w"] for key in ("v_row", "v_col"))
-    mean_of = {"fsdp": jnp.mean(params["w"] ** 2, axis=1), "tensor": jnp.mean(params["w"] ** 2, axis=0)}
+    mean_of = {"fsdp": jnp.mean(params["w"] ** 2, axis=1),
+               "tensor": jnp.mean(params["w"] ** 2, axis=0)}
     np.testing.assert_allclose(v_row, mean_of[row[0]], rtol=1e-4)
     np.testing.assert_allclose(v_col, mean_of[column[0]], rtol=1e-4)
 
@@ -355,4 +374,5 @@ def test_ema_forgets_the_start_and_then_averages():
     params, ema = {"w": jnp.full(3, 2.0)}, {"w": jnp.full(3, 1.0)}
     np.testing.assert_allclose(ema_update(ema, params, 0.9, 0)["w"], 0.1 * 1 + 0.9 * 2, rtol=1e-6)
     np.testing.assert_allclose(ema_update(ema, params, 0.9, 8)["w"], 0.5 * 1 + 0.5 * 2, rtol=1e-6)
-    np.testing.assert_allclose(ema_update(ema, params, 0.9, 10 ** 6)["w"], 0.9 * 1 + 0.1 * 2, rtol=1e-6)
+    np.testing.assert_allclose(ema_update(ema, params, 0.9, 10 ** 6)["w"], 0.9 * 1 + 0.1 * 2,
+                               rtol=1e-6)

@@ -1,4 +1,4 @@
-"""A decoder that reads a prefix in both directions: who sees whom, packed as alone, and a run of the real command."""
+"""A decoder that reads a prefix in both directions, from its mask to a run of the command."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,8 @@ GREEDY = Sampling(temperature=0.0)
 
 @pytest.fixture(scope="module")
 def batch():
-    config = DataConfig(sources=(SourceConfig("s", "synthetic:20"),), tokenizer=TokenizerConfig(40), seq_len=48,
+    config = DataConfig(sources=(SourceConfig("s", "synthetic:20"),),
+                        tokenizer=TokenizerConfig(40), seq_len=48,
                         objective=ObjectiveConfig("prefix_lm"))
     return open_splits(config)[0].rows(np.arange(3))
 
@@ -48,7 +49,8 @@ def test_who_sees_whom(batch, window):
 
 def test_packed_is_as_alone(batch):
     """Loss and gradients, document by document, to 1e-5."""
-    model = build_model(DecoderConfig(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32), vocab_size=40,
+    model = build_model(DecoderConfig(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32),
+                        vocab_size=40,
                         platform="cpu", dtype=jnp.float32)
     params, loss_fn = model.init(jax.random.key(0)), next_token_loss(model)
     gradient = jax.jit(jax.value_and_grad(lambda params, batch: loss_fn(params, batch, None).total))
@@ -58,7 +60,8 @@ def test_packed_is_as_alone(batch):
             inside = batch["segment_ids"][row] == s
             alone = {name: np.zeros_like(values[:1]) for name, values in batch.items()}
             for name, values in batch.items():
-                alone[name][0, : inside.sum()] = np.where(name == "segment_ids", 1, values[row][inside])
+                alone[name][0, : inside.sum()] = np.where(name == "segment_ids", 1,
+                                                          values[row][inside])
             apart.append(alone)
     assert len(apart) > 3
     documents = {name: np.concatenate([a[name] for a in apart]) for name in batch}
@@ -69,11 +72,13 @@ def test_packed_is_as_alone(batch):
 
 
 def test_the_suffix_is_not_seen_by_what_predicts_it(batch):
-    model = build_model(DecoderConfig(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32), vocab_size=40,
+    model = build_model(DecoderConfig(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32),
+                        vocab_size=40,
                         platform="cpu", dtype=jnp.float32)
     params, logits = model.init(jax.random.key(0)), jax.jit(model.logits)
     base = np.asarray(logits(params, batch))
-    at = int(np.flatnonzero((batch["loss_mask"][0] > 0) & (batch["positions"][0] > 2))[0])  # the prefix's last token
+    counts, position = batch["loss_mask"][0] > 0, batch["positions"][0]
+    at = int(np.flatnonzero(counts & (position > 2))[0])  # the last token of the prefix
     later, earlier = ({**batch, "tokens": batch["tokens"].copy()} for _ in range(2))
     later["tokens"][0, at + 1] ^= 1
     earlier["tokens"][0, at] ^= 1
@@ -83,7 +88,10 @@ def test_the_suffix_is_not_seen_by_what_predicts_it(batch):
 
 
 def full(model, params, row, prompt):
-    """float32 [length, V]: the logits of a whole row whose first `prompt` tokens are its prefix, as in training."""
+    """Returns float32 [length, V]: the logits of a row whose first `prompt` tokens are its prefix.
+
+    Computed in one forward pass, as in training.
+    """
     at = np.arange(LENGTH, dtype=np.int32)[None]
     tokens = np.zeros((1, LENGTH), np.int32)
     tokens[0, : len(row)] = row
@@ -96,13 +104,18 @@ LENGTH, PROMPTS = 32, [[5, 9, 7, 3, 11, 2, 8, 1, 30, 22, 17], [7, 1, 3]]
 
 
 @pytest.mark.parametrize("keys", [
-    dict(), dict(sliding_window=4), dict(sliding_window=4, layer_pattern=("local", "global"), num_layers=3),
-    dict(positions="learned", max_positions=LENGTH, moe=MoEConfig(experts=4, per_token=2))],
-    ids=["global", "window", "pattern", "experts"])
+    dict(sliding_window=4, layer_pattern=("local", "global"), num_layers=3),
+    pytest.param(dict(), marks=pytest.mark.long),
+    pytest.param(dict(sliding_window=4), marks=pytest.mark.long),
+    pytest.param(dict(positions="learned", max_positions=LENGTH,
+                      moe=MoEConfig(experts=4, per_token=2)), marks=pytest.mark.long)],
+    ids=["pattern", "global", "window", "experts"])
 def test_an_answer_follows_a_prompt_that_was_read_in_both_directions(keys):
     """Prompts of 11 and 3 tokens in one batch: every answer is the argmax of full forwards."""
-    config = DecoderConfig(**dict(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32, init_std=0.4) | keys)
-    model, causal = (build_model(config, vocab_size=40, platform="cpu", dtype=jnp.float32, prefix_lm=prefix)
+    config = DecoderConfig(**dict(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32,
+                                  init_std=0.4) | keys)
+    model, causal = (build_model(config, vocab_size=40, platform="cpu", dtype=jnp.float32,
+                                 prefix_lm=prefix)
                      for prefix in (True, False))
     params = jax.jit(model.init)(jax.random.key(0))
     answers = Generator(model)(params, PROMPTS, max_tokens=9, sampling=GREEDY)
@@ -118,15 +131,18 @@ def test_an_answer_follows_a_prompt_that_was_read_in_both_directions(keys):
 
 @pytest.mark.long
 def test_a_run_of_the_command(tmp_path):
-    finish(tmp_path / "run", "data.objective.name=prefix_lm", "data.objective.augment.share=0.5", "train.steps=20",
+    finish(tmp_path / "run", "data.objective.name=prefix_lm",
+           "data.objective.augment.share=0.5", "train.steps=20",
            "optimizer.warmup_steps=2", "eval.every=20", "model.num_layers=1")
     losses = [r["loss"] for r in lines(tmp_path / "run") if "loss" in r]
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
     lm = lmjax.load(tmp_path / "run")  # what is given of a text is its prefix
-    for (value, _), prompt in zip(lm.continuations([(row, 2) for row in PROMPTS]), PROMPTS, strict=True):
+    scored = lm.continuations([(row, 2) for row in PROMPTS])
+    for (value, _), prompt in zip(scored, PROMPTS, strict=True):
         given = len(prompt) - 2
         logits = full(lm.model, lm.params, prompt[:-1], given).astype(np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        assert value == pytest.approx(sum(log_p[given - 1 + i, prompt[given + i]] for i in range(2)), rel=1e-4)
+        expected = sum(log_p[given - 1 + i, prompt[given + i]] for i in range(2))
+        assert value == pytest.approx(expected, rel=1e-4)
     wrong = finish(tmp_path / "other", "data.objective.name=masked_lm", expect=2)
     assert "got masked_lm, which needs the family encoder; change one of them" in wrong

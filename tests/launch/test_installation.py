@@ -1,4 +1,4 @@
-"""What installs and starts lmjax: the scripts, the declared and pinned dependencies, the style."""
+"""The scripts that install and start lmjax, its declared and pinned dependencies, the style."""
 
 import ast
 import os
