@@ -104,12 +104,14 @@ LENGTH, PROMPTS = 32, [[5, 9, 7, 3, 11, 2, 8, 1, 30, 22, 17], [7, 1, 3]]
 
 
 @pytest.mark.parametrize("keys", [
-    dict(sliding_window=4, layer_pattern=("local", "global"), num_layers=3),
+    dict(sliding_window=4, layer_pattern=("local", "global")),
+    pytest.param(dict(sliding_window=4, layer_pattern=("local", "global"), num_layers=3),
+                 marks=pytest.mark.long),
     pytest.param(dict(), marks=pytest.mark.long),
     pytest.param(dict(sliding_window=4), marks=pytest.mark.long),
     pytest.param(dict(positions="learned", max_positions=LENGTH,
                       moe=MoEConfig(experts=4, per_token=2)), marks=pytest.mark.long)],
-    ids=["pattern", "global", "window", "experts"])
+    ids=["pattern", "part of a pattern", "global", "window", "experts"])
 def test_an_answer_follows_a_prompt_that_was_read_in_both_directions(keys):
     """Prompts of 11 and 3 tokens in one batch: every answer is the argmax of full forwards."""
     config = DecoderConfig(**dict(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32,
