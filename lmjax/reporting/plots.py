@@ -1,10 +1,8 @@
-"""The pictures of a report: matplotlib figures as SVG text that sits inside an HTML page.
+"""The pictures of a report: matplotlib figures as SVG text inside an HTML page.
 
-No pyplot and no global state. Text stays text and colours become CSS variables (`--train`, `--grid`, ...),
-so that the page decides the font and can be light or dark.
+No pyplot and no global state. Text stays text, and colours become CSS variables (`--train`,
+`--grid`, ...), so that the page decides the font and can be light or dark.
 """
-
-from __future__ import annotations
 
 import io
 import re
@@ -21,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from lmjax.monitoring.units import human_count
 
-# From the palette of Okabe and Ito (2008), told apart with every common kind of colour blindness.
+# From the palette of Okabe and Ito (2008), which every common kind of colour blindness tells apart.
 COLORS = {
     "ink": "#26323f",
     "muted": "#67737f",
@@ -57,41 +55,43 @@ STYLE: dict[Any, Any] = {
     "legend.handlelength": 1.5,
     "path.simplify": True,
 }
-MAX_POINTS = 400  # of a curve; about one for each pixel that it is drawn on
+MAX_POINTS = 400  # per curve: about one per pixel
 
 
 @dataclass(frozen=True)
 class Curve:
-    """y [N] against x [N], x increasing, y possibly not finite.
-
-    kind: "trend" draws a running mean over what scatters, "line" the values, "points" a dot for each as well.
-    """
+    """A curve of y [N] over x [N]."""
 
     name: str
-    x: np.ndarray
-    y: np.ndarray
-    color: str
-    kind: str = "trend"
+    x: np.ndarray  # increasing
+    y: np.ndarray  # may hold values that are not finite
+    color: str  # a key of COLORS
+    kind: str = "trend"  # a running mean over the scatter; "line": the values; "points": dots too
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: curves, and horizontal lines as (name, y)."""
+    """One pair of axes."""
 
     label: str
     curves: Sequence[Curve]
-    baselines: Sequence[tuple[str, float]] = ()
-    tick: Callable[[float], str] = field(default=lambda value: f"{value:.6g}")
-    log: bool = False
-    from_zero: bool = False
-    least_top: float = 0.0
-    last_values: bool = False  # written in the margin, among the baselines
+    baselines: Sequence[tuple[str, float]] = ()  # horizontal lines: (name, y)
+    tick: Callable[[float], str] = field(default=lambda y: f"{y:.6g}")  # labels of the y axis
+    log: bool = False  # a logarithmic y axis
+    from_zero: bool = False  # the y axis begins at 0
+    least_top: float = 0.0  # the y axis ends no lower
+    last_values: bool = False  # write the curves' last values in the margin
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, ...]:
-    """Mean x, and mean, least and greatest finite y, of up to `most` runs of neighbouring points.
+    """Summarises a curve by at most `most` groups of neighbouring points.
 
-    x, y [N] -> four arrays [min(N, most)]; nan where a run has no finite y.
+    Args:
+      x, y: [N].
+
+    Returns:
+      Four arrays [min(N, most)]: the mean of x, and the mean, the least and the greatest of the
+      finite y; nan where a group has no finite y.
     """
     chunks = min(len(x), most)
     if chunks == len(x):
@@ -106,11 +106,12 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarr
         return np.where(kept > 0, ufunc.reduceat(np.where(good, y, fill), starts), np.nan)
 
     mean = of(np.add, 0.0) / np.maximum(kept, 1)
-    return np.add.reduceat(x, starts) / counts, mean, of(np.minimum, np.inf), of(np.maximum, -np.inf)
+    low, high = of(np.minimum, np.inf), of(np.maximum, -np.inf)
+    return np.add.reduceat(x, starts) / counts, mean, low, high
 
 
 def smooth(y: np.ndarray, width: int) -> np.ndarray:
-    """Mean of the finite values among `width` (odd) neighbours, fewer at the ends; nan stays nan."""
+    """A centred running mean over `width` (odd) values, fewer at the ends; nan stays nan."""
     good, half = np.isfinite(y), width // 2
     positions = np.arange(len(y))
     reach = np.minimum(half, np.minimum(positions, len(y) - 1 - positions))
@@ -121,18 +122,14 @@ def smooth(y: np.ndarray, width: int) -> np.ndarray:
     return np.where(good, mean, np.nan)
 
 
-def draw(
-    title: str,
-    panels: Sequence[Panel],
-    restarts: Sequence[float] = (),
-    marks: Sequence[tuple[float, str]] = (),
-) -> str:
-    """Panels above one another, with tokens as their common x axis, as one `<svg>` element.
+def draw(title: str, panels: Sequence[Panel], restarts: Sequence[float] = (),
+         marks: Sequence[tuple[float, str]] = ()) -> str:
+    """Draws panels below one another, over the tokens trained, as one `<svg>` element.
 
     Args:
-      title: read out to those who cannot see the picture; also keeps the ids of pictures apart.
-      restarts: x of each time that the run was resumed.
-      marks: other places on the x axis, as (x, what happened there).
+      title: what screen readers say; it also makes the ids in each picture unique.
+      restarts: the x of each resumption of the run.
+      marks: other events, as (x, label).
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
         heights = [2.35, 1.0][: len(panels)]
@@ -146,9 +143,10 @@ def draw(
             _draw_panel(ax, panel, ticks)
             for x in restarts:
                 ax.axvline(x, color=COLORS["muted"], linewidth=0.9, linestyle=(0, (1, 2)))
-            for x, what in marks:
+            for x, label in marks:
                 ax.axvline(x, color=COLORS["heldout"], linewidth=1.2)
-                _text(ax, x, 0.04, f" {what}", COLORS["heldout"], transform=ax.get_xaxis_transform())
+                _text(ax, x, 0.04, f" {label}", COLORS["heldout"],
+                      transform=ax.get_xaxis_transform())
         axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
         axes[-1].xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
         axes[-1].set_xlabel("tokens trained")
@@ -162,8 +160,9 @@ def _x_limits(panels: Sequence[Panel]) -> tuple[float, float]:
     return -0.012 * end, 1.012 * end
 
 
-def _text(ax: Axes, x: float, y: float, text: str, color: str, **how: object) -> None:
-    ascii_only = text.encode("ascii", "replace").decode()  # the font that measures it has no other glyphs
+def _text(ax: Axes, x: float, y: float, text: str, color: str, **how: Any) -> None:
+    # The font that measures the text has no other glyphs.
+    ascii_only = text.encode("ascii", "replace").decode()
     ax.text(x, y, ascii_only, color=color, fontsize=7.8, va="center", **how)
 
 
@@ -186,34 +185,33 @@ def _draw_panel(ax: Axes, panel: Panel, ticks: int) -> None:
     ax.set_title(panel.label, loc="left", fontsize=8.5, color=COLORS["muted"], pad=5)
     shown = [curve for curve in panel.curves if curve.name and np.isfinite(curve.y).any()]
     if len(shown) > 1:
-        ax.legend(
-            loc="lower right", bbox_to_anchor=(1.0, 0.985), ncols=len(shown), borderaxespad=0, borderpad=0.2,
-            columnspacing=1.2, fontsize=8,
-        )  # fmt: skip
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 0.985), ncols=len(shown),
+                  borderaxespad=0, borderpad=0.2, columnspacing=1.2, fontsize=8)
     if not seen:
-        ax.text(0.5, 0.5, "no finite values", color=COLORS["muted"], ha="center", transform=ax.transAxes)
+        ax.text(0.5, 0.5, "no finite values", color=COLORS["muted"], ha="center",
+                transform=ax.transAxes)
 
 
 def _draw_curve(ax: Axes, curve: Curve) -> list[float]:
-    """Draws it; returns finite values that the y axis is to span."""
+    """Draws a curve; returns finite values that the y axis should include."""
     color = COLORS[curve.color]
     x, y, low, high = thin(curve.x, curve.y)
-    few = np.isfinite(y).sum() <= (60 if curve.kind == "points" else 1)  # a lone point makes no line
+    # A lone point makes no line.
+    few = np.isfinite(y).sum() <= (60 if curve.kind == "points" else 1)
     line = y
-    if len(y) >= 60 and curve.kind == "trend":  # a trend through what scatters, over the scatter itself
+    if len(y) >= 60 and curve.kind == "trend":  # the trend, drawn over the pale scatter
         line = smooth(y, len(y) // 40 | 1)
         if len(x) < len(curve.x):
             ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
         else:
             ax.plot(x, y, color=color, alpha=0.35, linewidth=0.8)
     order = 3 if curve.kind == "points" else 2.5
-    ax.plot(x, line, color=color, label=curve.name, marker="o" if few else "", markersize=3.4, zorder=order)
+    ax.plot(x, line, color=color, label=curve.name, marker="o" if few else "", markersize=3.4,
+            zorder=order)
     if not np.isfinite(y).any():
         return []
-    return [
-        *line[np.isfinite(line)],
-        *np.nanquantile(y, [0.002, 0.998]),
-    ]  # a lone spike may leave the picture
+    # A lone spike may leave the picture.
+    return [*line[np.isfinite(line)], *np.nanquantile(y, [0.002, 0.998])]
 
 
 def _y_limits(panel: Panel, seen: np.ndarray) -> tuple[float, float]:
@@ -224,11 +222,10 @@ def _y_limits(panel: Panel, seen: np.ndarray) -> tuple[float, float]:
         return float(seen.min()) / 1.25, float(seen.max()) * 1.25
     low, high = float(seen.min()), float(seen.max())
     if panel.baselines:
-        # The steep start may leave the picture: what matters lies around the baselines and the newest values.
+        # The steep start may leave the picture: readers compare the newest values to the baselines.
         newest = [curve.y[np.isfinite(curve.y)][-1:] for curve in panel.curves]
-        high = min(
-            high, 1.12 * max(*(value for _, value in panel.baselines), *np.concatenate([*newest, [0.0]]))
-        )
+        values = [*(value for _, value in panel.baselines), *np.concatenate([*newest, [0.0]])]
+        high = min(high, 1.12 * max(values))
     low = 0.0 if panel.from_zero else low
     high = max(high, panel.least_top)
     pad = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
@@ -236,7 +233,7 @@ def _y_limits(panel: Panel, seen: np.ndarray) -> tuple[float, float]:
 
 
 def _draw_margin(ax: Axes, panel: Panel, low: float, high: float) -> None:
-    """Names of the baselines and last values of curves, right of the axes, kept from touching."""
+    """Writes the baselines and the curves' last values right of the axes, without overlaps."""
     labels = [(value, name, COLORS["muted"], "normal") for name, value in panel.baselines]
     for curve in panel.curves if panel.last_values else ():
         if curve.kind == "points" and np.isfinite(curve.y).any():
@@ -247,27 +244,27 @@ def _draw_margin(ax: Axes, panel: Panel, low: float, high: float) -> None:
     gap = 0.068
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + gap)
-    for i in reversed(range(len(heights))):  # and back down if the top was passed
+    for i in reversed(range(len(heights))):  # move labels back down from above the top
         heights[i] = min(heights[i], 1.0 - gap * (len(heights) - 1 - i))
     for (value, name, color, weight), height in zip(labels, heights, strict=True):
-        _text(ax, 1.015, height, f"{name[:12]} {value:.2f}", color, weight=weight, transform=ax.transAxes)
+        _text(ax, 1.015, height, f"{name[:12]} {value:.2f}", color, weight=weight,
+              transform=ax.transAxes)
 
 
 def _svg(figure: Figure, title: str) -> str:
     """The figure's `<svg>` element, scaled by the page, with its fonts and colours."""
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True,
-        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-    )  # fmt: skip
+    figure.savefig(buffer, format="svg", transparent=True,
+                   metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<g id=\"[^\"]*\"", "<g", svg)  # nothing refers to groups, and their names repeat
+    svg = re.sub(r"<g id=\"[^\"]*\"", "<g", svg)  # nothing refers to groups, whose ids repeat
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.S)
-    # Hundredths of a point are enough in the outlines (and only there: tick labels are numbers too).
+    # Outlines are rounded to hundredths of a point; tick labels, which are numbers too, are not.
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
     svg = re.sub(r"\n\s*", "\n", svg)
-    svg = svg.replace("'DejaVu Sans'", "system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', sans-serif")
+    svg = svg.replace("'DejaVu Sans'", "system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', "
+                      "sans-serif")
     for name, color in COLORS.items():
         svg = svg.replace(color, f"var(--{name}, {color})")
     escaped = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")

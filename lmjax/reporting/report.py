@@ -1,10 +1,9 @@
-"""`lmjax report WORKDIR`: one self-contained HTML page that shows what a run did.
+"""`lmjax report WORKDIR`: one HTML page without external parts that shows what a run did.
 
-It reads only the files that the run wrote (see `lmjax/metrics.py` and the prepared data's manifest), so it
-works while the run goes on, after it was killed, and on another machine. What is missing is left out.
+It reads only files that the run wrote (see `monitoring/metrics.py`) and the manifest of the
+prepared data. So it works while the run goes on, after the run was killed, and on another machine.
+A section whose files are missing is left out.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -14,212 +13,142 @@ from typing import Any
 
 import numpy as np
 
+from lmjax.errors import UserError
 from lmjax.monitoring.goodput import ACTIVITIES, SLOW_FACTOR
 from lmjax.monitoring.units import human_count, human_seconds
 from lmjax.reporting import page as html
-from lmjax.reporting.run_files import Columns, Run, last, median, read_run
-from lmjax.runtime.files import write_whole
+from lmjax.reporting.run_files import Columns, RunRecord, last, median, read_run
+from lmjax.reporting.summary import device_name, summarise
+
+SAMPLED_STEPS = 6  # steps whose samples are shown
+SAMPLES_PER_STEP = 4
+SLOWEST_STEPS = 5  # slow steps that are listed
+MAX_FACTS = 30  # facts of the data manifest that are listed
 
 
-def write_report(workdir: str | os.PathLike) -> Path:
-    """Writes WORKDIR/report.html, in one rename, from the other files there; returns its path.
+def write_report(workdir: str | os.PathLike[str]) -> Path:
+    """Writes WORKDIR/report.html from the other files there, in one rename; returns its path.
 
     Raises:
-      ValueError: there is no such directory, no metrics in it, or one of its files cannot be read.
+      UserError: there is no such directory, it has no metrics, or one of its files is not readable.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
-        raise ValueError(
-            f"expected the directory of a run, got {workdir}, which is none; "
-            "give the --workdir of lmjax train"
-        )
+        raise UserError("the directory of a run", f"{workdir}, which is none",
+                        "give the --workdir of lmjax train")
     run = read_run(workdir)
+    sections = (_header, _tiles, _curves, _time, _samples, _data, _model, _config)
+    body = "".join(section(run) for section in sections)
     path = workdir / "report.html"
-    write_whole(path, html.page(f"{workdir.resolve().name} \u00b7 lmjax", _body(run)))
+    temporary = path.with_name("report.html.tmp")
+    title = f"{workdir.resolve().name} \u00b7 lmjax"
+    temporary.write_text(html.page(title, body), encoding="utf-8")
+    temporary.replace(path)
     return path
 
 
-# Words ---------------------------------------------------------------------------------------------------
-
-
-def _join(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _sources(run: Run) -> list[str]:
-    sources = run.config.get("data", {}).get("sources", [])
-    names = [source.get("uri") or source.get("name") for source in sources if isinstance(source, dict)]
-    return [str(name) for name in names if name]
-
-
-def _device(run: Run) -> str:
-    device = run.facts.get("device", {})
-    if not device:
-        return ""
-    platform, kind, count = device.get("platform", "?"), device.get("kind", ""), device.get("count", 1)
-    name = kind if kind and kind.lower() != platform.lower() else platform.upper()
-    return f"{count} {platform.upper()} device{'s' if count != 1 else ''}" + (
-        f" ({name})" if name.lower() != platform.lower() else ""
-    )
-
-
-def _summary(run: Run) -> str:
-    model, facts = run.config.get("model", {}), run.facts
-    size = f"{human_count(facts['parameters'])}-parameter " if "parameters" in facts else ""
-    shape = [
-        f"{model[key]} {word}"
-        for key, word in (("num_layers", "layers"), ("embed_dim", "wide"))
-        if key in model
-    ]
-    what = f"A {size}language model" + (f" ({', '.join(shape)})" if shape else "")
-    tokens = float(run.tokens(run.step))
-    epochs = last(run.train, "epoch")
-    seen = f"{human_count(tokens)} tokens" + (f" ({epochs:.2f} epochs)" if epochs > 0 else "")
-    sources = _sources(run)
-    on = f" of {_join(sources)}" if sources else ""
-    done = f"{run.step:,} of {facts['steps']:,} steps so far" if run.unfinished else f"{run.step:,} steps"
-    text = f"{what} trained for {done} on {seen}{on}. {_reached(run)}{_compared(run)}"
-    seconds, device = run.seconds, _device(run)
-    if seconds > 0:
-        resumed = sum(name == "resume" for name, _, _ in run.events)
-        text += f"It took {human_seconds(seconds)}" + (f" on {device}" if device else "")
-        text += f", resumed {'once' if resumed == 1 else f'{resumed} times'}." if resumed else "."
-    elif device:
-        text += f"It ran on {device}."
-    return text
-
-
-def _reached(run: Run) -> str:
-    loss, bits = last(run.heldout, "loss"), last(run.heldout, "bits_per_byte")
-    if math.isnan(loss):
-        loss = last(run.train, "loss")
-        return "" if math.isnan(loss) else f"Its training loss is {loss:.3f} nats per token. "
-    each = f"{bits:.3f} bits per byte, " if math.isfinite(bits) else ""
-    return f"On held-out text it reaches {each}a loss of {loss:.3f} nats per token. "
-
-
-def _compared(run: Run) -> str:
-    """How the newest held-out loss stands to the n-gram baselines, which predict the same tokens."""
-    loss = last(run.heldout, "loss")
-    if run.config.get("data", {}).get("objective", {}).get("name", "causal_lm") != "causal_lm":
-        return ""  # other tokens are predicted, or from both sides
-    known = [(b["name"], b["loss"]) for b in run.baselines if math.isfinite(b.get("loss", math.nan))]
-    if math.isnan(loss) or not known:
-        return ""
-    beaten = [(name, value) for name, value in known if loss < value]
-    ahead = [f"{name} ({value:.2f})" for name, value in known if loss >= value]
-    if not beaten:
-        return f"That is not yet below a baseline of the same data: {_join(ahead)}. "
-    name, best = min(beaten, key=lambda item: item[1])
-    text = f"That is {1 - loss / best:.0%} less than the {name} baseline's {best:.2f}"
-    rest = [f"{name} ({value:.2f})" for name, value in beaten if value != best]
-    text += f", and below {_join(rest)} as well" if rest else ""
-    return text + (f", but not yet below {_join(ahead)}. " if ahead else ". ")
-
-
-# The page ------------------------------------------------------------------------------------------------
-
-
-def _body(run: Run) -> str:
-    return "".join(
-        [
-            _header(run),
-            _tiles(run),
-            _pictures(run),
-            _time(run),
-            _samples(run),
-            _data(run),
-            _model(run),
-            _config(run),
-        ]
-    )
-
-
-def _header(run: Run) -> str:
-    name, state = ("finished", "") if not run.unfinished else (f"at step {run.step:,}", " unfinished")
+def _header(run: RunRecord) -> str:
+    status, style = (f"at step {run.step:,}", " unfinished") if run.unfinished else ("finished", "")
     alert = ""
     if run.diverged_at is not None:
-        name, state = "diverged", " bad"
-        alert = (
-            f'<p class="alert">The training loss is not finite at step {run.diverged_at:,}. A lower peak '
-            "learning rate, a longer warm-up or a tighter clip of the gradient norm is the usual remedy.</p>"
-        )
-    title = html.escape(run.workdir.resolve().name)
-    return (
-        f'<header><h1>{title}</h1><span class="status{state}">{name}</span>'
-        f'<p class="summary">{html.escape(_summary(run))}</p></header>\n{alert}'
-    )
+        status, style = "diverged", " bad"
+        alert = (f'<p class="alert">The training loss is not finite at step {run.diverged_at:,}. '
+                 "A lower peak learning rate, a longer warm-up or a tighter clip of the gradient "
+                 "norm is the usual remedy.</p>")
+    title, summary = html.escape(run.workdir.resolve().name), html.escape(summarise(run))
+    return (f'<header><h1>{title}</h1><span class="status{style}">{status}</span>'
+            f'<p class="summary">{summary}</p></header>\n{alert}')
 
 
-def _tiles(run: Run) -> str:
-    heldout, seconds = run.heldout, run.seconds
-    flops = median(run.timing, "model_flops_per_second")
+def _tiles(run: RunRecord) -> str:
+    heldout, timing = run.heldout, run.timing
+    flops = human_count(median(timing, "model_flops_per_second")).replace("B", "G")
     figures = [
         (f"{last(heldout, 'bits_per_byte'):.3f}", "held-out bits/byte", "heldout"),
         (f"{last(heldout, 'loss'):.3f}", "held-out nats/token", "heldout"),
         (f"{last(run.train, 'loss'):.3f}", "training nats/token", "train"),
         (human_count(float(run.tokens(run.step))), "tokens seen", ""),
         (human_count(run.facts.get("parameters", math.nan)), "parameters", ""),
-        (human_count(median(run.timing, "tokens_per_second")), "tokens/s (median)", ""),
-        (human_count(flops).replace("B", "G"), "model FLOP/s", ""),
-        (f"{median(run.timing, 'mfu'):.1%}".replace("nan%", "nan"), "MFU (median)", ""),
-        (human_seconds(seconds) if seconds > 0 else "nan", "wall time", ""),
+        (human_count(median(timing, "tokens_per_second")), "tokens/s (median)", ""),
+        (flops, "model FLOP/s", ""),
+        (f"{median(timing, 'mfu'):.1%}".replace("nan%", "nan"), "MFU (median)", ""),
+        (human_seconds(run.seconds) if run.seconds > 0 else "nan", "wall time", ""),
     ]
     tiles = "".join(html.tile(*figure) for figure in figures if figure[0] != "nan")
     return f'<div class="tiles">{tiles}</div>\n'
 
 
-def _pictures(run: Run) -> str:
-    # Imported here because matplotlib takes half a second, which a training run need not wait for.
+def _curves(run: RunRecord) -> str:
+    # Imported late: matplotlib takes half a second, which a training run should not wait for.
     from lmjax.reporting.plots import Curve, Panel, draw
 
-    def curve(name: str, columns: Columns, column: str, color: str, kind: str = "trend") -> list[Curve]:
+    def curve(name: str, columns: Columns, column: str, color: str,
+              kind: str = "trend") -> list[Curve]:
         if column not in columns:
             return []
         return [Curve(name, run.tokens(columns["step"]), columns[column], color, kind)]
 
-    restarts = [float(run.tokens(step)) for name, step, _ in run.events if name == "resume"]
+    restarts = [float(run.tokens(event["step"])) for event in run.events
+                if event["event"] == "resume"]
     marks = [] if run.diverged_at is None else [(float(run.tokens(run.diverged_at)), "not finite")]
     cards = ""
-    for title, column, unit in (
-        ("Loss", "loss", "nats per token"),
-        ("Bits per byte", "bits_per_byte", "bits per byte"),
-    ):
+    for title, column, unit in (("Loss", "loss", "nats per token"),
+                                ("Bits per byte", "bits_per_byte", "bits per byte")):
         curves = curve("training", run.train, column, "train")
-        for (group, columns), color in zip(run.evals.items(), ("heldout", "ema", "second"), strict=False):
+        for (group, columns), color in zip(run.evals.items(), ("heldout", "ema", "second"),
+                                           strict=False):
             name = "held-out" if group == "eval" else group.removeprefix("eval_").upper()
             curves += curve(name, columns, column, color, "points")
-        lines = [(str(b["name"]), float(b[column])) for b in run.baselines if column in b]
-        lines = [(name, value) for name, value in lines if math.isfinite(value)]
+        lines = [(str(b["name"]), float(b[column])) for b in run.baselines
+                 if math.isfinite(float(b.get(column, math.nan)))]
         if curves:
             note = "Dashed: n-gram models of the same data. " if lines else ""
             note += "Dotted: the run was resumed." if restarts else ""
             panel = Panel(unit, curves, lines, last_values=True)
-            cards += html.card(title, draw(f"{title} against tokens", [panel], restarts, marks), note)
+            picture = draw(f"{title} against tokens", [panel], restarts, marks)
+            cards += html.card(title, picture, note)
     rate = curve("", run.train, "learning_rate", "train", "line")
     gradients = curve("", run.train, "grad_norm", "train")
     weights = curve("", run.train, "param_norm", "second", "line")
     speed = curve("", run.timing, "tokens_per_second", "train")
     wait = curve("", run.timing, "data_wait_share", "heldout")
-    share = "share of step time spent waiting for data"
-    plain = {
+    others = {
         "Learning rate": [Panel("", rate, from_zero=True)],
-        "Gradients and weights": [
-            Panel("gradient norm, before clipping", gradients, log=True),
-            Panel("parameter norm", weights),
-        ],
-        "Throughput": [
-            Panel("tokens per second", speed, tick=human_count, from_zero=True),
-            Panel(share, wait, tick=lambda value: f"{value:.0%}", from_zero=True, least_top=0.05),
-        ],
+        "Gradients and weights": [Panel("gradient norm, before clipping", gradients, log=True),
+                                  Panel("parameter norm", weights)],
+        "Throughput": [Panel("tokens per second", speed, tick=human_count, from_zero=True),
+                       Panel("share of step time spent waiting for data", wait,
+                             tick=lambda share: f"{share:.0%}", from_zero=True, least_top=0.05)],
     }
-    for title, panels in plain.items():
+    for title, panels in others.items():
         if panels := [panel for panel in panels if panel.curves]:
             cards += html.card(title, draw(f"{title} against tokens", panels, restarts))
     return cards
 
 
-def _samples(run: Run, steps_shown: int = 6, each: int = 4) -> str:
+def _time(run: RunRecord) -> str:
+    """The wall time over all starts, by activity, and the slowest of the slow steps."""
+    total = sum(run.spent.values())
+    if not total > 0:
+        return ""
+    body = html.bars([(ACTIVITIES[activity], seconds / total, human_seconds(seconds))
+                      for activity, seconds in run.spent.items()])
+    note = f"Of {human_seconds(total)} in all."
+    slow = [event for event in run.events if event["event"] == "slow_step"]
+    if slow:
+        note += (f" {len(slow)} step{'s' if len(slow) > 1 else ''} took over {SLOW_FACTOR} times "
+                 "the median of those before.")
+        slowest = sorted(slow, key=lambda event: -event["seconds"])[:SLOWEST_STEPS]
+        rows = [(f"process {event['process']} ({event['host']}) was {event['doing']}"
+                 if "process" in event else "", f"{event['step']:,}", f"{event['seconds']:.2f}")
+                for event in slowest]
+        body += "<h3>The slowest steps, without their wait for data</h3>"
+        body += html.table(("cause", "step", "seconds"), rows)
+        note += " timing.jsonl has them all." if len(slow) > SLOWEST_STEPS else ""
+    return html.card("Where the time went", body, note)
+
+
+def _samples(run: RunRecord) -> str:
     """Samples of a few steps, evenly spaced, the first and the last among them."""
     by_step: dict[int, list[dict[str, Any]]] = {}
     for sample in run.samples:
@@ -227,13 +156,13 @@ def _samples(run: Run, steps_shown: int = 6, each: int = 4) -> str:
     if not by_step:
         return ""
     steps = sorted(by_step)
-    picked = sorted({steps[round(i)] for i in np.linspace(0, len(steps) - 1, steps_shown)})
+    picked = sorted({steps[round(i)] for i in np.linspace(0, len(steps) - 1, SAMPLED_STEPS)})
     body = ""
     for step in reversed(picked):
-        boxes = "".join(
-            html.sample(str(s.get("prompt", "")), str(s.get("text", ""))) for s in by_step[step][:each]
-        )
-        body += f"<h3><b>step {step:,}</b> \u00b7 {human_count(float(run.tokens(step)))} tokens</h3>"
+        boxes = "".join(html.sample(str(sample.get("prompt", "")), str(sample.get("text", "")))
+                        for sample in by_step[step][:SAMPLES_PER_STEP])
+        tokens = human_count(float(run.tokens(step)))
+        body += f"<h3><b>step {step:,}</b> \u00b7 {tokens} tokens</h3>"
         body += f'<div class="samples">{boxes}</div>'
     note = "Newest first; the prompt is marked."
     if len(steps) > len(picked):
@@ -241,99 +170,84 @@ def _samples(run: Run, steps_shown: int = 6, each: int = 4) -> str:
     return html.card("Samples as training went on", body, note, wide=True)
 
 
-def _time(run: Run) -> str:
-    """Where the wall time went over all starts, as the ledger has it."""
-    total = sum(run.spent.values())
-    if not total > 0:
-        return ""
-    parts = [(ACTIVITIES[activity], seconds / total, human_seconds(seconds))
-             for activity, seconds in run.spent.items()]
-    slow = sum(name == "slow_step" for name, _, _ in run.events)
-    note = f"Of {human_seconds(total)} in all."
-    if slow:
-        steps = "step" if slow == 1 else "steps"
-        note += f" {slow} {steps} took over {SLOW_FACTOR} times the median of those before."
-    return html.card("Where the time went", html.bars(parts), note)
-
-
-def _data(run: Run) -> str:
-    rows: list[list[str]] = []
+def _data(run: RunRecord) -> str:
+    documents: list[list[str]] = []
     removed: list[list[str]] = []
     facts: list[list[str]] = []
-    _walk(run.manifest, (), rows, removed, facts)
+    _walk(run.manifest, (), documents, removed, facts)
     body = ""
-    if rows:
-        body += html.table(("source", "documents", "tokens", "bytes", "bytes/token"), rows)
+    if documents:
+        head = ("source", "documents", "tokens", "bytes", "bytes/token")
+        body += html.table(head, documents)
     if run.baselines:
-        lines = [
-            [b["name"], *(f"{b[key]:.3f}" if key in b else "" for key in ("loss", "bits_per_byte"))]
-            for b in run.baselines
-        ]
+        rows = [[b["name"], *(f"{b[key]:.3f}" if key in b else "" for key in ("loss",
+                                                                              "bits_per_byte"))]
+                for b in run.baselines]
         body += "<h3>Baselines on the held-out text</h3>"
-        body += html.table(("model", "nats/token", "bits/byte"), lines)
+        body += html.table(("model", "nats/token", "bits/byte"), rows)
     if removed:
         body += "<h3>Removed before training</h3>" + html.table((), removed)
     if facts:
-        body += "<h3>Facts</h3>" + html.table((), facts[:30])
+        body += "<h3>How the data is stored</h3>" + html.table((), facts[:MAX_FACTS])
     return html.card("Data", body) if body else ""
 
 
-def _walk(value: Any, path: tuple[str, ...], rows: list, removed: list, facts: list) -> None:
-    """Sorts what a manifest holds into rows of documents, counts of what was removed, and other facts."""
+def _walk(value: Any, path: tuple[str, ...], documents: list[list[str]],
+          removed: list[list[str]], facts: list[list[str]]) -> None:
+    """Sorts a manifest into counts of documents, counts of what was removed, and other facts."""
     name = " / ".join(part for part in path if part not in ("sources", "splits"))
     if isinstance(value, dict):
         if "documents" in value and "tokens" in value:
             tokens, size = value["tokens"], value.get("bytes", 0)
-            ratio = f"{size / tokens:.2f}" if tokens else ""
-            rows.append([name, f"{value['documents']:,}", human_count(tokens), human_count(size), ratio])
-            value = {key: inner for key, inner in value.items() if "removed" in key or key == "splits"}
+            documents.append([name, f"{value['documents']:,}", human_count(tokens),
+                              human_count(size), f"{size / tokens:.2f}" if tokens else ""])
+            value = {key: inner for key, inner in value.items()
+                     if "removed" in key or key == "splits"}
         for key, inner in value.items():
-            if key == "config":
-                continue  # shown whole further down
-            _walk(inner, (*path, str(key)), rows, removed, facts)
+            if key != "config":  # the page shows the whole config further down
+                _walk(inner, (*path, str(key)), documents, removed, facts)
     elif isinstance(value, list):
         for number, inner in enumerate(value):
             label = str(inner.get("name", number)) if isinstance(inner, dict) else str(number)
-            _walk(inner, (*path, label), rows, removed, facts)
+            _walk(inner, (*path, label), documents, removed, facts)
     elif any("removed" in part for part in path):
         words = [part for part in path if part not in ("sources", "splits", "removed")]
-        removed.append(
-            [" / ".join(words).replace("_", " "), f"{value:,}" if isinstance(value, int) else value]
-        )
+        removed.append([" / ".join(words).replace("_", " "), _grouped(value)])
     elif "sha256" not in path and not isinstance(value, bool) and len(path) <= 2:
-        text = f"{value:,}" if isinstance(value, int) else str(value)
-        facts.append([name.replace("_", " "), text[:60]])
+        facts.append([name.replace("_", " "), _grouped(value)[:60]])
 
 
-def _model(run: Run) -> str:
+def _grouped(value: Any) -> str:
+    """A value as text; integers with a comma between thousands."""
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _model(run: RunRecord) -> str:
     facts = run.facts
     attention, mesh = facts.get("attention", {}), facts.get("mesh", {})
+    chosen = [str(attention[key]) for key in ("kernel", "reason") if attention.get(key)]
+    flops, epochs = facts.get("flops_per_token"), facts.get("epochs")
     rows = [
-        ["parameters", f"{facts['parameters']:,}" if "parameters" in facts else ""],
-        [
-            "of which embeddings",
-            f"{facts['embedding_parameters']:,}" if "embedding_parameters" in facts else "",
-        ],
-        ["device", _device(run)],
-        ["mesh", ", ".join(f"{axis}={size}" for axis, size in mesh.items())],
-        [
-            "attention",
-            " \u2014 ".join(str(attention[key]) for key in ("kernel", "reason") if attention.get(key)),
-        ],
-        ["compute dtype", facts.get("compute_dtype", "")],
-        *([name, value] for name, value in facts.get("flags", {}).items()),
-        ["tokens per step", f"{facts['tokens_per_step']:,}" if "tokens_per_step" in facts else ""],
-        ["FLOPs per token", human_count(facts["flops_per_token"]) if "flops_per_token" in facts else ""],
-        ["epochs planned", f"{facts['epochs']:.2f}" if "epochs" in facts else ""],
-        ["data fingerprint", facts.get("data", {}).get("fingerprint", "")],
-        ["lmjax", facts.get("lmjax", "")],
-        *([name, version] for name, version in facts.get("versions", {}).items() if name != "lmjax"),
+        ("parameters", _grouped(facts.get("parameters", ""))),
+        ("of which embeddings", _grouped(facts.get("embedding_parameters", ""))),
+        ("device", device_name(run)),
+        ("mesh", ", ".join(f"{axis}={size}" for axis, size in mesh.items())),
+        ("attention", " \u2014 ".join(chosen)),
+        ("compute dtype", facts.get("compute_dtype", "")),
+        *facts.get("flags", {}).items(),
+        ("tokens per step", _grouped(facts.get("tokens_per_step", ""))),
+        ("FLOPs per token", "" if flops is None else human_count(flops)),
+        ("epochs planned", "" if epochs is None else f"{epochs:.2f}"),
+        ("data fingerprint", facts.get("data", {}).get("fingerprint", "")),
+        ("lmjax", facts.get("lmjax", "")),
+        *((name, version) for name, version in facts.get("versions", {}).items()
+          if name != "lmjax"),
     ]
     rows = [row for row in rows if row[1] not in ("", None)]
     return html.card("Model and machine", html.table((), rows)) if rows else ""
 
 
-def _config(run: Run) -> str:
+def _config(run: RunRecord) -> str:
     if not run.config:
         return ""
     text = html.escape(json.dumps(run.config, indent=2, ensure_ascii=False))
