@@ -1,4 +1,4 @@
-"""What a model looks at: its attention weights for a text, as arrays and as a picture.
+"""The attention weights of a model for a text, as arrays and as a picture.
 
 Shape suffixes: B batch, T query sequence, S key sequence, H heads, G kv heads, K head_dim.
 """
@@ -23,31 +23,44 @@ from lmjax.nn.module import Params
 
 def _record(maps: list[np.ndarray], q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,
             mask: AttentionMask, **options: Any) -> jax.Array:
+    """Attention that appends its weights, [B, H, T, S], to `maps`."""
     B, S, G, K = k_BSGK.shape
     eye_SS = jnp.pad(jnp.eye(S, dtype=q_BTHK.dtype), ((0, 0), (0, -S % K)))
-    # Attention to the identity is the weights themselves, as many columns at a time as a value has.
-    parts = [xla_attention(q_BTHK, k_BSGK, jnp.broadcast_to(eye_SS[None, :, None, at : at + K], (B, S, G, K)),
-                           mask, **options) for at in range(0, S, K)]
-    maps.append(np.asarray(jnp.concatenate(parts, axis=-1)[..., :S]).swapaxes(1, 2))
+
+    def columns(at: int) -> jax.Array:
+        """Attention to values that are K columns of the identity: K columns of the weights."""
+        values = jnp.broadcast_to(eye_SS[None, :, None, at : at + K], (B, S, G, K))
+        return xla_attention(q_BTHK, k_BSGK, values, mask, **options)
+
+    weights_BTHS = jnp.concatenate([columns(at) for at in range(0, S, K)], axis=-1)[..., :S]
+    maps.append(np.asarray(weights_BTHS).swapaxes(1, 2))
     return xla_attention(q_BTHK, k_BSGK, v_BSGK, mask, **options)
 
 
 def attention_maps(model: Model, params: Params, batch: Batch) -> np.ndarray:
-    """float32 [layers, B, H, T, S]: how much each token looks at each, in every head; rows of tokens sum to 1.
+    """The attention weights of every layer and head, for a few texts.
 
-    batch: as `Model.encode` takes it; an encoder-decoder's layers are its encoder's. Runs operation by operation, for a
-    few texts.
+    It runs operation by operation, which is slow.
+
+    Args:
+      batch: as for `Model.encode`.
+    Returns:
+      float32 [layers, B, H, T, S]; each token's weights sum to 1. The layers of an encoder-decoder
+      are its encoder's.
     """
     maps: list[np.ndarray] = []
-    kernel = dataclasses.replace(KERNELS["xla"], name="recording", run=functools.partial(_record, maps))
-    watched = build_model(model.config, vocab_size=0, platform="cpu", dtype=jnp.float32, kernel=kernel)
-    with jax.disable_jit():  # a scan over layers becomes a loop, whose attention weights are plain arrays
-        watched.encode(params, batch)
+    kernel = dataclasses.replace(KERNELS["xla"], name="recording",
+                                 run=functools.partial(_record, maps))
+    recording = build_model(model.config, vocab_size=0, platform="cpu", dtype=jnp.float32,
+                            kernel=kernel)
+    with jax.disable_jit():  # scans become Python loops, in which the weights are plain arrays
+        recording.encode(params, batch)
     return np.stack(maps)
 
 
-def draw_attention(maps: np.ndarray, tokens: Sequence[str], out: str | Path, *, layer: int = -1) -> None:
-    """A picture, one square a head, of one layer of the maps [layers, H, T, S] of a text."""
+def draw_attention(maps: np.ndarray, tokens: Sequence[str], out: str | Path, *,
+                   layer: int = -1) -> None:
+    """Draws one layer of a text's maps, [layers, H, T, S], with one square per head."""
     from matplotlib.figure import Figure
 
     heads = maps[layer]

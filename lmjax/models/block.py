@@ -14,7 +14,7 @@ from flax import nnx
 from lmjax.models.config import TransformerConfig
 from lmjax.nn.attention import Attention, AttentionConfig, AttentionInit, CacheUpdate, KVCache
 from lmjax.nn.kernels.choose import Kernel
-from lmjax.nn.layers import MLP, NORMS, dropout, residual_init
+from lmjax.nn.layers import MLP, NORMS, Norm, dropout, residual_init
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import normal
 from lmjax.nn.moe import MoE, Routing
@@ -28,12 +28,12 @@ class Shared(NamedTuple):
 
     kernel: Kernel  # of attention
     real: jax.Array  # bool [B, T]: which tokens are not padding
-    visibility: AttentionMask
+    mask: AttentionMask  # which tokens see which
     rotation: Rotation | None
     bias: jax.Array | None  # added to the attention scores
-    fed: CacheUpdate | None  # how the tokens enter the cache
+    update: CacheUpdate | None  # how the tokens enter the cache
     source: jax.Array | None  # an encoder's states
-    source_visibility: AttentionMask | None
+    source_mask: AttentionMask | None  # which tokens see which of the encoder's
 
 
 class PerLayer(NamedTuple):
@@ -56,20 +56,21 @@ class Block(nnx.Module):
         init, out_init = normal(c.init_std), residual_init(c.init_std, num_layers)
         self.config = c
 
-        def new_norm(wanted: bool = True) -> nnx.Module | None:
-            return norm(c.embed_dim, eps=c.norm_eps, rngs=rngs) if wanted else None
+        def new_norm() -> Norm:
+            return norm(c.embed_dim, eps=c.norm_eps, rngs=rngs)
 
         both = c.norm_position == "both"
         self.attention_norm = new_norm()
         self.attention = _attention(c, num_layers, rngs)
         self.mlp_norm = new_norm()
-        mlp = dict(kind=c.mlp, init=init, out_init=out_init, rngs=rngs)
+        mlp: dict[str, Any] = dict(kind=c.mlp, init=init, out_init=out_init, rngs=rngs)
         self.mlp = (MoE(c.embed_dim, c.mlp_dim, c.moe, **mlp) if c.moe.experts else
                     MLP(c.embed_dim, c.mlp_dim, use_bias=c.use_bias, **mlp))
-        self.attention_post_norm, self.mlp_post_norm = new_norm(both), new_norm(both)
-        self.cross_norm = new_norm(cross)
+        self.attention_post_norm = new_norm() if both else None
+        self.mlp_post_norm = new_norm() if both else None
+        self.cross_norm = new_norm() if cross else None
         self.cross_attention = _attention(c, num_layers, rngs) if cross else None
-        self.cross_post_norm = new_norm(both and cross)
+        self.cross_post_norm = new_norm() if both and cross else None
 
     def __call__(self, x_BTD: jax.Array, layer: PerLayer, cache: KVCache | None,
                  shared: Shared) -> tuple[jax.Array, KVCache | None, Routing | None]:
@@ -79,26 +80,32 @@ class Block(nnx.Module):
             keys = iter(jax.random.split(layer.key, 2 if self.cross_attention is None else 3))
 
         def attention(y: jax.Array) -> tuple[jax.Array, KVCache | None]:
-            return self.attention(y, s.visibility, s.rotation, s.bias, cache, s.fed,
+            return self.attention(y, s.mask, s.rotation, s.bias, cache, s.update,
                                   kernel=s.kernel)
 
         def cross(y: jax.Array) -> tuple[jax.Array, None]:
-            seen = layer.source or self.cross_attention.keys_values(s.source, kernel=s.kernel)
-            return self.cross_attention.attend(y, seen, s.source_visibility, kernel=s.kernel), None
+            attention, mask, seen = self.cross_attention, s.source_mask, layer.source
+            assert attention is not None and mask is not None
+            if seen is None:
+                assert s.source is not None
+                seen = attention.keys_values(s.source, kernel=s.kernel)
+            return attention.attend(y, seen, mask, kernel=s.kernel), None
 
         def mlp(y: jax.Array) -> tuple[jax.Array, Routing | None]:
-            y, routing = self.mlp(y, s.real) if self.config.moe.experts else (self.mlp(y), None)
-            return scatter_sequence(y), routing
+            if isinstance(self.mlp, MoE):
+                y, routing = self.mlp(y, s.real)
+                return scatter_sequence(y), routing
+            return scatter_sequence(self.mlp(y)), None
 
         x, cache = self._add(x_BTD, attention, self.attention_norm, self.attention_post_norm,
                              next(keys), layer.first)
-        if self.cross_attention is not None:
+        if self.cross_norm is not None:
             x, _ = self._add(x, cross, self.cross_norm, self.cross_post_norm, next(keys))
         x, routing = self._add(x, mlp, self.mlp_norm, self.mlp_post_norm, next(keys))
         return constrain(x, "batch", stream_axis(x), "act_embed"), cache, routing
 
     def _add(self, x: jax.Array, branch: Callable[[jax.Array], tuple[jax.Array, Any]],
-             norm: nnx.Module, post_norm: nnx.Module | None, key: jax.Array | None,
+             norm: Norm, post_norm: Norm | None, key: jax.Array | None,
              norms_stream: jax.Array | None = None) -> tuple[jax.Array, Any]:
         """(x + branch(x) with its norms and dropout, the branch's second result).
 
@@ -116,7 +123,7 @@ class Block(nnx.Module):
 
 
 def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Attention:
-    dims, init = c.dims, normal(c.init_std)
+    dims = c.dims
     scale = (c.query_scalar or dims.head_dim) ** -0.5
     # Where scores are not divided by sqrt(head_dim) (T5), smaller initial queries give scores of
     # the usual size.
@@ -127,5 +134,5 @@ def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Attenti
         qkv_bias=c.use_bias or c.qkv_bias, out_bias=c.use_bias, scale=scale,
         softcap=c.attention_softcap,
         qk_norm=functools.partial(qk_norm, eps=c.norm_eps) if c.qk_norm else None)
-    return Attention(config, AttentionInit(query_init, init, residual_init(c.init_std, num_layers)),
-                     rngs)
+    init = AttentionInit(query_init, normal(c.init_std), residual_init(c.init_std, num_layers))
+    return Attention(config, init, rngs)

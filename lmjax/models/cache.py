@@ -17,14 +17,14 @@ class Source(NamedTuple):
 
     segments: jax.Array  # int32 [B, S]: a decoder token sees the encoder tokens of its own segment
     states: jax.Array | None = None  # the encoder's states [B, S, D]
-    # Their keys and values in each layer: [layers, B, G, S, K], or `Unstacked`, one array per layer.
+    # Their keys and values in each layer: arrays [layers, B, G, S, K], or one array per layer.
     cache: KVCache | None = None
 
 
 class Cache(NamedTuple):
     """The state of cached decoding."""
 
-    # One entry per kind of layer: arrays [layers, B, G, S, K], or `Unstacked`, one array per layer.
+    # One entry per kind of layer: arrays [layers, B, G, S, K], or one array per layer.
     # Local layers have at most as many slots as their window has tokens.
     layers: tuple[KVCache, ...]
     slot: jax.Array  # int32 [B]: the position of each row's next token

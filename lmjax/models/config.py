@@ -1,7 +1,8 @@
 """The dimensions and switches that every architecture has."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lmjax.config import at_least, choice
 from lmjax.errors import UserError
@@ -10,7 +11,7 @@ from lmjax.nn.moe import MoEConfig
 from lmjax.nn.positions import RopeScaling
 from lmjax.nn.stack import remat_policy
 
-CHOICES = {
+CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {
     "positions": ("rope", "learned", "sinusoidal", "relative", "none"),
     "norm": NORMS,
     "mlp": MLP_KINDS,

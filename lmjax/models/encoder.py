@@ -80,13 +80,14 @@ class Encoder(Trunk):
                key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
         """`states` after the MLM head's matrix, activation and norm: ready for the unembedding."""
         x_BTD, routing = self.states(batch, dtype, key)
-        if self.transform is not None:
+        if self.transform is not None and self.transform_norm is not None:
             activation = ACTIVATIONS[MLP_KINDS[self.config.mlp][0]]
             x_BTD = self.transform_norm(activation(self.transform(x_BTD)))
         return x_BTD, routing
 
     def pooled(self, x_BTD: jax.Array) -> jax.Array:
         """One vector per row, [B, D], computed by BERT's pooler from `states`."""
+        assert self.pooler is not None
         return jnp.tanh(self.pooler(x_BTD[:, 0]))
 
     @property

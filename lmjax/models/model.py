@@ -71,7 +71,8 @@ class Model:
         """
         model = self.functional.bind(self._cast(params))
         x_BTD, routing = model.hidden(batch, self.dtype, key)
-        return Hidden(x_BTD, *model.unembedding, routing)
+        table_VD, bias_V = model.unembedding
+        return Hidden(x_BTD, table_VD, bias_V, routing)
 
     def logits(self, params: Params, batch: Batch) -> jax.Array:
         """The float32 logits [B, T, V]; the losses of `training.losses` need not hold them all."""
@@ -168,9 +169,10 @@ class Model:
 
     def _cast(self, params: Params) -> Params:
         """Casts matrices once, before any layer gathers them; norms and biases stay float32."""
-        return jax.tree.map(
-            lambda p, axes: p if "norm" in axes or is_unstacked(p) else p.astype(self.dtype), params,
-            self.axes, is_leaf=is_unstacked)
+        def cast(p: Any, axes: tuple[str, ...]) -> Any:
+            return p if "norm" in axes or is_unstacked(p) else p.astype(self.dtype)
+
+        return jax.tree.map(cast, params, self.axes, is_leaf=is_unstacked)
 
 
 def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: Any,

@@ -15,7 +15,7 @@ from lmjax.models.cache import Source
 from lmjax.models.config import TransformerConfig
 from lmjax.nn.attention import CacheUpdate, KVCache
 from lmjax.nn.kernels.choose import Kernel, kernel_for_cache, prepare, uses_balanced_rows
-from lmjax.nn.layers import NORMS, Embedding, dropout
+from lmjax.nn.layers import NORMS, Embedding, Norm, dropout
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import normal
 from lmjax.nn.moe import Routing
@@ -33,7 +33,7 @@ class TokenInfo(NamedTuple):
     segments: jax.Array  # tokens of one document have one number; 0: padding
     prefix: jax.Array | None = None  # 1: all tokens of the document see this one, earlier ones too
     last: jax.Array | None = None  # int32 [B]: tokens up to this position enter the cache
-    index: jax.Array | None = None  # places in reading order, where tokens lie in another order
+    order: jax.Array | None = None  # places in reading order, where tokens lie in another order
 
 
 class Trunk(nnx.Module):
@@ -52,29 +52,30 @@ class Trunk(nnx.Module):
         def table(rows: int, dim: int, axis: str) -> Embedding:
             return Embedding(rows, dim, ("positions", axis), init=normal(c.init_std), rngs=rngs)
 
-        def new_norm(wanted: bool) -> nnx.Module | None:
-            return norm(c.embed_dim, eps=c.norm_eps, rngs=rngs) if wanted else None
+        def new_norm() -> Norm:
+            return norm(c.embed_dim, eps=c.norm_eps, rngs=rngs)
 
         self.positions = (table(c.max_positions + c.position_offset, c.embed_dim, "embed")
                           if c.positions == "learned" else None)
         self.layers = Stack(lambda r: Block(c, r, num_layers=num_layers, cross=cross), num_layers,
                             scan=c.scan_layers, remat=c.remat, rngs=rngs, pattern=pattern)
-        self.norm = new_norm(c.norm_position != "post")
-        self.embedding_norm = new_norm(c.embedding_norm == "own")
+        self.norm = new_norm() if c.norm_position != "post" else None
+        self.embedding_norm = new_norm() if c.embedding_norm == "own" else None
         self.relative_bias = (table(c.relative_buckets, c.num_heads, "heads")
                               if c.positions == "relative" else None)
 
     def __call__(self, x_BTD: jax.Array, tokens: TokenInfo, *,
                  cache: Sequence[KVCache] | None = None, source: Source | None = None,
                  key: jax.Array | None = None,
-                 ) -> tuple[jax.Array, Sequence[KVCache] | None, Routing | None]:
+                 ) -> tuple[jax.Array, tuple[KVCache, ...], Routing | None]:
         """Runs embedded tokens [B, T, D] through all layers.
 
         Args:
           cache: one per kind of layer; the tokens enter it and attend to it.
           key: turns dropout on. In a pipeline: [M] keys, one per microbatch.
         Returns:
-          (normed hidden states [B, T, D], the new cache, how experts were chosen in each layer).
+          (normed hidden states [B, T, D], the new cache if one was given, how experts were chosen
+          in each layer).
         """
         c, num_layers = self.config, self.layers.num_layers
         x_BTD = self._with_positions(x_BTD, tokens.positions)
@@ -85,7 +86,7 @@ class Trunk(nnx.Module):
             keys = keys[1:]
         # Before the scattering: otherwise the compiler gathers the table.
         x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
-        # From here on each token is computed by itself, or by the place that `index` gives it.
+        # From here on each token is computed by itself, or by the place that `order` gives it.
         balance = cache is None and tokens.prefix is None and uses_balanced_rows(
             self.kernel, x_BTD.shape[1], causal=self.causal, capacity=c.moe.capacity)
         if balance:
@@ -93,13 +94,13 @@ class Trunk(nnx.Module):
         x_BTD = scatter_sequence(x_BTD)
         first = jnp.arange(num_layers) == 0 if c.embedding_norm == "first" else None
         per_layer = PerLayer(keys, first, None if source is None else source.cache)
-        shared = [self._shared(kind, tokens, cache and _slots(cache[i]), source)
-                  for i, kind in enumerate(self.kinds)]
-        x_BTD, new, routing = self.layers(x_BTD, per_layer, cache or (None,) * len(self.kinds),
-                                          shared)
+        caches = cache or (None,) * len(self.kinds)
+        shared = [self._shared(kind, tokens, part and _slots(part), source)
+                  for kind, part in zip(self.kinds, caches, strict=True)]
+        x_BTD, new, routing = self.layers(x_BTD, per_layer, caches, shared)
         x_BTD = balance_sequence(x_BTD, back=True) if balance else x_BTD
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
-        return gather_sequence(x_BTD), cache and new, routing
+        return gather_sequence(x_BTD), tuple(new), routing
 
     def _with_positions(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Adds the embeddings of the positions, if there are any, and norms."""
@@ -114,26 +115,27 @@ class Trunk(nnx.Module):
                 source: Source | None) -> Shared:
         """The arguments of all layers of a kind, computed once. slots: of their cache, if any."""
         T, window = tokens.positions.shape[1], self.config.window(kind)
-        kernel, fed = self.kernel, None
+        kernel, update = self.kernel, None
         kv_positions, kv_segments, prefix = tokens.positions, tokens.segments, tokens.prefix
         if slots is not None:
+            assert tokens.last is not None
             kernel = kernel_for_cache(kernel, T, slots)
-            fed = CacheUpdate(tokens.positions[:, 0], tokens.last, ring=slots == window)
-            kv_positions = fed.kv_positions(slots, T)
+            update = CacheUpdate(tokens.positions[:, 0], tokens.last, ring=slots == window)
+            kv_positions = update.kv_positions(slots, T)
             # Causality hides empty slots; in a ring, empty slots have negative positions.
             kv_segments = (kv_positions >= 0).astype(jnp.int32)
             if prefix is not None:
                 prefix = (kv_positions <= tokens.last[:, None]).astype(jnp.int32)
-        see = AttentionMask(tokens.positions, kv_positions, tokens.segments, kv_segments,
-                            causal=self.causal, window=window, in_order=slots is None,
-                            kv_prefix=prefix, reading_index=tokens.index)
-        see_source = None if source is None else prepare(AttentionMask(
+        mask = AttentionMask(tokens.positions, kv_positions, tokens.segments, kv_segments,
+                             causal=self.causal, window=window, in_order=slots is None,
+                             kv_prefix=prefix, reading_index=tokens.order)
+        source_mask = None if source is None else prepare(AttentionMask(
             tokens.positions, jnp.zeros_like(source.segments), tokens.segments, source.segments,
             causal=False), kernel)
-        return Shared(kernel, tokens.segments > 0, prepare(see, kernel),
+        return Shared(kernel, tokens.segments > 0, prepare(mask, kernel),
                       self._rotation(kind, tokens.positions),
-                      self._bias(tokens.positions, kv_positions), fed,
-                      source and source.states, see_source)
+                      self._bias(tokens.positions, kv_positions), update,
+                      source and source.states, source_mask)
 
     def _rotation(self, kind: str, positions_BT: jax.Array) -> Rotation | None:
         c = self.config
@@ -156,9 +158,9 @@ class Trunk(nnx.Module):
 def _balanced(tokens: TokenInfo) -> TokenInfo:
     """The tokens in the order of `balance_sequence`, with the places that they had."""
     B, T = tokens.positions.shape
-    index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    places_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     return TokenInfo(balance_sequence(tokens.positions), balance_sequence(tokens.segments),
-                     index=balance_sequence(index_BT))
+                     order=balance_sequence(places_BT))
 
 
 def _slots(cache: KVCache) -> int:

@@ -5,6 +5,7 @@ Shape suffixes: B batch, T sequence, D embed_dim, F mlp_dim, V vocab_size.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,8 @@ class LayerNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
-NORMS = {
+Norm = RMSNorm | LayerNorm
+NORMS: dict[str, Callable[..., Norm]] = {
     "rmsnorm": RMSNorm,
     # Gemma's norm: the parameter, which is also what weight decay sees, is scale - 1.
     "rmsnorm_1p": functools.partial(RMSNorm, offset=1.0),
