@@ -20,13 +20,15 @@ from lmjax.training.recipe import build_recipe
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-def start(workdir: pathlib.Path, *overrides: str, config: str = "configs/synthetic.py:tiny", devices: int = 1,
-          env: dict[str, str] | None = None, first: str = "", more: Sequence[str] = ()) -> subprocess.Popen:
-    """`lmjax train` on `devices` forced CPU devices; its output goes to <workdir>.log.
+def start(workdir: pathlib.Path, *overrides: str, config: str = "configs/synthetic.py:tiny",
+          devices: int = 1, env: dict[str, str] | None = None, first: str = "",
+          more: Sequence[str] = ()) -> subprocess.Popen:
+    """Starts `lmjax train` on `devices` forced CPU devices; the output goes to <workdir>.log.
 
-    first: lines of Python to run before it in its process. more: further overrides.
+    first: lines of Python that its process runs before. more: further overrides.
     """
-    command = [sys.executable, "-c", f"{first}\nimport sys\nfrom lmjax.cli.main import main\nsys.exit(main())",
+    command = [sys.executable, "-c",
+               f"{first}\nimport sys\nfrom lmjax.cli.main import main\nsys.exit(main())",
                "train", "--config", config, "--workdir", str(workdir),
                *(f"--config.{item}" for item in (*overrides, *more))]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
@@ -37,10 +39,11 @@ def start(workdir: pathlib.Path, *overrides: str, config: str = "configs/synthet
 
 
 def finish(workdir: pathlib.Path, *overrides: str, expect: int = 0, **options: object) -> str:
-    """Runs to the end and returns what this start printed."""
-    before = pathlib.Path(f"{workdir}.log").stat().st_size if pathlib.Path(f"{workdir}.log").exists() else 0
+    """Runs `lmjax train` to its end and returns what this start printed."""
+    log = pathlib.Path(f"{workdir}.log")
+    before = log.stat().st_size if log.exists() else 0
     code = start(workdir, *overrides, **options).wait(timeout=300)
-    printed = pathlib.Path(f"{workdir}.log").read_text()[before:]
+    printed = log.read_text()[before:]
     assert code == expect, printed
     return printed
 
@@ -50,14 +53,16 @@ FINISHED = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=2",
             "checkpoint.keep_last=9", "eval.every=0")
 
 
-def run_here(workdir: pathlib.Path, *overrides: str, config: str = "configs/synthetic.py:tiny") -> int:
-    """`lmjax train` in this process, which saves the imports; returns the exit code."""
+def run_here(workdir: pathlib.Path, *overrides: str,
+             config: str = "configs/synthetic.py:tiny") -> int:
+    """Runs `lmjax train` in this process, which saves the imports; returns the exit code."""
     return cli.main(["train", "--config", config, "--workdir", str(workdir),
                      *(f"--config.{item}" for item in overrides)])
 
 
 def start_together(workdir: pathlib.Path, *overrides: str, processes: int, devices: int,
-                   only: dict[int, dict[str, object]] | None = None, **options: object) -> list[subprocess.Popen]:
+                   only: dict[int, dict[str, object]] | None = None,
+                   **options: object) -> list[subprocess.Popen]:
     """The same run in several real processes that find each other over the loopback interface.
 
     only: options of `start` for one process, by its number.
@@ -66,11 +71,13 @@ def start_together(workdir: pathlib.Path, *overrides: str, processes: int, devic
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     return [start(workdir, *overrides, devices=devices, env={
-        "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(i)},
+        "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(i)},
         **options, **(only or {}).get(i, {})) for i in range(processes)]
 
 
-def finish_together(workdir: pathlib.Path, *overrides: str, processes: int, expect: int = 0, timeout: float = 300,
+def finish_together(workdir: pathlib.Path, *overrides: str, processes: int, expect: int = 0,
+                    timeout: float = 300,
                     **options: object) -> str:
     """`start_together`, to the end; returns what the processes printed."""
     running = start_together(workdir, *overrides, processes=processes, **options)
@@ -96,7 +103,8 @@ def lines(workdir: pathlib.Path, name: str = "metrics.jsonl") -> list[dict]:
     """The records of a JSON-lines file of the run, without a torn last one."""
     if not (workdir / name).exists():
         return []
-    return [json.loads(line) for line in (workdir / name).read_text().splitlines(True) if line.endswith("\n")]
+    whole = (workdir / name).read_text().splitlines(True)
+    return [json.loads(line) for line in whole if line.endswith("\n")]
 
 
 def one_line(printed: str) -> str:
@@ -114,17 +122,20 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
 def losses(workdir: pathlib.Path) -> np.ndarray:
     """Training losses by step, then the held-out ones."""
     found = lines(workdir)
-    return np.array([r["loss"] for r in found if "loss" in r] + [r["eval/loss"] for r in found if "eval/loss" in r])
+    return np.array([r["loss"] for r in found if "loss" in r]
+                    + [r["eval/loss"] for r in found if "eval/loss" in r])
 
 
 def final_checksums(workdir: pathlib.Path) -> dict:
-    """Checksums of parameters and optimizer state in the newest checkpoint, the parameters' computed anew."""
+    """Checksums of the newest checkpoint's arrays; those of the parameters are computed anew."""
     step = checkpoint_steps(workdir / "checkpoints")[-1]
     path = workdir / "checkpoints" / str(step)
     about = read_about(path)
-    model = build_model(build_recipe(about["recipe"]).model, vocab_size=0, platform="cpu", dtype="float32")
+    model = build_model(build_recipe(about["recipe"]).model, vocab_size=0, platform="cpu",
+                        dtype="float32")
     whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), model.shapes)
+    shapes = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), model.shapes)
     restore_params(path, shapes)  # raises if the arrays are not what the checksums say
     return {"step": step, "data": about["data"], **about["checksums"]}
 

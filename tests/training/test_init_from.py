@@ -1,4 +1,4 @@
-"""Runs that start from weights that are there: their first loss, what they remember, and what is refused."""
+"""Runs that start from existing weights: the first loss, what they record, what is refused."""
 
 import re
 import shutil
@@ -8,11 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import assert_same_run, finish, finish_together, lines, losses, start, wait_for
+from processes import (
+    assert_same_run,
+    finish,
+    finish_together,
+    lines,
+    losses,
+    one_line,
+    run_here,
+    start,
+    wait_for,
+)
 
 import lmjax
 from lmjax import huggingface
-from lmjax.cli import main as cli
 from lmjax.config import load
 from lmjax.data import open_splits
 from lmjax.models.decoder import DecoderConfig
@@ -26,18 +35,16 @@ pytestmark = pytest.mark.long
 
 SYNTHETIC, TEXT = "configs/synthetic.py:tiny", "configs/quickstart.py:tiny"
 MISSING = "is not installed, so nothing is compared with it: pip install lmjax[oracle]"
-STEPS = ("train.steps=24", "checkpoint.every=4", "eval.every=24", "optimizer.ema_decay=0.9", "optimizer.warmup_steps=1")
+STEPS = ("train.steps=24", "checkpoint.every=4", "eval.every=24", "optimizer.ema_decay=0.9",
+         "optimizer.warmup_steps=1")
 VOCAB = 300
-
-
-def train(config, workdir, *overrides):
-    return cli.main(["train", "--config", config, "--workdir", str(workdir), *(f"--config.{o}" for o in overrides)])
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """(a Hugging Face directory with the model of configs/synthetic.py:tiny, its parameters)."""
-    config = DecoderConfig(num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, vocab_size=64, init_std=0.2)
+    config = DecoderConfig(num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, vocab_size=64,
+                           init_std=0.2)
     model = build_model(config, vocab_size=0, platform="cpu", dtype=jnp.float32)
     params = jax.jit(model.init)(jax.random.key(3))
     folder = tmp_path_factory.mktemp("source") / "hf"
@@ -61,12 +68,15 @@ def test_the_first_loss_is_that_of_transformers_on_the_same_rows(source, straigh
     batch = open_splits(recipe.data)[0].rows(np.arange(recipe.train.batch_size))
     total = 0.0
     for row in range(recipe.train.batch_size):
-        for segment in range(1, batch["segment_ids"][row].max() + 1):  # document by document: theirs knows no packing
+        # Document by document, since their model knows no packing.
+        for segment in range(1, batch["segment_ids"][row].max() + 1):
             inside = batch["segment_ids"][row] == segment
-            tokens, targets, mask = (torch.tensor(batch[k][row][inside]) for k in ("tokens", "targets", "loss_mask"))
+            tokens, targets, mask = (torch.tensor(batch[name][row][inside])
+                                     for name in ("tokens", "targets", "loss_mask"))
             with torch.no_grad():
                 logits = theirs(input_ids=tokens[None].long()).logits[0]
-            total += float((torch.nn.functional.cross_entropy(logits, targets.long(), reduction="none") * mask).sum())
+            nats = torch.nn.functional.cross_entropy(logits, targets.long(), reduction="none")
+            total += float((nats * mask).sum())
     assert lines(straight)[0]["loss"] == pytest.approx(total / batch["loss_mask"].sum(), rel=1e-5)
 
 
@@ -74,7 +84,8 @@ def test_killed_and_resumed_ends_as_one_that_never_was(source, straight, tmp_pat
     """The source is needed once: it is gone when the run goes on."""
     workdir, copy = tmp_path / "run", tmp_path / "hf"
     shutil.copytree(source[0], copy)
-    options = dict(config=SYNTHETIC, env={"JAX_COMPILATION_CACHE_DIR": str(straight.parent / "cache")})
+    options = dict(config=SYNTHETIC,
+                   env={"JAX_COMPILATION_CACHE_DIR": str(straight.parent / "cache")})
     process = start(workdir, *STEPS, f"train.init_from={copy}", **options)
     wait_for(process, lambda: checkpoint_steps(workdir / "checkpoints"))
     process.send_signal(signal.SIGKILL)
@@ -84,7 +95,8 @@ def test_killed_and_resumed_ends_as_one_that_never_was(source, straight, tmp_pat
     assert_same_run(straight, workdir, ["metrics.jsonl"])
     for run, path in ((workdir, copy), (straight, source[0])):
         about = read_about(run / "checkpoints" / "24")
-        assert about["init_from"] == {"path": str(path), "step": 0, "checksums": checksums(source[1])}
+        assert about["init_from"] == {"path": str(path), "step": 0,
+                                      "checksums": checksums(source[1])}
         assert about["huggingface"]["settings"]["model_type"] == "llama"
 
 
@@ -96,9 +108,11 @@ def texts(tmp_path_factory):
         (folder / name).mkdir()
         for i in range(60):
             (folder / name / f"{i:03}.txt").write_text(f"Document {i} {words} {i * i}.\n" * 20)
-    options = ["train.steps=2", "optimizer.warmup_steps=1", "checkpoint.every=2", "eval.every=0", "sample.every=0",
+    options = ["train.steps=2", "optimizer.warmup_steps=1", "checkpoint.every=2", "eval.every=0",
+               "sample.every=0",
                "data.heldout_fraction=0.2", f"data.tokenizer.vocab_size={VOCAB}"]
-    assert train(TEXT, folder / "a-run", *options, f"data.sources.0.uri=text:{folder}/a/*.txt") == 0
+    assert run_here(folder / "a-run", *options, f"data.sources.0.uri=text:{folder}/a/*.txt",
+                    config=TEXT) == 0
     return folder, [*options, f"data.sources.0.uri=text:{folder}/b/*.txt"]
 
 
@@ -109,40 +123,48 @@ def test_other_text_is_read_with_the_tokenizer_of_the_source(kind, texts, tmp_pa
     if kind == "hugging face":
         where = tmp_path / "hf"
         lm.export(where, log=lambda line: None)
-    assert train(TEXT, tmp_path / "run", *options, f"train.init_from={where}", f"data.tokenizer.path={where}") == 0
+    assert run_here(tmp_path / "run", *options, f"train.init_from={where}",
+                    f"data.tokenizer.path={where}", config=TEXT) == 0
     after = lmjax.load(tmp_path / "run")
     assert after.tokenizer.to_bytes() == lm.tokenizer.to_bytes()
     batch = open_splits(after.recipe.data, str(tmp_path / "run" / "data"))[0].rows(np.arange(8))
     sums = jax.jit(next_token_loss(lm.model))(lm.params, batch, None)
-    assert lines(tmp_path / "run")[0]["loss"] == pytest.approx(float(sums.total / sums.weight), rel=1e-5)
+    first = lines(tmp_path / "run")[0]["loss"]
+    assert first == pytest.approx(float(sums.total / sums.weight), rel=1e-5)
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_compiled(source, texts, tmp_path, capsys, monkeypatch):
+def test_what_does_not_fit_is_refused_before_anything_is_compiled(source, texts, tmp_path, capsys,
+                                                                  monkeypatch):
     monkeypatch.setattr("lmjax.training.loop._compile", lambda *args: pytest.fail("compiled"))
     folder, options = texts
     cases = [
         (SYNTHETIC, [f"train.init_from={source[0]}", "model.mlp_dim=48"],
          r"config.model.mlp_dim: expected 64 as train.init_from=\S+hf has, got 48; set it to that"),
-        (SYNTHETIC, [f"train.init_from={source[0]}", "model.vocab_size=128"], "model.vocab_size: expected 64 as"),
-        (SYNTHETIC, [f"train.init_from={tmp_path}/nothing"], "expected a checkpoint, got none; pass a run's directory"),
+        (SYNTHETIC, [f"train.init_from={source[0]}", "model.vocab_size=128"],
+         "model.vocab_size: expected 64 as"),
+        (SYNTHETIC, [f"train.init_from={tmp_path}/nothing"],
+         "expected a checkpoint, got none; pass a run's directory"),
         (TEXT, [*options, f"train.init_from={folder}/a-run"],
-         r"expected the tokenizer of the data \(\w{12}\), got \S+ with another .* data.tokenizer.path=\S+a-run"),
-        (TEXT, [*options, f"data.tokenizer.path={tmp_path}/nothing"], "data.tokenizer.path: expected a SentencePiece"),
+         r"expected the tokenizer of the data \(\w{12}\), got \S+ with another "
+         r".* data.tokenizer.path=\S+a-run"),
+        (TEXT, [*options, f"data.tokenizer.path={tmp_path}/nothing"],
+         "data.tokenizer.path: expected a SentencePiece"),
         (TEXT, [*options, "data.tokenizer.vocab_size=320", f"data.tokenizer.path={folder}/a-run"],
          f"data.tokenizer.vocab_size: expected {VOCAB}, as "),
     ]
     for i, (config, overrides, message) in enumerate(cases):
         capsys.readouterr()
-        assert train(config, tmp_path / str(i), *overrides) == 2
-        printed = capsys.readouterr().err.splitlines()
-        refusals = [line for line in printed if line.startswith("lmjax: error:")]
-        assert len(refusals) == 1 and refusals[0] == printed[-1]
-        assert re.search(message, refusals[0]), refusals
-        assert not checkpoint_steps(tmp_path / str(i) / "checkpoints") and not (tmp_path / str(i) / "run.json").exists()
+        assert run_here(tmp_path / str(i), *overrides, config=config) == 2
+        printed = capsys.readouterr().err
+        refusal = one_line(printed)
+        assert refusal == printed.splitlines()[-1] and re.search(message, refusal)
+        assert not checkpoint_steps(tmp_path / str(i) / "checkpoints")
+        assert not (tmp_path / str(i) / "run.json").exists()
 
 
 @pytest.mark.slow
 def test_several_processes_start_from_the_same_weights(source, straight, tmp_path):
-    finish_together(tmp_path / "run", *STEPS, f"train.init_from={source[0]}", "mesh.fsdp=2", config=SYNTHETIC,
+    finish_together(tmp_path / "run", *STEPS, f"train.init_from={source[0]}", "mesh.fsdp=2",
+                    config=SYNTHETIC,
                     processes=2, devices=2)
     np.testing.assert_allclose(losses(tmp_path / "run")[:4], losses(straight)[:4], rtol=1e-5)

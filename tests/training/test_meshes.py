@@ -24,29 +24,37 @@ pytestmark = pytest.mark.long
 
 FAMILY = {family.__name__: config for config, family in FAMILY_MODULES.items()}
 MOE = dict(experts=4, per_token=2, balance_loss=0.1, z_loss=0.01)
-SMALL = dict(num_layers=4, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=16, vocab_size=32, init_std=0.2)
+SMALL = dict(num_layers=4, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=16, vocab_size=32,
+             init_std=0.2)
 
 
 def packed_batch(rows=16, length=8):
-    """Two documents and some padding a row, with a mask that gives the microbatches different weights."""
+    """Two documents and padding per row; the mask gives the microbatches different weights."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 32, (rows, length + 1), dtype=np.int32)
     cut, at = rng.integers(2, length - 2, (rows, 1)), np.arange(length)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:],
              "segment_ids": np.where(at >= length - 1, 0, 1 + (at >= cut)).astype(np.int32),
              "positions": np.where(at >= cut, at - cut, at).astype(np.int32),
-             "loss_mask": ((at < length - 1) & (rng.random((rows, length)) < 0.8)).astype(np.float32)}
-    return batch | {f"encoder_{name}": batch[name] for name in ("tokens", "segment_ids", "positions")}
+             "loss_mask": ((at < length - 1) & (rng.random((rows, length)) < 0.8)).astype(
+                 np.float32)}
+    return batch | {f"encoder_{name}": batch[name]
+                    for name in ("tokens", "segment_ids", "positions")}
 
 
 def program(mesh, family="Decoder", microbatches=2, **keys):
     """(train step, state, batch) of a model on `mesh`, axis -> devices."""
     config = MeshConfig(**{"data": 1, **mesh})
-    layout = make_layout(config, jax.devices()[: math.prod(getattr(config, axis) for axis in MESH_AXES)])
-    model = build_model(build(FAMILY[family], SMALL | keys), vocab_size=32, platform="cpu", dtype=jnp.float32)
-    spec = state_spec(model, optax.trace(0.0), layout, ema=False)  # an optimizer whose state is the last gradient
-    run = make_train_step(next_token_loss(model), spec, layout, lambda step: 0.0, seed=0, microbatches=microbatches)
-    return run, spec, {name: jax.device_put(x, layout.sharding(("batch", "seq"))) for name, x in packed_batch().items()}
+    size = math.prod(getattr(config, axis) for axis in MESH_AXES)
+    layout = make_layout(config, jax.devices()[:size])
+    model = build_model(build(FAMILY[family], SMALL | keys), vocab_size=32, platform="cpu",
+                        dtype=jnp.float32)
+    # The state of this optimizer is the last gradient.
+    spec = state_spec(model, optax.trace(0.0), layout, ema=False)
+    run = make_train_step(next_token_loss(model), spec, layout, lambda step: 0.0, seed=0,
+                          microbatches=microbatches)
+    sharding = layout.sharding(("batch", "seq"))
+    return run, spec, {name: jax.device_put(x, sharding) for name, x in packed_batch().items()}
 
 
 def step(mesh, **keys):
@@ -72,9 +80,12 @@ def on_one_device(model, microbatches):
 
 
 def assert_same(mesh, model, microbatches=2, **keys):
-    """What `mesh` computes with `model` and `keys`, which change no result, is what one device computes without."""
-    (metrics, grads), (one, one_grads) = step(mesh, microbatches=microbatches, **MODELS[model], **keys), on_one_device(
-        model, microbatches)
+    """Checks that `model` on `mesh` computes what it does on one device.
+
+    keys: further settings, which change no result.
+    """
+    one, one_grads = on_one_device(model, microbatches)
+    metrics, grads = step(mesh, microbatches=microbatches, **MODELS[model], **keys)
     for name, value in one.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     for (name, a), b in zip(named_leaves(grads), jax.tree.leaves(one_grads), strict=True):
@@ -89,7 +100,8 @@ TRIPLES = [  # which hold every pair of axes
     ("stage", "expert", "tensor", "dropless", {}),
     ("fsdp", "expert", "context", "capacity", {}),
 ]
-DEFAULT = [{"data", "stage", "context"}, {"stage", "expert", "tensor"}, {"fsdp", "expert", "context"}]
+DEFAULT = [{"data", "stage", "context"}, {"stage", "expert", "tensor"},
+           {"fsdp", "expert", "context"}]
 
 
 def test_the_triples_hold_every_pair():
@@ -98,13 +110,16 @@ def test_the_triples_hold_every_pair():
 
 
 @pytest.mark.parametrize("a, b, c, model, keys", [
-    pytest.param(*triple, marks=() if set(triple[:3]) in DEFAULT else pytest.mark.slow) for triple in TRIPLES])
+    pytest.param(*triple, marks=() if set(triple[:3]) in DEFAULT else pytest.mark.slow)
+    for triple in TRIPLES])
 def test_three_axes_at_a_time_compute_what_one_device_does(a, b, c, model, keys):
     assert_same({a: 2, b: 2, c: 2}, model, **keys)
 
 
-ALONE = [("data", 8, "dense", {}), ("fsdp", 8, "dense", {}), ("tensor", 2, "dense", {}), ("tensor", 4, "encdec", {}),
-         ("context", 4, "dense", dict(attention="ring")), ("context", 8, "encoder", {}), ("expert", 4, "dropless", {}),
+ALONE = [("data", 8, "dense", {}), ("fsdp", 8, "dense", {}), ("tensor", 2, "dense", {}),
+         ("tensor", 4, "encdec", {}),
+         ("context", 4, "dense", dict(attention="ring")), ("context", 8, "encoder", {}),
+         ("expert", 4, "dropless", {}),
          ("stage", 2, "dense", {})]
 
 
@@ -117,7 +132,8 @@ def test_an_axis_alone_computes_what_one_device_does(axis, ways, model, keys):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh, model", [
     ({"stage": 2, "data": 2}, "encdec"), ({"stage": 2, "data": 2}, "encoder"),
-    ({"fsdp": 2, "context": 2, "tensor": 2}, "encdec"), ({"fsdp": 2, "context": 2, "tensor": 2}, "encoder")])
+    ({"fsdp": 2, "context": 2, "tensor": 2}, "encdec"),
+    ({"fsdp": 2, "context": 2, "tensor": 2}, "encoder")])
 def test_the_other_families_go_over_any_axes_too(mesh, model):
     assert_same(mesh, model)
 
@@ -127,25 +143,31 @@ def test_what_is_kept_in_the_hosts_memory_changes_nothing():
 
 
 def test_stages_that_would_cut_the_pattern_are_refused():
-    with pytest.raises(ValueError, match="mesh.stage: expected 4 stages of whole repetitions .*; change"):
+    with pytest.raises(ValueError, match="mesh.stage: expected 4 stages of whole repetitions .*; "
+                       "change"):
         step({"stage": 4}, **MODELS["dense"])
 
 
 # --- what is sent
 
-STRATEGIES = {  # mesh, model, keys -> collectives that there have to be, and those that there must not
-    "data": (dict(data=2), "dense", {}, {"all-reduce"}, {"all-gather", "reduce-scatter", "all-to-all"}),
+# name -> mesh, model, keys, the collectives that it needs, and those that it must not have
+STRATEGIES = {
+    "data": (dict(data=2), "dense", {}, {"all-reduce"},
+             {"all-gather", "reduce-scatter", "all-to-all"}),
     "fsdp": (dict(fsdp=2), "dense", {}, {"all-gather", "reduce-scatter"}, {"collective-permute"}),
     "tensor": (dict(tensor=2), "dense", {}, {"all-reduce"}, {"all-to-all", "reduce-scatter"}),
-    "ring": (dict(context=2), "dense", dict(attention="ring"), {"collective-permute"}, {"all-to-all"}),
+    "ring": (dict(context=2), "dense", dict(attention="ring"), {"collective-permute"},
+             {"all-to-all"}),
     "capacity": (dict(expert=2), "capacity", {}, {"all-to-all"}, {"collective-permute"}),
-    "dropless": (dict(expert=2), "dropless", {}, {"all-gather", "reduce-scatter"}, {"collective-permute"}),
+    "dropless": (dict(expert=2), "dropless", {}, {"all-gather", "reduce-scatter"},
+                 {"collective-permute"}),
     "stage": (dict(stage=2), "dense", {}, {"collective-permute"}, {"all-gather", "all-to-all"}),
 }
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name in ("fsdp", "capacity", "stage") else pytest.mark.slow) for name in STRATEGIES])
+    pytest.param(name, marks=() if name in ("fsdp", "capacity", "stage") else pytest.mark.slow)
+    for name in STRATEGIES])
 def test_a_strategy_sends_what_it_should(name):
     mesh, model, keys, needed, forbidden = STRATEGIES[name]
     run, spec, batch = program(mesh, **MODELS[model], **keys)
@@ -154,14 +176,16 @@ def test_a_strategy_sends_what_it_should(name):
     assert needed <= kinds and not forbidden & kinds, found
     if name == "stage":  # in each of M + S - 1 steps: a microbatch forward, its derivative back
         hops = [c for c in found if c.kind == "collective-permute" and "roll" in c.op_name]
-        assert {(c.times, c.bytes) for c in hops} == {(2 + 2 - 1, 8 * 8 * 16 * 4)} and len(hops) <= 3
+        assert {(c.times, c.bytes) for c in hops} == {(2 + 2 - 1, 8 * 8 * 16 * 4)}
+        assert len(hops) <= 3
     whole = 16 * 8 * 32 * 4  # the logits of all rows, or the gradient of them
     assert max(c.bytes for c in found) < whole
 
 
 @pytest.mark.parametrize("rules, length", [({}, 4), ({"stream_seq": ("context",)}, 8)])
 def test_the_stream_between_layers_is_split_by_tensor(rules, length):
-    """Sequence parallelism: what remat keeps of a layer, [layers, rows, T, D], is half as long on each device."""
-    run, spec, batch = program({"tensor": 2, "rules": rules}, microbatches=1, remat="full", embed_dim=24, num_layers=3)
+    """Sequence parallelism: each device keeps half of [layers, rows, T, D] for remat."""
+    run, spec, batch = program({"tensor": 2, "rules": rules}, microbatches=1, remat="full",
+                               embed_dim=24, num_layers=3)
     text = run.lower(spec.shapes, batch).compile().as_text()
     assert set(re.findall(r"f32\[3,16,(\d+),24\]", text)) == {str(length)}

@@ -1,4 +1,4 @@
-"""Each shipped config, shrunk, learns something, and learns it alike on one device and on a mesh of eight."""
+"""Every shipped config, shrunk, learns, and learns alike on one device and on a mesh of eight."""
 
 import dataclasses
 import functools
@@ -15,7 +15,8 @@ from lmjax.sharding import MeshConfig
 from lmjax.training.loop import train
 from lmjax.training.recipe import build_recipe
 
-CONFIGS = {  # and what makes them learn something in seconds, on a mesh that splits their heads in two
+# Each config with overrides with which it learns in seconds, on a mesh that splits heads in two.
+CONFIGS = {
     "quickstart": ["train.steps=60", "model.num_kv_heads=2"], "moe": [], "bert": [], "t5": []}
 ONE = jax.devices()[:1]
 LAST = 10  # steps whose losses are compared with the baseline
@@ -24,13 +25,14 @@ SAME = 8  # steps after which rounding may have grown
 
 @pytest.fixture(scope="module")
 def recipe_of(tmp_path_factory):
-    """The recipe of a config, on one small corpus that each vocabulary size is prepared for once."""
+    """The recipe of a config, on one small corpus that is prepared once per vocabulary size."""
     folder = tmp_path_factory.mktemp("pretraining")
 
     @functools.cache
     def of(name):
         mapping = load(f"configs/{name}.py:tiny", [
-            f"data.sources.0.uri=text:{sysconfig.get_paths()['stdlib']}/json/*.py", "data.heldout_fraction=0.1",
+            f"data.sources.0.uri=text:{sysconfig.get_paths()['stdlib']}/json/*.py",
+            "data.heldout_fraction=0.1",
             "eval.every=0", "sample.every=0", "checkpoint.every=1000", *CONFIGS[name]])
         mapping["data"]["directory"] = str(folder / str(mapping["data"]["tokenizer"]["vocab_size"]))
         return build_recipe(mapping)
@@ -45,8 +47,10 @@ def losses(recipe, workdir):
 
 
 def unigram(recipe):
-    """Cross-entropy of the last steps' targets under the frequencies of all targets of the run: what a model that knew
-    those from the start, and looked at no token, would lose."""
+    """Returns the cross-entropy of the last steps' targets under the frequencies of all targets.
+
+    A model that knows these frequencies from the start and looks at no token has this loss.
+    """
     split, _ = open_splits(recipe.data, recipe.data.directory)
     steps, size = recipe.train.steps, recipe.train.batch_size
 
@@ -77,9 +81,11 @@ def test_a_shipped_config_beats_its_unigram_baseline(recipe_of, name, tmp_path, 
 @names()
 def test_a_shipped_config_trains_alike_on_a_mesh(recipe_of, name, tmp_path, monkeypatch):
     recipe = recipe_of(name)
-    assert recipe.model.dims.num_kv_heads % 2 == 0 and recipe.train.compute_dtype == "auto"  # float32 on a CPU
+    assert recipe.model.dims.num_kv_heads % 2 == 0
+    assert recipe.train.compute_dtype == "auto"  # float32 on a CPU
     short = dataclasses.replace(
-        recipe, train=dataclasses.replace(recipe.train, steps=SAME), mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        recipe, train=dataclasses.replace(recipe.train, steps=SAME),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
         optimizer=dataclasses.replace(recipe.optimizer, warmup_steps=2))
     meshed = losses(short, tmp_path / "mesh")
     monkeypatch.setattr(jax, "devices", lambda *args: ONE)
