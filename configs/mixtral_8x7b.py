@@ -1,12 +1,13 @@
-"""Mixtral 8x7B (Jiang et al. 2024, arXiv:2401.04088) on a slice of TPU v5p-128 (64 chips), 4 x 4096 tokens a chip.
+"""Mixtral 8x7B (Jiang et al. 2024, arXiv:2401.04088) on a slice of TPU v5p-128 (64 chips).
 
     lmjax train --config configs/mixtral_8x7b.py --workdir /mnt/runs/mixtral_8x7b
     lmjax plan --config configs/mixtral_8x7b.py --topology v5p-128
-    # 4.99 .. 6.40 s a step, MFU 44.4% .. 57.0%, 70.7 of 95.74 GiB a chip
+    # 4.99 .. 6.40 s per step, MFU 44.4% .. 57.0%, 70.7 of 95.74 GiB per chip
     lmjax plan --config configs/mixtral_8x7b.py --topology v5p-256 --config.train.batch_size=512
-    # 4.99 .. 6.40 s a step, MFU 44.5% .. 57.0%, 48.7 of 95.74 GiB a chip
+    # 4.99 .. 6.40 s per step, MFU 44.5% .. 57.0%, 48.7 of 95.74 GiB per chip
 
-On twice the chips, give it twice the rows, as the second plan has it.
+A chip computes 4 x 4096 tokens per step. On twice the chips, double the rows, as the second plan
+does.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,14 @@ from lmjax.training.pods import pod
 
 
 def get_config() -> ConfigDict:
-    # Replicas along one side of the torus, weights split over the other two: over all three, this compiler gathers
-    # them by all-reduce. What replicas sum is only a shard of the gradients.
-    return pod("mixtral-8x7b", batch_size=256, seq_len=4096, tokens=2e12, remat="attention",
-               mesh=dict(data=4, fsdp=-1))
+    return pod(
+        "mixtral-8x7b",
+        batch_size=256,  # 1M tokens per step
+        seq_len=4096,
+        tokens=2e12,
+        remat="attention",
+        # Replicas along one side of the torus, weights split over the other two. This compiler
+        # gathers weights that are split over all three by all-reduce. Replicas sum only their
+        # shard of the gradients.
+        mesh=dict(data=4, fsdp=-1),
+    )

@@ -3,8 +3,9 @@
     lmjax train --config configs/synthetic.py --workdir runs/synthetic
     lmjax train --config configs/synthetic.py:tiny --workdir runs/synthetic-tiny
 
-The entropy of the chain is known, and so is the loss that a perfect model reaches. It takes seconds
-on a CPU: a smoke test of a new machine, mesh or kernel. `configs/synthetic.py:tiny` is even smaller.
+The entropy of the chain is known, and so is the loss that a perfect model reaches. It takes
+seconds on a CPU: a smoke test of a new machine, mesh or kernel. `configs/synthetic.py:tiny` is even
+smaller.
 """
 
 from ml_collections import ConfigDict

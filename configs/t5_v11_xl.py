@@ -1,8 +1,10 @@
-"""T5 v1.1 XL (Raffel et al. 2019, arXiv:1910.10683) on 64 chips of TPU v5e, 32 x 512 tokens a chip and their targets.
+"""T5 v1.1 XL (Raffel et al. 2019, arXiv:1910.10683) on 64 chips of TPU v5e.
 
     lmjax train --config configs/t5_v11_xl.py --workdir /mnt/runs/t5_v11_xl
     lmjax plan --config configs/t5_v11_xl.py --topology v5e-64
-    # 1.90 .. 2.34 s a step, MFU 37.1% .. 45.7%, 9.2 of 15.75 GiB a chip
+    # 1.90 .. 2.34 s per step, MFU 37.1% .. 45.7%, 9.2 of 15.75 GiB per chip
+
+A chip computes 32 x 512 tokens and their targets per step.
 """
 
 from ml_collections import ConfigDict
@@ -11,6 +13,13 @@ from lmjax.training.pods import pod
 
 
 def get_config() -> ConfigDict:
-    # 100 ids are sentinels and 28 are padding of the table. The biases of T5's scores need the dense kernel.
-    return pod("t5-v1.1-xl", batch_size=2048, seq_len=512, tokens=1e12, peak_lr=1e-3, reserved=128, remat="full",
-               mesh=dict(data=8, fsdp=-1, rules=dict(embed=("data", "fsdp"))))
+    return pod(
+        "t5-v1.1-xl",
+        batch_size=2048,  # 1M encoder tokens per step
+        seq_len=512,  # the paper's
+        tokens=1e12,
+        peak_lr=1e-3,
+        reserved=128,  # 100 ids are sentinels, and 28 pad the table
+        remat="full",  # T5's position biases need the dense kernel, which holds all scores
+        mesh=dict(data=8, fsdp=-1, rules=dict(embed=("data", "fsdp"))),
+    )

@@ -41,9 +41,9 @@ def table(recipe: Recipe, facts: StepFacts, estimate: Estimate, tokens: float) -
 def in_short(estimate: Estimate) -> str:
     """The last line of the table, which recipes for pods record in their docstring."""
     seconds = human_range((estimate.hidden, estimate.exposed), lambda s: f"{s:#.3g}")
-    return (f"{_at_least(estimate)}{seconds} s a step, "
+    return (f"{_at_least(estimate)}{seconds} s per step, "
             f"MFU {human_range(estimate.mfu, lambda share: f'{share:.1%}')}, "
-            f"{estimate.memory['peak'] / GIB:.1f} of {estimate.limit / GIB:.2f} GiB a chip")
+            f"{estimate.memory['peak'] / GIB:.1f} of {estimate.limit / GIB:.2f} GiB per chip")
 
 
 def _at_least(estimate: Estimate) -> str:
