@@ -1,4 +1,7 @@
-"""Whether lmjax would take a command, before it has chips that cost. Needs nothing but Python."""
+"""Refuses a command that lmjax would refuse, before any chips are paid for.
+
+Needs only Python.
+"""
 
 import pathlib
 import sys
@@ -7,45 +10,55 @@ from collections.abc import Collection
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lmjax.cli.main import COMMANDS  # noqa: E402  (of the checkout; it needs no JAX)
+from lmjax.cli.main import COMMANDS  # noqa: E402  (from the checkout; it does not import JAX)
+from lmjax.errors import UserError  # noqa: E402
 
 
 def option(command: list[str], flag: str) -> str:
-    """What a command has behind `flag`, or nothing."""
+    """The value of the option `flag` in a command, or "" if it has none."""
     found = ""
-    for word, after in zip(command, [*command[1:], ""], strict=True):
+    for word, following in zip(command, [*command[1:], ""], strict=True):
         if word == flag:
-            found = "" if after.startswith("--") else after
+            found = "" if following.startswith("--") else following
         elif word.startswith(f"{flag}="):
             found = word.removeprefix(f"{flag}=")
     return found
 
 
 def check(command: list[str], files: Collection[str] | None = None) -> None:
-    """A config is looked for among `files`, or in this checkout; one with an absolute path is the hosts' own.
+    """Checks the arguments of `lmjax`.
+
+    Args:
+      command: the arguments.
+      files: the files that the hosts will have, relative to the checkout; by default all that the
+        checkout has. A config with an absolute path belongs to the hosts and is not looked for.
 
     Raises:
-      ValueError: lmjax would refuse the command.
+      UserError: lmjax would refuse the command.
     """
     name = command[0]
     if name == "lmjax":
-        raise ValueError(f"expected a command of lmjax behind --, got lmjax itself; leave it out: -- "
-                         f"{' '.join(command[1:2] or ['train'])} ...")
+        raise UserError("a command of lmjax after --", "lmjax itself",
+                        f"leave it out: -- {' '.join(command[1:2] or ['train'])} ...")
     if name not in COMMANDS:
-        raise ValueError(f"expected a command of lmjax behind --, got {name!r}; give one of {', '.join(COMMANDS)}")
-    for flag, what in {"--config": "FILE", "--workdir": "DIR"}.items():
+        raise UserError("a command of lmjax after --", repr(name),
+                        f"give one of {', '.join(COMMANDS)}")
+    for flag, value in {"--config": "FILE", "--workdir": "DIR"}.items():
         if name == "train" and not option(command, flag):
-            raise ValueError(f"{flag}: expected a {what.lower()} for train, got none; write {flag} {what}")
+            raise UserError(f"a {value.lower()} for train", "none", f"write {flag} {value}", flag)
     config = str(pathlib.PurePath(option(command, "--config").partition(":")[0]))
     if config == "." or config.startswith("/"):
         return
-    if not (ROOT / config).is_file() if files is None else config not in files:
-        ours = "of this checkout" if files is None else "of this checkout that git does not ignore"
-        raise ValueError(f"--config: expected a file {ours}, got {config}; the hosts would not have it")
+    if files is None:
+        found, kind = (ROOT / config).is_file(), "of this checkout"
+    else:
+        found, kind = config in files, "of this checkout that git does not ignore"
+    if not found:
+        raise UserError(f"a file {kind}", config, "the hosts would not have it", "--config")
 
 
 if __name__ == "__main__":
     try:
         check(sys.argv[1:])
-    except ValueError as error:
+    except UserError as error:
         sys.exit(f"lmjax: {error}")

@@ -1,15 +1,16 @@
-# Sourced by launch/local, launch/test and launch/lock: finds a Python, and makes an environment with lmjax in it.
+# The other launchers source this file. It finds a Python and makes an environment with lmjax in it.
 #
-#   LMJAX_PYTHON   the Python to make the environment with (default: the first python3 of 3.11 or newer)
+#   LMJAX_PYTHON   the Python that makes the environment (default: the first one of 3.11 or newer)
 #   LMJAX_VENV     where the environment is (default: .venv beside pyproject.toml)
-#   LMJAX_EXTRAS   extras to install besides, as in "tpu" or "test,oracle"
+#   LMJAX_EXTRAS   further extras to install, such as "tpu" or "test,oracle"
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 say() { printf 'lmjax: %s\n' "$*" >&2; }
 die() { say "$@"; exit 2; }
 
-# show_help ARGS: answers -h and --help, unless they are of the command behind --, with the head of the script.
+# show_help ARGS: prints the comment at the head of the script for -h and --help, unless they come
+# after --, where they belong to the command.
 show_help() {
   local word
   for word; do
@@ -20,7 +21,7 @@ show_help() {
   done
 }
 
-# Whether "$1" is a Python that runs here and is new enough.
+# usable_python PYTHON: whether it runs here and is new enough.
 usable_python() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
@@ -28,7 +29,8 @@ usable_python() {
 find_python() {
   local candidate
   if [[ -n "${LMJAX_PYTHON:-}" ]]; then
-    usable_python "$LMJAX_PYTHON" || die "expected LMJAX_PYTHON to be a Python >= 3.11, got $LMJAX_PYTHON"
+    usable_python "$LMJAX_PYTHON" ||
+      die "expected LMJAX_PYTHON to be a Python >= 3.11, got $LMJAX_PYTHON"
     printf '%s\n' "$LMJAX_PYTHON"
     return
   fi
@@ -42,7 +44,7 @@ find_python() {
     "install one, or name it: LMJAX_PYTHON=/path/to/python $0"
 }
 
-# "3.11" -> the constraint file for it, or nothing where that Python has none.
+# constraints_for 3.11: prints the file of tested versions for that Python, if there is one.
 constraints_for() {
   local file="$root/launch/constraints-py${1//./}.txt"
   if [[ -f "$file" ]]; then printf '%s\n' "$file"; fi
@@ -50,23 +52,25 @@ constraints_for() {
 
 python_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 
-# setup EXTRA,EXTRA: sets `python` to an environment's Python that has lmjax and the extras. Installs only when the
-# environment's stamp says that pyproject.toml, the constraints, the place or the extras are others than last time.
+# setup EXTRA,EXTRA: sets `python` to the Python of an environment that has lmjax and the extras.
+# Installs only if pyproject.toml, the tested versions, the checkout's path or the extras differ
+# from those in the environment's stamp.
 setup() {
   local venv="${LMJAX_VENV:-$root/.venv}" extras="$1" base="" version constraints stamp state log
   python="$venv/bin/python"
   stamp="$venv/lmjax-installed"
-  # pip comes last in the making of an environment: without it, that was interrupted.
+  # venv installs pip last: an environment without pip is unfinished.
   if ! usable_python "$python" || [[ ! -e "$venv/bin/pip" ]]; then
     base="$(find_python)"
     say "making $venv with $("$base" --version)"
-    "$base" -m venv "$venv" || die "$base cannot make an environment; on Debian: apt install python3-venv"
+    "$base" -m venv "$venv" ||
+      die "$base cannot make an environment; on Debian: apt install python3-venv"
   fi
   version="$(python_version "$python")"
   constraints="$(constraints_for "$version")"
   state="$root $(cat "$root/pyproject.toml" ${constraints:+"$constraints"} | cksum)"
   if [[ -f "$stamp" && "$(head -n 1 "$stamp")" == "$state" ]]; then
-    # Extras add up: `test` after `local` and back again installs once.
+    # Extras add up, so that running `test` and `local` in turn installs only once.
     local have; have="$(tail -n 1 "$stamp")"
     if has_all "$have" "$extras"; then return; fi
     extras="$have,$extras"
@@ -76,14 +80,15 @@ setup() {
   [[ -n "$constraints" ]] || say "no pinned versions for Python $version: taking the newest"
   rm -f "$stamp"
   log="$venv/install.log"
-  # Compiling every module takes a minute; Python compiles those that it imports.
+  # Compiling all modules would take a minute. Python compiles those that it imports.
   "$python" -m pip install --quiet --no-compile --disable-pip-version-check --no-input \
-    ${constraints:+--constraint "$constraints"} --editable "$root${extras:+[$extras]}" >"$log" 2>&1 ||
+    ${constraints:+--constraint "$constraints"} \
+    --editable "$root${extras:+[$extras]}" >"$log" 2>&1 ||
     { cat "$log" >&2; die "the installation failed; its output is above and in $log"; }
   printf '%s\n%s\n' "$state" "$extras" >"$stamp"
 }
 
-# has_all "a,b,c" "a,c": whether each of the second list is in the first.
+# has_all "a,b,c" "a,c": whether every word of the second list is in the first.
 has_all() {
   local extra
   for extra in ${2//,/ }; do

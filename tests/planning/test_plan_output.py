@@ -130,7 +130,8 @@ def test_small_plans_are_in_small_units(here):
     assert "MiB sent  us at bandwidth" in said and "3.000          50.0000" in said
     assert "0.4 .. 1.2   communication" in said and "1.200 ms with nothing hidden" in draw(small)
     assert f"{human_bytes(made.memory['peak'])} of 15.8 GiB at its peak" in draw(small)
-    assert in_short(small).startswith("0.000400 .. 0.00120 s per step, ") and in_short(small).endswith("15.75 GiB per chip")
+    assert in_short(small).startswith("0.000400 .. 0.00120 s per step, ")
+    assert in_short(small).endswith("15.75 GiB per chip")
     large = dataclasses.replace(small, hidden=2.0, exposed=3.0, memory=made.memory | {"peak": 4 * GIB})
     assert "  2 .. 3   communication" in table(recipe, result, large, 0) and "GiB per chip" in draw(large)
 
