@@ -18,13 +18,18 @@ def executable(path: pathlib.Path, text: str) -> pathlib.Path:
 
 
 class Cloud:
-    """A folder with stand-ins on the PATH. `answers`: a part of a call -> [output, exit code] of the first such call,
-    the second, ...; the last one goes on. A call with None or without an answer succeeds, and one of ssh or scp is
-    really done, in a folder of the node's name. From a delete that succeeds to the next create there is no pod to
-    describe. An output that ends in ~ breaks off there; a third item is seconds until the call counts as made."""
+    """A folder with stand-ins, which are first on the PATH.
 
-    FLAGS = {  # of gcloud's reference, by verb
-        "create": "node-id node-prefix node-count accelerator-type runtime-version spot reserved network internal-ips",
+    `answers` says what they answer: a part of a call -> a list with [output, exit code] of the
+    first such call, the second, and so on; the last answer repeats. A call whose answer is None or
+    missing succeeds, and ssh and scp are then really done, in a folder with the node's name.
+    Between a successful delete and the next create there is no pod to describe. An output that ends
+    in ~ breaks off there. A third item is the time in seconds until the call counts as made.
+    """
+
+    FLAGS = {  # verb -> its flags in gcloud's reference
+        "create": "node-id node-prefix node-count accelerator-type runtime-version spot reserved "
+                  "network internal-ips",
         "describe": "format", "delete": "force quiet", "ssh": "worker command tunnel-through-iap",
         "scp": "worker tunnel-through-iap"}
 
@@ -36,7 +41,8 @@ stdin = "" if "gcloud" in sys.argv[0] else sys.stdin.read()
 answers = json.loads((home / "answers").read_text())
 def answer(part, number):
     return answers[part][min(number, len(answers[part])) - 1]
-if " create " in words and " create " in answers and (now := answer(" create ", 1)) and len(now) > 2:
+now = answer(" create ", 1) if " create " in words and " create " in answers else None
+if now and len(now) > 2:
     time.sleep(now[2])
 if "gcloud" in sys.argv[0]:
     verb, flags = sys.argv[4], sys.argv[5:]
@@ -54,7 +60,8 @@ there, deletes, looks = True, 0, 0
 for call in made:
     if " delete " in call:
         deletes += 1
-        there = there and bool(" delete " in answers and (now := answer(" delete ", deletes)) and now[1])
+        now = answer(" delete ", deletes) if " delete " in answers else None
+        there = there and bool(now and now[1])
     there = there or " create " in call
     looks += there and " describe " in call
 if " describe " in words and not there:
@@ -68,7 +75,8 @@ for part in answers:
         sys.exit(now[1])
 if "ssh" in sys.argv:
     node = home / "hosts" / sys.argv[sys.argv.index("ssh") + 1]
-    sys.exit(subprocess.run(["bash", "-c", sys.argv[sys.argv.index("--command") + 1]], cwd=node).returncode)
+    command = sys.argv[sys.argv.index("--command") + 1]
+    sys.exit(subprocess.run(["bash", "-c", command], cwd=node).returncode)
 if "scp" in sys.argv:
     source, target = sys.argv[sys.argv.index("scp") + 1 :][:2]
     node = home / "hosts" / target.partition(":")[0]
@@ -81,20 +89,26 @@ if "sbatch" in sys.argv[0]:
     def __init__(self, home: pathlib.Path):
         self.home = home
         for name in ("gcloud", "kubectl", "sbatch", "scontrol"):
-            executable(home / "bin" / name, self.STAND_IN.format(python=sys.executable, home=str(home),
-                                                                         flags=self.FLAGS))
-        # The Python of the hosts: makes environments of itself, installs nothing, and "trains".
+            executable(home / "bin" / name, self.STAND_IN.format(
+                python=sys.executable, home=str(home), flags=self.FLAGS))
+        # The Python of the hosts: its environments are copies of itself, and it "trains" by $RUN.
         host = executable(home / "host" / "python3", """#!/bin/sh
 case "$*" in
   *"sys.version_info <"*) exit 0 ;;
   *"%d.%d"*) echo 3.12 ;;
-  *"-m venv"*) for last; do :; done; mkdir -p "$last/bin"; cd "$last/bin"; cp "$0" python; touch pip ;;
-  *lmjax.cli*) env | grep -e ^LIBTPU -e ^LMJAX_ -e ^MINE; for word; do echo "word $word"; done; eval "$RUN" ;;
+  *"-m venv"*)
+    for last; do :; done
+    mkdir -p "$last/bin"; cd "$last/bin"; cp "$0" python; touch pip ;;
+  *lmjax.cli*)
+    env | grep -e ^LIBTPU -e ^LMJAX_ -e ^MINE
+    for word; do echo "word $word"; done
+    eval "$RUN" ;;
 esac
 """)
-        # Without what ./launch/test was told: a host must not install into the environment that runs the tests.
+        # Without the settings of ./launch/test: a host must not install into its environment.
         kept = {name: value for name, value in os.environ.items() if not name.startswith("LMJAX_")}
-        self.env = {**kept, "PATH": f"{home}/bin:{os.environ['PATH']}", "LMJAX_PYTHON": str(host), "RUN": "true"}
+        self.env = {**kept, "PATH": f"{home}/bin:{os.environ['PATH']}",
+                    "LMJAX_PYTHON": str(host), "RUN": "true"}
         self.answer({})
 
     def answer(self, answers: dict[str, list[list | None]]) -> None:
@@ -105,16 +119,16 @@ esac
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def verbs(self) -> list[str]:
-        """create, describe, scp, ... in the order of the calls; ssh by what it is for."""
+        """The calls in their order: create, describe, scp, ...; a call of ssh by its purpose."""
         kinds = {"tar xzf": "install", "setsid": "start", "tail -n": "follow", "pkill": "stop",
                  "&& cat run.command": "running"}
         words = [call["words"] for call in self.calls()]
-        return [next((kind for part, kind in kinds.items() if part in w), None) if " ssh " in w else w.split()[4]
-                for w in words]
+        return [next((kind for part, kind in kinds.items() if part in w), None)
+                if " ssh " in w else w.split()[4] for w in words]
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen:
-        return subprocess.Popen([ROOT / "launch" / name, *arguments], env=self.env, text=True, cwd=self.home,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen([ROOT / "launch" / name, *arguments], env=self.env, text=True,
+                                cwd=self.home, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def run(self, name: str, *arguments: str, expect: int = 0) -> str:
         process = self.start(name, *arguments)

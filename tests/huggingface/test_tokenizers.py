@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers behind our interface, and ours as theirs."""
+"""Hugging Face tokenizers with our interface, and ours written as theirs."""
 
 import json
 
@@ -14,11 +14,14 @@ from lmjax.data.tokenizers import (
     tokenizer_from_bytes,
     train_tokenizer,
 )
+from lmjax.errors import UserError
 from lmjax.huggingface.tokenizers import PROBES, read_tokenizer, write_tokenizer
 from lmjax.training.pretrained import make_tokenizer
 
-tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install lmjax[hf]")
-TEXTS = ["The cat sat on the mat, 12 times.\n", "def f(x):\n    return x + 1\n", "naïve café — 日本 👩‍💻"] * 40
+tokenizers = pytest.importorskip(
+    "tokenizers", reason="tokenizers is not installed: pip install lmjax[hf]")
+TEXTS = ["The cat sat on the mat, 12 times.\n", "def f(x):\n    return x + 1\n",
+         "naïve café — 日本 👩‍💻"] * 40
 UNSEEN = ["A dog\tran 345 miles.", "  two\n\nlines ", "Ωμέγα 🇯🇵", ""]
 
 
@@ -29,7 +32,7 @@ def ours():
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
-    """A directory with a tokenizer like GPT-2's, with and without a beginning-of-text token."""
+    """A directory with a tokenizer like GPT-2's, which also has a BOS token."""
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
     made = tokenizers.Tokenizer(models.BPE())
@@ -38,7 +41,8 @@ def byte_level(tmp_path_factory):
     made.train_from_iterator(TEXTS, trainers.BpeTrainer(
         vocab_size=340, special_tokens=["<|end|>", "<|begin|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    made.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])
+    made.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])
     folder = tmp_path_factory.mktemp("tokenizer")
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(
@@ -55,12 +59,15 @@ def test_ours_as_tokenizer_json_splits_every_text_the_same(ours, tmp_path):
         assert theirs.encode(text) == ours.encode(text), text
         assert theirs.decode(theirs.encode(text)) == text
     assert (theirs.prefix, theirs.suffix) == ((ours.bos_id,), ())
-    assert (theirs.bos_id, theirs.eos_id, theirs.vocab_size) == (ours.bos_id, ours.eos_id, ours.vocab_size)
-    assert read_tokenizer(tmp_path).to_bytes() == ours.to_bytes()  # nothing is added in front: the model itself
+    assert (theirs.bos_id, theirs.eos_id) == (ours.bos_id, ours.eos_id)
+    assert theirs.vocab_size == ours.vocab_size
+    # tokenizer.model is read, as it adds no space before a text.
+    assert read_tokenizer(tmp_path).to_bytes() == ours.to_bytes()
 
 
 def test_transformers_reads_what_we_write(ours, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="not installed: pip install lmjax[oracle]")
+    transformers = pytest.importorskip(
+        "transformers", reason="not installed: pip install lmjax[oracle]")
     write_tokenizer(tmp_path, ours, log=lambda line: None)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in [*TEXTS[:3], *UNSEEN]:
@@ -69,7 +76,7 @@ def test_transformers_reads_what_we_write(ours, tmp_path):
 
 
 def test_a_tokenizer_that_cannot_be_converted_is_said_to_be(tmp_path):
-    """Their unigram model takes the name of a byte's token in a text for that token."""
+    """Their unigram model reads the name of a byte's token in a text as that token."""
     ours = train_tokenizer(TokenizerConfig(vocab_size=300, model="unigram"), TEXTS)
     said = []
     write_tokenizer(tmp_path, ours, log=said.append)
@@ -78,7 +85,7 @@ def test_a_tokenizer_that_cannot_be_converted_is_said_to_be(tmp_path):
     assert read_tokenizer(tmp_path).to_bytes() == ours.to_bytes()
 
 
-def test_theirs_behind_our_interface(byte_level, tmp_path):
+def test_theirs_with_our_interface(byte_level, tmp_path):
     theirs = read_tokenizer(byte_level)
     assert (theirs.eos_id, theirs.bos_id, theirs.prefix, theirs.suffix) == (0, 1, (1,), ())
     texts = [*TEXTS[:3], *UNSEEN]
@@ -89,7 +96,8 @@ def test_theirs_behind_our_interface(byte_level, tmp_path):
     assert theirs.lossy(texts, batch) is None
     assert theirs.lossy(texts, [*batch[:-1], np.array([5], np.int32)]) == len(texts) - 1
     again = tokenizer_from_bytes(theirs.to_bytes())
-    assert isinstance(again, HuggingFaceTokenizer) and again.encode(texts[0]) == theirs.encode(texts[0])
+    assert isinstance(again, HuggingFaceTokenizer)
+    assert again.encode(texts[0]) == theirs.encode(texts[0])
     assert again.hash == theirs.hash
     write_tokenizer(tmp_path, again)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -102,20 +110,23 @@ def test_a_corpus_is_prepared_with_theirs(byte_level, tmp_path):
     texts = [f"{text}{i}" for i, text in enumerate(TEXTS[:9])]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     theirs = read_tokenizer(byte_level)
-    config = DataConfig(sources=(SourceConfig("a", f"jsonl:{tmp_path}/a.jsonl"),), min_chars=1, clean=(),
-                        tokenizer=TokenizerConfig(path=str(byte_level), vocab_size=theirs.vocab_size))
-    out = prepare(config, str(tmp_path / "out"), make_tokenizer=make_tokenizer, log=lambda line: None)
+    config = DataConfig(
+        sources=(SourceConfig("a", f"jsonl:{tmp_path}/a.jsonl"),), min_chars=1, clean=(),
+        tokenizer=TokenizerConfig(path=str(byte_level), vocab_size=theirs.vocab_size))
+    out = prepare(config, str(tmp_path / "out"), make_tokenizer=make_tokenizer,
+                  log=lambda line: None)
     tokenizer, found = prepared_tokenizer(out), []
     assert tokenizer.to_bytes() == theirs.to_bytes()
     for split, facts in store.read_manifest(out)["sources"]["a"].items():
         if split in ("train", "heldout"):
             part = store.SplitStore(out, "a", split, facts)
-            found += [tokenizer.decode(ids[1:-1]) for ids in np.split(part.tokens(), part.offsets[1:-1])]
+            found += [tokenizer.decode(ids[1:-1])
+                      for ids in np.split(part.tokens(), part.offsets[1:-1])]
     assert sorted(found) == sorted(texts)
 
 
-def test_what_follows_keeps_its_space():
-    """A rule that strips a text's first space must not strip that of an answer."""
+def test_a_continuation_keeps_its_first_space():
+    """A decoder may strip the first space of a text, but not that of an answer."""
     from tokenizers import decoders, models
 
     made = tokenizers.Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "<s>": 2}, unk_token="<s>"))
@@ -130,8 +141,10 @@ def test_refusals(byte_level, tmp_path):
     with pytest.raises(ValueError, match="expected a tokenizer.json, got"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(b"\xe9")
-    with pytest.raises(ValueError, match="expected tokenizer.json .*in UTF-8, got .*; fetch the directory again"):
+    message = "expected tokenizer.json .*in UTF-8, got .*; fetch the directory again"
+    with pytest.raises(UserError, match=message):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text((byte_level / "tokenizer.json").read_text())
-    with pytest.raises(ValueError, match="expected bos_token or eos_token in tokenizer_config.json, got neither"):
+    message = "expected bos_token or eos_token in tokenizer_config.json, got neither"
+    with pytest.raises(UserError, match=message):
         read_tokenizer(tmp_path)

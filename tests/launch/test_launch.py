@@ -54,7 +54,7 @@ def test_gke(cloud, topology, slices, hosts, chips):
         **({"LIBTPU_INIT_ARGS": flags} if (flags := parse_topology(topology).flags) else {}),
         "LMJAX_JOIN_SECONDS": "1800", "LMJAX_STOPPED_CODE": "75",
         "JAX_COMPILATION_CACHE_DIR": "/runs/.xla-cache"}
-    # A stopped run fails the Job, which starts the JobSet again. Only a refused run ends the JobSet.
+    # A stopped run fails the Job, which starts the JobSet again. A refused run ends the JobSet.
     assert spec["podFailurePolicy"]["rules"] == [
         {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}]
     assert spec["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
