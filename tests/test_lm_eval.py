@@ -75,11 +75,11 @@ def folder(tmp_path_factory):
 def test_likelihoods_do_not_depend_on_the_other_requests(folder):
     lm = lmjax.load(folder / "hf")
     rng = np.random.default_rng(1)
-    rows = [(rng.integers(4, 300, n).tolist(), int(rng.integers(1, n))) for n in rng.integers(2, 60, 40)]
+    rows = [(rng.integers(4, 300, n).tolist(), int(rng.integers(1, n))) for n in rng.integers(2, 60, 12)]
     together = lm.continuations(rows)
     assert [lm.continuations([row])[0] for row in rows] == together
     assert lm.continuations(rows[::-1])[::-1] == together
-    for (ids, n), (value, greedy) in list(zip(rows, together, strict=True))[:5]:
+    for (ids, n), (value, greedy) in list(zip(rows, together, strict=True))[:3]:
         log_p = np.asarray(jax.nn.log_softmax(lm.logits([ids[:-1]])[0]))[-n:]
         assert value == pytest.approx(log_p[np.arange(n), ids[-n:]].sum(), rel=1e-5)
         assert greedy == (log_p.argmax(1) == ids[-n:]).all()

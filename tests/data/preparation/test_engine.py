@@ -10,8 +10,8 @@ import pytest
 from lmjax.data.preparation import workers
 from lmjax.data.preparation.engine import Engine
 
-ITEMS, RECORDS = 120, 1 << 18  # 4 MiB of records an item
-MEMORY = 64
+ITEMS, RECORDS = 60, 1 << 17  # 2 MiB of records per item
+MEMORY = 16  # MiB
 
 
 def emit(seed):

@@ -47,7 +47,7 @@ def test_every_stage_works_on_each_language(tmp_path):
         (tmp_path / f"evals/{code}.txt").write_text(known[30:150])
     families = {"gopher_quality": GopherQuality(), "gopher_repetition": GopherRepetition(), "fineweb": FineWeb()}
     evals = DecontaminateConfig(sources=(SourceConfig("e", f"text:{tmp_path}/evals/*"),))
-    curate = CurateConfig(languages=tuple(BOOKS), **families, dedup=DedupConfig(threshold=0.8), decontaminate=evals)
+    curate = CurateConfig(workers=1, languages=tuple(BOOKS), **families, dedup=DedupConfig(threshold=0.8), decontaminate=evals)
     config = DataConfig(sources=(SourceConfig("s", f"text:{tmp_path}/texts/*"),), curate=curate, seq_len=32,
                         tokenizer=TokenizerConfig(vocab_size=640), clean=("newlines", "nfc", "boilerplate"))
     out = prepare(config, str(tmp_path / "out"), log=lambda line: None)

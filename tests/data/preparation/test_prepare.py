@@ -43,8 +43,10 @@ def write_texts(path, count=80, seed=0):
 
 
 def make_config(texts, **kwargs):
-    fields = {"sources": (SourceConfig("texts", f"text:{texts}/*"),), "seq_len": 32, "heldout_fraction": 0.1,
-              "tokenizer": TokenizerConfig(vocab_size=320)}
+    """A config of few texts; one worker, because starting more takes longer than their work."""
+    fields = {"sources": (SourceConfig("texts", f"text:{texts}/*"),), "seq_len": 32,
+              "heldout_fraction": 0.1, "tokenizer": TokenizerConfig(vocab_size=320),
+              "curate": CurateConfig(workers=1)}
     return DataConfig(**fields | kwargs)
 
 
@@ -244,7 +246,7 @@ def test_evaluation_sets_that_cannot_be_read_are_refused(texts, tmp_path):
     evals = DecontaminateConfig(sources=(SourceConfig("e", f"jsonl:{tmp_path}/e.jsonl"),), words=5)
     with pytest.raises(ValueError, match=r"source e .*got 3 of 3 \(such as e.jsonl:1: nothing under 'text' \(it has "
                                          r"\['question'\]\)\); repair"):
-        prepare(make_config(texts, curate=CurateConfig(decontaminate=evals)), str(tmp_path / "out"), log=silent)
+        prepare(make_config(texts, curate=CurateConfig(decontaminate=evals, workers=1)), str(tmp_path / "out"), log=silent)
 
 
 def test_a_very_long_line_is_a_counted_skip(tmp_path):
@@ -306,9 +308,10 @@ def test_killed_at_any_stage_and_started_again(texts, tmp_path):
     assert not (tmp_path / ".out.partial").exists()
 
 
-def test_killed_at_random_moments(texts, tmp_path):
-    out, rng = tmp_path / "out", random.Random(0)
-    for _ in range(2):
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.long)])
+def test_killed_at_random_moments(texts, tmp_path, kills):
+    out, rng = tmp_path / "out", random.Random(kills)
+    for _ in range(kills):
         process = start(texts, out, "-")
         time.sleep(rng.uniform(0.5, 2.5))
         process.kill()
