@@ -1,4 +1,4 @@
-"""Duplicates: against sets of strings compared one by one, and against datasketch."""
+"""Copies, near copies and repeated passages, against plain loops over strings and datasketch."""
 
 import inspect
 import random
@@ -15,7 +15,7 @@ from lmjax.data.text.words import ngrams, split
 
 
 def words_of(text):
-    """The words as a plain loop finds them."""
+    """Finds words with a plain loop over characters."""
     out, word = [], ""
     for c in text.lower() + " ":
         if "\u3040" <= c <= "\u30ff" or "\u3400" <= c <= "\u9fff":
@@ -88,7 +88,8 @@ def test_near_copies_are_those_of_brute_force(corpus, tmp_path, threshold):
         (tmp_path / "near").mkdir()
         dedup.exact(engine, parts, str(tmp_path / "exact"))
         config = DedupConfig(threshold=threshold)
-        found, similar = dedup.near(engine, parts, str(tmp_path / "exact/removed.npy"), config, str(tmp_path / "near"))
+        found, similar = dedup.near(engine, parts, str(tmp_path / "exact/removed.npy"), config,
+                                    str(tmp_path / "near"))
     gone = set(np.load(tmp_path / "exact/removed.npy")[0].tolist())
     sets = list(map(shingles, corpus))
     pairs = [(b, a) for b in range(len(corpus)) for a in range(b) if not {a, b} & gone
@@ -102,7 +103,8 @@ def test_near_copies_are_those_of_brute_force(corpus, tmp_path, threshold):
     for later, earlier in pairs:
         if earlier not in expected:
             expected.add(later)
-    assert len(removed & expected) >= 0.95 * len(expected) and removed <= expected | {later for later, _ in pairs}
+    assert len(removed & expected) >= 0.95 * len(expected)
+    assert removed <= expected | {later for later, _ in pairs}
 
 
 def test_exact_copies_differ_in_spaces_and_case_only(tmp_path):
@@ -135,16 +137,18 @@ def test_minhash_estimates_as_datasketch_does():
 def test_repeated_windows_and_lines_are_cut_from_all_but_the_first(tmp_path):
     common = " ".join(f"w{i}" for i in range(12))
     line = "this line is on every page"
-    texts = [f"first {common} end\n{line}", f"second, {common}; rest\n{line}", f"third w0 w1 w2 w3\n{line}",
-             f"{line} x"]
+    texts = [f"first {common} end\n{line}", f"second, {common}; rest\n{line}",
+             f"third w0 w1 w2 w3\n{line}", f"{line} x"]
     config = DedupConfig(window=10, line_documents=2, line_chars=10)
     nothing = tmp_path / "nothing.npy"
     np.save(nothing, np.zeros((2, 0), np.uint64))
     with Engine(str(tmp_path), workers=1) as engine:
-        places = {kind: np.load(repeats.repeats(engine, parts_of(texts, tmp_path, 2), [str(nothing)], config,
-                                              str(tmp_path), kind))[0] for kind in ("windows", "lines")}
+        parts = parts_of(texts, tmp_path, 2)
+        files = [repeats.repeats(engine, parts, [str(nothing)], config, str(tmp_path), kind)
+                 for kind in ("windows", "lines")]
+    windows, lines = (np.load(file)[0] for file in files)
     after = []
     for d, text in enumerate(texts):
-        mine = [(rows[rows >> np.uint64(32) == d] & np.uint64(2**32 - 1)).astype(int) for rows in places.values()]
+        mine = repeats.positions(windows, d), repeats.positions(lines, d)
         after.append(repeats.cut(text, *mine, config)[0])
     assert after == [texts[0], "second, ; rest\n", "third w0 w1 w2 w3\n", texts[3]]

@@ -1,4 +1,4 @@
-"""The engine's promise about memory, measured on its worker processes."""
+"""What the engine promises about memory, measured on its worker processes."""
 
 import errno
 import re
@@ -23,7 +23,7 @@ def reduce(rows):
 
 
 def peaks(engine):
-    """The most that each worker has ever held, in MiB."""
+    """The most memory that each worker has ever held, in MiB."""
     status = [Path(f"/proc/{process.pid}/status").read_text() for process in engine.workers.started]
     return [int(re.search(r"VmHWM:\s+(\d+) kB", text)[1]) / 1024 for text in status]
 
@@ -31,7 +31,7 @@ def peaks(engine):
 def test_records_several_times_as_large_as_the_memory_are_grouped_within_it(tmp_path):
     with Engine(str(tmp_path), workers=2, memory_mib=MEMORY) as engine:
         engine.map(len, [(), ()])
-        engine.map(emit, [0, 1])  # what one item takes by itself, which is not the engine's to bound
+        engine.map(emit, [0, 1])  # the engine does not bound what one item takes
         before = peaks(engine)
         files = engine.group(emit, range(ITEMS), reduce, str(tmp_path / "group"))
         after = peaks(engine)
@@ -48,15 +48,16 @@ def hold(size):
 
 
 def test_a_receipt_counts_what_a_worker_holds(tmp_path, monkeypatch):
-    held = workers.held_kib  # this process holds more, by what other tests left
-    monkeypatch.setattr(workers, "held_kib", lambda process: 0 if process == "self" else held(process))
+    # Without this process, which holds more because of other tests.
+    held = workers.held_kib
+    monkeypatch.setattr(workers, "held_kib", lambda pid: 0 if pid == "self" else held(pid))
     with Engine(str(tmp_path), workers=2) as engine:
         stage = engine.stage("held", None, {}, lambda folder: engine.map(hold, [1, 256 << 20]))
         assert 256 < stage.receipt["peak_mib"] == int(max(peaks(engine)))
 
 
 def test_sorted_records_are_one_file_and_a_full_disk_is_an_error(tmp_path, small_disk):
-    """Not a signal, as a memory map would make of it."""
+    """With a memory map, the process would be killed by a signal."""
     files = [str(tmp_path / f"{i}.npy") for i in range(3)]
     for i, file in enumerate(files):
         np.save(file, emit(i // 2)[:, : 1 << 16])  # 1 MiB; the first two are the same

@@ -1,4 +1,4 @@
-"""Preparing data: the same from the same text, whole or not at all, and never over something else."""
+"""Preparing data: the same text gives the same bytes, complete or not at all, over nothing else."""
 
 import dataclasses
 import errno
@@ -29,8 +29,11 @@ from lmjax.data.preparation.ledger import trace
 from lmjax.data.preparation.prepare import prepare
 from lmjax.data.text.filters import GopherRepetition
 from lmjax.data.tokenizers import tokenizer_from_bytes
+from lmjax.errors import UserError
+from lmjax.runtime.files import Busy
 
-WORDS = ["alpha", "beta", "gamma", "return self", "    if x:", "print(1)", "\u65e5\u672c", "\u2581", "\t"]
+WORDS = ["alpha", "beta", "gamma", "return self", "    if x:", "print(1)", "\u65e5\u672c", "\u2581",
+         "\t"]
 
 
 def write_texts(path, count=80, seed=0):
@@ -60,9 +63,11 @@ def silent(line):
 
 
 def contents(directory):
-    """The files of a directory; without receipts and report, which say how long it took, and with how many workers."""
-    files = [p for p in sorted(directory.rglob("*")) if p.is_file() and "receipt" not in str(p.relative_to(directory))]
-    return {str(p.relative_to(directory)): p.read_bytes() for p in files if p.name != "data_report.html"}
+    """The files of a directory, without receipts and report: these contain times and workers."""
+    files = {str(path.relative_to(directory)): path
+             for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items()
+            if "receipt" not in name and name != "data_report.html"}
 
 
 def test_the_stored_documents_are_the_texts(texts, tmp_path):
@@ -87,12 +92,13 @@ def test_the_stored_documents_are_the_texts(texts, tmp_path):
     train, heldout = open_splits(make_config(texts), out)
     assert baselines["heldout"] == {"tokens": heldout.predictions, "bytes": heldout.bytes}
     assert train.rows(np.arange(4))["tokens"].shape == (4, 32) and train.vocab_size == 320
-    for stage in ("1-ingest: 80 documents", "8-tokenizer: 320", "9-tokens", "baselines", "is ready"):
-        assert any(stage in line for line in lines)
+    for told in ("1-ingest: 80 documents", "8-tokenizer: 320", "9-tokens", "baselines", "is ready"):
+        assert any(told in line for line in lines)
 
 
 ALL = CurateConfig(
-    gopher_repetition=GopherRepetition(max_top_2gram_chars=0.9, max_top_3gram_chars=0.9, max_top_4gram_chars=0.9),
+    gopher_repetition=GopherRepetition(max_top_2gram_chars=0.9, max_top_3gram_chars=0.9,
+                                       max_top_4gram_chars=0.9),
     dedup=DedupConfig(threshold=0.5, window=8, line_documents=3, line_chars=5), workers=1)
 
 
@@ -102,27 +108,38 @@ def everything(tmp_path, monkeypatch):
     for i in range(6):  # near copies, and one that is exact but for spaces
         (texts / f"copy{i}.txt").write_text((texts / f"{i:03}.txt").read_text() + "\nalpha beta 77")
     (texts / "exact.txt").write_text((texts / "007.txt").read_text() + "  ")
-    monkeypatch.setattr(shards, "SHARD_BYTES", 4000)  # many shards, so that workers have something to share
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4000)  # many shards, for several workers
     evals = DecontaminateConfig(sources=(SourceConfig("e", f"text:{texts}/020.txt"),), words=5)
     return texts, dataclasses.replace(ALL, decontaminate=evals)
+
+
+def limit_memory(monkeypatch, engine):
+    """Gives an engine so little memory that it cuts the records into many ranges."""
+    memory = property(lambda self: 20_000, lambda self, value: None)
+    monkeypatch.setattr(engine, "memory", memory, raising=False)
 
 
 def test_any_number_of_workers_and_any_memory_give_the_same_bytes(tmp_path, monkeypatch):
     texts, whole = everything(tmp_path, monkeypatch)
     prepare(make_config(texts, curate=whole), str(tmp_path / "a"), log=silent)
-    monkeypatch.setattr(Engine, "memory", property(lambda self: 20_000, lambda self, value: None), raising=False)
-    prepare(make_config(texts, curate=dataclasses.replace(whole, workers=3)), str(tmp_path / "b"), log=silent)
+    limit_memory(monkeypatch, Engine)
+    config = make_config(texts, curate=dataclasses.replace(whole, workers=3))
+    prepare(config, str(tmp_path / "b"), log=silent)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    receipts = [json.loads((tmp_path / side / "receipts/7-finish.json").read_text()) for side in "ab"]
-    assert receipts[0]["output"] == receipts[1]["output"] and len(receipts[0]["facts"]["shards"]) > 4
+    receipts = [json.loads((tmp_path / side / "receipts/7-finish.json").read_text())
+                for side in "ab"]
+    assert receipts[0]["output"] == receipts[1]["output"]
+    assert len(receipts[0]["facts"]["shards"]) > 4
     removed = receipts[0]["facts"]["sources"]["texts"]["removed"]
-    assert removed["near_copy"][0] >= 6 and removed["exact_copy"][0] == 1 and removed["contaminated"][0] >= 1
+    assert removed["near_copy"][0] >= 6 and removed["exact_copy"][0] == 1
+    assert removed["contaminated"][0] >= 1
     assert receipts[0]["facts"]["sources"]["texts"]["changed"]["repeated_window"] > 0
     assert not list(tmp_path.glob(".*"))
     assert any("exact.txt was removed in 7-finish by exact_copy for 007.txt" in line
                for line in trace(str(tmp_path / "a"), "exact.txt"))
-    assert any("copy3.txt" in line or "003.txt" in line for line in trace(str(tmp_path / "a"), "003.txt"))
-    with pytest.raises(ValueError, match="expected the id of a document that was read, got 'none.txt'"):
+    assert any("copy3.txt" in line or "003.txt" in line
+               for line in trace(str(tmp_path / "a"), "003.txt"))
+    with pytest.raises(UserError, match="the id of a document that was read, got 'none.txt'"):
         trace(str(tmp_path / "a"), "none.txt")
     found = json.loads((tmp_path / "a/contamination.json").read_text())
     assert found[0]["id"] == "020.txt" and "020.txt" in found[0]["documents"]
@@ -136,29 +153,32 @@ def test_apache_beam_gives_the_same_bytes(tmp_path, monkeypatch):
     pytest.importorskip("apache_beam")
     texts, whole = everything(tmp_path, monkeypatch)
     prepare(make_config(texts, curate=whole), str(tmp_path / "a"), log=silent)
-    monkeypatch.setattr(BeamEngine, "memory", property(lambda self: 20_000, lambda self, value: None), raising=False)
+    limit_memory(monkeypatch, BeamEngine)
     beam = dataclasses.replace(whole, beam=("--runner=FnApiRunner",))
     prepare(make_config(texts, curate=beam), str(tmp_path / "b"), log=silent)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert len(os.listdir(tmp_path)) == 3  # nothing is left of the work
-    lossy = make_config(texts, curate=beam, sources=(SourceConfig("none", f"text:{tmp_path}/none/*"),))
+    none = SourceConfig("none", f"text:{tmp_path}/none/*")
     with pytest.raises(ValueError, match="expected files that match, got none"):
-        prepare(lossy, str(tmp_path / "c"), log=silent)
+        prepare(make_config(texts, curate=beam, sources=(none,)), str(tmp_path / "c"), log=silent)
 
 
 def test_without_apache_beam_it_is_asked_for(texts, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     config = make_config(texts, curate=CurateConfig(beam=("--runner=FnApiRunner",)))
-    with pytest.raises(ValueError, match=r"data.curate.beam: expected Apache Beam, .*; pip install lmjax\[beam\]"):
+    told = r"data.curate.beam: expected Apache Beam, .*; pip install lmjax\[beam\]"
+    with pytest.raises(UserError, match=told):
         prepare(config, str(tmp_path / "out"), log=silent)
 
 
 @pytest.mark.parametrize("package, extra, changed", [
     ("tensorflow_datasets", "tfds", {"sources": (SourceConfig("c4", "tfds:c4/en"),)}),
     ("ftfy", "clean", {"clean": ("newlines", "ftfy")})])
-def test_a_package_that_is_not_installed_is_asked_for(package, extra, changed, texts, tmp_path, monkeypatch):
+def test_a_package_that_is_not_installed_is_asked_for(package, extra, changed, texts, tmp_path,
+                                                      monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"expected the package .*, got none.*; pip install 'lmjax\[{extra}\]'") as e:
+    told = rf"expected the package .*, got none.*; pip install 'lmjax\[{extra}\]'"
+    with pytest.raises(ValueError, match=told) as e:
         prepare(make_config(texts, **changed), str(tmp_path / "out"), log=silent)
     assert errors.explain(e.value)[0] == 2
 
@@ -204,7 +224,8 @@ STAGES = [("ingest", "1-ingest", curate), ("clean_shard", "2-clean", curate),
 
 
 @pytest.mark.parametrize("function, stage, where", STAGES)
-def test_a_full_disk_in_any_stage_leaves_what_was_finished(texts, tmp_path, monkeypatch, function, stage, where):
+def test_a_full_disk_in_any_stage_leaves_what_was_finished(texts, tmp_path, monkeypatch, function,
+                                                           stage, where):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -214,7 +235,7 @@ def test_a_full_disk_in_any_stage_leaves_what_was_finished(texts, tmp_path, monk
             options[function] = full
         else:
             patched.setattr(where, function, full)
-        with pytest.raises(ValueError, match="expected room for the prepared data, got a full disk; free"):
+        with pytest.raises(UserError, match="expected room for the prepared data, got a full disk"):
             prepare(make_config(texts), str(tmp_path / "out"), log=silent, **options)
     finished = sorted(path.name for path in (tmp_path / ".out.partial").iterdir())
     assert not (tmp_path / "out").exists() and all(name < stage for name in finished)
@@ -223,11 +244,18 @@ def test_a_full_disk_in_any_stage_leaves_what_was_finished(texts, tmp_path, monk
     assert not (tmp_path / ".out.partial").exists()
 
 
+def cut_short(path):
+    whole = gzip.compress(os.urandom(50_000).hex().encode())
+    (path / "a.jsonl.gz").write_bytes(whole[:30_000])
+
+
 @pytest.mark.parametrize("make, message", [
-    (lambda p: (p / "a.jsonl.gz").write_bytes(gzip.compress(os.urandom(50_000).hex().encode())[:30_000]), "whole file"),
+    (cut_short, "whole file"),
     (lambda p: (p / "a.jsonl").write_text(""), "at least one document, got none"),
-    (lambda p: pq.write_table(pa.table({"body": ["x" * 50]}), p / "a.parquet"), "a column 'text', got .'body'"),
-    (lambda p: (p / "a.jsonl").write_bytes(b'{"text": "\xe9"}\n'), "at most 2.0% of broken records, got 1 of 1"),
+    (lambda p: pq.write_table(pa.table({"body": ["x" * 50]}), p / "a.parquet"),
+     "a column 'text', got .'body'"),
+    (lambda p: (p / "a.jsonl").write_bytes(b'{"text": "\xe9"}\n'),
+     "at most 2.0% of broken records, got 1 of 1"),
     (lambda p: None, "files that match, got none"),
 ])
 def test_bad_input_is_refused_in_one_line(tmp_path, make, message):
@@ -241,12 +269,14 @@ def test_bad_input_is_refused_in_one_line(tmp_path, make, message):
 
 
 def test_evaluation_sets_that_cannot_be_read_are_refused(texts, tmp_path):
-    """Or nothing would be kept out of the corpus, and nobody would know."""
+    """Otherwise nothing would be kept out of the corpus, and nobody would know."""
     (tmp_path / "e.jsonl").write_text('{"question": "alpha beta gamma alpha beta"}\n' * 3)
     evals = DecontaminateConfig(sources=(SourceConfig("e", f"jsonl:{tmp_path}/e.jsonl"),), words=5)
-    with pytest.raises(ValueError, match=r"source e .*got 3 of 3 \(such as e.jsonl:1: nothing under 'text' \(it has "
-                                         r"\['question'\]\)\); repair"):
-        prepare(make_config(texts, curate=CurateConfig(decontaminate=evals, workers=1)), str(tmp_path / "out"), log=silent)
+    config = make_config(texts, curate=CurateConfig(decontaminate=evals, workers=1))
+    told = (r"source e .*got 3 of 3 \(such as e.jsonl:1: nothing under 'text' \(it has "
+            r"\['question'\]\)\); repair")
+    with pytest.raises(ValueError, match=told):
+        prepare(config, str(tmp_path / "out"), log=silent)
 
 
 def test_a_very_long_line_is_a_counted_skip(tmp_path):
@@ -273,12 +303,12 @@ def test_a_change_of_the_config_repeats_only_what_depends_on_it(texts, tmp_path,
 
 KILLED = """
 import os, signal, sys
-from lmjax.data.preparation import prepare, stages as prepare_stages
+from lmjax.data.preparation import prepare, stages
 from tests.data.preparation.test_prepare import make_config
 def stop(*args, **kwargs):
     print("here", flush=True)
     signal.pause()
-for module in (prepare, prepare_stages):
+for module in (prepare, stages):
     if hasattr(module, sys.argv[3]):
         setattr(module, sys.argv[3], stop)
 prepare.prepare(make_config(sys.argv[1]), sys.argv[2], log=lambda line: None)
@@ -297,7 +327,7 @@ def test_killed_at_any_stage_and_started_again(texts, tmp_path):
     for stage in ("_tokens", "_manifest"):
         process = start(texts, out, stage)
         assert process.stdout.readline() == b"here\n"
-        with pytest.raises(ValueError, match="expected nobody else at work there, got another process"):
+        with pytest.raises(Busy, match="expected nobody else at work there, got another process"):
             prepare(make_config(texts), str(out), log=silent)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -330,10 +360,12 @@ def test_a_tokenizer_that_loses_text_is_refused(texts, tmp_path):
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["alpha beta gamma"] * 50), model_writer=model, vocab_size=14, minloglevel=2)
+        sentence_iterator=iter(["alpha beta gamma"] * 50), model_writer=model, vocab_size=14,
+        minloglevel=2)
     (tmp_path / "t.model").write_bytes(model.getvalue())
     tokenizer = TokenizerConfig(vocab_size=14, path=str(tmp_path / "t.model"))
-    with pytest.raises(ValueError, match=r"document \d+.txt of source texts: expected a tokenizer that"):
+    told = r"document \d+.txt of source texts: expected a tokenizer that"
+    with pytest.raises(UserError, match=told):
         prepare(make_config(texts, tokenizer=tokenizer), str(tmp_path / "out"), log=silent)
     assert not (tmp_path / "out").exists()
 
@@ -345,18 +377,22 @@ def test_the_split_is_by_hash_and_never_empty(texts, tmp_path):
     manifest = store.read_manifest(prepare(config, str(tmp_path / "out"), log=silent))
     assert manifest["sources"]["texts"]["heldout"]["documents"] == 1
     two = write_texts(tmp_path / "two", 2)
-    for fraction in (1e-9, 0.1, 1 - 1e-9):  # of one of them all the same
-        config = make_config(two, tokenizer=TokenizerConfig(vocab_size=290), heldout_fraction=fraction)
-        manifest = store.read_manifest(prepare(config, str(tmp_path / f"two-{fraction}"), log=silent))
-        assert [manifest["sources"]["texts"][split]["documents"] for split in ("train", "heldout")] == [1, 1]
+    for fraction in (1e-9, 0.1, 1 - 1e-9):  # one of two documents is held out all the same
+        config = make_config(two, tokenizer=TokenizerConfig(vocab_size=290),
+                             heldout_fraction=fraction)
+        out = prepare(config, str(tmp_path / f"two-{fraction}"), log=silent)
+        entry = store.read_manifest(out)["sources"]["texts"]
+        assert entry["train"]["documents"] == entry["heldout"]["documents"] == 1
 
 
 def test_two_sources_keep_apart_and_copies_are_found_across_them(tmp_path):
     a, b = write_texts(tmp_path / "a", 20), write_texts(tmp_path / "b", 30, seed=1)
     (b / "copy.txt").write_text((a / "003.txt").read_text())
-    config = make_config(a, sources=(SourceConfig("a", f"text:{a}/*"), SourceConfig("b", f"text:{b}/*")))
+    sources = SourceConfig("a", f"text:{a}/*"), SourceConfig("b", f"text:{b}/*")
+    config = make_config(a, sources=sources)
     manifest = store.read_manifest(prepare(config, str(tmp_path / "out"), log=silent))
-    counts = {n: sum(e[s]["documents"] for s in ("train", "heldout")) for n, e in manifest["sources"].items()}
+    counts = {name: entry["train"]["documents"] + entry["heldout"]["documents"]
+              for name, entry in manifest["sources"].items()}
     assert counts == {"a": 20, "b": 30}
     assert manifest["sources"]["b"]["removed"] == {"exact_copy": 1}
     train, _ = open_splits(config, str(tmp_path / "out"))
@@ -379,4 +415,5 @@ def test_too_little_text(tmp_path, setup, message):
 
 def test_synthetic_data_needs_no_preparing(tmp_path):
     with pytest.raises(ValueError, match="expected text to prepare, got synthetic data"):
-        prepare(make_config("", sources=(SourceConfig("s", "synthetic"),)), str(tmp_path / "out"), log=silent)
+        config = make_config("", sources=(SourceConfig("s", "synthetic"),))
+        prepare(config, str(tmp_path / "out"), log=silent)
