@@ -12,7 +12,7 @@ import importlib.util
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -30,7 +30,7 @@ HostBatch = Callable[[int], Rows]  # step -> the rows of this process
 
 
 def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
-                 sharding: jax.sharding.Sharding) -> Iterator[Batch]:
+                 sharding: jax.sharding.Sharding) -> Generator[Batch, None, None]:
     """Batches of consecutive rows of a split; the work starts at once, in the background.
 
     Args:
@@ -40,7 +40,7 @@ def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
       steps: number of batches.
       sharding: of the dimensions (batch, seq) over the devices of all processes.
     Returns:
-      an iterator of dicts of global arrays [batch_size, length], one per field of the split.
+      a generator of dicts of global arrays [batch_size, length], one per field of the split.
     Raises:
       UserError: the batch or the sequence does not divide over the mesh, or TensorFlow is needed
         and not installed. It is raised by this call, before the first batch.
@@ -54,7 +54,7 @@ def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
 
 
 def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding, *,
-                 most: int = 0) -> Iterator[Batch]:
+                 most: int = 0) -> Generator[Batch, None, None]:
     """Every row of the split once, in order; rows of masked padding fill up the last batch.
 
     Args:
@@ -121,11 +121,12 @@ def to_global(rows: Rows, batch_size: int, sharding: jax.sharding.Sharding,
 
 
 def _device_batches(split: Split, host_batch: HostBatch, steps: range, batch_size: int,
-                    sharding: jax.sharding.Sharding, local: np.ndarray) -> Iterator[Batch]:
+                    sharding: jax.sharding.Sharding,
+                    local: np.ndarray) -> Generator[Batch, None, None]:
     feed: type[_TfData | _Thread] = _TfData if split.through_tensorflow else _Thread
     host = feed(host_batch, steps, tuple(split.fields))
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Generator[Batch, None, None]:
         with contextlib.closing(host):
             for rows in host:
                 yield to_global(rows, batch_size, sharding, local)
