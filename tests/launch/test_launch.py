@@ -32,8 +32,9 @@ JOB = ("--name", "job", "--image", "here/lmjax:1", "--queue", "tpu", "--volume",
 
 
 @pytest.mark.parametrize("topology, slices, hosts, chips", [
-    ("v5e:16x16", 1, 64, 4), ("v5e:2x4", 1, 1, 8), ("v5p-128", 1, 16, 4),
-    ("2xv6e:16x16", 2, 64, 4), ("v4:2x2x1", 1, 1, 4)])
+    pytest.param("v5e:16x16", 1, 64, 4, marks=pytest.mark.long), ("v5e:2x4", 1, 1, 8),
+    pytest.param("v5p-128", 1, 16, 4, marks=pytest.mark.long), ("2xv6e:16x16", 2, 64, 4),
+    pytest.param("v4:2x2x1", 1, 1, 4, marks=pytest.mark.long)])
 def test_gke(cloud, topology, slices, hosts, chips):
     yaml = pytest.importorskip("yaml")
     text = cloud.run("gke", *JOB, "--topology", topology, "--spot", "--dry-run", *RUN)
@@ -121,11 +122,16 @@ WRONG = {
         "--config: expected a file of this checkout"}
 
 
-@pytest.mark.parametrize("command", WRONG)
-@pytest.mark.parametrize("launcher", [
+LAUNCHERS = (
     ("gke", *JOB, "--topology", "v5e:4x4"), ("slurm", "--dry-run"), ("local", "--processes", "2"),
-    ("tpu_pod", "--name", "pod", "--project", "p", "--zone", "z", "--topology", "v6e-16")],
-    ids=lambda launcher: launcher[0])
+    ("tpu_pod", "--name", "pod", "--project", "p", "--zone", "z", "--topology", "v6e-16"))
+
+
+# All launchers share the check, so by default one of them meets all mistakes, and all meet one.
+@pytest.mark.parametrize("launcher, command", [
+    pytest.param(launcher, command, id=f"{launcher[0]}-{command}",
+                 marks=() if launcher[0] == "slurm" or command == "trian" else pytest.mark.long)
+    for launcher in LAUNCHERS for command in WRONG])
 def test_a_command_that_lmjax_would_refuse_is_not_started(cloud, launcher, command):
     cloud.env |= {"LMJAX_PYTHON": sys.executable, "LMJAX_VENV": str(cloud.home / "venv")}
     assert WRONG[command] in cloud.run(*launcher, "--", *command.split(), expect=2)
@@ -140,8 +146,8 @@ def test_a_command_that_lmjax_takes_is_started(cloud, command):
     assert command in cloud.run("slurm", "--dry-run", "--", *command.split())
 
 
-@pytest.mark.parametrize("name", ["local", "test", "lock", "slurm"])
-@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("name, flag", [
+    ("local", "-h"), ("test", "--help"), ("lock", "-h"), ("slurm", "--help")])
 def test_help_installs_nothing(cloud, name, flag):
     cloud.env["LMJAX_VENV"] = str(cloud.home / "venv")
     said = cloud.run(name, *(("--nodes", "2") if name == "slurm" else ()), flag)

@@ -149,7 +149,7 @@ def test_tpu_pod_restarts_a_run_that_was_stopped_or_failed(cloud, code):
 
 
 @pytest.mark.parametrize("code, restarts, runs", [
-    (2, "5", 1), (3, "0", 1), (75, "1", 2), (3, "9", 4),
+    (2, "5", 1), pytest.param(3, "0", 1, marks=LONG), (75, "1", 2), (3, "9", 4),
     pytest.param(75, "5", 6, marks=LONG)])
 def test_tpu_pod_ends_with_the_code_of_a_run_that_failed(cloud, code, restarts, runs):
     cloud.answer({"describe": COMES})
