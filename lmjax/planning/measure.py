@@ -50,7 +50,7 @@ def measure(recipe: Recipe, topology: Topology | str) -> tuple[StepFacts, str]:
     Raises:
       UserError: the recipe does not fit the devices, or the compiler failed.
     """
-    devices = _devices(topology)
+    devices = topology_devices(topology)
     began = time.monotonic()
     size = recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
     objective = Objective(recipe.data.objective, seq_len=recipe.data.seq_len, vocab_size=size)
@@ -87,7 +87,8 @@ def measure(recipe: Recipe, topology: Topology | str) -> tuple[StepFacts, str]:
     return facts, step.as_text()
 
 
-def _devices(topology: Topology | str) -> Sequence[jax.Device]:
+def topology_devices(topology: Topology | str) -> Sequence[jax.Device]:
+    """The devices of a TPU topology, which need not be here, or those of a platform."""
     where = f"--topology {topology}"
     if not isinstance(topology, Topology):
         try:

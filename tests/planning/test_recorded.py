@@ -1,4 +1,4 @@
-"""What the recipes for pods say of themselves: below each `lmjax plan` the last line of what it prints."""
+"""The plans that recipes for pods record: below each `lmjax plan`, the last line that it prints."""
 
 import importlib.util
 import pathlib
@@ -11,7 +11,8 @@ from lmjax.cli.main import main
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
-RECORDED = [found for path in RECIPES for found in re.findall(r"    lmjax plan (.+)\n    # (.+)", path.read_text())]
+RECORDED = [found for path in RECIPES
+            for found in re.findall(r"    lmjax plan (.+)\n    # (.+)", path.read_text())]
 
 
 def test_every_plan_that_a_recipe_names_is_recorded():

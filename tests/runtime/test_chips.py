@@ -94,13 +94,13 @@ def test_the_compiler_takes_the_flags(topology):
     pytest.importorskip("libtpu")
     program = f"""
 import os
-from lmjax.chips import parse_topology, tpu_compiler
+from lmjax.runtime.chips import parse_topology, tpu_compiler
 topology = parse_topology({topology!r})
 tpu_compiler()
 os.environ["LIBTPU_INIT_ARGS"] = topology.flags + os.environ.get("MORE", "")
 import jax
-from lmjax.plan_compile import _devices
-sharding = jax.sharding.SingleDeviceSharding(_devices(topology)[0])
+from lmjax.planning.measure import topology_devices
+sharding = jax.sharding.SingleDeviceSharding(topology_devices(topology)[0])
 x = jax.ShapeDtypeStruct((128, 128), "bfloat16", sharding=sharding)
 print(jax.jit(lambda x: x @ x).lower(x).compile().as_text()[:9])
 """
@@ -108,3 +108,29 @@ print(jax.jit(lambda x: x @ x).lower(x).compile().as_text()[:9])
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
                               env={**os.environ, "MORE": more})
         assert (done.stdout.strip() == "HloModule") == works, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("text, shape, chips", [
+    ("v5e:16x16", (16, 16), 256), ("v5e-256", (16, 16), 256), ("v5litepod-8", (2, 4), 8),
+    ("v6e-32", (4, 8), 32), ("v5p-128", (4, 4, 4), 64), ("v5p-8", (2, 2, 1), 4),
+    ("v5p-2048", (8, 8, 16), 1024), ("v4:2x2x4", (2, 2, 4), 16), ("2xv5e:4x4", (4, 4), 32),
+    ("v5p:16x16x24", (16, 16, 24), 6144)])
+def test_topologies_by_name(text, shape, chips):
+    found = parse_topology(text)
+    assert (found.shape, found.chips) == (shape, chips)
+    assert parse_topology(str(found)) == found
+
+
+@pytest.mark.parametrize("text", ["v7x-8", "v5e", "v5e:16", "v5e:17x1", "v5p-12", "v5e-512",
+                                  "0xv5e:2x2", "0xv5e-16", "v5p-1", "tpu v5e-8"])
+def test_topologies_that_do_not_exist(text):
+    with pytest.raises(ValueError, match="--topology: expected one such as .*, got .*; correct it"):
+        parse_topology(text)
+
+
+@pytest.mark.parametrize("text, meant", [("v5e-16x16", "v5e:16x16"),
+                                         ("2xv5litepod-4x4", "2xv5litepod:4x4")])
+def test_a_shape_after_a_hyphen_is_told_from_a_product(text, meant):
+    with pytest.raises(ValueError, match=rf"got '{text}'; did you mean {meant}\?"):
+        parse_topology(text)
+    assert parse_topology(meant)
