@@ -12,20 +12,20 @@ from lmjax.data.tokenizers import prepared_tokenizer
 
 BOOKS = {
     "en": [
-        "Alice was beginning to get very tired of sitting by her sister on the bank, and of having "
-        "nothing to do.\n"
-        "Once or twice she had peeped into the book her sister was reading, but it had no pictures or "
-        "conversations in it.\n"
-        "\"And what is the use of a book,\" thought Alice, \"without pictures or conversations?\" So "
+        "Alice was beginning to get very tired of sitting by her sister on the bank, and of "
+        "having nothing to do.\n"
+        "Once or twice she had peeped into the book her sister was reading, but it had no "
+        "pictures or conversations in it.\n"
+        '"And what is the use of a book," thought Alice, "without pictures or conversations?" So '
         "she was considering in her\n"
-        "own mind whether the pleasure of making a daisy-chain would be worth the trouble of getting "
-        "up and picking them.",
-        "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
-        "must be in\n"
-        "want of a wife. However little known the feelings or views of such a man may be on his first "
-        "entering a\n"
-        "neighbourhood, this truth is so well fixed in the minds of the surrounding families, that he "
-        "is considered the\n"
+        "own mind whether the pleasure of making a daisy-chain would be worth the trouble of "
+        "getting up and picking them.",
+        "It is a truth universally acknowledged, that a single man in possession of a good "
+        "fortune, must be in\n"
+        "want of a wife. However little known the feelings or views of such a man may be on his "
+        "first entering a\n"
+        "neighbourhood, this truth is so well fixed in the minds of the surrounding families, "
+        "that he is considered the\n"
         "rightful property of some one or other of their daughters."],
     "zh": ["""子曰：「學而時習之，不亦說乎？有朋自遠方來，不亦樂乎？人不知而不慍，不亦君子乎？」
 有子曰：「其為人也孝弟，而好犯上者，鮮矣；不好犯上，而好作亂者，未之有也。君子務本，本立而道生。」
