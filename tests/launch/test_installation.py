@@ -1,4 +1,4 @@
-"""The scripts that install and start lmjax, its declared and pinned dependencies, the style."""
+"""The scripts that install and start lmjax; its declared and pinned dependencies; its style."""
 
 import ast
 import os
@@ -15,13 +15,14 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-# Which extras each constraint file pins: PyTorch's CPU wheel is at hand for the oldest Python only.
+# The extras that each constraint file pins. PyTorch is tested only with the oldest Python.
 PINNED_EXTRAS = {
     "constraints-py311.txt": ("formats", "tfds", "test", "oracle"),
     "constraints-py312.txt": ("formats", "tfds", "test"),
 }
 # Packages whose import name is not their own name.
-IMPORT_NAMES = {"orbax-checkpoint": "orbax", "tensorflow-cpu": "tensorflow", "tensorboardx": "tensorboardX"}
+IMPORT_NAMES = {"orbax-checkpoint": "orbax", "tensorflow-cpu": "tensorflow",
+                "tensorboardx": "tensorboardX"}
 
 
 def name_of(requirement: str) -> str:
@@ -34,7 +35,8 @@ def is_for_linux_x86(requirement: str) -> bool:
 
 
 def scripts() -> list[pathlib.Path]:
-    files = [path for folder in ("launch", ".ci") for path in (ROOT / folder).iterdir() if path.is_file()]
+    files = [path for folder in ("launch", ".ci") for path in (ROOT / folder).iterdir()
+             if path.is_file()]
     return [path for path in files if path.suffix == ".sh" or path.read_bytes().startswith(b"#!")]
 
 
@@ -45,7 +47,7 @@ def test_scripts_parse_and_stop_at_the_first_failure(path):
         assert os.access(path, os.X_OK), "expected it to be executable"
         return
     subprocess.run(["bash", "-n", path], check=True)
-    if path.suffix != ".sh":  # what is sourced takes its settings from who sources it
+    if path.suffix != ".sh":  # a sourced file has the settings of the script that sources it
         assert "set -euo pipefail" in path.read_text()
         assert os.access(path, os.X_OK), "expected it to be executable"
 
@@ -59,13 +61,14 @@ def test_constraints_pin_every_dependency_by_name_and_version_only(name):
     needed = PROJECT["dependencies"] + [r for extra in PINNED_EXTRAS[name] for r in EXTRAS[extra]]
     pinned = {line.split("==")[0] for line in lines} | {"lmjax"}
     missing = {name_of(r) for r in needed if is_for_linux_x86(r)} - pinned
-    assert not missing, f"{name}: no version for {sorted(missing)}; write it anew with launch/lock"
+    assert not missing, f"{name}: no version for {sorted(missing)}; write it with launch/lock"
 
 
 def test_every_import_is_declared():
-    declared = [name_of(r) for r in PROJECT["dependencies"] + [r for extra in EXTRAS.values() for r in extra]]
+    extras = [requirement for extra in EXTRAS.values() for requirement in extra]
+    declared = [name_of(requirement) for requirement in PROJECT["dependencies"] + extras]
     allowed = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in declared} | {"lmjax"}
-    # Local modules of the tests themselves.
+    # Modules of the tests themselves.
     allowed |= {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"tests", "configs"}
     for path in sorted([*(ROOT / "lmjax").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -79,14 +82,14 @@ def test_every_import_is_declared():
 
 
 def test_style():
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--quiet", "."], cwd=ROOT,
-                          capture_output=True, text=True)
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--quiet", "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The set-up files alone, in a directory with a space in its name."""
+    """Only the files of the installation, in a directory with a space in its name."""
     root = tmp_path / "a checkout"
     shutil.copytree(ROOT / "launch", root / "launch")
     shutil.copy(ROOT / "pyproject.toml", root)
@@ -94,7 +97,7 @@ def checkout(tmp_path):
 
 
 def fake_python(folder: pathlib.Path, version: str) -> pathlib.Path:
-    """A stand-in for a Python of `version` that can make an environment, and writes down each call of pip."""
+    """A stand-in for a Python that makes environments of itself and records the calls of pip."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "python3"
     path.write_text(f"""#!/bin/sh
@@ -102,7 +105,9 @@ case "$*" in
   *"sys.version_info <"*) exit {int(tuple(map(int, version.split("."))) < (3, 11))} ;;
   *"%d.%d"*) echo {version} ;;
   *--version*) echo Python {version} ;;
-  *"-m venv"*) for last; do :; done; mkdir -p "$last/bin"; cd "$last/bin"; cp "$0" python; touch pip ;;
+  *"-m venv"*)
+    for last; do :; done
+    mkdir -p "$last/bin"; cd "$last/bin"; cp "$0" python; touch pip ;;
   *"-m pip"*) echo "$@" >> "$CALLS" ;;
 esac
 """)
@@ -111,8 +116,10 @@ esac
 
 
 def launch(checkout: pathlib.Path, python: pathlib.Path, **env: str) -> subprocess.CompletedProcess:
-    env = {"PATH": os.environ["PATH"], "LMJAX_PYTHON": str(python), "CALLS": str(checkout / "calls"), **env}
-    return subprocess.run([checkout / "launch" / "test"], cwd="/", env=env, capture_output=True, text=True)
+    env = {"PATH": os.environ["PATH"], "LMJAX_PYTHON": str(python),
+           "CALLS": str(checkout / "calls"), **env}
+    return subprocess.run([checkout / "launch" / "test"], cwd="/", env=env, capture_output=True,
+                          text=True)
 
 
 def test_installs_once_with_the_versions_for_its_python(checkout):
@@ -123,12 +130,12 @@ def test_installs_once_with_the_versions_for_its_python(checkout):
         assert done.returncode == 0, done.stderr
     first, = calls.read_text().splitlines()
     assert "constraints-py311.txt" in first and f"--editable {checkout}[test]" in first
-    # Another extra joins those that are there; and asking for fewer is no reason to install again.
+    # A further extra joins the others. Fewer extras are no reason to install again.
     assert launch(checkout, python, LMJAX_EXTRAS="oracle").returncode == 0
     assert launch(checkout, python).returncode == 0
     _, second = calls.read_text().splitlines()
     assert second.endswith("[oracle,test]")
-    # New versions are.
+    # Other versions are a reason.
     with (checkout / "launch" / "constraints-py311.txt").open("a") as file:
         file.write("zzz==1.0\n")
     assert launch(checkout, python).returncode == 0
@@ -137,13 +144,14 @@ def test_installs_once_with_the_versions_for_its_python(checkout):
 
 def test_a_failed_installation_is_tried_again(checkout):
     python = fake_python(checkout / "bin", "3.12")
-    python.write_text(python.read_text().replace('echo "$@" >> "$CALLS"', "echo no such package; exit 1"))
+    failing = python.read_text().replace('echo "$@" >> "$CALLS"', "echo no such package; exit 1")
+    python.write_text(failing)
     done = launch(checkout, python)
     assert done.returncode == 2 and "no such package" in done.stderr
     assert "installing" in launch(checkout, python).stderr
 
 
-def test_a_half_made_environment_is_made_anew(checkout):
+def test_an_unfinished_environment_is_made_again(checkout):
     python = fake_python(checkout / "bin", "3.12")
     shutil.copy(python, fake_python(checkout / ".venv" / "bin", "3.12").with_name("python"))
     assert "making" in launch(checkout, python).stderr
@@ -157,7 +165,7 @@ def test_an_old_python_is_refused(checkout):
 
 
 @pytest.mark.parametrize("asked", ("", "3.5"))
-def test_the_compilation_cache_keeps_what_its_user_says(asked, monkeypatch):
+def test_the_compilation_cache_keeps_the_users_setting(asked, monkeypatch):
     from lmjax.runtime.devices import use_compilation_cache
 
     name = "jax_persistent_cache_min_compile_time_secs"
