@@ -71,7 +71,8 @@ def test_small_plans_are_in_small_units(plan):
     picture, last = draw(small), in_short(small)
     assert "1.200 ms with nothing hidden" in picture
     assert f"{human_bytes(made.memory['peak'])} of 15.8 GiB at its peak" in picture
-    assert last.startswith("0.000400 .. 0.00120 s a step, ") and last.endswith("15.75 GiB a chip")
+    assert last.startswith("0.000400 .. 0.00120 s per step, ")
+    assert last.endswith("15.75 GiB per chip")
     large = dataclasses.replace(small, hidden=2.0, exposed=3.0,
                                 memory=made.memory | {"peak": 4 * GIB})
     assert "  2 .. 3   communication" in table(recipe, facts, large, 0)
