@@ -53,7 +53,9 @@ class BlockMixture:
         place_UB = np.broadcast_to(np.arange(BLOCK), shape)
         mixed_UB = permute(place_UB, BLOCK, np.broadcast_to(key_U[:, None], shape))
         ends_US = np.cumsum(self._before(blocks + 1) - before_US, axis=1)
-        source_UB = (mixed_UB[:, :, None] >= ends_US[:, None, :]).sum(axis=2)
+        source_UB = np.zeros(shape, np.int64)
+        for s in range(self.num_sources):
+            source_UB += mixed_UB >= ends_US[:, s, None]
         rank_UB = np.zeros(shape, np.int64)  # earlier rows of the same source in the block
         for s in range(self.num_sources):
             mine_UB = source_UB == s
