@@ -33,14 +33,16 @@ class Shared(NamedTuple):
     bias: jax.Array | None  # added to the attention scores
     update: CacheUpdate | None  # how the tokens enter the cache
     source: jax.Array | None  # an encoder's states
-    source_mask: AttentionMask | None  # which tokens see which of the encoder's
+    source_mask: AttentionMask | None  # which tokens see which encoder tokens
 
 
 class PerLayer(NamedTuple):
     """The arguments that differ from layer to layer."""
 
     key: jax.Array | None  # of dropout
-    first: jax.Array | None  # bool: the first layer, whose attention norm also norms the stream
+    # bool, or None unless embedding_norm=first: the attention norm of the first layer also norms
+    # the residual stream.
+    first: jax.Array | None
     source: KVCache | None  # keys and values of an encoder's states
 
 
@@ -74,7 +76,11 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, layer: PerLayer, cache: KVCache | None,
                  shared: Shared) -> tuple[jax.Array, KVCache | None, Routing | None]:
-        """Returns the new x [B, T, D], the cache with x's tokens, and how experts were chosen."""
+        """Adds all branches to the residual stream x [B, T, D].
+
+        Returns:
+          (the new x, the cache with the keys and values of x, how experts were chosen).
+        """
         s, keys = shared, iter((None,) * 3)
         if layer.key is not None:
             keys = iter(jax.random.split(layer.key, 2 if self.cross_attention is None else 3))
@@ -123,11 +129,13 @@ class Block(nnx.Module):
 
 
 def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Attention:
+    """An attention layer with the config's dimensions and initial weights."""
     dims = c.dims
     scale = (c.query_scalar or dims.head_dim) ** -0.5
     # Where scores are not divided by sqrt(head_dim) (T5), smaller initial queries give scores of
     # the usual size.
     query_init = normal(c.init_std * dims.head_dim ** -0.5 / scale)
+    # Models with LayerNorm norm their queries and keys with RMSNorm.
     qk_norm = NORMS[c.norm if c.norm.startswith("rms") else "rmsnorm"]
     config = AttentionConfig(
         c.embed_dim, dims.num_heads, dims.num_kv_heads, dims.head_dim,

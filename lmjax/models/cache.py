@@ -1,4 +1,4 @@
-"""What decoding keeps from one token to the next: keys, values and positions.
+"""The state that decoding keeps from one token to the next: keys, values and positions.
 
 Shape suffixes: B batch, S cache slots or encoder sequence, D embed_dim, G kv heads, K head_dim.
 """
@@ -13,7 +13,7 @@ from lmjax.nn.attention import KVCache
 
 
 class Source(NamedTuple):
-    """What the cross-attention of a decoder reads: one of `states` and `cache` is there."""
+    """The encoder's output that cross-attention reads: either `states` or `cache` is set."""
 
     segments: jax.Array  # int32 [B, S]: a decoder token sees the encoder tokens of its own segment
     states: jax.Array | None = None  # the encoder's states [B, S, D]

@@ -35,7 +35,7 @@ class Dims(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """The dimensions and switches that every architecture has."""
+    """The part of a model's config that is the same for every architecture."""
 
     num_layers: int = 12
     embed_dim: int = 768
@@ -65,11 +65,11 @@ class TransformerConfig:
     qkv_bias: bool = False  # in the projections to queries, keys and values
     qk_norm: bool = False  # norms each head's queries and keys
     query_scalar: float = 0.0  # scores are divided by its square root; 0: head_dim
-    # A local layer sees this many tokens back, counting the token itself; an encoder's sees as
-    # many ahead, too. 0: no window.
+    # In a local layer a token sees the last `sliding_window` tokens, itself included; in an encoder
+    # the window reaches as far ahead. 0: no window.
     sliding_window: int = 0
-    # "global" and "local" layers in this order, repeated; only local layers have the window.
-    # Empty: all layers are alike.
+    # The kinds of the layers in this order, repeated: "global" or "local", which has the window.
+    # Empty: all layers are local if there is a window, and global if there is none.
     layer_pattern: tuple[str, ...] = ()
     attention_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: off
     logit_softcap: float = 0.0  # the same for logits
@@ -79,7 +79,7 @@ class TransformerConfig:
     init_std: float = 0.02
     embedding_std: float = 0.0  # of the token table at the start; 0: init_std
     attention: str = "auto"  # the kernel's name, or auto
-    scan_layers: bool = True  # one compiled loop over the layers instead of all layers in a row
+    scan_layers: bool = True  # compiles a loop over one layer; else every layer by itself
     # Which activations the backward pass finds stored and which it recomputes: none (recomputes
     # nothing), full, attention, dots, or the names of stored ones, such as kernel+out (`nn.stack`).
     remat: str = "none"

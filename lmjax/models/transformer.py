@@ -84,9 +84,9 @@ class Trunk(nnx.Module):
             keys = split_key(key, num_layers + 1)
             x_BTD = per_part(lambda x, key: dropout(x, c.dropout, key), x_BTD, keys[0])
             keys = keys[1:]
-        # Before the scattering: otherwise the compiler gathers the table.
+        # Placed before the sequence is scattered: otherwise the compiler gathers the table.
         x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
-        # From here on each token is computed by itself, or by the place that `order` gives it.
+        # The layers may get the tokens in another order: `order` tells attention their places.
         balance = cache is None and tokens.prefix is None and uses_balanced_rows(
             self.kernel, x_BTD.shape[1], causal=self.causal, capacity=c.moe.capacity)
         if balance:
@@ -103,7 +103,7 @@ class Trunk(nnx.Module):
         return gather_sequence(x_BTD), tuple(new), routing
 
     def _with_positions(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """Adds the embeddings of the positions, if there are any, and norms."""
+        """Adds position embeddings and applies the embedding norm, where the config has them."""
         c = self.config
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(positions_BT + c.position_offset, x_BTD.dtype)
@@ -113,7 +113,10 @@ class Trunk(nnx.Module):
 
     def _shared(self, kind: str, tokens: TokenInfo, slots: int | None,
                 source: Source | None) -> Shared:
-        """The arguments of all layers of a kind, computed once. slots: of their cache, if any."""
+        """Computes the arguments that all layers of a kind share.
+
+        slots: of each row in their cache; None without a cache.
+        """
         T, window = tokens.positions.shape[1], self.config.window(kind)
         kernel, update = self.kernel, None
         kv_positions, kv_segments, prefix = tokens.positions, tokens.segments, tokens.prefix
@@ -156,7 +159,7 @@ class Trunk(nnx.Module):
 
 
 def _balanced(tokens: TokenInfo) -> TokenInfo:
-    """The tokens in the order of `balance_sequence`, with the places that they had."""
+    """The tokens in the order of `balance_sequence`; `order` holds their places before it."""
     B, T = tokens.positions.shape
     places_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     return TokenInfo(balance_sequence(tokens.positions), balance_sequence(tokens.segments),

@@ -29,8 +29,13 @@ CONFIGS = {**dict.fromkeys(DECODERS, DecoderConfig), **dict.fromkeys(ENCODERS, E
 SIMILAR = {"gpt2-erf", "llama", "llama-tied", "qwen2", "qwen3", "mixtral", "roberta", "t5-v1.0"}
 
 
-def cases(models):
-    return [pytest.param(name, marks=[pytest.mark.long] if name in SIMILAR else [])
+# Models whose caches are like those in test_decoder.py or like Gemma 3's.
+SIMILAR_CACHES = SIMILAR | {"gpt2", "llama3", "mistral", "gemma2"}
+EXPERTS = dict(experts=4, per_token=3, mlp_dim=24, shared_dim=40, shared_gate=True)
+
+
+def cases(models, similar):
+    return [pytest.param(name, marks=[pytest.mark.long] if name in similar else [])
             for name in models]
 
 
@@ -121,7 +126,7 @@ def computed(name):
     return run(params, batch_of())
 
 
-@pytest.mark.parametrize("name", cases(MODELS))
+@pytest.mark.parametrize("name", cases(MODELS, SIMILAR))
 def test_logits_loss_and_gradients_are_those_of_transformers(name):
     their_logits, their_loss, their_grads, _ = oracle(name)
     logits, loss, grads = computed(name)
@@ -155,7 +160,7 @@ def test_the_comparison_tells_near_misses_apart(name, wrong):
     assert difference > 1e-4 * np.abs(their_logits[real]).max()
 
 
-@pytest.mark.parametrize("name", cases(DECODERS | ENCDECS))
+@pytest.mark.parametrize("name", cases(DECODERS | ENCDECS, SIMILAR_CACHES))
 def test_ragged_prefill_then_decoding_equals_the_full_forward(name):
     """Prompts of 9 and 3 tokens, padded with other tokens, are fed and continued together."""
     model, params = ours(name)
@@ -183,10 +188,13 @@ def test_ragged_prefill_then_decoding_equals_the_full_forward(name):
                                    atol=2e-5 * np.abs(full).max(), err_msg=f"{i} tokens later")
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen2-moe", "t5-v1.1"])
-def test_decoding_on_a_mesh_equals_the_full_forward(name):
+@pytest.mark.parametrize("name, keys", [
+    ("gemma2", dict(moe=EXPERTS)), ("t5-v1.1", {}),
+    pytest.param("gemma2", {}, marks=pytest.mark.long),
+    pytest.param("qwen2-moe", {}, marks=pytest.mark.long)])
+def test_decoding_on_a_mesh_equals_the_full_forward(name, keys):
     """Weights and caches of local and global layers, experts and encoders, split on three axes."""
-    model = model_of(name, num_layers=2, init_std=0.3)
+    model = model_of(name, num_layers=2, init_std=0.3, **keys)
     params, batch = jax.jit(model.init)(jax.random.key(0)), batch_of()
     lengths, more = np.array([9, 3]), 4
     expected, tokens = np.asarray(jax.jit(model.logits)(params, batch)), batch["tokens"]
