@@ -1,4 +1,4 @@
-"""Runs of the real command in real processes, for the tests that kill, move and compare them."""
+"""Starts real processes of the real command, for tests that kill, move and compare runs."""
 
 import json
 import os
@@ -23,13 +23,19 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def start(workdir: pathlib.Path, *overrides: str, config: str = "configs/synthetic.py:tiny",
           devices: int = 1, env: dict[str, str] | None = None, first: str = "",
           more: Sequence[str] = ()) -> subprocess.Popen:
-    """Starts `lmjax train` on `devices` forced CPU devices; the output goes to <workdir>.log.
+    """Starts `lmjax train` in a process of its own; its output goes to <workdir>.log.
 
-    first: lines of Python that its process runs before. more: further overrides.
+    Args:
+      workdir: the run's directory.
+      overrides: `key.path=value` for the config.
+      config: the config file.
+      devices: the number of CPU devices to simulate.
+      env: further environment variables.
+      first: Python to run in the process before the command.
+      more: further overrides.
     """
-    command = [sys.executable, "-c",
-               f"{first}\nimport sys\nfrom lmjax.cli.main import main\nsys.exit(main())",
-               "train", "--config", config, "--workdir", str(workdir),
+    code = f"{first}\nimport sys\nfrom lmjax.cli.main import main\nsys.exit(main())"
+    command = [sys.executable, "-c", code, "train", "--config", config, "--workdir", str(workdir),
                *(f"--config.{item}" for item in (*overrides, *more))]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     environment = {**os.environ, "XLA_FLAGS": flags,
@@ -39,7 +45,7 @@ def start(workdir: pathlib.Path, *overrides: str, config: str = "configs/synthet
 
 
 def finish(workdir: pathlib.Path, *overrides: str, expect: int = 0, **options: object) -> str:
-    """Runs `lmjax train` to its end and returns what this start printed."""
+    """Starts a run, waits for its end, and returns what it printed."""
     log = pathlib.Path(f"{workdir}.log")
     before = log.stat().st_size if log.exists() else 0
     code = start(workdir, *overrides, **options).wait(timeout=300)
@@ -63,23 +69,21 @@ def run_here(workdir: pathlib.Path, *overrides: str,
 def start_together(workdir: pathlib.Path, *overrides: str, processes: int, devices: int,
                    only: dict[int, dict[str, object]] | None = None,
                    **options: object) -> list[subprocess.Popen]:
-    """The same run in several real processes that find each other over the loopback interface.
+    """Starts one run in several processes, which find each other over the loopback interface.
 
-    only: options of `start` for one process, by its number.
+    only: options of `start` for a single process, by its number.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    return [start(workdir, *overrides, devices=devices, env={
-        "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes),
-        "JAX_PROCESS_ID": str(i)},
-        **options, **(only or {}).get(i, {})) for i in range(processes)]
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [start(workdir, *overrides, devices=devices, env={**shared, "JAX_PROCESS_ID": str(i)},
+                  **options, **(only or {}).get(i, {})) for i in range(processes)]
 
 
 def finish_together(workdir: pathlib.Path, *overrides: str, processes: int, expect: int = 0,
-                    timeout: float = 300,
-                    **options: object) -> str:
-    """`start_together`, to the end; returns what the processes printed."""
+                    timeout: float = 300, **options: object) -> str:
+    """Calls `start_together`, waits for the end, and returns what the processes printed."""
     running = start_together(workdir, *overrides, processes=processes, **options)
     try:
         codes = [process.wait(timeout=timeout) for process in running]
@@ -92,7 +96,7 @@ def finish_together(workdir: pathlib.Path, *overrides: str, processes: int, expe
 
 
 def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
-    """Returns as soon as `happened()`, or when the process has ended."""
+    """Waits until `happened()` or until the process has ended."""
     deadline = time.monotonic() + 200
     while not happened() and process.poll() is None:
         assert time.monotonic() < deadline, "what the test waits for did not happen in 200 s"
@@ -100,49 +104,36 @@ def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
 
 
 def lines(workdir: pathlib.Path, name: str = "metrics.jsonl") -> list[dict]:
-    """The records of a JSON-lines file of the run, without a torn last one."""
+    """The records of a JSON-lines file of the run; an unfinished last line is left out."""
     if not (workdir / name).exists():
         return []
-    whole = (workdir / name).read_text().splitlines(True)
-    return [json.loads(line) for line in whole if line.endswith("\n")]
-
-
-def one_line(printed: str) -> str:
-    """The one line of the error in what a command printed to stderr."""
-    line, = (line for line in printed.splitlines() if line.startswith("lmjax: error: "))
-    return line
-
-
-def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
-    """The content of every file below `folder`, but for the lock."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
-            if p.is_file() and p.name != ".lock"}
+    text = (workdir / name).read_text()
+    return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
 
 
 def losses(workdir: pathlib.Path) -> np.ndarray:
-    """Training losses by step, then the held-out ones."""
-    found = lines(workdir)
-    return np.array([r["loss"] for r in found if "loss" in r]
-                    + [r["eval/loss"] for r in found if "eval/loss" in r])
+    """The training losses by step, then the losses on held-out data."""
+    return np.array([record[key] for key in ("loss", "eval/loss") for record in lines(workdir)
+                     if key in record])
 
 
 def final_checksums(workdir: pathlib.Path) -> dict:
-    """Checksums of the newest checkpoint's arrays; those of the parameters are computed anew."""
+    """The checksums in the newest checkpoint; those of the parameters are checked on the arrays."""
     step = checkpoint_steps(workdir / "checkpoints")[-1]
     path = workdir / "checkpoints" / str(step)
     about = read_about(path)
     model = build_model(build_recipe(about["recipe"]).model, vocab_size=0, platform="cpu",
                         dtype="float32")
     whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), model.shapes)
-    restore_params(path, shapes)  # raises if the arrays are not what the checksums say
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole),
+                          model.shapes)
+    restore_params(path, shapes)  # raises if the arrays do not have these checksums
     return {"step": step, "data": about["data"], **about["checksums"]}
 
 
 def assert_same_run(a: pathlib.Path, b: pathlib.Path,
                     names: Sequence[str] = ("metrics.jsonl", "samples.jsonl")) -> None:
-    """Bit for bit: parameters, optimizer state, data position, metrics and samples."""
+    """Asserts equal bits of parameters, optimizer state, data position, metrics and samples."""
     assert final_checksums(a) == final_checksums(b)
     for name in names:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name

@@ -1,4 +1,4 @@
-"""What is known of chips, and what `launch/gpu_check` says of a GPU."""
+"""Chips and topologies, and what `launch/gpu_check` reports of a GPU."""
 
 import importlib.machinery
 import importlib.util
@@ -16,9 +16,6 @@ from lmjax.runtime.chips import CHIPS, parse_topology, peak_flops
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-# A machine with a GPU -----------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def gpu_check():
     loader = importlib.machinery.SourceFileLoader("gpu_check", str(ROOT / "launch/gpu_check"))
@@ -28,7 +25,7 @@ def gpu_check():
 
 
 @pytest.mark.parametrize("name, millions", [("124M", 124), ("350M", 355), ("1B", 1056)])
-def test_gpu_check_times_what_it_says(gpu_check, name, millions):
+def test_gpu_check_times_models_of_the_stated_size(gpu_check, name, millions):
     from lmjax.models.model import build_model
     from lmjax.tree import num_elements
 
@@ -43,12 +40,13 @@ def test_gpu_check_times_what_it_says(gpu_check, name, millions):
     assert not lacking(model.config)
 
 
-@pytest.mark.slow  # PyTorch, and a test run of its own
-def test_gpu_check_goes_its_way_on_a_cpu(tmp_path):
+@pytest.mark.slow  # runs PyTorch and a test run of its own
+def test_gpu_check_runs_on_a_cpu(tmp_path):
     pytest.importorskip("torch")
-    done = subprocess.run([ROOT / "launch/gpu_check", "--tiny", "--seconds", "1", "--out", tmp_path / "gpu.json"],
-                          env={**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"},
-                          capture_output=True, text=True)
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [ROOT / "launch/gpu_check", "--tiny", "--seconds", "1", "--out", tmp_path / "gpu.json"],
+        env={**os.environ, "PATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert re.match(r"\d+ passed", report["tests"])
@@ -59,30 +57,30 @@ def test_gpu_check_goes_its_way_on_a_cpu(tmp_path):
     assert row["rounds"] >= 3 and len(done.stdout.splitlines()) == 4
 
 
-# Chips -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind, flops", [
-    ("TPU v5 lite", CHIPS["v5e"].flops), ("TPU v5", CHIPS["v5p"].flops), ("TPU v6 lite", CHIPS["v6e"].flops),
-    ("TPU v4", CHIPS["v4"].flops), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200 NVL", 836e12), ("NVIDIA H200", 989e12), ("NVIDIA GH200 480GB", 989e12),
-    ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("NVIDIA RTX A1000", None),
-    ("cpu", None)])
+    ("TPU v5 lite", CHIPS["v5e"].flops), ("TPU v5", CHIPS["v5p"].flops),
+    ("TPU v6 lite", CHIPS["v6e"].flops), ("TPU v4", CHIPS["v4"].flops),
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA H200 NVL", 836e12), ("NVIDIA H200", 989e12), ("NVIDIA GH200 480GB", 989e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12),
+    ("NVIDIA RTX A1000", None), ("cpu", None)])
 def test_peaks(kind, flops):
     assert peak_flops(kind) == flops
 
 
 @pytest.mark.parametrize("topology, hosts", [
-    ("v5e:1x1", (1, 1)), ("v5e:2x2", (1, 4)), ("v6e:2x4", (1, 8)), ("v5e:4x4", (4, 4)), ("2xv6e:16x16", (64, 4)),
-    ("v4:2x2x1", (1, 4)), ("v5p:2x2x2", (2, 4)), ("v5p:4x4x12", (48, 4))])
+    ("v5e:1x1", (1, 1)), ("v5e:2x2", (1, 4)), ("v6e:2x4", (1, 8)), ("v5e:4x4", (4, 4)),
+    ("2xv6e:16x16", (64, 4)), ("v4:2x2x1", (1, 4)), ("v5p:2x2x2", (2, 4)),
+    ("v5p:4x4x12", (48, 4))])
 def test_hosts_of_a_slice(topology, hosts):
     assert parse_topology(topology).hosts == hosts
 
 
 @pytest.mark.parametrize("topology", [
-    "v5e:1x2", "v5e:3x5", "v5e:2x5", "v5e:2x8", "v6e:8x4", "v5p:1x1x1", "v5p:3x3x3", "v5p:2x2x16", "v5p:8x4x4"])
-def test_shapes_that_are_not_to_be_had(topology):
-    """A program compiles for them; no launcher asks for them."""
+    "v5e:1x2", "v5e:3x5", "v5e:2x5", "v5e:2x8", "v6e:8x4", "v5p:1x1x1", "v5p:3x3x3", "v5p:2x2x16",
+    "v5p:8x4x4"])
+def test_shapes_that_nobody_offers(topology):
+    """A program compiles for them, but no launcher may ask for them."""
     with pytest.raises(ValueError, match="--topology: expected a slice"):
         _ = parse_topology(topology).hosts
 
@@ -90,7 +88,7 @@ def test_shapes_that_are_not_to_be_had(topology):
 @pytest.mark.slow  # loads the TPU compiler
 @pytest.mark.parametrize("topology", ["v5e:4x4", "2xv6e:4x4", "2xv5p:2x2x2", "v4:2x2x2"])
 def test_the_compiler_takes_the_flags(topology):
-    """It ends the process at one that it does not know."""
+    """libtpu ends the process if it does not know a flag."""
     pytest.importorskip("libtpu")
     program = f"""
 import os
@@ -105,8 +103,8 @@ x = jax.ShapeDtypeStruct((128, 128), "bfloat16", sharding=sharding)
 print(jax.jit(lambda x: x @ x).lower(x).compile().as_text()[:9])
 """
     for more, works in (("", True), (" --xla_no_such_flag=1", False)):
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, "MORE": more})
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True,
+                              text=True, env={**os.environ, "MORE": more})
         assert (done.stdout.strip() == "HloModule") == works, done.stdout + done.stderr
 
 

@@ -1,6 +1,7 @@
-"""The same run on one device, on eight, and on two real processes of four; and moved from one to another."""
+"""The same run on one device, on eight, on two real processes, and moved between these."""
 
 import os
+import pathlib
 import signal
 import sysconfig
 
@@ -10,12 +11,13 @@ import pytest
 from jax._src.clusters import ClusterEnv, cloud_tpu_cluster
 from processes import finish, finish_together, lines, losses, start, start_together, wait_for
 
-from lmjax.runtime import distributed as runtime
+from lmjax.cli import main as cli
+from lmjax.runtime import cluster
 from lmjax.training.checkpoint import checkpoint_steps
 
-RUN = ("train.steps=32", "optimizer.warmup_steps=2", "train.batch_size=16",
-       "checkpoint.every=8", "checkpoint.keep_last=5", "eval.every=16",
-       "eval.batches=0", "data.sources.0.uri=synthetic:500", "model.dropout=0.1")
+RUN = ("train.steps=32", "optimizer.warmup_steps=2", "train.batch_size=16", "checkpoint.every=8",
+       "checkpoint.keep_last=5", "eval.every=16", "eval.batches=0",
+       "data.sources.0.uri=synthetic:500", "model.dropout=0.1")
 MESHES = {
     "data": ("mesh.data=8",),
     "fsdp": ("mesh.fsdp=8",),
@@ -26,30 +28,68 @@ TWO_PROCESSES = ("mesh.data=2", "mesh.fsdp=4")
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
+    """The directory of the run on one device."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     finish(workdir, *RUN, devices=1)
     return workdir
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [pytest.param("data", marks=pytest.mark.long),
+                                  pytest.param("fsdp", marks=pytest.mark.long), "mixed"])
 def test_eight_devices_compute_what_one_does(one, tmp_path, mesh):
-    finish(tmp_path / "run", *RUN, *MESHES[mesh], devices=8)
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(one), rtol=1e-5)
+    overrides = [f"--config.{item}" for item in (*RUN, *MESHES[mesh])]
+    workdir = tmp_path / "run"  # in this process, which has eight devices
+    assert cli.main(["train", "--config", "configs/synthetic.py:tiny", "--workdir", str(workdir),
+                     *overrides]) == 0
+    np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_two_processes_compute_what_one_does(one, tmp_path):
     finish_together(tmp_path / "run", *RUN, *TWO_PROCESSES, processes=2, devices=4)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(one), rtol=1e-5)
     assert [r["step"] for r in lines(tmp_path / "run")] == [r["step"] for r in lines(one)]
 
 
-EXPERTS = ("data.sources.0.uri=synthetic:500", "train.steps=8", "eval.every=4", "eval.batches=0", "checkpoint.every=8",
-           "sample.every=0", "optimizer.warmup_steps=2")
-ALL_AXES = {  # axis -> devices, over processes in this order: the first axes are those that cross from one to another
+SLOWLY = """
+import os, time
+from lmjax.training.records import Records
+os.environ["LMJAX_STOPPED_CODE"] = "75"
+log_step = Records.log_step
+def log_slowly(self, step, metrics):
+    time.sleep(0.1)
+    log_step(self, step, metrics)
+Records.log_step = log_slowly
+"""
+
+
+def test_sigterm_to_one_of_two_processes_stops_both(one, tmp_path):
+    """Pre-emption hits one host: the processes agree on a step, save it, and exit with one code.
+
+    Until then they compute the same as one process.
+    """
+    workdir = tmp_path / "run"
+    running = start_together(workdir, *RUN, *TWO_PROCESSES, processes=2, devices=4, first=SLOWLY)
+    wait_for(running[0], lambda: len(lines(workdir)) >= 3)
+    running[1].send_signal(signal.SIGTERM)
+    codes = [process.wait(timeout=120) for process in running]
+    assert codes == [75, 75], pathlib.Path(f"{workdir}.log").read_text()
+    saved = checkpoint_steps(workdir / "checkpoints")[-1]
+    steps = [record["step"] for record in lines(workdir) if "loss" in record]
+    assert steps == [*range(1, saved + 1)] and saved < 32
+    found = [record["loss"] for record in lines(workdir) if "loss" in record]
+    np.testing.assert_allclose(found, losses(one)[:saved], rtol=1e-5)
+
+
+EXPERTS = ("data.sources.0.uri=synthetic:500", "train.steps=8", "eval.every=4", "eval.batches=0",
+           "checkpoint.every=8", "sample.every=0", "optimizer.warmup_steps=2")
+ALL_AXES = {  # -> processes, devices of each, mesh; the first mesh axes cross the processes
     "stages on two processes": (2, 4, ("mesh.stage=2", "mesh.expert=2", "mesh.tensor=2")),
     "experts on two processes": (2, 2, ("mesh.expert=4",)),
-    "stages and experts on four processes": (4, 2, ("mesh.stage=2", "mesh.expert=2", "mesh.context=2")),
-    "rows and weights on four processes": (4, 2, ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2")),
+    "stages and experts on four processes": (
+        4, 2, ("mesh.stage=2", "mesh.expert=2", "mesh.context=2")),
+    "rows and weights on four processes": (
+        4, 2, ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2")),
 }
 
 
@@ -62,7 +102,7 @@ def one_with_experts(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ALL_AXES)
-def test_any_axis_may_go_over_processes(split, one_with_experts, tmp_path):
+def test_any_axis_may_cross_processes(split, one_with_experts, tmp_path):
     processes, devices, mesh = ALL_AXES[split]
     finish_together(tmp_path / "run", *EXPERTS, *mesh, processes=processes, devices=devices,
                     config="configs/moe.py:tiny")
@@ -71,8 +111,9 @@ def test_any_axis_may_go_over_processes(split, one_with_experts, tmp_path):
 
 @pytest.mark.long
 def test_two_processes_read_text_as_one_does(tmp_path):
-    text = (f"data.sources.0.uri=text:{sysconfig.get_paths()['stdlib']}/email/*.py", "train.steps=6", "eval.every=3",
-            "checkpoint.every=6", "sample.every=0", "optimizer.warmup_steps=2", "data.heldout_fraction=0.2")
+    text = (f"data.sources.0.uri=text:{sysconfig.get_paths()['stdlib']}/email/*.py",
+            "train.steps=6", "eval.every=3", "checkpoint.every=6", "sample.every=0",
+            "optimizer.warmup_steps=2", "data.heldout_fraction=0.2")
     config = "configs/quickstart.py:tiny"
     finish(tmp_path / "one", *text, config=config)
     finish_together(tmp_path / "two", *text, "mesh.fsdp=2", processes=2, devices=1, config=config)
@@ -82,7 +123,7 @@ def test_two_processes_read_text_as_one_does(tmp_path):
 
 @pytest.mark.long
 def test_a_run_moves_between_machines(one, tmp_path):
-    """Some steps on one device, on fsdp=8, on data=2,fsdp=2,tensor=2 and on two processes: the same losses."""
+    """One run, first on one device, then on two meshes, then on two processes: the same losses."""
     workdir = tmp_path / "run"
 
     def leave_at(step: int, *overrides: str, devices: int) -> None:
@@ -96,43 +137,54 @@ def test_a_run_moves_between_machines(one, tmp_path):
     leave_at(24, *MESHES["mixed"], devices=8)
     finish_together(workdir, *RUN, *TWO_PROCESSES, processes=2, devices=4)
     np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
-    resumed = [r["step"] for r in lines(workdir, "timing.jsonl") if r.get("event") == "resume"]
+    resumed = [record["step"] for record in lines(workdir, "timing.jsonl")
+               if record.get("event") == "resume"]
     assert len(resumed) == 3 and resumed == sorted(set(resumed)) and resumed[-1] < 32, resumed
 
 
-GKE = {"TPU_SKIP_MDS_QUERY": "true", "TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a.svc,b.svc"}  # its plugin's
-SLURM = {"SLURM_JOB_ID": "4096", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
-         "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
-METADATA = {"agent-worker-number": "2", "worker-network-endpoints": "a:b:10.0.0.1,a:b:10.0.0.2,a:b:10.0.0.3",
-            "tpu-env": "ZONE: 'us-west4-a'"}  # of a Cloud TPU VM
-WHO_JOINS = {  # has it chips, its environment -> coordinator, number of processes, which of them
+# GKE's plugin sets these variables.
+GKE = {"TPU_SKIP_MDS_QUERY": "true", "TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a.svc,b.svc"}
+GKE_ONE_HOST = GKE | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+SLICE_1_OF_2 = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
+SLURM = {"SLURM_JOB_ID": "4096", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "2",
+         "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+METADATA = {  # of a Cloud TPU VM
+    "agent-worker-number": "2",
+    "worker-network-endpoints": "a:b:10.0.0.1,a:b:10.0.0.2,a:b:10.0.0.3",
+    "tpu-env": "ZONE: 'us-west4-a'"}
+# where -> whether the host has TPU chips, its environment, and (coordinator, number of processes,
+# own number), or None if the process runs alone
+WHO_JOINS = {
     "a slice on GKE": (True, GKE, ("a.svc:8482", 2, 1)),
-    "two slices on GKE": (True, GKE | {"MEGASCALE_COORDINATOR_ADDRESS": "s0.svc:8080", "MEGASCALE_NUM_SLICES": "2",
-                                       "MEGASCALE_SLICE_ID": "1"}, ("s0.svc:8482", 4, 3)),
-    "two slices of a host each": (True, GKE | {
-        "MEGASCALE_COORDINATOR_ADDRESS": "s0.svc", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, ("s0.svc:8482", 2, 1)),
-    "one host on GKE": (True, GKE | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
-    "a pod that is planned for, on GKE": (True, GKE | {"JAX_PLATFORMS": "cpu"}, None),
+    "two slices on GKE": (
+        True, GKE | SLICE_1_OF_2 | {"MEGASCALE_COORDINATOR_ADDRESS": "s0.svc:8080"},
+        ("s0.svc:8482", 4, 3)),
+    "two slices of one host each": (
+        True, GKE_ONE_HOST | SLICE_1_OF_2 | {"MEGASCALE_COORDINATOR_ADDRESS": "s0.svc"},
+        ("s0.svc:8482", 2, 1)),
+    "one host on GKE": (True, GKE_ONE_HOST, None),
+    "lmjax plan on GKE": (True, GKE | {"JAX_PLATFORMS": "cpu"}, None),
     "a Cloud TPU": (True, {}, ("10.0.0.1:8482", 3, 2)),
     "tests on a Cloud TPU": (True, {"JAX_PLATFORMS": "cpu"}, None),
     "chips without metadata": (True, {"TPU_SKIP_MDS_QUERY": "1"}, None),
     "Slurm": (False, SLURM, ("node3:61440", 2, 1)),
     "one task of Slurm": (False, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
-    "libtpu and no chips": (False, {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, None),
+    "libtpu and no chips": (
+        False, {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, None),
     "a laptop": (False, {}, None),
 }
 
 
 @pytest.mark.parametrize("where", WHO_JOINS)
 def test_who_joins(where, monkeypatch):
-    """By JAX's own detection, but for the services that it asks."""
+    """JAX's own detection decides; only the services that it asks are replaced."""
     chips, env, expected = WHO_JOINS[where]
-    for name in [n for n in os.environ if n.startswith(("TPU_", "MEGASCALE_", "SLURM_", "JAX_PLATFORMS"))]:
+    detected = ("TPU_", "MEGASCALE_", "SLURM_", "JAX_PLATFORMS")
+    for name in [name for name in os.environ if name.startswith(detected)]:
         monkeypatch.delenv(name)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(runtime, "running_in_cloud_tpu_vm", chips)
+    monkeypatch.setattr(cluster, "running_in_cloud_tpu_vm", chips)
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", chips)
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (METADATA[key], 200))
     monkeypatch.setattr("socket.gethostbyname", lambda name: "10.0.0.1")
@@ -143,16 +195,5 @@ def test_who_joins(where, monkeypatch):
         joined.append(found[:3])
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    assert runtime._join() == bool(expected) and joined == [expected] * bool(expected)
-
-
-def test_sigterm_to_one_of_two_processes_stops_both(one, tmp_path):
-    """Pre-emption hits one host; the processes agree on a step, save it and exit as their launcher asked."""
-    workdir, many = tmp_path / "run", [item.replace("train.steps=32", "train.steps=4000") for item in RUN]
-    running = start_together(workdir, *many, *TWO_PROCESSES, processes=2, devices=4,
-                             first="import os; os.environ['LMJAX_STOPPED_CODE'] = '75'")
-    wait_for(running[0], lambda: len(lines(workdir)) >= 3)
-    running[1].send_signal(signal.SIGTERM)
-    assert [process.wait(timeout=120) for process in running] == [75, 75]
-    saved = checkpoint_steps(workdir / "checkpoints")[-1]
-    assert saved == [r["step"] for r in lines(workdir) if "loss" in r][-1]
+    assert cluster.join() == bool(expected)
+    assert joined == ([expected] if expected else [])

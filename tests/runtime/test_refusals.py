@@ -1,4 +1,4 @@
-"""What one of two real processes refuses or fails at ends both, at once, with one code and one line."""
+"""An error in one of two real processes ends both, at once, with one code and one line."""
 
 import fcntl
 import pathlib
@@ -8,25 +8,27 @@ from processes import finish, finish_together, lines
 
 from lmjax.training.checkpoint import checkpoint_steps
 
-RUN = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=2", "checkpoint.keep_last=9", "eval.every=0")
+RUN = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=2", "checkpoint.keep_last=9",
+       "eval.every=0")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Shared, so that the cache of compiled programs is."""
+    """A folder for all tests, so that their runs share a cache of compiled programs."""
     return tmp_path_factory.mktemp("refusals")
 
 
 def end_together(workdir: pathlib.Path, *overrides: str, expect: int, **options: object) -> str:
-    """The line that both of two processes end with."""
-    printed = finish_together(workdir, *overrides, processes=2, devices=1, expect=expect, timeout=60, **options)
+    """Returns the line that both of two processes end with."""
+    printed = finish_together(workdir, *overrides, processes=2, devices=1, expect=expect,
+                              timeout=60, **options)
     told = [line for line in printed.splitlines() if line.startswith("lmjax: error: ")]
     assert len(told) == 2 and told[0] == told[1], printed
     return told[0]
 
 
 @pytest.mark.long
-def test_a_disk_without_room_and_then_a_checkpoint_that_one_process_cannot_read(folder):
+def test_a_full_disk_and_then_a_checkpoint_that_one_process_cannot_read(folder):
     workdir = folder / "full"
     full_later = """
 import shutil
@@ -46,13 +48,16 @@ def fail(self, path, *args, **kwargs):
     return restore(self, path, *args, **kwargs)
 ocp.StandardCheckpointHandler.restore = fail
 """
-    printed = finish_together(workdir, *RUN, processes=2, devices=1, only={1: {"first": unreadable}})
+    printed = finish_together(workdir, *RUN, processes=2, devices=1,
+                              only={1: {"first": unreadable}})
     assert "resuming at step 2" in printed and "another process could not read it" in printed
     assert checkpoint_steps(workdir / "checkpoints") == [2, 4, 6]
-    assert (workdir / "checkpoints" / "damaged-4").is_dir()  # as it was: for another process it may be whole
+    # The checkpoint is kept under another name: another process may be able to read it.
+    assert (workdir / "checkpoints" / "damaged-4").is_dir()
     assert [r["step"] for r in lines(workdir) if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.long
 def test_a_bad_corpus(folder):
     line = end_together(folder / "corpus", "data.sources.0.uri=text:/nowhere/*.txt", expect=2,
                         config="configs/quickstart.py:tiny")
@@ -60,11 +65,13 @@ def test_a_bad_corpus(folder):
 
 
 def test_a_config_that_one_process_alone_has_wrong(folder):
-    """Its option comes last and wins; the other waits for nothing that will not come."""
-    line = end_together(folder / "config", *RUN, expect=2, only={1: {"more": ("train.steps=many",)}})
+    """The option of process 1 comes last and counts; process 0 does not wait for it for long."""
+    line = end_together(folder / "config", *RUN, expect=2,
+                        only={1: {"more": ("train.steps=many",)}})
     assert "process 1" in line and "many" in line
 
 
+@pytest.mark.long
 def test_a_directory_that_another_run_holds(folder):
     workdir = folder / "held"
     workdir.mkdir()
@@ -74,23 +81,29 @@ def test_a_directory_that_another_run_holds(folder):
     assert [p.name for p in workdir.iterdir()] == [".lock"]
 
 
-def test_a_coordinator_whose_name_nobody_knows(folder):
-    """As on GKE before its DNS has the name: JAX looks it up over and over, and has not told which it is."""
+ONE_SLICE = {"MEGASCALE_COORDINATOR_ADDRESS": ""}
+TWO_SLICES = {"MEGASCALE_COORDINATOR_ADDRESS": "slice-0.invalid", "MEGASCALE_NUM_SLICES": "2"}
+
+
+@pytest.mark.parametrize("coordinator, env", [
+    ("first.invalid", ONE_SLICE),
+    pytest.param("slice-0.invalid", TWO_SLICES, marks=pytest.mark.long)])
+def test_a_coordinator_whose_name_nobody_knows(coordinator, env, folder):
+    """As on GKE before its DNS knows the name: JAX keeps looking it up without naming it."""
     on_a_tpu = """
-from lmjax.runtime import distributed
+from lmjax.runtime import cluster
 from jax._src.clusters import cloud_tpu_cluster
-distributed.running_in_cloud_tpu_vm = cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+cluster.running_in_cloud_tpu_vm = cloud_tpu_cluster.running_in_cloud_tpu_vm = True
 """
-    env = {"JAX_PLATFORMS": "", "TPU_SKIP_MDS_QUERY": "true", "TPU_WORKER_ID": "1", "LMJAX_JOIN_SECONDS": "1",
-           "TPU_WORKER_HOSTNAMES": "first.invalid,second.invalid", "MEGASCALE_COORDINATOR_ADDRESS": ""}  # no metadata
-    for named, more in (("first.invalid", {}), ("slice-0.invalid", {
-            "MEGASCALE_COORDINATOR_ADDRESS": "slice-0.invalid", "MEGASCALE_NUM_SLICES": "2"})):
-        printed = finish(folder / named, *RUN, expect=1, first=on_a_tpu, env=env | more)
-        assert f"all processes at the coordinator {named} within 1 s, got no answer" in printed
+    env = {"JAX_PLATFORMS": "", "TPU_SKIP_MDS_QUERY": "true", "TPU_WORKER_ID": "1",
+           "LMJAX_JOIN_SECONDS": "1", "TPU_WORKER_HOSTNAMES": "first.invalid,second.invalid", **env}
+    printed = finish(folder / coordinator, *RUN, expect=1, first=on_a_tpu, env=env)
+    assert (f"all processes at the coordinator {coordinator} within 1 s, got no answer"
+            in printed)
 
 
 def test_an_error_that_nobody_foresaw(folder):
-    """The other process holds the coordinator and waits for this one in a collective."""
+    """Process 1 fails while process 0, which runs the coordinator, waits in a collective."""
     workdir = folder / "broken"
     broken = """
 from lmjax.training.records import Records
@@ -103,4 +116,5 @@ Records.log_step = fail
 """
     line = end_together(workdir, *RUN, expect=1, only={1: {"first": broken}})
     assert "process 1: ZeroDivisionError: a fault of the machine" in line
-    assert checkpoint_steps(workdir / "checkpoints") == [2, 4]  # the one that was being written is whole
+    # The checkpoint of step 4 was still being written, and is whole.
+    assert checkpoint_steps(workdir / "checkpoints") == [2, 4]
