@@ -96,8 +96,6 @@ def build(cls: type[T], value: Any, path: str = "config") -> T:
     except UserError as error:  # from __post_init__, which names a key without its path
         where = f"{path}.{error.where}" if error.where else path
         raise UserError(error.expected, error.got, error.fix, where=where) from None
-    except ValueError as error:
-        raise ValueError(f"{path}.{error}") from None
 
 
 def plain(value: Any) -> Any:

@@ -111,6 +111,18 @@ def lines(workdir: pathlib.Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
 
 
+def one_line(printed: str) -> str:
+    """The line of the error in the output of a command that failed."""
+    line, = (line for line in printed.splitlines() if line.startswith("lmjax: error: "))
+    return line
+
+
+def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
+    """The content of every file below `folder`, except for the lock."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
+
+
 def losses(workdir: pathlib.Path) -> np.ndarray:
     """The training losses by step, then the losses on held-out data."""
     return np.array([record[key] for key in ("loss", "eval/loss") for record in lines(workdir)

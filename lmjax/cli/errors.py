@@ -15,6 +15,7 @@ LASTING = (
     ((), (errno.ENOSPC, errno.EDQUOT), "make room"),
 )
 NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror)
+WORDED = re.compile(r"\bexpected\b.*\bgot\b")  # an OSError of lmjax, which says all by itself
 NETWORK_LIBRARIES = ("requests", "urllib", "urllib3")
 
 
@@ -31,10 +32,9 @@ def explain(error: BaseException) -> tuple[int, str]:
             "the command to fit in the device's memory", f"{message:.300}",
             "lower the batch size, raise train.microbatches, set model.remat=full, or split "
             "weights over more devices (mesh.fsdp); `lmjax plan` tells before a run starts"))
-    told = isinstance(error, UserError) or re.search(r"\bexpected\b.*\bgot\b", message)
-    if isinstance(error, OSError) and not told:
+    if isinstance(error, OSError) and not WORDED.search(message):
         message = _describe(error, message)
-    if isinstance(error, OSError) or isinstance(error, ValueError) and told:
+    if isinstance(error, (OSError, UserError)):
         return 1 if passing(error) else 2, message
     code = 130 if isinstance(error, KeyboardInterrupt) else 1
     return code, f"{type(error).__name__}: {message}"[:500]
@@ -47,7 +47,7 @@ def passing(error: BaseException) -> bool:
     """
     cause = error.__cause__
     # A reader that names its file raises a UserError from the system's error.
-    if isinstance(error, ValueError) and isinstance(cause, OSError) and cause.errno:
+    if isinstance(error, UserError) and isinstance(cause, OSError) and cause.errno:
         error = cause
     return isinstance(error, Busy) or isinstance(error, OSError) and _lasting_fix(error) is None
 

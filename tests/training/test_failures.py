@@ -14,6 +14,7 @@ from processes import FINISHED, finish, lines, one_line, run_here, snapshot, sta
 from lmjax.cli import errors
 from lmjax.cli import main as cli
 from lmjax.data.pipeline import Split
+from lmjax.errors import UserError
 from lmjax.runtime.files import Busy
 from lmjax.training import loop, workdir
 from lmjax.training.checkpoint import checkpoint_steps
@@ -233,8 +234,8 @@ def test_a_finished_run_started_again_changes_nothing(copied, capsys):
 
 
 @pytest.mark.parametrize("error, code, line", [
-    (ValueError("seq_len: expected 8,\n got 9; lower it"), 2,
-     "seq_len: expected 8, got 9; lower it"),
+    (UserError("8", "\n9", "lower it", where="seq_len"), 2, "seq_len: expected 8, got 9; lower it"),
+    (ValueError("expected 8, got 9; lower it"), 1, "ValueError: expected 8, got 9; lower it"),
     (ValueError("an unexpected word was gotten"), 1, "ValueError: an unexpected word was gotten"),
     (UnicodeDecodeError("utf-8", b"\xe4", 0, 1, "unexpected end of data"), 1,
      "UnicodeDecodeError: 'utf-8' codec .*"),
@@ -242,7 +243,7 @@ def test_a_finished_run_started_again_changes_nothing(copied, capsys):
      "expected to read and write files, got .*nothing there.*"),
     (OSError(28, "expected room, got none; make some"), 2,
      r"\[Errno 28\] expected room, got none; make some")])
-def test_only_what_says_expected_and_got_is_the_users(error, code, line):
+def test_only_a_user_error_or_one_of_files_is_the_users(error, code, line):
     found = errors.explain(error)
     assert found[0] == code and re.fullmatch(line, found[1]), found
 
