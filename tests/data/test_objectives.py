@@ -1,4 +1,4 @@
-"""Objectives: exact counts, nothing lost, every choice random as it says, and a row the same wherever it is made."""
+"""Objectives: exact counts, nothing lost, choices as random as stated, rows the same everywhere."""
 
 import itertools
 
@@ -24,7 +24,8 @@ class Corpus:
 
     def __init__(self, lengths, seed=0):
         rng = np.random.default_rng(seed)
-        self.documents = [np.concatenate([[BOS], rng.integers(4, V, n), [EOS]]).astype(np.uint16) for n in lengths]
+        self.documents = [np.concatenate([[BOS], rng.integers(4, V, n), [EOS]]).astype(np.uint16)
+                          for n in lengths]
         self.tokens = np.concatenate(self.documents)
         self.offsets = np.concatenate([[0], np.cumsum([len(d) for d in self.documents])])
         self.lengths = np.diff(self.offsets) - 1
@@ -42,7 +43,8 @@ def lengths(count, most, seed=1):
 def rows_of(config, seq_len, corpus, method="best_fit", **kwargs):
     objective = Objective(config, seq_len=seq_len, vocab_size=V)
     source = PackedRows(corpus, objective, name="corpus", method=method, **kwargs)
-    return source, source.rows_at(np.arange(source.num_rows), fold(key_of("test"), np.arange(source.num_rows)))
+    return source, source.rows_at(np.arange(source.num_rows),
+                                  fold(key_of("test"), np.arange(source.num_rows)))
 
 
 def pieces(source):
@@ -60,7 +62,7 @@ def segment_of(rows, name, row, segment):
 
 
 def t5_lengths(inputs_length, density, mean):
-    """`random_spans_helper` of the T5 paper's code, in words: the longest text whose inputs fit, and its targets."""
+    """The longest text whose inputs fit, and its targets, as T5's `random_spans_helper` has them."""
     def both(n):
         noise = round(n * density)
         spans = round(noise / mean)
@@ -72,7 +74,8 @@ def t5_lengths(inputs_length, density, mean):
     return n, both(n)[1]
 
 
-@pytest.mark.parametrize("seq_len, density, mean", [(512, 0.15, 3.0), (256, 0.15, 3.0), (512, 0.5, 3.0),
+@pytest.mark.parametrize("seq_len, density, mean",
+                         [(512, 0.15, 3.0), (256, 0.15, 3.0), (512, 0.5, 3.0),
                                                     (1024, 0.15, 8.0), (114, 0.3, 2.0)])
 def test_t5s_arithmetic(seq_len, density, mean):
     config = ObjectiveConfig("span_corruption", denoisers=(Denoiser(density, mean),), sentinels=500)
@@ -123,7 +126,8 @@ def test_spans_lose_nothing_over_thousands_of_rows(config, seq_len, longest, lea
     assert source.num_rows > 1000
     told = []
     for row, segment, text in pieces(source):
-        inputs, targets = (segment_of(rows, name, row, segment) for name in ("encoder_tokens", "targets"))
+        inputs, targets = (segment_of(rows, name, row, segment)
+                           for name in ("encoder_tokens", "targets"))
         assert restored(inputs, targets, source.objective) == text
         assert segment_of(rows, "tokens", row, segment) == [START_ID, *targets[:-1]]
         for prefix, tokens in (("encoder_", inputs), ("", targets)):
@@ -132,7 +136,8 @@ def test_spans_lose_nothing_over_thousands_of_rows(config, seq_len, longest, lea
     # And the pieces are the whole text, once.
     np.testing.assert_array_equal(np.sort(told), np.sort(corpus.tokens[corpus.tokens >= 4]))
     np.testing.assert_array_equal(rows["loss_mask"], rows["segment_ids"] > 0)
-    assert (rows["encoder_segment_ids"] > 0).mean() > least  # UL2's rows have room for its most talkative denoiser
+    # UL2's rows have room for the denoiser with the longest targets.
+    assert (rows["encoder_segment_ids"] > 0).mean() > least
 
 
 def test_how_much_is_hidden():
@@ -151,7 +156,8 @@ def test_how_much_is_hidden():
 def test_all_ways_to_cut_are_equally_likely():
     """4 spans of 9 tokens: C(8, 3) = 56 ways."""
     trials = 56 * 300
-    parts = random_parts(np.full(trials, 9), np.full(trials, 4), fold(key_of("ways"), np.arange(trials))).reshape(-1, 4)
+    parts = random_parts(np.full(trials, 9), np.full(trials, 4),
+                         fold(key_of("ways"), np.arange(trials))).reshape(-1, 4)
     assert (parts >= 1).all() and (parts.sum(axis=1) == 9).all()
     ways, counts = np.unique(parts, axis=0, return_counts=True)
     assert len(ways) == 56
@@ -164,7 +170,8 @@ def test_ul2_uses_every_denoiser_as_often():
     modes = rows["encoder_tokens"][rows["encoder_positions"] == 0]
     modes = modes[modes > 0]
     assert source.objective.extra[:3] == ("[NLU]", "[S2S]", "[NLG]")
-    shares = [(modes == source.objective.id_of(name)).mean() for name in ("[NLU]", "[S2S]", "[NLG]")]
+    shares = [(modes == source.objective.id_of(name)).mean()
+              for name in ("[NLU]", "[S2S]", "[NLG]")]
     np.testing.assert_allclose(shares, np.array([2, 1, 4]) / 7, atol=5 * np.sqrt(0.25 / len(modes)))
 
 
@@ -178,7 +185,8 @@ def test_masking_hides_what_bert_hides(method):
     for row, segment, text in pieces(source):
         assert segment_of(rows, "targets", row, segment) == text
         told += text
-    np.testing.assert_array_equal(np.sort(told), np.sort(corpus.tokens))  # the targets are the text, all of it
+    # The targets are the whole text.
+    np.testing.assert_array_equal(np.sort(told), np.sort(corpus.tokens))
     used, hidden = rows["segment_ids"] > 0, rows["loss_mask"] > 0
     assert not (hidden & ~used).any()
     np.testing.assert_array_equal(rows["tokens"][used & ~hidden], rows["targets"][used & ~hidden])
@@ -200,7 +208,8 @@ def test_whole_words_are_hidden_together():
     """Tokens divisible by 3 begin a word; those divisible by 50 also end one."""
     ids = np.arange(V)
     words = (ids % 3 == 0) | (ids < 4), (ids % 50 == 0) | (ids < 4)
-    _, rows = rows_of(ObjectiveConfig("masked_lm", whole_word=True), 64, Corpus(lengths(2000, 100)), words=words)
+    _, rows = rows_of(ObjectiveConfig("masked_lm", whole_word=True), 64, Corpus(lengths(2000, 100)),
+                      words=words)
     hidden, target, position = rows["loss_mask"] > 0, rows["targets"], rows["positions"]
     inside = (position[:, 1:] > 0) & ~words[0][target[:, 1:]] & ~words[1][target[:, :-1]]
     assert (hidden[:, 1:] == hidden[:, :-1])[inside].all()
@@ -217,7 +226,8 @@ def test_a_prefix_is_seen_whole_and_never_predicted(method):
         np.testing.assert_array_equal(rows[name], causal[name])
     shares = []
     for row, segment, text in pieces(source):
-        both, loss = (segment_of(rows, name, row, segment) for name in ("bidirectional", "loss_mask"))
+        both, loss = (segment_of(rows, name, row, segment)
+                      for name in ("bidirectional", "loss_mask"))
         n, prefix = len(text), sum(both)
         assert 1 <= prefix <= n and both == [1] * prefix + [0] * (n - prefix)
         # Position i predicts token i + 1, which the prefix must not show.
@@ -226,27 +236,31 @@ def test_a_prefix_is_seen_whole_and_never_predicted(method):
     assert abs(np.mean(shares) - 0.5) < 0.03 and abs(np.var(shares) - 1 / 12) < 0.01
 
 
-def test_made_up_tokens_are_read_and_never_predicted():
+def test_inserted_tokens_are_read_and_never_predicted():
     rates = {"mask": 0.1, "replace": 0.1, "insert": 0.1, "delete": 0.1}
     corpus = Corpus(lengths(3000, 150))
     source, rows = rows_of(ObjectiveConfig(augment=AugmentConfig(share=0.7, **rates)), 64, corpus)
-    kept = np.zeros(4)  # hidden, replaced, in front, gone
+    kept = np.zeros(4)  # tokens hidden, replaced, inserted, deleted
     text_tokens, noised, long = 0, 0, 0
     for row, segment, _ in pieces(source):
         document, start, length = source.documents_at(row)[segment - 1]
         stored = corpus.documents[int(document)][start : start + length + 1].tolist()
-        tokens, targets, loss = (segment_of(rows, n, row, segment) for n in ("tokens", "targets", "loss_mask"))
-        assert tokens[0] == stored[0] and targets[-1] == stored[-1] and loss[-1] == 1  # both ends stay
+        tokens, targets, loss = (segment_of(rows, n, row, segment)
+                                 for n in ("tokens", "targets", "loss_mask"))
+        # Both ends stay.
+        assert tokens[0] == stored[0] and targets[-1] == stored[-1] and loss[-1] == 1
         real = [t for t, counts in zip(targets, loss, strict=True) if counts]
         rest = iter(stored[1:])
-        assert all(t in rest for t in real)  # a subsequence: the text less what is gone, in its order
+        # A subsequence: the text without the deleted tokens, in its order.
+        assert all(t in rest for t in real)
         gone, added = length - len(real), len(targets) - len(real)
         pairs = [(s, t) for s, t, c in zip(tokens[1:], targets, loss, strict=False) if c]
         wrong = [s for s, t in pairs if s != t]
         hidden = wrong.count(V)
         if gone + added + len(wrong) == 0:
             assert tokens == stored[:-1] and targets == stored[1:]
-        noised, long = noised + (gone + added + len(wrong) > 0) * (length > 50), long + (length > 50)
+        if length > 50:
+            noised, long = noised + (gone + added + len(wrong) > 0), long + 1
         text_tokens += length - 1
         kept += [hidden, len(wrong) - hidden, added, gone]
     np.testing.assert_allclose(kept / text_tokens, 0.07, atol=0.006)
@@ -262,13 +276,15 @@ def test_no_augmentation_is_no_change():
         np.testing.assert_array_equal(rows[name], plain[name])
 
 
-ALL = {name: ObjectiveConfig(name) for name in ("causal_lm", "prefix_lm", "masked_lm", "span_corruption", "ul2")}
+ALL = {name: ObjectiveConfig(name)
+       for name in ("causal_lm", "prefix_lm", "masked_lm", "span_corruption", "ul2")}
 ALL["augmented"] = ObjectiveConfig(augment=AugmentConfig(share=1.0, mask=0.1))
 
 
 def split_of(objective, seed):
-    sources = tuple(SourceConfig(n, "synthetic:60", weight) for n, weight in (("a", 1.0), ("b", 2.0)))
-    return open_splits(DataConfig(sources=sources, tokenizer=TokenizerConfig(V), seq_len=48, objective=objective,
+    sources = (SourceConfig("a", "synthetic:60", 1.0), SourceConfig("b", "synthetic:60", 2.0))
+    return open_splits(DataConfig(sources=sources, tokenizer=TokenizerConfig(V), seq_len=48,
+                                  objective=objective,
                                   seed=seed))
 
 
@@ -282,17 +298,20 @@ def test_a_row_is_a_pure_function_of_seed_and_number(name):
     for i in range(24):
         one = again.rows(g[i : i + 1])
         assert all(np.array_equal(one[field][0], whole[field][i]) for field in train.fields)
-    if name != "causal_lm":  # an epoch later the same documents are treated otherwise
+    if name != "causal_lm":  # another epoch makes other choices
         source, epoch, row = train.locate(np.arange(2000))
-        first, later = (np.flatnonzero((source == 1) & (row == 3) & (epoch == e))[0] for e in (0, 1))
+        first, later = (np.flatnonzero((source == 1) & (row == 3) & (epoch == e))[0]
+                        for e in (0, 1))
         a, b = (train.rows(np.array([number])) for number in (first, later))
         assert any(not np.array_equal(a[field], b[field]) for field in a)
-    if name == "augmented":  # only what is trained on
+    if name == "augmented":  # only training rows are augmented
         plain = split_of(ALL["causal_lm"], 0)[1]
-        assert all(np.array_equal(heldout.rows(np.arange(2))[f], plain.rows(np.arange(2))[f]) for f in plain.fields)
+        assert all(np.array_equal(heldout.rows(np.arange(2))[f], plain.rows(np.arange(2))[f])
+                   for f in plain.fields)
     batches = list(eval_batches(heldout, 8, one_device()))
     assert sum(float(b["loss_mask"].sum()) for b in batches) > 0
-    assert all(b["tokens"].dtype == np.int32 and b["loss_mask"].dtype == np.float32 for b in batches)
+    assert all(b["tokens"].dtype == np.int32 and b["loss_mask"].dtype == np.float32
+               for b in batches)
 
 
 def one_device():
@@ -301,7 +320,7 @@ def one_device():
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def test_documents_made_up_are_the_rows_they_come_from():
+def test_generated_documents_are_the_rows_that_they_come_from():
     rows = SyntheticRows(name="s", vocab_size=40, seq_len=32, num_rows=50, seed=0, split="train")
     documents, made = rows.documents(), rows.rows_at(np.arange(50))
     at = 0
@@ -309,23 +328,30 @@ def test_documents_made_up_are_the_rows_they_come_from():
         mine = made["segment_ids"][row] == segment
         if mine.any():
             stored = documents.tokens[documents.offsets[at] : documents.offsets[at + 1]]
-            np.testing.assert_array_equal(stored, [*made["tokens"][row][mine], made["targets"][row][mine][-1]])
+            want = [*made["tokens"][row][mine], made["targets"][row][mine][-1]]
+            np.testing.assert_array_equal(stored, want)
             assert documents.ids[at] == f"{row}/{segment}"
             at += 1
-    assert at == len(documents.ids) and documents.lengths.sum() == documents.predictions == rows.predictions
+    assert at == len(documents.ids)
+    assert documents.lengths.sum() == documents.predictions == rows.predictions
 
 
 @pytest.mark.parametrize("make, message", [
     (lambda: ObjectiveConfig("t5"), "name: expected one of causal_lm"),
     (lambda: ObjectiveConfig("masked_lm", mask_rate=0.0), "mask_rate"),
     (lambda: ObjectiveConfig("masked_lm", mask_share=0.95), "mask_share"),
-    (lambda: ObjectiveConfig("ul2", augment=AugmentConfig(share=0.1)), "augment.share: expected 0 for ul2"),
-    (lambda: AugmentConfig(share=1.5), "share"), (lambda: AugmentConfig(mask=0.9, insert=0.9), "mask"),
+    (lambda: ObjectiveConfig("ul2", augment=AugmentConfig(share=0.1)),
+     "augment.share: expected 0 for ul2"),
+    (lambda: AugmentConfig(share=1.5), "share"),
+    (lambda: AugmentConfig(mask=0.9, insert=0.9), "mask"),
     (lambda: Denoiser(density=1.0), "density"), (lambda: Denoiser(mean_span=0.5), "mean_span"),
     (lambda: Denoiser(weight=0.0), "weight"),
-    (lambda: Objective(ObjectiveConfig("ul2"), seq_len=1024, vocab_size=V), r"sentinels: expected at least 189,"),
-    (lambda: Objective(ObjectiveConfig("span_corruption"), seq_len=2, vocab_size=V), "seq_len: expected at least 3"),
-    (lambda: DataConfig(packing="concat", objective=ObjectiveConfig("ul2")), "packing: expected best_fit or none"),
+    (lambda: Objective(ObjectiveConfig("ul2"), seq_len=1024, vocab_size=V),
+     r"sentinels: expected at least 189,"),
+    (lambda: Objective(ObjectiveConfig("span_corruption"), seq_len=2, vocab_size=V),
+     "seq_len: expected at least 3"),
+    (lambda: DataConfig(packing="concat", objective=ObjectiveConfig("ul2")),
+     "packing: expected best_fit or none"),
     (lambda: DataConfig(sources=(SourceConfig("s", "synthetic"),),
                         objective=ObjectiveConfig("masked_lm", whole_word=True)), "whole_word"),
 ])

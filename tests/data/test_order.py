@@ -30,11 +30,12 @@ def test_permute_takes_any_index_alone_and_a_key_for_each():
 
 @pytest.mark.parametrize("n", [16, 100, 1000])
 def test_permute_looks_random(n):
-    """Every value is at every place about equally often, and neighbours are not neighbours any more."""
+    """Each value is at each place about equally often, and neighbours are separated."""
     trials = 4000
     index = np.tile(np.arange(n), trials // n * 10 if n >= 100 else trials)
     copies = len(index) // n
-    got = permute(index, n, np.repeat(fold(key_of("random"), np.arange(copies)), n)).reshape(copies, n)
+    keys = np.repeat(fold(key_of("random"), np.arange(copies)), n)
+    got = permute(index, n, keys).reshape(copies, n)
     counts = np.bincount(got[:, 0], minlength=n)
     chi2 = ((counts - copies / n) ** 2 / (copies / n)).sum()
     assert abs(chi2 - (n - 1)) < 6 * np.sqrt(2 * (n - 1))
@@ -45,14 +46,15 @@ def test_permute_looks_random(n):
 
 
 def test_the_order_does_not_change_from_release_to_release():
-    """Runs that were started by an earlier version have to go on in the same order."""
+    """Runs that an earlier version started must continue in the same order."""
     np.testing.assert_array_equal(permute(np.arange(10), 10, key_of("frozen")), FROZEN_PERMUTATION)
     mixture = StagedMixture(names=["a", "b"], sizes=[5, 7], stages=[(0, [1, 2])], seed=3)
     np.testing.assert_array_equal(np.stack(mixture.locate(np.arange(6))), FROZEN_ROWS)
 
 
 def test_every_row_of_every_epoch_once():
-    mixture = StagedMixture(names=["a", "b", "c"], sizes=[13, 200, 1], stages=[(0, [1, 5, 0.5])], seed=0)
+    mixture = StagedMixture(names=["a", "b", "c"], sizes=[13, 200, 1], stages=[(0, [1, 5, 0.5])],
+                            seed=0)
     source, epoch, row = mixture.locate(np.arange(20_000))
     for s, size in enumerate(mixture.sizes):
         mine = source == s
@@ -64,7 +66,8 @@ def test_every_row_of_every_epoch_once():
 
 
 def test_any_cut_of_the_run_gives_the_same_rows():
-    mixture = StagedMixture(names=["a", "b"], sizes=[100, 37], stages=[(0, [3, 1]), (700, [1, 9])], seed=5)
+    mixture = StagedMixture(names=["a", "b"], sizes=[100, 37], stages=[(0, [3, 1]), (700, [1, 9])],
+                            seed=5)
     g = np.arange(3 * BLOCK + 17)
     whole = np.stack(mixture.locate(g))
     shuffled = np.random.default_rng(0).permutation(g)
@@ -98,6 +101,7 @@ def test_seen_counts_what_running_says():
 
 def test_seeds_and_names_give_other_orders():
     def rows(seed, name):
-        return StagedMixture(names=[name], sizes=[500], stages=[(0, [1])], seed=seed).locate(np.arange(100))[2]
+        return StagedMixture(names=[name], sizes=[500], stages=[(0, [1])],
+                             seed=seed).locate(np.arange(100))[2]
 
     assert len({rows(seed, name).tobytes() for seed in (0, 1) for name in "ab"}) == 4

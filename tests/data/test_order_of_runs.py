@@ -1,4 +1,4 @@
-"""What a run trained on, by its own records, across a killed process, other batch sizes and hosts."""
+"""What a run trained on, by its records, across a killed process, other batch sizes and hosts."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ RUN = (f"data.sources={SOURCES}", f"train.steps={STEPS}", "optimizer.warmup_step
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory):
-    """(workdir, step): a run of two processes, one of them killed, resumed from a step by one process.
+    """(workdir, step): a run of two processes, one killed, that one process resumes at the step.
 
     After the step the run has another batch size and, 40 rows later, another mixture.
     """
@@ -92,7 +92,8 @@ def test_show_prints_what_a_step_trained_on(moved, capsys):
         assert printed.startswith(f"step {step}: rows ")
         said = [line.strip() for line in printed.splitlines() if line.startswith("    ")]
         targets, segments = np.asarray(batch["targets"]), np.asarray(batch["segment_ids"])
-        want = [" ".join(map(str, row[ids == s])) for row, ids in zip(targets, segments, strict=True)
+        want = [" ".join(map(str, row[ids == s]))
+                for row, ids in zip(targets, segments, strict=True)
                 for s in range(1, ids.max() + 1)]
         assert said == want and printed.count("\nrow ") == size
 

@@ -29,7 +29,8 @@ TWO = (SourceConfig("a", "text:x"), SourceConfig("b", "text:y", weight=2.0))
 
 
 def make_config(**kwargs):
-    return DataConfig(**{"sources": TWO, "tokenizer": TokenizerConfig(vocab_size=V), "seq_len": L} | kwargs)
+    return DataConfig(**{"sources": TWO, "tokenizer": TokenizerConfig(vocab_size=V),
+                         "seq_len": L} | kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,8 @@ def directory(tmp_path_factory):
             entries[name][split] = write_split(str(path), name, split, documents, ids, vocab_size=V,
                                                text_bytes=7)
     write_manifest(str(path), {"format": "lmjax-tokens", "version": 1, "sources": entries,
-                               "config": make_config().prepared_by(), "tokenizer": {"vocab_size": V}})
+                               "config": make_config().prepared_by(),
+                               "tokenizer": {"vocab_size": V}})
     return str(path)
 
 
@@ -126,13 +128,15 @@ def test_the_fingerprint_names_all_that_decides_the_rows(directory, change):
 
 
 def test_other_data_than_the_config_says_is_refused(directory, tmp_path):
-    with pytest.raises(ValueError, match=r"expected data prepared with min_chars = 5, got 32; repeat the config"):
+    with pytest.raises(ValueError,
+                       match="expected data prepared with min_chars = 5, got 32; repeat the c"):
         open_splits(make_config(min_chars=5), directory)
     with pytest.raises(ValueError, match="no manifest.json"):
         open_splits(make_config(), str(tmp_path))
 
 
-SPECS = [((("data", "context"),), (4, 2)), (("data", "context"), (4, 2)), ((None, "context"), (1, 8)),
+SPECS = [((("data", "context"),), (4, 2)), (("data", "context"), (4, 2)),
+         ((None, "context"), (1, 8)),
          ((), (8, 1)), (("data",), (2, 4))]
 
 
@@ -142,7 +146,8 @@ def test_batches_are_the_same_on_any_mesh_and_from_any_start(directory, kind):
     config = make_config() if kind == "store" else make_config(sources=synthetic)
     train, _ = open_splits(config, directory)
     want = [train.rows(np.arange(8 * s, 8 * s + 8)) for s in range(6)]
-    assert_same(to_numpy(make_batches(train, batch_size=8, start_row=0, steps=6, sharding=ONE)), want)
+    assert_same(to_numpy(make_batches(train, batch_size=8, start_row=0, steps=6, sharding=ONE)),
+                want)
     for spec, shape in SPECS:
         where = sharding(spec, shape)
         got = list(make_batches(train, batch_size=8, start_row=16, steps=4, sharding=where))
@@ -185,7 +190,7 @@ def test_evaluation_sees_every_row_once(directory, batch_size):
 
 
 def test_partial_evaluation_draws_from_every_source():
-    """Whatever their order and size: as many rows of each as its share, the same ones every time, none twice."""
+    """Each source gives its share of rows, the same in every call, none of them twice."""
     sizes = {"first": 400, "second": 100, "third": 500}
     sources = tuple(SourceConfig(name, f"synthetic:{10 * size}") for name, size in sizes.items())
     _, heldout = open_splits(make_config(sources=sources, heldout_fraction=0.1))
@@ -206,7 +211,8 @@ def test_partial_evaluation_draws_from_every_source():
 def test_a_mesh_that_does_not_divide_is_refused_at_once(directory):
     train, heldout = open_splits(make_config(), directory)
     where = sharding(("data",), (8, 1))
-    with pytest.raises(ValueError, match=r"batch_size, seq_len: expected multiples .*got \(6, 16\); change"):
+    with pytest.raises(ValueError,
+                       match=r"batch_size, seq_len: expected multiples .*got \(6, 16\); change"):
         make_batches(train, batch_size=6, start_row=0, steps=1, sharding=where)
     with pytest.raises(ValueError, match="batch_size, seq_len"):
         eval_batches(heldout, 6, where)
@@ -214,8 +220,10 @@ def test_a_mesh_that_does_not_divide_is_refused_at_once(directory):
 
 def test_tensorflow_is_asked_for_where_it_is_not_installed(directory, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(ValueError, match="expected TensorFlow, .*got none; pip install tensorflow-cpu"):
-        make_batches(open_splits(make_config(), directory)[0], batch_size=8, start_row=0, steps=1, sharding=ONE)
+    with pytest.raises(ValueError,
+                       match="expected TensorFlow, .*got none; pip install tensorflow-cpu"):
+        make_batches(open_splits(make_config(), directory)[0], batch_size=8, start_row=0, steps=1,
+                     sharding=ONE)
 
 
 @pytest.mark.parametrize("kind", ["store", "synthetic"])
@@ -250,9 +258,11 @@ def test_leaving_early_ends_the_thread():
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"packing": "worst"}, "packing: expected one of"), ({"seq_len": 1}, "seq_len: expected at least 2"),
+    ({"packing": "worst"}, "packing: expected one of"),
+    ({"seq_len": 1}, "seq_len: expected at least 2"),
     ({"heldout_fraction": 0.0}, "heldout_fraction"), ({"broken_budget": 2.0}, "broken_budget"),
-    ({"clean": ("soap",)}, "clean: expected one of"), ({"sources": ()}, "sources: expected one or more"),
+    ({"clean": ("soap",)}, "clean: expected one of"),
+    ({"sources": ()}, "sources: expected one or more"),
     ({"sources": (TWO[0], TWO[0])}, "different names"),
     ({"sources": (TWO[0], SourceConfig("s", "synthetic"))}, "all or none"),
 ])
@@ -262,7 +272,8 @@ def test_a_bad_config_is_refused(fields, message):
 
 
 def synthetic(**kwargs):
-    defaults = {"name": "s", "vocab_size": 40, "seq_len": 64, "num_rows": 400, "seed": 0, "split": "train"}
+    defaults = {"name": "s", "vocab_size": 40, "seq_len": 64, "num_rows": 400, "seed": 0,
+                "split": "train"}
     return SyntheticRows(**defaults | kwargs)
 
 

@@ -12,7 +12,8 @@ from lmjax.data import store
 def written(tmp_path):
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 60_000, n).astype(np.uint16) for n in rng.integers(2, 3000, 40)]
-    facts = store.write_split(str(tmp_path), "s", "train", documents, [f"doc {i}" for i in range(40)],
+    facts = store.write_split(str(tmp_path), "s", "train", documents,
+                              [f"doc {i}" for i in range(40)],
                               vocab_size=60_000, text_bytes=123)
     return tmp_path, documents, facts
 
@@ -25,7 +26,8 @@ def test_an_array_is_the_same_whatever_the_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "SHARD", 1 << 14)
     values = np.random.default_rng(0).integers(0, 1000, 100_000).astype(np.uint16)
     for cuts in ([], [1, 5, 16384, 16385, 90_000], range(0, 100_000, 777)):
-        got = store.write_array(str(tmp_path / "a"), np.split(values, cuts), size=len(values), dtype=values.dtype)
+        got = store.write_array(str(tmp_path / "a"), np.split(values, cuts), size=len(values),
+                                dtype=values.dtype)
         assert got == store.digest(values)
         np.testing.assert_array_equal(store.open_array(str(tmp_path / "a")).read().result(), values)
 
@@ -45,13 +47,15 @@ def test_what_was_written_comes_back(written, memory_limit):
     sizes = rng.integers(1, 500, 100)
     flat, at = split.gather(starts, sizes)
     for begin, size, place in zip(starts, sizes, at, strict=True):
-        np.testing.assert_array_equal(flat[place : place + size], split.tokens()[begin : begin + size])
+        np.testing.assert_array_equal(flat[place : place + size],
+                                      split.tokens()[begin : begin + size])
 
 
 def test_more_than_one_shard_and_wide_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "SHARD", 1 << 15)
     documents = [np.arange(100_000) % 70_001]
-    facts = store.write_split(str(tmp_path), "s", "train", documents, ["a"], vocab_size=70_001, text_bytes=1)
+    facts = store.write_split(str(tmp_path), "s", "train", documents, ["a"], vocab_size=70_001,
+                              text_bytes=1)
     split = store.SplitStore(str(tmp_path), "s", "train", facts, memory_limit=0)
     assert len(list((tmp_path / "s/train/tokens/c").iterdir())) == 4
     flat, at = split.gather(np.array([69_500, 32_000]), np.array([1000, 2000]))
@@ -59,10 +63,12 @@ def test_more_than_one_shard_and_wide_tokens(tmp_path, monkeypatch):
     assert flat.dtype == np.uint32 and flat.max() == 70_000
 
 
-def test_equal_content_has_an_equal_fingerprint_however_it_is_stored(tmp_path, written, monkeypatch):
+def test_equal_content_has_an_equal_fingerprint_however_it_is_stored(tmp_path, written,
+                                                                     monkeypatch):
     monkeypatch.setattr(store, "CHUNK", 1 << 10)
     _, documents, facts = written
-    again = store.write_split(str(tmp_path / "b"), "s", "train", documents, [f"doc {i}" for i in range(40)],
+    again = store.write_split(str(tmp_path / "b"), "s", "train", documents,
+                              [f"doc {i}" for i in range(40)],
                               vocab_size=60_000, text_bytes=123)
     assert again == facts
 
@@ -79,7 +85,8 @@ def test_damage_is_noticed(written, damage, memory_limit):
     else:
         raw[len(raw) // 3] ^= 4
         chunk.write_bytes(raw)
-    with pytest.raises(ValueError, match="tokens: expected the array of sha256 .*, got .*; delete the dir"):
+    with pytest.raises(ValueError,
+                       match="tokens: expected the array of sha256 .*, got .*; delete the dir"):
         open_split(written, memory_limit=memory_limit, verify=True)
 
 
@@ -88,7 +95,8 @@ def test_another_array_in_the_place_of_one_is_noticed(written):
     tokens = np.concatenate(documents)
 
     def replace(values):
-        store.write_array(str(tmp_path / "s/train/tokens"), [values], size=len(values), dtype=values.dtype)
+        store.write_array(str(tmp_path / "s/train/tokens"), [values], size=len(values),
+                          dtype=values.dtype)
 
     replace(tokens[:-1])
     with pytest.raises(ValueError, match=r"got \d+ values where the manifest says"):

@@ -1,4 +1,4 @@
-"""Tokenizers: every text comes back exactly, whatever is in it."""
+"""Tokenizers: every text comes back exactly."""
 
 import io
 import random
@@ -21,7 +21,8 @@ NASTY = [
     "", " ", "  ", "a  b   c    d", "  lead", "trail  ", "\n", "\n\n\n", "\r", "\r\n\r", "\t\tx\t",
     "a\x0b\x0cb",
     "\u2581", "\u2581x \u2581\u2581 ", " \u2581 ", "\x00", "a\x00\x00b", "<s>", "</s><unk><pad><s>",
-    "<0x41><0xE2>", "a\u2581<0xE2>\u2581", "\u00e9 e\u0301", "\ufffd", "\ufeffbom", "\U0001d11e\U0001f600",
+    "<0x41><0xE2>", "a\u2581<0xE2>\u2581", "\u00e9 e\u0301", "\ufffd", "\ufeffbom",
+    "\U0001d11e\U0001f600",
     "a\u2028b\u2029c\u0085d", "\u2585 \u2047 ", "\u65e5\u672c\u8a9e \u30c6", "\x7f\x01\x1b[0m",
     "\xa0\u3000\u200b\u200d", "\ue000\uffff\U0010ffff", "        return x12345", "x" * 5000,
     "\u0627\u0644\u0639 \u05d0",
@@ -30,8 +31,10 @@ NASTY = [
 
 def corpus():
     rng = random.Random(0)
-    words = ["alpha", "beta", "return self", "print(x)", "    if", "42", "e\u0301", "<s>", "</s>", "<unk>"]
-    return [f"{i}\n" + "\n".join(" ".join(rng.choices(words, k=6)) for _ in range(40)) for i in range(20)]
+    words = ["alpha", "beta", "return self", "print(x)", "    if", "42", "e\u0301", "<s>", "</s>",
+             "<unk>"]
+    return [f"{i}\n" + "\n".join(" ".join(rng.choices(words, k=6)) for _ in range(40))
+            for i in range(20)]
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
@@ -42,28 +45,33 @@ def tokenizer(request):
 
 def test_every_text_comes_back(tokenizer):
     rng = random.Random(1)
-    pool = [chr(c) for c in [*range(0x300), *range(0x2570, 0x2590), *[0x2581] * 5, 0x1F600, 0xD7FF, 0xE000]]
-    texts = NASTY + ["".join(rng.choices(pool, k=rng.randint(1, 60))) for _ in range(500)] + corpus()
+    pool = [chr(c) for c in [*range(0x300), *range(0x2570, 0x2590), *[0x2581] * 5, 0x1F600, 0xD7FF,
+                             0xE000]]
+    texts = NASTY + ["".join(rng.choices(pool, k=rng.randint(1, 60)))
+                     for _ in range(500)] + corpus()
     ids = tokenizer.encode_batch(texts)
     assert [tokenizer.decode(i) for i in ids] == texts
     assert [tokenizer.encode(t) for t in texts] == [i.tolist() for i in ids]
     assert tokenizer.lossy(texts, ids) is None
     assert max(int(i.max()) for i in ids if len(i)) < tokenizer.vocab_size
-    assert not {PAD_ID, BOS_ID, EOS_ID, 3} & {int(n) for i in ids for n in i}  # spelt out, never meant
+    # The texts spell special tokens out, and never mean them.
+    assert not {PAD_ID, BOS_ID, EOS_ID, 3} & {int(n) for i in ids for n in i}
 
 
 def test_words_are_encoded_once_where_that_is_the_same_and_only_there(tokenizer):
-    """BPE of one word after the other; not for sums of scores, and not where a piece goes on into the next word."""
+    """For BPE, but not for unigram models, nor where a piece reaches into the next word."""
     integers = tokenizer._sp.get_score(tokenizer.vocab_size - 1).is_integer()
     assert tokenizer._by_unit == integers
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_writer=model, vocab_size=330, model_type="bpe", byte_fallback=True,
-        split_by_whitespace=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=False, minloglevel=2)
+        sentence_iterator=iter(corpus()), model_writer=model, vocab_size=330, model_type="bpe",
+        byte_fallback=True, split_by_whitespace=False, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, add_dummy_prefix=False, minloglevel=2)
     over = SentencePieceTokenizer(model.getvalue())
-    assert any("\u2581" in over._sp.id_to_piece(i).strip("\u2581") for i in range(330)) and not over._by_unit
-    assert [i.tolist() for i in over.encode_batch(corpus())] == [over.encode(text) for text in corpus()]
+    assert any("\u2581" in over._sp.id_to_piece(i).strip("\u2581") for i in range(330))
+    assert not over._by_unit
+    ids = [i.tolist() for i in over.encode_batch(corpus())]
+    assert ids == [over.encode(text) for text in corpus()]
 
 
 def test_our_decoding_is_sentencepieces_own(tokenizer):
@@ -110,9 +118,11 @@ def test_runs_of_spaces_are_one_token():
 
 
 @pytest.mark.parametrize("config, message", [
-    (TokenizerConfig(vocab_size=100), "vocab_size: expected .* got 100 .*smaller than required_chars"),
+    (TokenizerConfig(vocab_size=100),
+     "vocab_size: expected .* got 100 .*smaller than required_chars"),
     (TokenizerConfig(vocab_size=9000), "vocab_size: expected .* got 9000 .*too high"),
-    (TokenizerConfig(path="/no/such.model"), "path: expected a SentencePiece model, .* got '/no/such.model'"),
+    (TokenizerConfig(path="/no/such.model"),
+     "path: expected a SentencePiece model, .* got '/no/such.model'"),
 ])
 def test_a_tokenizer_that_cannot_be_made(config, message):
     with pytest.raises(ValueError, match=message):
@@ -122,7 +132,8 @@ def test_a_tokenizer_that_cannot_be_made(config, message):
 def test_an_existing_model(tmp_path, tokenizer):
     path = tmp_path / "t.model"
     path.write_bytes(tokenizer.to_bytes())
-    assert make_tokenizer(TokenizerConfig(tokenizer.vocab_size, path=str(path)), []).hash == tokenizer.hash
+    again = make_tokenizer(TokenizerConfig(tokenizer.vocab_size, path=str(path)), [])
+    assert again.hash == tokenizer.hash
     with pytest.raises(ValueError, match=f"expected {tokenizer.vocab_size}.*, got 4096"):
         make_tokenizer(TokenizerConfig(path=str(path)), [])
     path.write_bytes(b"junk")
@@ -131,7 +142,7 @@ def test_an_existing_model(tmp_path, tokenizer):
 
 
 def test_words_end_where_letters_do(tokenizer):
-    """Cut by the tables, tokens give the words of the text, whatever they were cut into themselves."""
+    """Cut by the tables, tokens give the words of the text, however the words were split."""
     begins, ends = word_tables(tokenizer)
     text = "return self.alpha42 (beta)\n    e\u0301t\u00e9 \u65e5\u672c x"
     ids = np.array(tokenizer.encode(text))

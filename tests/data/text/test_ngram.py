@@ -14,7 +14,8 @@ BOS, EOS, V = 1, 2, 12
 
 def documents(seed, count):
     rng = np.random.default_rng(seed)
-    words = [3 + rng.integers(0, V - 3, rng.integers(1, 15)) // rng.integers(1, 4) for _ in range(count)]
+    words = [3 + rng.integers(0, V - 3, rng.integers(1, 15)) // rng.integers(1, 4)
+             for _ in range(count)]
     return [[BOS, *w, EOS] for w in words]
 
 
@@ -89,8 +90,10 @@ def test_probabilities_sum_to_one(order):
             total = 0.0
             for word in range(V):
                 if word != BOS:
-                    total += math.exp(model.log_probs(np.array([*document[:end], word], np.uint16))[-1])
-            missing = model_probability_of_bos(model)  # BOS is never predicted, yet has its share of 1 / V
+                    tokens = np.array([*document[:end], word], np.uint16)
+                    total += math.exp(model.log_probs(tokens)[-1])
+            # BOS is never predicted, but has its share of 1 / V.
+            missing = model_probability_of_bos(model)
             assert total <= 1 + 1e-9 and total + missing >= 1 - 1e-9
 
 
@@ -111,12 +114,14 @@ def test_documents_do_not_see_each_other():
 
 def test_baselines_know_more_with_longer_histories():
     rng = np.random.default_rng(0)
-    following = rng.integers(3, V, (V, V))  # the next token is fixed by the last two, nine times out of ten
+    # Nine times out of ten the last two tokens decide the next one.
+    following = rng.integers(3, V, (V, V))
 
     def document():
         d = [BOS, 3]
         for _ in range(60):
-            d.append(int(following[d[-2], d[-1]]) if rng.random() < 0.9 else int(rng.integers(3, V)))
+            d.append(int(following[d[-2], d[-1]]) if rng.random() < 0.9
+                     else int(rng.integers(3, V)))
         return [*d, EOS]
 
     train, test = flat([document() for _ in range(200)]), flat([document() for _ in range(20)])

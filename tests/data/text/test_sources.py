@@ -1,4 +1,4 @@
-"""Reading: the same documents from every kind of file, and a clear error for every kind of damage."""
+"""Reading: the same documents from each kind of file, a clear error for each kind of damage."""
 
 import gzip
 import json
@@ -28,8 +28,13 @@ def read(uri, budget=0.0, size=1 << 20, **kwargs):
     return documents, broken
 
 
+def zstd(data):
+    return zstandard.ZstdCompressor().compress(data)
+
+
 def jsonl(texts, key="text"):
-    lines = [json.dumps({"id": i, key: t}, ensure_ascii=i % 2 == 0) + "\n" for i, t in enumerate(texts)]
+    lines = [json.dumps({"id": i, key: t}, ensure_ascii=i % 2 == 0) + "\n"
+             for i, t in enumerate(texts)]
     return "".join(lines).encode()
 
 
@@ -44,7 +49,7 @@ def test_text_files_in_sorted_order_with_relative_ids(tmp_path):
 
 
 @pytest.mark.parametrize("suffix, pack", [("", bytes), (".gz", gzip.compress),
-                                          (".zst", lambda b: zstandard.ZstdCompressor().compress(b))])
+                                          (".zst", zstd)])
 def test_jsonl(tmp_path, suffix, pack):
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(jsonl(TEXTS) + b"\n"))
     documents, _ = read(f"jsonl:{tmp_path}/*")
@@ -53,7 +58,7 @@ def test_jsonl(tmp_path, suffix, pack):
 
 
 @pytest.mark.parametrize("suffix, pack", [(".gz", gzip.compress),
-                                          (".zst", lambda b: zstandard.ZstdCompressor().compress(b))])
+                                          (".zst", zstd)])
 def test_a_truncated_file_is_an_error_not_an_early_end(tmp_path, suffix, pack):
     whole = pack(jsonl([os.urandom(200).hex() for _ in range(2000)]))
     (tmp_path / f"a.jsonl{suffix}").write_bytes(whole[: len(whole) // 2])
@@ -62,7 +67,8 @@ def test_a_truncated_file_is_an_error_not_an_early_end(tmp_path, suffix, pack):
 
 
 def test_two_compressed_members_are_one_file(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS[:1])) + gzip.compress(jsonl(TEXTS[1:])))
+    members = [gzip.compress(jsonl(texts)) for texts in (TEXTS[:1], TEXTS[1:])]
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(members))
     assert [d.data for d in read(f"jsonl:{tmp_path}/*")[0]] == TEXTS
 
 
@@ -72,7 +78,8 @@ def test_jsonl_that_begins_with_a_byte_order_mark(tmp_path):
 
 
 def test_parquet(tmp_path):
-    pq.write_table(pa.table({"body": TEXTS, "n": range(4)}), tmp_path / "a.parquet", row_group_size=3)
+    pq.write_table(pa.table({"body": TEXTS, "n": range(4)}), tmp_path / "a.parquet",
+                   row_group_size=3)
     documents, _ = read(f"parquet:{tmp_path}/*.parquet", text_field="body")
     assert [d.data for d in documents] == TEXTS and documents[3].id == "a.parquet:3"
     with pytest.raises(ValueError, match="expected a column 'text', got .*body.*set text_field"):
@@ -103,9 +110,12 @@ def test_the_standard_library_is_there_without_what_is_installed():
 def test_a_broken_record_is_set_aside_and_over_the_budget_an_error(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n" + '{"text": "too"}\n')
     documents, broken = read(f"jsonl:{tmp_path}/a.jsonl", budget=0.5)
-    assert [d.data for d in documents] == ["fine", "too"] and [b.id for b in broken] == ["a.jsonl:2"]
-    assert broken[0].raw.encode() and broken[0].reason.encode()  # what is kept of it is written as UTF-8
-    with pytest.raises(ValueError, match=f"at most 20.0% of .*got 1 of 3 .such as a.jsonl:2: {message}") as error:
+    assert [d.data for d in documents] == ["fine", "too"]
+    assert [b.id for b in broken] == ["a.jsonl:2"]
+    # The report writes both as UTF-8.
+    assert broken[0].raw.encode() and broken[0].reason.encode()
+    message = f"at most 20.0% of .*got 1 of 3 .such as a.jsonl:2: {message}"
+    with pytest.raises(ValueError, match=message) as error:
         read(f"jsonl:{tmp_path}/a.jsonl", budget=0.2)
     assert "\n" not in str(error.value)
 
@@ -115,15 +125,19 @@ def test_invalid_utf8_is_counted_and_over_the_budget_an_error(tmp_path):
         (tmp_path / f"{i}.txt").write_bytes(b"fine")
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
     documents, broken = read(f"text:{tmp_path}/*", budget=0.1)
-    assert len(documents) == 9 and [b.id for b in broken] == ["bad.txt"] and "\\xe9" in broken[0].raw
+    assert len(documents) == 9 and [b.id for b in broken] == ["bad.txt"]
+    assert "\\xe9" in broken[0].raw
     with pytest.raises(ValueError, match=r"at most 5.0% .*got 1 of 10 \(such as bad.txt: no UTF-8"):
         read(f"text:{tmp_path}/*", budget=0.05)
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "half \\ud800"}\n{"text": "fine"}\n')
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "caf\xe9"}\n{"text": "half \\ud800"}\n{"text": "fine"}\n')
     documents, broken = read(f"jsonl:{tmp_path}/a.jsonl", budget=1.0)
-    assert [d.data for d in documents] == ["fine"] and [b.id for b in broken] == ["a.jsonl:1", "a.jsonl:2"]
+    assert [d.data for d in documents] == ["fine"]
+    assert [b.id for b in broken] == ["a.jsonl:1", "a.jsonl:2"]
 
 
-@pytest.mark.parametrize("uri", ["text:{}/none*", "text:{}/missing/*", "text:{}", "jsonl:{}/empty.jsonl",
+@pytest.mark.parametrize("uri",
+                         ["text:{}/none*", "text:{}/missing/*", "text:{}", "jsonl:{}/empty.jsonl",
                                  "builtin:python", "tfds:no_such_dataset_at_all"])
 def test_nothing_there(tmp_path, uri):
     (tmp_path / "empty.jsonl").write_text("")
@@ -144,9 +158,11 @@ def test_tfds(tmp_path):
     import tensorflow_datasets as tfds
 
     features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-    records = {"train": [(i, {"text": t}) for i, t in enumerate(TEXTS)], "test": [(0, {"text": "other"})]}
+    records = {"train": [(i, {"text": t}) for i, t in enumerate(TEXTS)],
+               "test": [(0, {"text": "other"})]}
     tfds.dataset_builders.store_as_tfds_dataset(
-        name="little", version="1.0.0", features=features, data_dir=tmp_path, split_datasets=records,
+        name="little", version="1.0.0", features=features, data_dir=tmp_path,
+        split_datasets=records,
         disable_shuffling=True)
     documents, _ = read("tfds:little", data_dir=str(tmp_path))
     assert [d.data for d in documents] == TEXTS
