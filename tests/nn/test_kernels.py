@@ -1,14 +1,16 @@
-"""Every attention kernel, with every feature that the table says it has, against a loop in numpy float64."""
+"""Every attention kernel with every feature that it claims, against a loop in NumPy float64."""
 
 import functools
 import itertools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmjax.errors import UserError
 from lmjax.nn.kernels import chunked, splash, xla
 from lmjax.nn.kernels.choose import (
     ALL,
@@ -26,39 +28,60 @@ from lmjax.sharding import MeshConfig, make_layout, use_layout
 
 B, T = 2, 12
 HEAD = 8
-SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2]], np.int32)
-POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]], np.int32)
+SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0],
+                     [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2]], np.int32)
+POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 0, 0],
+                      [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]], np.int32)
 PACKED = dict(positions=(POSITIONS, POSITIONS), segments=(SEGMENTS, SEGMENTS))
 ONE = np.ones((B, T), np.int32)
 
-# A call that needs the feature, and as little else as can be.
+DEFAULTS = dict(positions=None, segments=(ONE, ONE), causal=True, window=0, in_order=True,
+                kv_heads=4, softcap=0.0, bias=0, prefix=None, mesh=None, size=1.0)
+# For each feature, a call that needs it and as few others as possible.
 CALLS = {
     "segments": PACKED,
     "gqa": dict(kv_heads=1),
-    "cross": dict(causal=False, segments=(SEGMENTS, np.array([[1] * 5 + [0] * 3, [1] * 4 + [2] * 4], np.int32)),
-                  in_order=False),
+    "cross": dict(causal=False, in_order=False, segments=(
+        SEGMENTS, np.array([[1] * 5 + [0] * 3, [1] * 4 + [2] * 4], np.int32))),
     "window": dict(window=3),
     "two_sided_window": dict(window=3, causal=False, **PACKED),
     "softcap": dict(softcap=2.0),
     "bias": dict(bias=1),
-    "prefix": dict(prefix=np.array([[1] * 3 + [0] * (T - 3), [0] * 4 + [1] * 2 + [0] * (T - 6)], np.int32)),
-    "cache": dict(positions=(POSITIONS[:1, 5:8].repeat(2, 0) + np.array([[4], [1]]), np.arange(T)[None].repeat(2, 0)),
+    "prefix": dict(prefix=np.array(
+        [[1] * 3 + [0] * (T - 3), [0] * 4 + [1] * 2 + [0] * (T - 6)], np.int32)),
+    "cache": dict(positions=(POSITIONS[:1, 5:8].repeat(2, 0) + np.array([[4], [1]]),
+                             np.arange(T)[None].repeat(2, 0)),
                   segments=(ONE[:, :3], ONE), in_order=False, window=5),
     "context": dict(mesh=dict(data=2, context=2, tensor=2), window=5, **PACKED),
 }
-BESIDES = {  # what a call needs besides its feature
-    "two_sided_window": {"window", "segments"}, "cache": {"cross", "window"}, "context": {"window", "segments"},
-    "cross": {"segments"},
+BESIDES = {  # the features that a call needs besides its own
+    "two_sided_window": {"window", "segments"}, "cache": {"cross", "window"},
+    "context": {"window", "segments"}, "cross": {"segments"},
 }
+# The default run checks the features that any kernel has in one call, and the others here.
+TOGETHER = {"segments", "gqa", "window", "softcap"}
+QUICK = {("xla", "bias"), ("xla", "prefix"), ("xla", "cache"), ("chunked", "cache"),
+         ("chunked", "two_sided_window"), ("cudnn", "cross"), ("splash", "cross"),
+         ("splash", "two_sided_window"), ("chunked", "context")}
+
+
+def quick(cases, chosen):
+    """All `cases` for the long run, of which those `chosen` are in the default run, too."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)),
+                         marks=() if case in chosen else pytest.mark.long) for case in cases]
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks, the last ones padded; and cuDNN's place taken by JAX's own code for the same arguments."""
+    """Several blocks per row, of which the last is padded.
+
+    JAX's own code for the same arguments takes cuDNN's place.
+    """
     monkeypatch.setattr(chunked, "QUERIES", 5)
     monkeypatch.setattr(chunked, "SCORES", 5 * 4)
     monkeypatch.setattr(xla, "MIN_QUERIES", 5)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", functools.partial(_stand_in, jax.nn.dot_product_attention))
+    monkeypatch.setattr(jax.nn, "dot_product_attention",
+                        functools.partial(_stand_in, jax.nn.dot_product_attention))
 
 
 def _stand_in(run, *args, implementation, **kwargs):
@@ -67,7 +90,7 @@ def _stand_in(run, *args, implementation, **kwargs):
 
 
 def sees(b, t, s, mask):
-    """The rule in words: same document, not padding, not later unless of a prefix, nearer than the window."""
+    """The rule: same document, not padding, not later unless in a prefix, within the window."""
     if mask.q_segments[b, t] != mask.kv_segments[b, s] or mask.kv_segments[b, s] == 0:
         return False
     back = int(mask.q_positions[b, t]) - int(mask.kv_positions[b, s])
@@ -90,24 +113,26 @@ def naive(q, k, v, bias, mask, scale, softcap):
     return out
 
 
-def call(*, positions=None, segments=(ONE, ONE), causal=True, window=0, in_order=True, kv_heads=4, softcap=0.0, bias=0,
-         prefix=None, mesh=None, size=1.0):
-    """(q, k, v, bias), who sees whom, softcap and mesh: one row of `CALLS` filled in."""
-    rows, keys = (s.shape[1] for s in segments)
-    positions = positions or tuple(np.arange(n)[None].repeat(B, 0) for n in (rows, keys))
+def call(**keys):
+    """(q, k, v, bias), mask, softcap and mesh: one row of `CALLS`, with defaults for the rest."""
+    c = types.SimpleNamespace(**DEFAULTS | keys)
+    rows, columns = (s.shape[1] for s in c.segments)
+    positions = c.positions or tuple(np.arange(n)[None].repeat(B, 0) for n in (rows, columns))
     rng = np.random.default_rng(0)
-    shapes = ((B, rows, 4, HEAD), (B, keys, kv_heads, HEAD), (B, keys, kv_heads, HEAD))
-    arrays = [(size * rng.normal(size=s)).astype(np.float32) for s in shapes]
-    arrays.append(rng.normal(size=(bias, 4, rows, keys)).astype(np.float32) if bias else None)
-    mask = AttentionMask(*(np.asarray(x, np.int32) for x in (*positions, *segments)), causal, window,
-                     prefix, in_order)
-    return arrays, mask, softcap, mesh
+    shapes = ((B, rows, 4, HEAD), (B, columns, c.kv_heads, HEAD), (B, columns, c.kv_heads, HEAD))
+    arrays = [(c.size * rng.normal(size=s)).astype(np.float32) for s in shapes]
+    bias = rng.normal(size=(c.bias, 4, rows, columns)).astype(np.float32) if c.bias else None
+    mask = AttentionMask(*(np.asarray(x, np.int32) for x in (*positions, *c.segments)), c.causal,
+                         c.window, c.prefix, c.in_order)
+    return [*arrays, bias], mask, c.softcap, c.mesh
 
 
 def run(kernel, arrays, mask, softcap, mesh):
-    """(out, pull) of the production code. cuDNN takes no float32, so its stand-in is called past that check."""
-    kernel = KERNELS[kernel]
-    mask = mask._replace(**{name: jnp.asarray(getattr(mask, name)) for name in mask._fields[:4]})
+    """(out, pull) of the production code.
+
+    cuDNN takes no float32, so its stand-in is called without that check.
+    """
+    kernel, mask = KERNELS[kernel], on_device(mask)
     how = dict(scale=0.15, softcap=softcap)
 
     def f(q, k, v, bias):
@@ -119,10 +144,31 @@ def run(kernel, arrays, mask, softcap, mesh):
     return jax.vjp(jax.jit(f), *(None if x is None else jnp.asarray(x) for x in arrays))
 
 
-@pytest.mark.parametrize("kernel, feature", [(name, f) for name, kernel in KERNELS.items() for f in sorted(kernel.can)])
-def test_what_a_kernel_claims(kernel, feature):
-    """Values against the loop, and the gradient by all inputs along a random direction against its differences."""
-    arrays, mask, softcap, mesh = call(**CALLS[feature])
+def on_device(mask):
+    arrays = {name: jnp.asarray(getattr(mask, name)) for name in mask._fields[:4]}
+    return mask._replace(**arrays)
+
+
+@pytest.mark.parametrize("kernel, feature", quick(
+    [(name, f) for name, kernel in KERNELS.items() for f in sorted(kernel.can)], QUICK))
+def test_a_kernel_can_do_what_it_claims(kernel, feature):
+    check_against_loop(kernel, CALLS[feature])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_can_do_several_things_at_once(kernel):
+    keys = {}
+    for feature in sorted(TOGETHER & KERNELS[kernel].can):
+        keys |= CALLS[feature]
+    check_against_loop(kernel, keys)
+
+
+def check_against_loop(kernel, keys):
+    """Checks values against the loop, and gradients against its differences.
+
+    The gradients by all inputs are checked along one random direction.
+    """
+    arrays, mask, softcap, mesh = call(**keys)
     out, pull = run(kernel, arrays, mask, softcap, mesh)
     np.testing.assert_allclose(out, naive(*arrays, mask, 0.15, softcap), atol=3e-6, rtol=2e-5)
     rng = np.random.default_rng(3)
@@ -134,17 +180,20 @@ def test_what_a_kernel_claims(kernel, feature):
         return (naive(*moved, mask, 0.15, softcap) * weight).sum()
 
     grads = pull(jnp.asarray(weight, out.dtype))
-    along = sum((np.asarray(g, np.float64) * w).sum() for g, w in zip(grads, ways, strict=True) if w is not None)
+    along = sum((np.asarray(g, np.float64) * w).sum()
+                for g, w in zip(grads, ways, strict=True) if w is not None)
     np.testing.assert_allclose(along, (exact(1e-5) - exact(-1e-5)) / 2e-5, rtol=3e-5)
 
 
-@pytest.mark.parametrize("kernel, feature", [(name, f) for name, k in KERNELS.items() for f in sorted(ALL - k.can)])
-def test_what_a_kernel_does_not_claim_is_refused(kernel, feature):
+@pytest.mark.parametrize("kernel, feature", [
+    (name, f) for name, kernel in KERNELS.items() for f in sorted(ALL - kernel.can)])
+def test_a_kernel_refuses_what_it_does_not_claim(kernel, feature):
     (q, k, v, bias), mask, softcap, mesh = call(**CALLS[feature])
     if not BESIDES.get(feature, set()) <= KERNELS[kernel].can:
         pytest.fail("the call has to fail for one reason alone")
     with use_layout(make_layout(MeshConfig(**mesh)) if mesh else None):
-        with pytest.raises(ValueError, match=f"expected a kernel for {feature} .*got '{kernel}', which cannot; use "):
+        with pytest.raises(UserError, match=f"expected a kernel for {feature} .*got '{kernel}', "
+                                            "which cannot; use "):
             attend(q, k, v, mask, scale=1.0, softcap=softcap, bias=bias, kernel=KERNELS[kernel])
 
 
@@ -152,35 +201,38 @@ def test_every_feature_has_a_call():
     assert set(CALLS) == ALL == set().union(*(kernel.can for kernel in KERNELS.values()))
 
 
-def test_a_bias_a_row_as_well_as_one_for_all():
+def test_a_bias_per_row():
     arrays, mask, softcap, _ = call(bias=B, softcap=2.0, kv_heads=2)
     out, pull = run("xla", arrays, mask, softcap, None)
     np.testing.assert_allclose(out, naive(*arrays, mask, 0.15, softcap), atol=3e-6, rtol=2e-5)
     assert pull(out)[3].shape == (B, 4, T, T)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", quick(KERNELS, {"xla", "chunked", "splash"}))
 def test_large_scores_do_not_overflow(kernel):
     arrays, mask, *rest = call(size=100.0, **PACKED)
     out, _ = run(kernel, arrays, mask, *rest)
     np.testing.assert_allclose(out, naive(*arrays, mask, 0.15, 0.0), rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", quick(KERNELS, {"xla", "chunked", "splash", "cudnn"}))
 def test_queries_that_see_nothing_give_zero_and_finite_gradients(kernel):
     """Row 0's padding, and in row 1 three queries of a document without keys."""
-    arrays, mask, *rest = call(causal=False, segments=(SEGMENTS, np.where(SEGMENTS == 2, 7, SEGMENTS)), in_order=False)
+    arrays, mask, *rest = call(causal=False, in_order=False, segments=(
+        SEGMENTS, np.where(SEGMENTS == 2, 7, SEGMENTS)))
     out, pull = run(kernel, arrays, mask, *rest)
     blind = np.array([[b, t] for b in range(B) for t in range(T) if SEGMENTS[b, t] in (0, 2)]).T
     assert blind.shape[1] == 8
-    assert (np.asarray(out)[tuple(blind)] == 0).all() and np.count_nonzero(np.abs(out).sum((-1, -2))) == B * T - 8
+    assert (np.asarray(out)[tuple(blind)] == 0).all()
+    assert np.count_nonzero(np.abs(out).sum((-1, -2))) == B * T - 8
     grads = [np.asarray(g) for g in pull(jnp.ones_like(out))[:3]]
     assert all(np.isfinite(g).all() for g in grads)
     assert (grads[0][tuple(blind)] == 0).all()
     assert (grads[1][0, -2:] == 0).all() and (grads[2][0, -2:] == 0).all()
 
 
-@pytest.mark.parametrize("kernel", [name for name in KERNELS if "context" in KERNELS[name].can])
+@pytest.mark.parametrize("kernel", quick(
+    [name for name in KERNELS if "context" in KERNELS[name].can], {"chunked", "splash"}))
 def test_heads_split_further_than_keys(kernel):
     """Four query heads on four devices, of which two each share a key/value head."""
     arrays, mask, *_ = call(kv_heads=2, **PACKED)
@@ -192,9 +244,10 @@ def test_heads_split_further_than_keys(kernel):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [dict(context=4, tensor=2), dict(data=4, context=2)])
+@pytest.mark.parametrize("mesh", [
+    dict(context=4, tensor=2), pytest.param(dict(data=4, context=2), marks=pytest.mark.long)])
 def test_a_ring_passes_keys_on_and_never_gathers_them(mesh):
-    """Values and gradients of one device; the keys move by collective-permute alone."""
+    """Values and gradients equal those of one device; only collective-permutes move the keys."""
     (q, k, v, _), mask, *_ = call(kv_heads=2, segments=[np.repeat(SEGMENTS, 2, 0)] * 2,
                                  positions=[np.repeat(POSITIONS, 2, 0)] * 2)
     q, k, v = (np.concatenate([x, x[::-1]]) for x in (q, k, v))
@@ -205,81 +258,93 @@ def test_a_ring_passes_keys_on_and_never_gathers_them(mesh):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
     layout = make_layout(MeshConfig(**mesh))
     sharding = layout.sharding(("batch", "seq", "act_heads", None))
-    mask = mask._replace(**{name: jnp.asarray(getattr(mask, name)) for name in mask._fields[:4]})
 
     def loss(*qkv):
         with use_layout(layout):
-            return jnp.sum(attend(*qkv, mask, scale=1.0, kernel=KERNELS["ring"]))
+            return jnp.sum(attend(*qkv, on_device(mask), scale=1.0, kernel=KERNELS["ring"]))
 
     args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in (q, k, v)]
-    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), out_shardings=sharding).lower(*args).compile().as_text()
-    assert "collective-permute" in text and "all-gather" not in text and "all-to-all" not in text
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), out_shardings=sharding)
+    text = step.lower(*args).compile().as_text()
+    assert "collective-permute" in text
+    assert "all-gather" not in text and "all-to-all" not in text
 
 
-@pytest.mark.parametrize("kernel, T, window", [
-    ("ring", 24, 0), ("ring", 24, 5), ("splash", 512, 0), ("splash", 512, 200)])
-def test_rows_that_are_spread_evenly(kernel, T, window):
-    """Two pieces a device, one early and one late: values and gradients are those of one device in reading order."""
+@pytest.mark.parametrize("kernel, T, window", quick(
+    [("ring", 24, 0), ("ring", 24, 5), ("splash", 512, 0), ("splash", 512, 200)],
+    {("ring", 24, 5), ("splash", 512, 0)}))
+def test_balanced_rows_equal_rows_in_reading_order(kernel, T, window):
+    """Each device holds an early and a late piece; values and gradients are those of one device."""
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(4, T, heads, HEAD)), jnp.float32) for heads in (4, 2, 2))
+    q, k, v = (jnp.asarray(rng.normal(size=(4, T, heads, HEAD)), jnp.float32)
+               for heads in (4, 2, 2))
     second = np.arange(T)[None] >= rng.integers(T // 4, T, (4, 1))
     segments = jnp.asarray(1 + second, jnp.int32).at[0, -T // 8:].set(0)
     at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (4, T))
-    layout, how = make_layout(MeshConfig(data=2, context=2, tensor=2)), dict(scale=0.3, softcap=3.0)
+    layout = make_layout(MeshConfig(data=2, context=2, tensor=2))
+    how = dict(scale=0.3, softcap=3.0)
 
     def apart(q, k, v):
         with use_layout(layout):
             assert uses_balanced_rows(KERNELS[kernel], T, causal=True)
             assert not uses_balanced_rows(KERNELS[kernel], T - 2, causal=True)
             q, k, v, rows, index = map(balance_sequence, (q, k, v, segments, at))
-            mask = AttentionMask(index, index, rows, rows, window=window, in_order=True, reading_index=index)
+            mask = AttentionMask(index, index, rows, rows, window=window, in_order=True,
+                                 reading_index=index)
             return balance_sequence(attend(q, k, v, mask, kernel=KERNELS[kernel], **how), back=True)
 
     def together(q, k, v):
         mask = AttentionMask(at, at, segments, segments, window=window, in_order=True)
         return attend(q, k, v, mask, kernel=KERNELS["xla"], **how)
 
-    (out, pull), (alone, pull_alone) = jax.vjp(jax.jit(apart), q, k, v), jax.vjp(jax.jit(together), q, k, v)
+    out, pull = jax.vjp(jax.jit(apart), q, k, v)
+    alone, pull_alone = jax.vjp(jax.jit(together), q, k, v)
     np.testing.assert_allclose(out, alone, atol=3e-6)
     for ours, theirs in zip(pull(alone), pull_alone(alone), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("window, softcap", [(0, 0.0), (200, 3.0)])
+@pytest.mark.parametrize("window, softcap", quick([(0, 0.0), (200, 3.0)], {(200, 3.0)}))
 def test_splash_over_many_tiles(monkeypatch, window, softcap):
-    """More tiles of keys than one backward kernel takes, two of them to a block: values and gradients with documents,
-    of which some tiles see nothing."""
-    sizes = splash.DEFAULT_TILES._replace(queries=128, keys=256, compute=128, dq_queries=128, dq_keys=128,
-                                            dkv_queries=128, dkv_keys=128, dkv_compute=128)
+    """Values and gradients with more tiles of keys than the fused backward kernel takes.
+
+    A block holds two tiles. The rows hold documents, so that some tiles see nothing.
+    """
+    sizes = splash.DEFAULT_TILES._replace(
+        queries=128, keys=256, compute=128, dq_queries=128, dq_keys=128, dkv_queries=128,
+        dkv_keys=128, dkv_compute=128)
     monkeypatch.setattr(splash, "DEFAULT_TILES", sizes)
     T, rng = 768, np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, T, heads, HEAD)), jnp.float32) for heads in (4, 2, 2))
-    segments = jnp.asarray(1 + np.searchsorted([300, 560], np.arange(T), "right")[None].repeat(2, 0), jnp.int32)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, T, heads, HEAD)), jnp.float32)
+               for heads in (4, 2, 2))
+    segments = 1 + np.searchsorted([300, 560], np.arange(T), "right")[None].repeat(2, 0)
+    segments = jnp.asarray(segments, jnp.int32).at[1, 700:].set(0)
     at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2, T))
-    mask = AttentionMask(at, at, segments.at[1, 700:].set(0), segments.at[1, 700:].set(0), window=window, in_order=True)
+    mask = AttentionMask(at, at, segments, segments, window=window, in_order=True)
 
     def f(q, k, v, kernel):
         return attend(q, k, v, mask, scale=0.3, softcap=softcap, kernel=KERNELS[kernel])
 
-    (out, pull), (alone, pull_alone) = (jax.vjp(jax.jit(functools.partial(f, kernel=name)), q, k, v)
-                                        for name in ("splash", "xla"))
+    (out, pull), (alone, pull_alone) = (
+        jax.vjp(jax.jit(functools.partial(f, kernel=name)), q, k, v) for name in ("splash", "xla"))
     assert T // 128 > splash.MAX_FUSED_TILES
     np.testing.assert_allclose(out, alone, atol=3e-6)
     for ours, theirs in zip(pull(alone), pull_alone(alone), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("spread, tiles", [(True, [9] * 4), (False, [3, 7, 11, 15])])
-def test_spread_rows_have_splash_visit_as_many_tiles_on_every_device(spread, tiles):
+@pytest.mark.parametrize("balanced, tiles", [(True, [9] * 4), (False, [3, 7, 11, 15])])
+def test_balanced_rows_give_every_device_as_many_tiles(balanced, tiles):
     sizes = splash.fit(splash.DEFAULT_TILES, 128, 1024)
     sizes = sizes._replace(**{name: 128 for name in sizes._fields})
-    kernel = splash.make_kernel(splash.IndexMask(1024, 1024, True, 0, 4, spread), 1, 0.0, sizes, True)
+    mask = splash.IndexMask(1024, 1024, True, 0, 4, balanced)
+    kernel = splash.make_kernel(mask, 1, 0.0, sizes, True)
     visited = np.asarray(kernel.fwd_mask_info.block_mask)[0] > 0
     assert [int(rows.sum()) for rows in np.split(visited, 4)] == tiles
 
 
-def test_chunked_skips_what_cannot_be_seen():
-    """Blocks of the future, beyond the window and of other documents: by the ranges that its loops run over."""
+def test_chunked_skips_blocks_that_cannot_be_seen():
+    """Its loops leave out the future, the past beyond the window, and other documents."""
     rows = np.arange(40, dtype=np.int32)[None]
     documents = rows // 20 + 1
 
@@ -294,13 +359,14 @@ def test_chunked_skips_what_cannot_be_seen():
     ones = np.ones_like(rows)  # blocks: 5 queries, 4 keys
     assert visited(ones, True, 0) == [(0, (5 * i + 4) // 4 + 1) for i in range(8)]
     assert visited(ones, False, 0) == [(0, 10)] * 8
-    assert visited(ones, True, 3) == [(max(5 * i - 2, 0) // 4, (5 * i + 4) // 4 + 1) for i in range(8)]
+    assert visited(ones, True, 3) == [
+        (max(5 * i - 2, 0) // 4, (5 * i + 4) // 4 + 1) for i in range(8)]
     assert visited(documents, False, 0) == [(0, 5)] * 4 + [(5, 10)] * 4
     assert visited(np.zeros_like(rows), False, 0) == [(0, 0)] * 8
 
 
 def test_chunked_memory_grows_with_the_rows_not_with_their_square(monkeypatch):
-    monkeypatch.undo()  # its own block sizes
+    monkeypatch.undo()  # restores the real block sizes
 
     def temporaries(kernel, T):
         def loss(q, k, v, rows):
@@ -312,8 +378,9 @@ def test_chunked_memory_grows_with_the_rows_not_with_their_square(monkeypatch):
         compiled = step.lower(x, x, x, jax.ShapeDtypeStruct((1, T), jnp.int32)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporaries("xla", 4096) > 3.5 * temporaries("xla", 2048)
-    assert temporaries("chunked", 4096) < 2 * temporaries("chunked", 2048) < temporaries("xla", 2048) / 4
+    short = temporaries("xla", 2048)
+    assert temporaries("xla", 4096) > 3.5 * short
+    assert temporaries("chunked", 4096) < 2 * temporaries("chunked", 2048) < short / 4
 
 
 # --- the choice
@@ -341,7 +408,8 @@ def test_auto_takes_the_fastest_that_can_and_says_why(needs, expected):
 
 
 REFUSALS = [
-    ("flesh", dict(platform="cpu"), "one of auto, xla, chunked, ring, splash, cudnn, got 'flesh'"),
+    ("flesh", dict(platform="cpu"),
+     "one of auto, xla, chunked, ring, splash, cudnn, got 'flesh'"),
     ("splash", dict(platform="cpu"), "platform cpu (only tpu)"),
     ("splash", dict(platform="tpu", bias=True), "bias"),
     ("splash", dict(platform="tpu", head_dim=36), "head_dim 36"),
@@ -353,13 +421,13 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("name, needs, what", REFUSALS)
-def test_a_kernel_asked_for_is_used_or_refused(name, needs, what):
-    with pytest.raises(ValueError, match=re.escape(what)):
+@pytest.mark.parametrize("name, needs, message", REFUSALS)
+def test_a_kernel_that_cannot_serve_the_model_is_refused(name, needs, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         choose_kernel(name, Needs(**needs))
 
 
-def test_a_cache_is_served_by_a_kernel_that_can_and_the_reason_says_so():
+def test_a_cache_is_read_by_a_kernel_that_can_and_the_reason_says_so():
     cases = {("xla", 9, 10**6): "xla", ("chunked", 9, 8): "chunked", ("splash", 9, 64): "xla",
              ("cudnn", 9, 10**5): "chunked", **{(name, 1, 10**5): "xla" for name in KERNELS}}
     for (name, T, S), expected in cases.items():
@@ -370,8 +438,11 @@ def test_a_cache_is_served_by_a_kernel_that_can_and_the_reason_says_so():
 
 @pytest.mark.parametrize("kernel", ["xla", "chunked"])
 def test_bfloat16_gradients_against_float32(kernel):
-    """Where every key holds the same value no weight matters, so nothing may reach queries and keys: what the
-    backward pass subtracts there has to agree to more than bfloat16's eight bits."""
+    """If all keys have the same value, the gradients of queries and keys are 0.
+
+    The two terms that the backward pass subtracts then have to agree to more than the eight bits of
+    bfloat16.
+    """
     rng = np.random.default_rng(0)
     keys, heads, groups, dim = 8, 4, 2, 64  # weights of 1/8, which bfloat16 holds
     q, g = rng.normal(size=(2, 1, keys, heads, dim))
@@ -380,8 +451,10 @@ def test_bfloat16_gradients_against_float32(kernel):
     mask = AttentionMask(where, where, one, one, causal=False)
 
     def gradients(dtype):
-        exact = [jnp.asarray(x, jnp.bfloat16).astype(dtype) for x in (q, k, v, g)]  # the same numbers in both
-        _, pull = jax.vjp(lambda *qkv: attend(*qkv, mask, scale=0.125, kernel=KERNELS[kernel]), *exact[:3])
+        # The same numbers in both dtypes.
+        exact = [jnp.asarray(x, jnp.bfloat16).astype(dtype) for x in (q, k, v, g)]
+        _, pull = jax.vjp(
+            lambda *qkv: attend(*qkv, mask, scale=0.125, kernel=KERNELS[kernel]), *exact[:3])
         return [np.asarray(x, np.float32) for x in pull(exact[3])]
 
     (dq, dk, dv), (dq32, dk32, dv32) = gradients(jnp.bfloat16), gradients(jnp.float32)

@@ -1,4 +1,4 @@
-"""Layers against their formulas in numpy float64; dropout by its statistics and by what keys it."""
+"""Layers against their formulas in NumPy float64; dropout by its statistics and its keys."""
 
 import math
 
@@ -9,7 +9,16 @@ import pytest
 
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
-from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, NORMS, Dense, Embedding, dropout, residual_init
+from lmjax.nn.layers import (
+    ACTIVATIONS,
+    MLP,
+    MLP_KINDS,
+    NORMS,
+    Dense,
+    Embedding,
+    dropout,
+    residual_init,
+)
 from lmjax.nn.module import functional, normal
 from lmjax.sharding import MeshConfig, make_layout
 from lmjax.training.losses import Loss
@@ -23,11 +32,15 @@ RNG = np.random.default_rng(0)
 
 
 def made(build, seed=0):
-    """A module as a pure function of its input, and its parameters, none of them at its initial 0 or 1."""
+    """A module as a pure function, its parameters, and its parts.
+
+    Noise is added to the parameters, so that none of them is at its initial 0 or 1.
+    """
     parts = functional(build)
     params = parts.init(jax.random.key(seed))
     noise = np.random.default_rng(seed)
-    params = jax.tree.map(lambda p: p + jnp.asarray(noise.normal(size=p.shape) * 0.5, jnp.float32), params)
+    params = jax.tree.map(
+        lambda p: p + jnp.asarray(noise.normal(size=p.shape) * 0.5, jnp.float32), params)
     return (lambda params, *args: parts.bind(params)(*args)), params, parts
 
 
@@ -40,24 +53,29 @@ def numbers(params):
 
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("inside, outside, rule", [
-    ((6,), (10,), "btd,df->btf"), ((6,), (2, 5), "btd,dhk->bthk"), ((2, 5), (6,), "bthk,hkd->btd")])
+    ((6,), (10,), "btd,df->btf"), ((6,), (2, 5), "btd,dhk->bthk"),
+    ((2, 5), (6,), "bthk,hkd->btd")])
 def test_dense_contracts_the_last_axes(inside, outside, rule, use_bias):
     axes = ("embed", "heads", "head_dim")[: len(inside) + len(outside)]
-    apply, params, parts = made(lambda r: Dense(inside, outside, axes, use_bias=use_bias, init=normal(1.0), rngs=r))
+    apply, params, parts = made(
+        lambda r: Dense(inside, outside, axes, use_bias=use_bias, init=normal(1.0), rngs=r))
     x = RNG.normal(size=(2, 3, *inside))
     w = numbers(params)
     expected = np.einsum(rule, x, w["kernel"]) + (w["bias"] if use_bias else 0)
     np.testing.assert_allclose(apply(params, jnp.asarray(x, jnp.float32)), expected, atol=2e-5)
-    assert parts.axes["kernel"] == axes and set(params) == ({"kernel", "bias"} if use_bias else {"kernel"})
+    assert parts.axes["kernel"] == axes
+    assert set(params) == ({"kernel", "bias"} if use_bias else {"kernel"})
 
 
 def test_dense_computes_in_the_dtype_of_its_input_and_stores_float32():
-    apply, params, _ = made(lambda r: Dense((6,), (4,), ("embed", "mlp"), use_bias=True, init=normal(1.0), rngs=r))
+    apply, params, _ = made(lambda r: Dense((6,), (4,), ("embed", "mlp"), use_bias=True,
+                                            init=normal(1.0), rngs=r))
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     x = jnp.asarray(RNG.normal(size=(2, 6)), jnp.bfloat16)
     y = apply(params, x)
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), apply(params, x.astype(jnp.float32)), rtol=0.05, atol=0.05)
+    np.testing.assert_allclose(y.astype(jnp.float32), apply(params, x.astype(jnp.float32)),
+                               rtol=0.05, atol=0.05)
     grads = jax.grad(lambda p: apply(p, x).astype(jnp.float32).sum())(params)
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
@@ -65,16 +83,20 @@ def test_dense_computes_in_the_dtype_of_its_input_and_stores_float32():
 def test_embedding_takes_rows_in_any_dtype():
     apply, params, _ = made(lambda r: Embedding(5, 3, ("vocab", "embed"), init=normal(1.0), rngs=r))
     ids = jnp.array([[0, 4], [2, 2]], jnp.int32)
-    np.testing.assert_array_equal(apply(params, ids, jnp.float32), np.asarray(params["table"])[np.asarray(ids)])
+    np.testing.assert_array_equal(apply(params, ids, jnp.float32),
+                                  np.asarray(params["table"])[np.asarray(ids)])
     assert apply(params, ids, jnp.bfloat16).dtype == jnp.bfloat16
-    np.testing.assert_array_equal(apply(params, jnp.array([9]), jnp.float32)[0], params["table"][4])  # not NaN
+    out_of_range = apply(params, jnp.array([9]), jnp.float32)
+    np.testing.assert_array_equal(out_of_range[0], params["table"][4])  # not NaN
     grads = jax.grad(lambda p: apply(p, ids, jnp.float32).sum())(params)["table"]
     np.testing.assert_array_equal(grads[:, 0], [1, 0, 2, 0, 1])
 
 
 def test_the_gradient_of_a_frequent_row_is_summed_in_float32():
-    layer = functional(lambda rngs: Embedding(3, 4, ("vocab", "embed"), init=normal(1.0), rngs=rngs))
-    params, ids = layer.init(jax.random.key(0)), jnp.zeros((1, 5000), jnp.int32).at[0, 0].set(7)  # one beyond the table
+    layer = functional(
+        lambda rngs: Embedding(3, 4, ("vocab", "embed"), init=normal(1.0), rngs=rngs))
+    params = layer.init(jax.random.key(0))
+    ids = jnp.zeros((1, 5000), jnp.int32).at[0, 0].set(7)  # one id is beyond the table
 
     def total(params):
         return jnp.sum(layer.bind(params)(ids, jnp.bfloat16).astype(jnp.float32))
@@ -94,18 +116,21 @@ def expected_norm(name, x, w, eps):
     return y + w["bias"] if name == "layernorm" else y
 
 
-@pytest.mark.parametrize("shape", [(8,), (2, 8), (2, 3, 8), (2, 3, 4, 8)])
+@pytest.mark.parametrize("shape", [
+    pytest.param((8,), marks=pytest.mark.long), pytest.param((2, 8), marks=pytest.mark.long),
+    (2, 3, 8), pytest.param((2, 3, 4, 8), marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", NORMS)
 def test_norms_against_numpy(name, shape):
-    apply, params, _ = made(lambda r: NORMS[name](8, eps=0.1, rngs=r))  # an eps that shows
+    # An eps that is large enough to change the result.
+    apply, params, _ = made(lambda r: NORMS[name](8, eps=0.1, rngs=r))
     x = RNG.normal(size=shape) + 3
-    np.testing.assert_allclose(apply(params, jnp.asarray(x, jnp.float32)), expected_norm(name, x, numbers(params), 0.1),
-                               atol=3e-6)
+    np.testing.assert_allclose(apply(params, jnp.asarray(x, jnp.float32)),
+                               expected_norm(name, x, numbers(params), 0.1), atol=3e-6)
 
 
 @pytest.mark.parametrize("name", NORMS)
 def test_norms_are_taken_in_float32(name):
-    """The only errors of a bfloat16 norm are those of its input and output, however large the input."""
+    """A bfloat16 norm only rounds its input and output, even if the input is large."""
     apply, params, _ = made(lambda r: NORMS[name](512, eps=1e-6, rngs=r))
     x = jnp.asarray(RNG.normal(size=(4, 512)) * 300 + 100, jnp.bfloat16)
     y = apply(params, x)
@@ -134,20 +159,23 @@ EXACT = {
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(name):
     x = np.linspace(-6, 6, 241)
-    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), EXACT[name](x), atol=2e-6)
+    y = ACTIVATIONS[name](jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(y, EXACT[name](x), atol=2e-6)
 
 
-def test_the_two_gelus_are_told_apart():
+def test_the_two_gelus_differ_by_more_than_the_tolerance():
     x = np.linspace(-6, 6, 241)
     gap = np.abs(EXACT["gelu"](x) - EXACT["gelu_tanh"](x)).max()
-    assert gap > 4e-4  # two hundred times the tolerance above
+    assert gap > 4e-4  # the tolerance above is 200 times smaller
 
 
-@pytest.mark.parametrize("use_bias", [False, True])
-@pytest.mark.parametrize("kind", MLP_KINDS)
+@pytest.mark.parametrize("kind, use_bias", [
+    *((kind, False) for kind in MLP_KINDS), ("gelu", True), ("swiglu", True),
+    *(pytest.param(kind, True, marks=pytest.mark.long)
+      for kind in MLP_KINDS if kind not in ("gelu", "swiglu"))])
 def test_mlp_against_numpy(kind, use_bias):
-    apply, params, parts = made(
-        lambda r: MLP(6, 10, kind=kind, use_bias=use_bias, init=normal(0.5), out_init=normal(0.5), rngs=r))
+    apply, params, parts = made(lambda r: MLP(
+        6, 10, kind=kind, use_bias=use_bias, init=normal(0.5), out_init=normal(0.5), rngs=r))
     x, w = RNG.normal(size=(2, 3, 6)), numbers(params)
 
     def dense(name, x):
@@ -155,16 +183,19 @@ def test_mlp_against_numpy(kind, use_bias):
 
     gates = {"swiglu": "silu", "geglu": "gelu_tanh", "geglu_erf": "gelu", "reglu": "relu"}
     act, gated = gates.get(kind, kind), kind in gates
-    hidden = EXACT[act](dense("gate", x)) * dense("up", x) if gated else EXACT[act](dense("up", x))
-    np.testing.assert_allclose(apply(params, jnp.asarray(x, jnp.float32)), dense("down", hidden), atol=3e-5)
+    up = dense("up", x)
+    hidden = EXACT[act](dense("gate", x)) * up if gated else EXACT[act](up)
+    np.testing.assert_allclose(apply(params, jnp.asarray(x, jnp.float32)), dense("down", hidden),
+                               atol=3e-5)
     assert set(params) == ({"gate", "up", "down"} if gated else {"up", "down"})
-    assert parts.axes["up"]["kernel"] == ("embed", "mlp") and parts.axes["down"]["kernel"] == ("mlp", "embed")
+    assert parts.axes["up"]["kernel"] == ("embed", "mlp")
+    assert parts.axes["down"]["kernel"] == ("mlp", "embed")
 
 
 def test_initial_scales():
-    std = float(jnp.std(residual_init(0.02, 8)(jax.random.key(0), (400, 400), jnp.float32)))
-    assert std == pytest.approx(0.02 / 4, rel=0.02)
-    assert float(jnp.std(normal(0.02)(jax.random.key(0), (400, 400), jnp.float32))) == pytest.approx(0.02, rel=0.02)
+    for init, expected in ((residual_init(0.02, 8), 0.02 / 4), (normal(0.02), 0.02)):
+        std = float(jnp.std(init(jax.random.key(0), (400, 400), jnp.float32)))
+        assert std == pytest.approx(expected, rel=0.02)
 
 
 # --- dropout
@@ -190,7 +221,8 @@ def test_dropout_is_off_without_a_key_or_a_rate():
 
 def tiny(**keys):
     config = dict(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=24, vocab_size=20, init_std=0.3)
-    return build_model(DecoderConfig(**(config | keys)), vocab_size=20, platform="cpu", dtype=jnp.float32)
+    return build_model(DecoderConfig(**(config | keys)), vocab_size=20, platform="cpu",
+                       dtype=jnp.float32)
 
 
 def batch_of(rows=4, length=8, seed=0):
@@ -202,7 +234,7 @@ def batch_of(rows=4, length=8, seed=0):
             "loss_mask": np.ones((rows, length), np.float32)}
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_model_dropout_depends_on_the_key_and_nothing_else(scan):
     model = tiny(dropout=0.3, scan_layers=scan)
     params, batch = jax.jit(model.init)(jax.random.key(0)), batch_of()
@@ -211,7 +243,8 @@ def test_model_dropout_depends_on_the_key_and_nothing_else(scan):
     def hidden(*keys):
         without = tiny(scan_layers=scan)
         runs = [model.hidden(params, batch, key)[0] for key in keys]
-        return (*runs, model.hidden(params, batch)[0], without.hidden(params, batch, keys[0])[0])
+        off = model.hidden(params, batch)[0]
+        return *runs, off, without.hidden(params, batch, keys[0])[0]
 
     a, again, b, off, without = hidden(*map(jax.random.key, (1, 1, 2)))
     np.testing.assert_array_equal(a, again)
@@ -219,35 +252,42 @@ def test_model_dropout_depends_on_the_key_and_nothing_else(scan):
     np.testing.assert_allclose(off, without, atol=1e-6)
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_dropout_differs_between_layers(scan):
-    """With residual branches that write 1 everywhere, hidden - embedding counts the branches that were kept."""
+    """Every MLP writes 1 everywhere, so that the sum tells in how many layers it was kept."""
     model = tiny(dropout=0.5, use_bias=True, scan_layers=scan, num_layers=2, norm="layernorm")
     params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), model.shapes)
     block = params["layers"]["block"]
-    block["mlp"]["down"]["bias"] = jnp.ones_like(block["mlp"]["down"]["bias"])  # the attention branch stays 0
+    # Attention stays 0.
+    block["mlp"]["down"]["bias"] = jnp.ones_like(block["mlp"]["down"]["bias"])
     params["norm"] = {"scale": jnp.ones(16), "bias": jnp.zeros(16)}
-    hidden = np.asarray(jax.jit(lambda key: model.hidden(params, batch_of(rows=64), key)[0])(jax.random.key(0)))
-    # Each element is 0, 2 or 4 before the last norm: equal masks in both layers would leave 0 and 4 only.
+    hidden_of = jax.jit(lambda key: model.hidden(params, batch_of(rows=64), key)[0])
+    hidden = np.asarray(hidden_of(jax.random.key(0)))
+    # Each element is 0, 2 or 4 before the last norm. With equal masks in both layers, none is 2.
     levels = [len(np.unique(row.round(4))) for row in hidden.reshape(-1, 16)]
     assert np.mean(np.array(levels) == 3) > 0.9
 
 
 def step_of(model, microbatches, loss_fn=None):
-    config = OptimizerConfig(name="sgd", momentum=0.0, schedule="constant", warmup_steps=0, peak_lr=0.5)
+    config = OptimizerConfig(name="sgd", momentum=0.0, schedule="constant", warmup_steps=0,
+                             peak_lr=0.5)
     layout = make_layout(MeshConfig(data=1), jax.devices()[:1])
     spec = state_spec(model, make_optimizer(config, 10, model.axes), layout, ema=False)
-    step = make_train_step(loss_fn or next_token_loss(model), spec, layout, make_schedule(config, 10), seed=3,
-                           microbatches=microbatches)
+    step = make_train_step(loss_fn or next_token_loss(model), spec, layout,
+                           make_schedule(config, 10), seed=3, microbatches=microbatches)
     start = spec.init(0)
-    # The step takes its input apart: each run begins with a copy.
-    return step, lambda number=0: jax.tree.map(jnp.copy, start)._replace(step=jnp.asarray(number, jnp.int32))
+
+    def fresh(number=0):
+        """A copy of the initial state at step `number`, because a step consumes its input."""
+        return jax.tree.map(jnp.copy, start)._replace(step=jnp.asarray(number, jnp.int32))
+
+    return step, fresh
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_step_with_dropout_can_be_replayed(microbatches):
     """The same state and batch give the same bits; the next step draws other masks."""
-    step, fresh = step_of(tiny(dropout=0.3), microbatches)
+    step, fresh = step_of(tiny(dropout=0.3, num_layers=1), microbatches)
     batch = batch_of()
     first, again = (step(fresh(), batch) for _ in range(2))
     for a, b in zip(*(jax.tree.leaves(x) for x in (first, again)), strict=True):
@@ -256,7 +296,7 @@ def test_a_step_with_dropout_can_be_replayed(microbatches):
 
 
 def test_every_step_and_microbatch_has_a_key_of_its_own():
-    """The loss is a number drawn from the key, counted in the microbatch whose row is marked, and nowhere else."""
+    """The loss is a number drawn from the key, counted only in the microbatch of the marked row."""
 
     def drawn(params, batch, key):
         nats = jax.random.uniform(key) * batch["loss_mask"].sum()

@@ -8,7 +8,7 @@ from lmjax.nn.positions import RopeScaling, relative_buckets, rope_rotation, sin
 
 MISSING = "is not installed, so nothing is compared with it: pip install lmjax[oracle]"
 K, THETA = 16, 500.0
-# ours -> what theirs is called with
+# our scaling -> the arguments of transformers'
 SCALINGS = {
     "none": (RopeScaling(), dict(rope_type="default")),
     "linear": (RopeScaling(kind="linear", factor=4.0), dict(rope_type="linear", factor=4.0)),
@@ -18,9 +18,12 @@ SCALINGS = {
                dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                     original_max_position_embeddings=64)),
     "yarn": (RopeScaling(kind="yarn", factor=8.0, original_positions=64, beta_fast=4.0),
-             dict(rope_type="yarn", factor=8.0, beta_fast=4.0, original_max_position_embeddings=64)),
-    "yarn-factor": (RopeScaling(kind="yarn", factor=8.0, original_positions=64, attention_factor=1.5),
-                    dict(rope_type="yarn", factor=8.0, attention_factor=1.5, original_max_position_embeddings=64)),
+             dict(rope_type="yarn", factor=8.0, beta_fast=4.0,
+                  original_max_position_embeddings=64)),
+    "yarn-factor": (
+        RopeScaling(kind="yarn", factor=8.0, original_positions=64, attention_factor=1.5),
+        dict(rope_type="yarn", factor=8.0, attention_factor=1.5,
+             original_max_position_embeddings=64)),
 }
 
 
@@ -45,18 +48,22 @@ def test_rotations_are_those_of_transformers(name):
 
 
 def test_ntk_raises_theta_by_the_factor_where_no_length_is_given():
-    """All but the fastest frequency fall; the slowest by exactly the factor (the point of NTK-aware scaling)."""
-    positions = jnp.ones((1, 1), jnp.int32)
+    """The fastest frequency stays, the slowest falls by exactly the factor."""
+    positions, scaling = jnp.ones((1, 1), jnp.int32), RopeScaling(kind="ntk", factor=4.0)
     plain, ours = (np.arctan2(sin, cos)[0, 0] for cos, sin in (
-        rope_rotation(positions, K, THETA), rope_rotation(positions, K, THETA, RopeScaling(kind="ntk", factor=4.0))))
+        rope_rotation(positions, K, THETA), rope_rotation(positions, K, THETA, scaling)))
     np.testing.assert_allclose((plain / ours)[[0, -1]], [1.0, 4.0], rtol=1e-5)
 
 
-def test_scalings_that_cannot_be_are_refused():
-    for keys, message in ((dict(kind="yarn"), "original_positions: expected at least 1"),
-                          (dict(kind="nkt"), "kind: expected one of none, linear, ntk, llama3, yarn"),
-                          (dict(factor=0.5), "factor: expected at least 1"),
-                          (dict(kind="llama3", original_positions=8, high_freq_factor=1.0), "high_freq_factor: ")):
+def test_invalid_scalings_are_refused():
+    refused = {
+        "original_positions: expected at least 1": dict(kind="yarn"),
+        "kind: expected one of none, linear, ntk, llama3, yarn": dict(kind="nkt"),
+        "factor: expected at least 1": dict(factor=0.5),
+        "high_freq_factor: expected more than low_freq_factor=1.0, got 1.0; raise it":
+            dict(kind="llama3", original_positions=8, high_freq_factor=1.0),
+    }
+    for message, keys in refused.items():
         with pytest.raises(ValueError, match=message):
             RopeScaling(**keys)
 
@@ -69,7 +76,8 @@ def test_relative_buckets_are_those_of_transformers(bidirectional, buckets, dist
     from transformers.models.t5.modeling_t5 import T5Attention
 
     offsets = np.arange(-300, 301)
-    expected = T5Attention._relative_position_bucket(torch.tensor(offsets), bidirectional, buckets, distance)
+    expected = T5Attention._relative_position_bucket(torch.tensor(offsets), bidirectional, buckets,
+                                                     distance)
     ours = relative_buckets(jnp.zeros((1, 1), jnp.int32), jnp.asarray(offsets[None], jnp.int32),
                             bidirectional=bidirectional, buckets=buckets, distance=distance)
     np.testing.assert_array_equal(ours[0, 0], expected)
