@@ -47,14 +47,14 @@ def exact(engine: Engine, parts: Sequence[Shard], folder: str) -> np.ndarray:
     return np.load(out) if count else np.zeros((2, 0), np.uint64)
 
 
-def digest(raw: bytes | memoryview) -> bytes:
+def _digest(raw: bytes | memoryview) -> bytes:
     """Hashes UTF-8 text to 16 bytes that ignore spaces and ASCII case."""
     return hashlib.blake2b(bytes(raw).translate(_LOWER, _SPACES), digest_size=16).digest()
 
 
 def _digests(part: Shard) -> np.ndarray:
     """Records (first half of the digest, second half, document): uint64 [3, D]."""
-    data = b"".join(map(digest, shards.raw_texts(part)))
+    data = b"".join(map(_digest, shards.raw_texts(part)))
     halves = np.frombuffer(data, "<u8").reshape(-1, 2).T
     return np.stack([halves[0], halves[1], np.arange(part.first, part.end, dtype=np.uint64)])
 
@@ -104,11 +104,12 @@ def _greedy(pairs_2P: np.ndarray, similar_P: np.ndarray) -> tuple[np.ndarray, np
     """
     order = np.lexsort((pairs_2P[1], -similar_P, pairs_2P[0]))
     gone: dict[int, tuple[int, float]] = {}
-    rows = zip(*pairs_2P[:, order].tolist(), similar_P[order].tolist(), strict=True)
-    for later, earlier, value in rows:
+    sorted_pairs = zip(*pairs_2P[:, order].tolist(), similar_P[order].tolist(), strict=True)
+    for later, earlier, value in sorted_pairs:
         if later not in gone and earlier not in gone:
             gone[later] = earlier, value
-    found = np.array([list(gone), [earlier for earlier, _ in gone.values()]], np.uint64)
+    rows = [(later, earlier) for later, (earlier, _) in gone.items()]
+    found = np.array(rows, np.uint64).reshape(-1, 2).T  # the memory order is part of the file
     return found, np.array([value for _, value in gone.values()])
 
 
@@ -163,18 +164,18 @@ def signatures(set_G: np.ndarray, bounds_D1: np.ndarray, count: int) -> np.ndarr
 
 
 def _bands(part: Shard, removed: str, config: DedupConfig, folder: str) -> np.ndarray:
-    """Writes the shingles of a shard's documents and returns their `band_keys`."""
+    """Writes the shingles of a shard's documents and returns their `_band_keys`."""
     set_G, bounds = shingle_sets(shards.texts(part), config.shingle)
     np.save(os.path.join(folder, f"{part.name}.sets.npy"), set_G)
     np.save(os.path.join(folder, f"{part.name}.bounds.npy"), bounds)
     gone = between(np.load(removed, mmap_mode="r"), part.first, part.end)[0] - np.uint64(part.first)
     wanted = np.diff(bounds) > 0
     wanted[gone.astype(np.int64)] = False
-    return band_keys(set_G, bounds, np.flatnonzero(wanted), part.first, config)
+    return _band_keys(set_G, bounds, np.flatnonzero(wanted), part.first, config)
 
 
-def band_keys(set_G: np.ndarray, bounds_D1: np.ndarray, wanted: np.ndarray, first: int,
-              config: DedupConfig) -> np.ndarray:
+def _band_keys(set_G: np.ndarray, bounds_D1: np.ndarray, wanted: np.ndarray, first: int,
+               config: DedupConfig) -> np.ndarray:
     """Hashes each band of the documents' signatures.
 
     Args:
@@ -201,7 +202,7 @@ def band_keys(set_G: np.ndarray, bounds_D1: np.ndarray, wanted: np.ndarray, firs
 
 
 def _candidates(rows: np.ndarray) -> np.ndarray:
-    """Turns records of `band_keys` into pairs of documents that share a band: uint64 [1, P]."""
+    """Turns records of `_band_keys` into pairs of documents that share a band: uint64 [1, P]."""
     key, document = rows
     place = np.arange(len(key))
     new = np.concatenate([[True], key[1:] != key[:-1]])[: len(key)]
@@ -234,13 +235,13 @@ def _verify(task: tuple[int, int], pairs: str, folder: str, parts: Sequence[Shar
         index = document - parts[shard].first
         return np.asarray(sets[bounds[index] : bounds[index + 1]])
 
-    similar_P = np.array([jaccard(set_of(a), set_of(b))
+    similar_P = np.array([_jaccard(set_of(a), set_of(b))
                           for a, b in zip(later.tolist(), earlier.tolist(), strict=True)])
     keep = similar_P >= threshold
     return np.stack([later, earlier]).astype(np.uint64)[:, keep], similar_P[keep]
 
 
-def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
     """Computes |a and b| / |a or b| of two sorted arrays without repetitions; 0 if one is empty."""
     a, b = (a, b) if len(a) < len(b) else (b, a)
     if not len(a):

@@ -97,7 +97,7 @@ class Engine:
         made_of = {"stage": name, "config": config, "inputs": dict(inputs), "versions": versions()}
         key = hashlib.sha256(canonical(made_of).encode()).hexdigest()
         folder = os.path.join(self.folder, name)
-        receipt = read_receipt(folder)
+        receipt = _read_receipt(folder)
         if receipt.get("key") == key:
             self.log(f"prepare: {name}: done before")
             return Stage(folder, receipt)
@@ -202,7 +202,7 @@ def versions() -> dict[str, str]:
             **lmjax.installed(*PACKAGES)}
 
 
-def read_receipt(folder: str) -> dict[str, Any]:
+def _read_receipt(folder: str) -> dict[str, Any]:
     """Returns the receipt of a finished stage, or {} if there is none."""
     try:
         with open(os.path.join(folder, "receipt.json")) as file:

@@ -43,8 +43,8 @@ def repeats(engine: Engine, parts: Sequence[Shard], removed: Sequence[str], conf
     return out
 
 
-def passage_hashes(texts: Sequence[str], config: DedupConfig,
-                   kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _passages(texts: Sequence[str], config: DedupConfig,
+              kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Hashes every window of words, or every line that is long enough.
 
     Returns:
@@ -69,7 +69,7 @@ def _records(part: Shard, removed: Sequence[str], config: DedupConfig, kind: str
         texts[number - part.first] = ""
     out = [np.zeros((2, 0), np.uint64)]
     for base, group in batches(texts):
-        hashes, text, number = passage_hashes(group, config, kind)
+        hashes, text, number = _passages(group, config, kind)
         document = (text + (part.first + base)).astype(np.uint64)
         place = document << np.uint64(POSITION_BITS) | number.astype(np.uint64)
         out.append(np.stack([hashes, place]))
@@ -77,7 +77,7 @@ def _records(part: Shard, removed: Sequence[str], config: DedupConfig, kind: str
 
 
 def _repeated(rows: np.ndarray, documents: int) -> np.ndarray:
-    """Returns the places of passages that came before, given records of `_records` by hash.
+    """Returns the places of passages that came before, given all `_records` of some hashes.
 
     With `documents`, only passages that are in more documents than that count, and their first
     document keeps all of them.

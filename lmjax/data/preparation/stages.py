@@ -34,7 +34,7 @@ STAGE_NAMES = {name: f"{number}-{name}" for number, name in enumerate((
     "near",       # finds nearly equal documents
     "cuts",       # finds repeated windows of words and repeated lines
     "evals",      # indexes the evaluation sets
-    "finish",     # removes what the four stages before found, and evaluation examples
+    "finish",     # removes and cuts what the four stages before it found
     "tokenizer",  # trains or reads the tokenizer
     "tokens",     # tokenises the documents and checks that their texts come back
 ), start=1)}
@@ -69,7 +69,7 @@ def run_stages(config: DataConfig, engine: Engine, make_tokenizer: TokenizerFact
     Raises:
       UserError: a source cannot be read or has too little text, or the tokenizer loses text.
     """
-    ingested = ingest(config, engine)
+    ingested = _ingest(config, engine)
     cleaned = _clean(config, engine, ingested)
     removed = {"exact_copy": _exact(engine, cleaned)}
     if config.curate.dedup.threshold:
@@ -89,7 +89,7 @@ def run_stages(config: DataConfig, engine: Engine, make_tokenizer: TokenizerFact
                     evals, tokenizer, tokens)
 
 
-def ingest(config: DataConfig, engine: Engine) -> Corpus:
+def _ingest(config: DataConfig, engine: Engine) -> Corpus:
     """Reads all sources into shards of documents."""
     def build(folder: str) -> dict[str, Any]:
         facts, names = [], []
