@@ -18,13 +18,7 @@ from collections.abc import Sequence
 from lmjax.planning.collectives import Collective
 from lmjax.planning.costs import CustomCall, StepCosts, step_costs
 from lmjax.planning.hlo import parse
-from lmjax.planning.kernels import (
-    PEAK_SHARES,
-    StepFacts,
-    is_kernel,
-    is_recomputed,
-    kernel_flops,
-)
+from lmjax.planning.kernels import PEAK_SHARES, StepFacts, is_kernel, is_recomputed, kernel_flops
 from lmjax.runtime.chips import Chip, parse_topology
 
 LEAST = "matmuls alone, at the rate measured now"  # the basis of times for the devices at hand
@@ -116,22 +110,14 @@ def estimate_step(facts: StepFacts, text: str) -> Estimate:
     hidden = seconds["matmul"] + seconds["attention"] + seconds["grouped"]
     work = [(call, call.times * kernel_flops(call, facts)[1]) for call in kernels]
     return Estimate(
-        topology=facts["topology"],
-        chips=facts["devices"],
-        mesh=facts["mesh"],
-        memory=facts["memory"],
-        limit=chip.hbm if chip else 0.0,
-        hidden=hidden,
-        exposed=hidden + seconds["other"] + seconds["exposed"],
-        seconds=seconds,
+        topology=facts["topology"], chips=facts["devices"], mesh=facts["mesh"],
+        memory=facts["memory"], limit=chip.hbm if chip else 0.0, seconds=seconds,
+        hidden=hidden, exposed=hidden + seconds["other"] + seconds["exposed"],
         model_flops=facts["flops_per_token"] * facts["tokens"] / facts["devices"],
         flops=costs.flops + sum(flops for _, flops in work),
-        recomputed=costs.recomputed_flops + sum(
-            flops for call, flops in work if is_recomputed(call)),
-        collectives=rows,
-        tokens=facts["tokens"],
-        peak_flops=rate,
-        basis=basis,
+        recomputed=costs.recomputed_flops + sum(flops for call, flops in work
+                                                if is_recomputed(call)),
+        collectives=rows, tokens=facts["tokens"], peak_flops=rate, basis=basis,
         unknown=unknown + _not_counted(costs))
 
 

@@ -60,12 +60,9 @@ def measure(recipe: Recipe, topology: Topology | str) -> tuple[StepFacts, str]:
     traced = time.monotonic()
     mesh = program.layout.mesh
     facts: StepFacts = {
-        "topology": str(topology),
-        "devices": len(devices),
-        "device_kind": devices[0].device_kind,
-        "platform": devices[0].platform,
+        "topology": str(topology), "devices": len(devices), "mesh": dict(mesh.shape),
+        "device_kind": devices[0].device_kind, "platform": devices[0].platform,
         "versions": versions("jax", "jaxlib", "libtpu"),
-        "mesh": dict(mesh.shape),
         "slices": [getattr(device, "slice_index", 0) for device in mesh.devices.flat],
         **_model_facts(recipe, program),
     }
@@ -116,15 +113,10 @@ def _model_facts(recipe: Recipe, program: Program) -> StepFacts:
                                     capacity=model.config.moe.capacity)
         expert_ways = num_shards("experts")
     return {
-        "parameters": num_elements(model.shapes),
-        "tokens": recipe.train.batch_size * seq_len,
-        "seq_len": seq_len,
-        "window": _window(model.config),
-        "causal": causal,
-        "spread": spread,
-        "expert_ways": expert_ways,
-        "flops_per_token": flops_per_row(model, fields) / seq_len,
-        "compute_dtype": str(model.dtype),
+        "parameters": num_elements(model.shapes), "compute_dtype": str(model.dtype),
+        "tokens": recipe.train.batch_size * seq_len, "seq_len": seq_len,
+        "window": _window(model.config), "causal": causal, "spread": spread,
+        "expert_ways": expert_ways, "flops_per_token": flops_per_row(model, fields) / seq_len,
         "attention": {"kernel": model.kernel.name, "reason": model.kernel_reason},
     }
 
@@ -144,21 +136,11 @@ def _memory(program: Program, step: jax.stages.Compiled) -> dict[str, int]:
     # The state is donated: only outputs that do not take the place of an input are new.
     outputs = max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
     code = analysis.generated_code_size_in_bytes
-    ours = {
-        "parameters": shard_bytes(shapes.params),
-        "optimizer": shard_bytes(shapes.opt_state),
-        "average": shard_bytes(shapes.ema),
-        "batch": shard_bytes(program.batch),
-    }
-    return {
-        **ours,
-        "padding": arguments - sum(ours.values()),
-        "arguments": arguments,
-        "temporaries": temporaries,
-        "outputs": outputs,
-        "code": code,
-        "peak": arguments + temporaries + outputs + code,
-    }
+    ours = {"parameters": shard_bytes(shapes.params), "optimizer": shard_bytes(shapes.opt_state),
+            "average": shard_bytes(shapes.ema), "batch": shard_bytes(program.batch)}
+    return {**ours, "padding": arguments - sum(ours.values()), "arguments": arguments,
+            "temporaries": temporaries, "outputs": outputs, "code": code,
+            "peak": arguments + temporaries + outputs + code}
 
 
 def needed_memory(message: str) -> int | None:

@@ -98,17 +98,11 @@ def as_json(recipe: Recipe, facts: StepFacts, estimate: Estimate, tokens: float)
                              "chip_hours": [24 * d * estimate.chips for d in days]}
     rates = estimate.tokens_per_second
     return dataclasses.asdict(estimate) | {
-        "fits": estimate.fits,
-        "parameters": facts["parameters"],
-        "attention_kernel": facts["attention"],
-        "device_kind": facts["device_kind"],
+        "fits": estimate.fits, "parameters": facts["parameters"],
+        "attention_kernel": facts["attention"], "device_kind": facts["device_kind"],
         "compute_dtype": facts["compute_dtype"],
         "step_seconds": {"hidden": estimate.hidden, "exposed": estimate.exposed},
         "mfu": dict(zip(("exposed", "hidden"), estimate.mfu, strict=True)),
         "tokens_per_second_per_chip": dict(zip(("exposed", "hidden"), rates, strict=True)),
-        "compile_seconds": facts["seconds"],
-        "host_bytes": facts["host_bytes"],
-        "budgets": budgets,
-        "versions": facts["versions"],
-        "config": plain(recipe),
-    }
+        "compile_seconds": facts["seconds"], "host_bytes": facts["host_bytes"],
+        "budgets": budgets, "versions": facts["versions"], "config": plain(recipe)}

@@ -11,29 +11,17 @@ from lmjax.monitoring.units import human_bytes, size_unit, time_unit
 from lmjax.planning.estimate import LEAST, Estimate
 from lmjax.reporting.plots import COLORS, STYLE
 
-FILLS = {
-    "parameters": COLORS["train"],
-    "optimizer": "#56b4e9",
-    "average": COLORS["ema"],
-    "temporaries": "#e69f00",
-    "rest": COLORS["muted"],
-    "matmul": COLORS["train"],
-    "attention": COLORS["second"],
-    "grouped": COLORS["ema"],
-    "other": "#e69f00",
-    "exposed": COLORS["heldout"],
-}
-LABELS = {
-    "parameters": "parameters",
-    "optimizer": "optimizer state",
-    "average": "average of weights",
-    "temporaries": "activations, gradients",
-    "rest": "batch, padding, code",
-    "matmul": "matmuls",
-    "attention": "attention kernels",
-    "grouped": "grouped matmuls",
-    "other": "other compute",
-    "exposed": "synchronous collectives",
+PARTS = {  # of a bar, by kind: (label, colour)
+    "parameters": ("parameters", COLORS["train"]),
+    "optimizer": ("optimizer state", "#56b4e9"),
+    "average": ("average of weights", COLORS["ema"]),
+    "temporaries": ("activations, gradients", "#e69f00"),
+    "rest": ("batch, padding, code", COLORS["muted"]),
+    "matmul": ("matmuls", COLORS["train"]),
+    "attention": ("attention kernels", COLORS["second"]),
+    "grouped": ("grouped matmuls", COLORS["ema"]),
+    "other": ("other compute", "#e69f00"),
+    "exposed": ("synchronous collectives", COLORS["heldout"]),
 }
 
 
@@ -70,7 +58,8 @@ def _bar(axes: Axes, parts: dict[str, float], unit: str, limit: float) -> None:
     end = 0.0
     for kind, size in parts.items():
         if size > 0:
-            axes.barh([0], [size], left=end, color=FILLS[kind], label=f"{LABELS[kind]} {size:.3g}")
+            label, color = PARTS[kind]
+            axes.barh([0], [size], left=end, color=color, label=f"{label} {size:.3g}")
             end += size
     if limit:
         axes.axvline(limit, color=COLORS["ink"], linestyle="--", label=f"limit {limit:.4g}")

@@ -72,10 +72,8 @@ def search(recipe: Recipe, topology: Topology, *,
             log(f"  needs {human_bytes(row['needs_bytes'])}: {overrides}")
             continue
         found.append((candidate, estimate))
-        row |= {"peak_bytes": estimate.memory["peak"],
-                "hidden": estimate.hidden,
-                "exposed": estimate.exposed,
-                "mfu": list(estimate.mfu),
+        row |= {"peak_bytes": estimate.memory["peak"], "hidden": estimate.hidden,
+                "exposed": estimate.exposed, "mfu": list(estimate.mfu),
                 "tokens_per_second_per_chip": list(estimate.tokens_per_second)}
         log(_as_line(row))
         if len(found) == COMPILED:
@@ -148,9 +146,7 @@ def candidates(recipe: Recipe, topology: Topology) -> Iterator[Candidate]:
             if batch % (micro * rows):
                 continue
             changed = dataclasses.replace(
-                recipe,
-                mesh=mesh,
-                model=dataclasses.replace(c, remat=remat),
+                recipe, mesh=mesh, model=dataclasses.replace(c, remat=remat),
                 train=dataclasses.replace(train, batch_size=batch, steps=steps,
                                           microbatches=micro),
                 eval=dataclasses.replace(recipe.eval, batch_size=rows))
@@ -175,16 +171,11 @@ def _batches(recipe: Recipe) -> Iterator[tuple[int, int]]:
 
 def _overrides(recipe: Recipe) -> tuple[str, ...]:
     """The overrides that make a candidate's recipe from the user's."""
-    values = {
-        "mesh.data": recipe.mesh.data,
-        "mesh.fsdp": recipe.mesh.fsdp,
-        "mesh.context": recipe.mesh.context,
-        "mesh.tensor": recipe.mesh.tensor,
-        "model.remat": recipe.model.remat,
-        "train.batch_size": recipe.train.batch_size,
-        "train.microbatches": recipe.train.microbatches,
-        "eval.batch_size": recipe.eval.batch_size,
-    }
+    mesh, train = recipe.mesh, recipe.train
+    values = {"mesh.data": mesh.data, "mesh.fsdp": mesh.fsdp, "mesh.context": mesh.context,
+              "mesh.tensor": mesh.tensor, "model.remat": recipe.model.remat,
+              "train.batch_size": train.batch_size, "train.microbatches": train.microbatches,
+              "eval.batch_size": recipe.eval.batch_size}
     return tuple(f"--config.{key}={value}" for key, value in values.items())
 
 
@@ -223,7 +214,7 @@ def _topologies() -> Iterator[Topology]:
         for bits in itertools.count():
             try:
                 largest = parse_topology(f"{chip.name}-{2**bits * chip.cores}")
-            except ValueError:
+            except UserError:
                 break
             yield largest
         yield from (dataclasses.replace(largest, slices=n) for n in (2, 4, 8))
