@@ -34,8 +34,7 @@ class DecontaminateConfig:
 class DedupConfig:
     """Which repeated text is removed. Exact copies always are; 0 switches any other step off."""
 
-    # Jaccard similarity of two documents' shingles that removes the later one
-    threshold: float = 0.0
+    threshold: float = 0.0   # Jaccard similarity of shingles that removes the later document
     shingle: int = 5         # words in a shingle
     # MinHash signature: a pair of similarity s is compared with probability
     # 1 - (1 - s**rows)**bands, which is 0.998 at s = 0.8 with these defaults.
@@ -61,8 +60,7 @@ class CurateConfig:
     A filter is None (off) or its thresholds; `{}` gives the published ones.
     """
 
-    # longer documents are dropped, which bounds memory per document
-    max_chars: int = 4_000_000
+    max_chars: int = 4_000_000       # longer documents are dropped: they would take much memory
     languages: tuple[str, ...] = ()  # ISO 639-1 codes, and `und` (code, tables); () keeps all
     gopher_quality: GopherQuality | None = None
     gopher_repetition: GopherRepetition | None = None
@@ -72,8 +70,7 @@ class CurateConfig:
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     workers: int = 0                 # processes; 0: one per core
     memory_mib: int = 2048           # memory that they may hold together
-    # options of an Apache Beam pipeline to use instead, e.g. --runner=FlinkRunner
-    beam: tuple[str, ...] = ()
+    beam: tuple[str, ...] = ()       # options of an Apache Beam pipeline to use instead
 
     def __post_init__(self) -> None:
         at_least(0, workers=self.workers)
@@ -103,8 +100,7 @@ class MixtureStage:
     """Other proportions of the sources, from some row of the run on."""
 
     row: int                   # the first row of the run that these weights hold for
-    # share of the rows by name of the source; 0 for each source not named
-    weights: dict[str, float]
+    weights: dict[str, float]  # share of the rows by name of the source; others get none
 
     def __post_init__(self) -> None:
         at_least(0, row=self.row,
@@ -117,25 +113,23 @@ class MixtureStage:
 class DataConfig:
     """What a model is trained on, how it is cut into rows, and in which order they come."""
 
-    # what is read, in which proportions
+    # What is read, in which proportions.
     sources: tuple[SourceConfig, ...] = (
         SourceConfig(name="python-stdlib", uri="builtin:python-stdlib"),)
     stages: tuple[MixtureStage, ...] = ()  # other proportions, each from some row of the run on
-    # by name of a source: the most epochs that a run may take of it; no limit for the others
+    # By name of a source: the most epochs that a run may take of it; no limit for the others.
     max_epochs: dict[str, float] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    # prepared data: local, gs:// or s3://; "": `data` in the run's directory
-    directory: str = ""
+    directory: str = ""              # prepared data, local or remote; "": `data` in the workdir
     seq_len: int = 256               # tokens in a row, of the encoder if there is one
-    # best_fit (cuts only documents longer than a row), concat or none
-    packing: str = "best_fit"
+    packing: str = "best_fit"        # best_fit (cuts only overlong documents), concat or none
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     seed: int = 0                    # of the order of training rows, and of synthetic data
     heldout_fraction: float = 0.02   # share of documents, chosen by hash, kept for evaluation
-    # share of records that may be broken: not UTF-8, not JSON, without text
+    # Share of records that may be broken: not UTF-8, not JSON, without text.
     broken_budget: float = 0.02
     min_chars: int = 32              # after cleaning, shorter documents are dropped
-    # rules of lmjax/data/text/clean.py, in this order
+    # Rules of lmjax/data/text/clean.py, in this order.
     clean: tuple[str, ...] = ("newlines", "control", "nfc")
     curate: CurateConfig = field(default_factory=CurateConfig)
     memory_limit_mib: int = 1024     # a split's tokens are held in memory up to this size

@@ -62,7 +62,7 @@ def segment_of(rows, name, row, segment):
 
 
 def t5_lengths(inputs_length, density, mean):
-    """The longest text whose inputs fit, and its targets, as T5's `random_spans_helper` has them."""
+    """The longest text whose inputs fit, and its targets, as in T5's `random_spans_helper`."""
     def both(n):
         noise = round(n * density)
         spans = round(noise / mean)

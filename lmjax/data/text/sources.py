@@ -26,10 +26,10 @@ STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
 
 
 class Document(NamedTuple):
-    """A text."""
+    """One text of a source."""
 
-    id: str  # a name for it, the same in every run
-    data: str
+    id: str    # its name, the same in every run
+    data: str  # the text
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def is_synthetic(source: SourceConfig) -> bool:
 
 
 class Broken(NamedTuple):
-    """A record without a document."""
+    """A record that gave no document."""
 
     id: str      # as the document's would be
     reason: str
