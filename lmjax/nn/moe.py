@@ -174,8 +174,7 @@ class MoE(nnx.Module):
             dot = _blocks_dot(experts, rows)
         else:
             own_M1 = (jnp.arange(B * T * k) < jnp.sum(sizes_E))[:, None]
-            grouped = _staged_dot if staged else lax.ragged_dot
-            dot = lambda x, w: grouped(x, w, sizes_E)  # noqa: E731
+            dot = _grouped_dot(sizes_E, staged)
         x_MD = x_BTD.reshape(B * T, -1).at[order_M // k].get(mode="clip")
         x_MD = jnp.where(own_M1, x_MD, 0)
         weights_M = weights_BTk.reshape(-1).at[order_M].get(mode="clip")
@@ -286,6 +285,12 @@ def _blocks_dot(experts: jax.Array, rows: int) -> ExpertDot:
         return lax.map(lambda block: block[0] @ w[block[1]], blocks).reshape(-1, w.shape[-1])
 
     return dot
+
+
+def _grouped_dot(sizes_E: jax.Array, staged: bool) -> ExpertDot:
+    """Multiplies the rows of each expert, sizes_E of them, by its matrix."""
+    dot = _staged_dot if staged else lax.ragged_dot
+    return lambda x, w: dot(x, w, sizes_E)
 
 
 class Experts(nnx.Module):
