@@ -92,7 +92,7 @@ def account(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
       Seconds by activity, in the order of ACTIVITIES, without those of 0 seconds. The sum is the
       wall time of the run.
     """
-    spent: Counter[str] = Counter()
+    spent = dict.fromkeys(ACTIVITIES, 0.0)
     steps: list[tuple[float, float, float]] = []  # per row: first step, last step, useful seconds
     first = last = None
     for row in rows:
@@ -100,7 +100,8 @@ def account(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         first = began if first is None else first
         before = began if last is None else last
         named = {activity: row[activity] for activity in ACTIVITIES if activity in row}
-        spent.update(named)
+        for activity, seconds in named.items():
+            spent[activity] += seconds
         if "start" in row:
             spent["down"] += max(began - before, 0.0)
             spent["setup"] += row["start"] - sum(named.values())
@@ -110,9 +111,8 @@ def account(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     if first is None or last is None:
         return {}
     spent["useful"] -= spent["redone"]
-    idle = max(last - first - sum(spent.values()), 0.0)
-    seconds: dict[str, float] = {**spent, "idle": idle}
-    return {activity: seconds[activity] for activity in ACTIVITIES if seconds.get(activity, 0) > 0}
+    spent["idle"] = max(last - first - sum(spent.values()), 0.0)
+    return {activity: seconds for activity, seconds in spent.items() if seconds > 0}
 
 
 def _undo(steps: list[tuple[float, float, float]], step: int) -> float:
