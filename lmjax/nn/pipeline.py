@@ -111,8 +111,7 @@ def pipeline(layers: Callable[..., tuple[jax.Array, Any, Any]], block: tuple[Any
     fed = jnp.arange(M + S - 1), jnp.pad(x_MBTD, ((0, S - 1), *((0, 0),) * x_BTD.ndim))
     _, (held, outs) = jax.lax.scan(step, jnp.zeros((S, *x_MBTD.shape[1:]), x_BTD.dtype), fed)
     outs = _by_layer(outs, S, M)
-    x_BTD = join_rows(held[S - 1:, S - 1])
-    return constrain(x_BTD, "batch", stream_axis(held), "act_embed"), outs
+    return constrain(join_rows(held[S - 1:, S - 1]), "batch", stream_axis(held), "act_embed"), outs
 
 
 def _by_layer(outs: Any, S: int, M: int) -> Any:
