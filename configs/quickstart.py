@@ -63,12 +63,17 @@ def get_config(variant: str = "") -> ConfigDict:
         max_tokens=64,
     )
     if variant == "tiny":
-        config.model.update(num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=1, mlp_dim=64)
-        config.data.update(seq_len=64)
-        config.data.tokenizer.update(vocab_size=512, train_bytes=200_000)
-        config.train.update(steps=20, batch_size=8)
-        config.eval.update(every=10, batches=2, batch_size=8)
-        config.checkpoint.update(every=5)
-        config.sample.update(every=10, max_tokens=8)
-        config.optimizer.update(warmup_steps=5)
+        shrink(config)
     return config
+
+
+def shrink(config: ConfigDict) -> None:
+    """Makes the recipe small enough for tests."""
+    config.model.update(num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=1, mlp_dim=64)
+    config.data.update(seq_len=64)
+    config.data.tokenizer.update(vocab_size=512, train_bytes=200_000)
+    config.train.update(steps=20, batch_size=8)
+    config.eval.update(every=10, batches=2, batch_size=8)
+    config.checkpoint.update(every=5)
+    config.sample.update(every=10, max_tokens=8)
+    config.optimizer.update(warmup_steps=5)
