@@ -90,19 +90,20 @@ def run_steps(run: Run, records: Records, stop: StopSignal, start: int, end: int
 def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: Iterator[Batch],
           profiler: Profiler) -> str:
     """The loop itself. Step k is dispatched before the metrics of step k-1 are read."""
-    recipe, state, run.state = run.recipe, run.state, None  # the step takes over the arrays
+    recipe, state = run.recipe, run.state
     assert state is not None
-    on_its_way = None  # the newest step and its metrics, which nobody has read yet
+    run.state = None  # the step donates its arrays
+    on_its_way = None  # the newest step and its metrics, until they are logged
     records.restart_clock()
     for step in steps:  # `state` is the state after `step` steps
         first, final = step == steps.start, step == recipe.train.steps
         stopping = not first and stop.due()
-        # The first state was saved before, and evaluated too unless `unfinished`.
+        # A start finds its first state saved, and evaluated too unless the run is `unfinished`.
         owed = not first or run.unfinished
         evaluates = owed and (final or _due(recipe.eval.every, step))
         samples = owed and recipe.sample.every > 0 and (final or _due(recipe.sample.every, step))
         saves = not first and (final or stopping or _due(recipe.checkpoint.every, step))
-        if on_its_way and (evaluates or samples or saves):
+        if on_its_way and (evaluates or samples or saves):  # all of them wait for this step anyway
             records.log_step(*on_its_way)
             on_its_way = None
 
