@@ -55,7 +55,7 @@ if args[0] == "bench":
     sys.modules["torch"] = None  # it compiles for half a minute; tests/benchmarks compares
 sys.exit(main(args))
 """
-# Other tests run these (tests/launch/test_installation.py, tests/benchmarks), or a test machine cannot.
+# tests/launch/test_installation.py and tests/benchmarks run these, or a test machine cannot.
 ELSEWHERE = ("./launch/local", "./launch/test", "pip install", "lmjax bench generate")
 
 
@@ -89,7 +89,8 @@ def commands(page: pathlib.Path) -> list[list[str]]:
     """The words after `lmjax` of every command on the page."""
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
     # A quoted value may span lines; a command ends where its quotes are closed.
-    found = re.findall(r"^(?:\w+=\S+ )*lmjax ((?:'[^']*'|\"[^\"]*\"|[^'\"\n])*)", lines, re.MULTILINE)
+    words = r"(?:'[^']*'|\"[^\"]*\"|[^'\"\n])*"
+    found = re.findall(rf"^(?:\w+=\S+ )*lmjax ({words})", lines, re.MULTILINE)
     return [shlex.split(words, comments=True) for words in found]
 
 
