@@ -1,7 +1,7 @@
 """What version 0.1.0 wrote still loads, resumes, and is taken as it is.
 
 `fixtures/version_0.1.0.tar.gz` holds a corpus (docs/), the tokens prepared from it (data/), and a
-run that version 0.1.0 stopped at step 5 of 8 (run/). `expected.json` has what that version computed.
+run that it stopped at step 5 of 8 (run/). `expected.json` has what version 0.1.0 computed.
 """
 
 import json

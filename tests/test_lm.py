@@ -16,7 +16,7 @@ import pytest
 import lmjax
 from lmjax import lm as lm_module
 from lmjax.cli import main as cli
-from lmjax.data import open_splits
+from lmjax.data.pipeline import open_splits
 from lmjax.decoding.generate import Generator, Sampling
 from lmjax.decoding.reading import rows_of
 from lmjax.errors import UserError

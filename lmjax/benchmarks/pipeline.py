@@ -15,10 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lmjax.data import DataConfig, SourceConfig, TokenizerConfig, make_batches, open_splits
 from lmjax.data.augmentation import AugmentConfig
+from lmjax.data.batches import make_batches
+from lmjax.data.config import DataConfig
 from lmjax.data.objectives import ObjectiveConfig
+from lmjax.data.pipeline import open_splits
 from lmjax.data.store import FORMAT, VERSION, write_manifest, write_split
+from lmjax.data.text.sources import SourceConfig
+from lmjax.data.tokenizers import TokenizerConfig
 
 VOCAB, SEQ_LEN, BATCH = 32_000, 1024, 32
 DOCUMENTS = 5_000  # per source

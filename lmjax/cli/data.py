@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmjax.data import DataConfig, open_splits
+from lmjax.data.config import DataConfig
 from lmjax.data.objectives import Objective
 from lmjax.data.order import Steps
-from lmjax.data.pipeline import Mixture
+from lmjax.data.pipeline import Mixture, open_splits
 from lmjax.data.tokenizers import NamedIds, prepared_tokenizer
 from lmjax.errors import UserError
 from lmjax.training.checkpoint import checkpoint_steps, read_about

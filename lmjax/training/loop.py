@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from lmjax.data import eval_batches, make_batches
+from lmjax.data.batches import eval_batches, make_batches
 from lmjax.decoding.sampling import Sampling
 from lmjax.models.model import Batch
 from lmjax.monitoring.goodput import ACTIVITIES, LEDGER_FILE, account, goodput_line

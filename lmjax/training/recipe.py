@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lmjax.config import at_least, build, choice, plain
-from lmjax.data import DataConfig
+from lmjax.data.config import DataConfig
 from lmjax.data.objectives import OBJECTIVES
 from lmjax.decoding.sampling import Sampling
 from lmjax.errors import UserError

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lmjax.data import Tokenizer
 from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture, Split
+from lmjax.data.tokenizers import Tokenizer
 from lmjax.decoding.generate import Generator
 from lmjax.models.model import Model
 from lmjax.sharding import Layout

@@ -9,10 +9,10 @@ import jax
 
 import lmjax
 from lmjax.config import plain
-from lmjax.data import Tokenizer, open_splits
 from lmjax.data.order import Steps
+from lmjax.data.pipeline import open_splits
 from lmjax.data.preparation.prepare import prepare
-from lmjax.data.tokenizers import prepared_tokenizer
+from lmjax.data.tokenizers import Tokenizer, prepared_tokenizer
 from lmjax.decoding.generate import Generator
 from lmjax.errors import UserError
 from lmjax.monitoring.goodput import ACTIVITIES

@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from lmjax.data import DataConfig, SourceConfig, TokenizerConfig, batches, open_splits
-from lmjax.data.config import MixtureStage
+from lmjax.data import batches
+from lmjax.data.config import DataConfig, MixtureStage
 from lmjax.data.order import BLOCK, StagedMixture, Steps
+from lmjax.data.pipeline import open_splits
+from lmjax.data.text.sources import SourceConfig
+from lmjax.data.tokenizers import TokenizerConfig
 
 HOSTS = [1, 2, 3, 4, 8]
 NAMES, SIZES = ("a", "b", "c"), (97, 230, 1)

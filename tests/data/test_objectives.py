@@ -5,14 +5,17 @@ import itertools
 import numpy as np
 import pytest
 
-from lmjax.data import DataConfig, SourceConfig, TokenizerConfig, eval_batches, open_splits
 from lmjax.data.augmentation import AugmentConfig
+from lmjax.data.batches import eval_batches
+from lmjax.data.config import DataConfig
 from lmjax.data.denoising import UL2, Denoiser, noise_counts, random_parts
 from lmjax.data.hashing import fold, key_of
 from lmjax.data.objectives import Objective, ObjectiveConfig
-from lmjax.data.pipeline import PackedRows
+from lmjax.data.pipeline import PackedRows, open_splits
 from lmjax.data.rows import START_ID
 from lmjax.data.synthetic import SyntheticRows
+from lmjax.data.text.sources import SourceConfig
+from lmjax.data.tokenizers import TokenizerConfig
 
 V, BOS, EOS = 1000, 1, 2
 

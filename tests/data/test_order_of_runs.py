@@ -13,10 +13,11 @@ from processes import lines, one_line, run_here, start_together, wait_for
 
 from lmjax.cli.data import make_reader, open_run
 from lmjax.cli.main import main
-from lmjax.data import DataConfig, TokenizerConfig, make_batches
 from lmjax.data.augmentation import AugmentConfig
+from lmjax.data.batches import make_batches
+from lmjax.data.config import DataConfig
 from lmjax.data.objectives import ObjectiveConfig
-from lmjax.data.tokenizers import train_tokenizer
+from lmjax.data.tokenizers import TokenizerConfig, train_tokenizer
 from lmjax.training.checkpoint import checkpoint_steps, read_about
 
 SOURCES = json.dumps([{"name": "a", "uri": "synthetic:70"},

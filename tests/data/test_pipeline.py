@@ -10,18 +10,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from lmjax.data import (
-    DataConfig,
-    SourceConfig,
-    TokenizerConfig,
-    batches,
-    eval_batches,
-    make_batches,
-    open_splits,
-)
+from lmjax.data import batches
+from lmjax.data.batches import eval_batches, make_batches
+from lmjax.data.config import DataConfig
+from lmjax.data.pipeline import open_splits
 from lmjax.data.rows import DECODER
 from lmjax.data.store import write_manifest, write_split
 from lmjax.data.synthetic import BOS_ID, EOS_ID, SyntheticRows
+from lmjax.data.text.sources import SourceConfig
+from lmjax.data.tokenizers import TokenizerConfig
 
 V, L = 50, 16
 METHODS = ["best_fit", "concat", "none"]

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from lmjax.data import DataConfig, SourceConfig, store
+from lmjax.data import store
+from lmjax.data.config import DataConfig
 from lmjax.data.preparation.prepare import prepare
+from lmjax.data.text.sources import SourceConfig
 from lmjax.data.tokenizers import (
     HuggingFaceTokenizer,
     TokenizerConfig,

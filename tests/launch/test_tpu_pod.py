@@ -81,6 +81,7 @@ def test_tpu_pod_continues_after_pre_emptions(cloud):
     assert len(starts) == 2 and starts[0] == starts[1]
 
 
+@pytest.mark.long
 def test_a_pod_that_cannot_be_created_again_counts_as_a_restart(cloud):
     cloud.answer({"describe": [*COMES, SUSPENDED], " create ": [None, ["no capacity", 1]],
                   "tail -n": [["~", 255]]})
@@ -89,6 +90,7 @@ def test_a_pod_that_cannot_be_created_again_counts_as_a_restart(cloud):
     assert cloud.verbs().count("create") == 4
 
 
+@pytest.mark.long
 def test_tpu_pod_connects_again(cloud):
     """After a lost connection the output continues at the line that it had reached."""
     cloud.answer({"describe": COMES, "tail -n": [
@@ -149,7 +151,8 @@ def test_tpu_pod_restarts_a_run_that_was_stopped_or_failed(cloud, code):
 
 
 @pytest.mark.parametrize("code, restarts, runs", [
-    (2, "5", 1), pytest.param(3, "0", 1, marks=LONG), (75, "1", 2), (3, "9", 4),
+    (2, "5", 1), pytest.param(3, "0", 1, marks=LONG), (75, "1", 2),
+    pytest.param(3, "9", 4, marks=LONG),
     pytest.param(75, "5", 6, marks=LONG)])
 def test_tpu_pod_ends_with_the_code_of_a_run_that_failed(cloud, code, restarts, runs):
     cloud.answer({"describe": COMES})
@@ -171,6 +174,7 @@ def test_tpu_pod_gives_up_on_what_never_worked_and_cleans_up(cloud, answers, wor
     assert cloud.verbs()[-2:] == END and cloud.verbs().count("create") == 1
 
 
+@pytest.mark.long
 def test_tpu_pod_deletes_until_there_is_none(cloud):
     cloud.answer({"describe": [*COMES, ACTIVE, ["DELETING", 0], ["DELETING", 0], ACTIVE],
                   " delete ": [["", 1], None]})
@@ -214,6 +218,7 @@ def test_tpu_pod_interrupted(cloud, number, keep):
         assert not (host / "launch/tpu_pod").exists()
 
 
+@pytest.mark.long
 def test_tpu_pod_interrupted_while_it_asks_for_the_pod(cloud):
     """The pod that it asked for is deleted."""
     cloud.answer({"describe": COMES, " create ": [["", 0, 2]]})
@@ -225,6 +230,7 @@ def test_tpu_pod_interrupted_while_it_asks_for_the_pod(cloud):
     assert process.returncode == 130 and cloud.verbs() == ["describe", "create", *END]
 
 
+@pytest.mark.long
 def test_the_documented_set_up_works_and_works_again(cloud):
     """The host's Python cannot make environments; after a restart its disk is mounted already."""
     page = (ROOT / "docs/launching.md").read_text()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.data import open_splits
+from lmjax.data.pipeline import open_splits
 from lmjax.nn.kernels.choose import KERNELS, attend, prepare
 from lmjax.nn.masking import AttentionMask
 from lmjax.training.program import make_program

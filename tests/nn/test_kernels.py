@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import re
 import types
 
 import jax
@@ -15,10 +14,7 @@ from lmjax.nn.kernels import chunked, splash, xla
 from lmjax.nn.kernels.choose import (
     ALL,
     KERNELS,
-    Needs,
     attend,
-    choose_kernel,
-    kernel_for_cache,
     prepare,
     uses_balanced_rows,
 )
@@ -341,99 +337,6 @@ def test_balanced_rows_give_every_device_as_many_tiles(balanced, tiles):
     kernel = splash.make_kernel(mask, 1, 0.0, sizes, True)
     visited = np.asarray(kernel.fwd_mask_info.block_mask)[0] > 0
     assert [int(rows.sum()) for rows in np.split(visited, 4)] == tiles
-
-
-def test_chunked_skips_blocks_that_cannot_be_seen():
-    """Its loops leave out the future, the past beyond the window, and other documents."""
-    rows = np.arange(40, dtype=np.int32)[None]
-    documents = rows // 20 + 1
-
-    def visited(segments, causal, window):
-        x = jnp.zeros((1, 40, 1, 8))
-        mask = AttentionMask(rows, rows, segments, segments)
-        _, _, _, queries, keys = chunked.split(x, x, x, mask)
-        scoring = chunked.Scoring(causal, window, 1.0, 0.0)
-        first, end = chunked.visible_blocks(queries, keys, scoring)
-        return list(zip(first.tolist(), end.tolist(), strict=True))
-
-    ones = np.ones_like(rows)  # blocks: 5 queries, 4 keys
-    assert visited(ones, True, 0) == [(0, (5 * i + 4) // 4 + 1) for i in range(8)]
-    assert visited(ones, False, 0) == [(0, 10)] * 8
-    assert visited(ones, True, 3) == [
-        (max(5 * i - 2, 0) // 4, (5 * i + 4) // 4 + 1) for i in range(8)]
-    assert visited(documents, False, 0) == [(0, 5)] * 4 + [(5, 10)] * 4
-    assert visited(np.zeros_like(rows), False, 0) == [(0, 0)] * 8
-
-
-def test_chunked_memory_grows_with_the_rows_not_with_their_square(monkeypatch):
-    monkeypatch.undo()  # restores the real block sizes
-
-    def temporaries(kernel, T):
-        def loss(q, k, v, rows):
-            mask = AttentionMask(rows, rows, rows + 1, rows + 1, in_order=True)
-            return jnp.sum(attend(q, k, v, mask, scale=1.0, kernel=KERNELS[kernel]))
-
-        x = jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)
-        step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-        compiled = step.lower(x, x, x, jax.ShapeDtypeStruct((1, T), jnp.int32)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    short = temporaries("xla", 2048)
-    assert temporaries("xla", 4096) > 3.5 * short
-    assert temporaries("chunked", 4096) < 2 * temporaries("chunked", 2048) < short / 4
-
-
-# --- the choice
-
-CHOICES = [
-    (dict(platform="cpu", seq_len=256), "xla"),
-    (dict(platform="cpu", seq_len=4096), "chunked"),
-    (dict(platform="cpu", seq_len=4096, bias=True), "xla"),
-    (dict(platform="tpu", head_dim=128, window=5, softcap=3.0), "splash"),
-    (dict(platform="tpu", head_dim=128, bias=True), "xla"),
-    (dict(platform="tpu", head_dim=12, seq_len=4096), "chunked"),
-    (dict(platform="gpu", head_dim=64, seq_len=4096, dtype=jnp.bfloat16), "cudnn"),
-    (dict(platform="gpu", head_dim=64, seq_len=4096, dtype=jnp.float32), "chunked"),
-    (dict(platform="gpu", head_dim=256, seq_len=128, dtype=jnp.bfloat16), "xla"),
-    (dict(platform="gpu", head_dim=64, seq_len=4096, softcap=30.0, dtype=jnp.bfloat16), "chunked"),
-    (dict(platform="gpu", head_dim=64, seq_len=4096, context=True, dtype=jnp.bfloat16), "chunked"),
-]
-
-
-@pytest.mark.parametrize("needs, expected", CHOICES)
-def test_auto_takes_the_fastest_that_can_and_says_why(needs, expected):
-    kernel, reason = choose_kernel("auto", Needs(**needs))
-    assert kernel.name == expected and kernel.note in reason
-    assert ("where" in reason) == (needs["platform"] != "cpu" and expected in ("xla", "chunked"))
-
-
-REFUSALS = [
-    ("flesh", dict(platform="cpu"),
-     "one of auto, xla, chunked, ring, splash, cudnn, got 'flesh'"),
-    ("splash", dict(platform="cpu"), "platform cpu (only tpu)"),
-    ("splash", dict(platform="tpu", bias=True), "bias"),
-    ("splash", dict(platform="tpu", head_dim=36), "head_dim 36"),
-    ("cudnn", dict(platform="gpu", head_dim=256), "head_dim 256 (multiples of 8 up to 128)"),
-    ("cudnn", dict(platform="gpu", dtype=jnp.float32), "dtype float32 (bfloat16 or float16)"),
-    ("cudnn", dict(platform="gpu", softcap=1.0), "softcap"),
-    ("cudnn", dict(platform="gpu", window=4, causal=False), "two_sided_window"),
-    ("chunked", dict(platform="cpu", bias=True), "bias"),
-]
-
-
-@pytest.mark.parametrize("name, needs, message", REFUSALS)
-def test_a_kernel_that_cannot_serve_the_model_is_refused(name, needs, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        choose_kernel(name, Needs(**needs))
-
-
-def test_a_cache_is_read_by_a_kernel_that_can_and_the_reason_says_so():
-    cases = {("xla", 9, 10**6): "xla", ("chunked", 9, 8): "chunked", ("splash", 9, 64): "xla",
-             ("cudnn", 9, 10**5): "chunked", **{(name, 1, 10**5): "xla" for name in KERNELS}}
-    for (name, T, S), expected in cases.items():
-        assert kernel_for_cache(KERNELS[name], T, S).name == expected
-    _, reason = choose_kernel("splash", Needs("tpu", head_dim=128))
-    assert "with a key/value cache xla" in reason
 
 
 @pytest.mark.parametrize("kernel", ["xla", "chunked"])

@@ -35,7 +35,8 @@ def one(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mesh", [pytest.param("data", marks=pytest.mark.long),
-                                  pytest.param("fsdp", marks=pytest.mark.long), "mixed"])
+                                  pytest.param("fsdp", marks=pytest.mark.long),
+                                  pytest.param("mixed", marks=pytest.mark.long)])
 def test_eight_devices_compute_what_one_does(one, tmp_path, mesh):
     overrides = [f"--config.{item}" for item in (*RUN, *MESHES[mesh])]
     workdir = tmp_path / "run"  # in this process, which has eight devices

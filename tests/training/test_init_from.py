@@ -23,7 +23,7 @@ from processes import (
 import lmjax
 from lmjax import huggingface
 from lmjax.config import load
-from lmjax.data import open_splits
+from lmjax.data.pipeline import open_splits
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
 from lmjax.training.checkpoint import checkpoint_steps, read_about

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lmjax.config import load
-from lmjax.data import open_splits
+from lmjax.data.pipeline import open_splits
 from lmjax.sharding import MeshConfig
 from lmjax.training.loop import train
 from lmjax.training.recipe import build_recipe

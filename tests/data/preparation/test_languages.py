@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 
-from lmjax.data import DataConfig, SourceConfig, TokenizerConfig, store
-from lmjax.data.config import CurateConfig, DecontaminateConfig, DedupConfig
+from lmjax.data import store
+from lmjax.data.config import CurateConfig, DataConfig, DecontaminateConfig, DedupConfig
 from lmjax.data.preparation.prepare import prepare
 from lmjax.data.text.filters import FineWeb, GopherQuality, GopherRepetition
-from lmjax.data.tokenizers import prepared_tokenizer
+from lmjax.data.text.sources import SourceConfig
+from lmjax.data.tokenizers import TokenizerConfig, prepared_tokenizer
 
 BOOKS = {
     "en": [

@@ -5,21 +5,19 @@ import errno
 import gzip
 import json
 import os
-import random
-import signal
-import subprocess
 import sys
-import time
 import xml.dom.minidom
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_corpus import contents, make_config, silent, write_texts
 
 from lmjax.cli import errors
-from lmjax.data import DataConfig, SourceConfig, TokenizerConfig, open_splits, store
+from lmjax.data import store
 from lmjax.data.config import CurateConfig, DecontaminateConfig, DedupConfig
+from lmjax.data.pipeline import open_splits
 from lmjax.data.preparation import curate, shards
 from lmjax.data.preparation import prepare as module
 from lmjax.data.preparation.curate import split_key
@@ -28,46 +26,14 @@ from lmjax.data.preparation.engine_beam import BeamEngine
 from lmjax.data.preparation.ledger import trace
 from lmjax.data.preparation.prepare import prepare
 from lmjax.data.text.filters import GopherRepetition
-from lmjax.data.tokenizers import tokenizer_from_bytes
+from lmjax.data.text.sources import SourceConfig
+from lmjax.data.tokenizers import TokenizerConfig, tokenizer_from_bytes
 from lmjax.errors import UserError
-from lmjax.runtime.files import Busy
-
-WORDS = ["alpha", "beta", "gamma", "return self", "    if x:", "print(1)", "\u65e5\u672c", "\u2581",
-         "\t"]
-
-
-def write_texts(path, count=80, seed=0):
-    rng = random.Random(seed)
-    path.mkdir()
-    for i in range(count):
-        lines = [" ".join(rng.choices(WORDS, k=5)) for _ in range(rng.randint(3, 30))]
-        (path / f"{i:03}.txt").write_text(f"{i}\n" + "\n".join(lines))
-    return path
-
-
-def make_config(texts, **kwargs):
-    """A config of few texts; one worker, because starting more takes longer than their work."""
-    fields = {"sources": (SourceConfig("texts", f"text:{texts}/*"),), "seq_len": 32,
-              "heldout_fraction": 0.1, "tokenizer": TokenizerConfig(vocab_size=320),
-              "curate": CurateConfig(workers=1)}
-    return DataConfig(**fields | kwargs)
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     return write_texts(tmp_path_factory.mktemp("corpus") / "texts")
-
-
-def silent(line):
-    pass
-
-
-def contents(directory):
-    """The files of a directory, without receipts and report: these contain times and workers."""
-    files = {str(path.relative_to(directory)): path
-             for path in sorted(directory.rglob("*")) if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items()
-            if "receipt" not in name and name != "data_report.html"}
 
 
 def test_the_stored_documents_are_the_texts(texts, tmp_path):
@@ -307,58 +273,6 @@ def test_a_change_of_the_config_repeats_only_what_depends_on_it(texts, tmp_path,
     assert done == ["1-ingest", "2-clean", "3-exact", "7-finish"]
     prepare(make_config(texts, tokenizer=tokenizer), str(tmp_path / "straight"), log=silent)
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
-
-
-KILLED = """
-import os, signal, sys
-from lmjax.data.preparation import prepare, stages
-from tests.data.preparation.test_prepare import make_config
-def stop(*args, **kwargs):
-    print("here", flush=True)
-    signal.pause()
-for module in (prepare, stages):
-    if hasattr(module, sys.argv[3]):
-        setattr(module, sys.argv[3], stop)
-prepare.prepare(make_config(sys.argv[1]), sys.argv[2], log=lambda line: None)
-"""
-
-
-def start(texts, out, stage):
-    command = [sys.executable, "-c", KILLED, str(texts), str(out), stage]
-    return subprocess.Popen(command, stdout=subprocess.PIPE)
-
-
-@pytest.mark.long
-def test_killed_at_any_stage_and_started_again(texts, tmp_path):
-    out = tmp_path / "out"
-    prepare(make_config(texts), str(tmp_path / "straight"), log=silent)
-    for stage in ("_tokens", "_manifest"):
-        process = start(texts, out, stage)
-        assert process.stdout.readline() == b"here\n"
-        with pytest.raises(Busy, match="expected nobody else at work there, got another process"):
-            prepare(make_config(texts), str(out), log=silent)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        assert not out.exists() and (tmp_path / ".out.partial").exists()
-    prepare(make_config(texts), str(out), log=silent)
-    assert contents(out) == contents(tmp_path / "straight")
-    assert not (tmp_path / ".out.partial").exists()
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.long)])
-def test_killed_at_random_moments(texts, tmp_path, kills):
-    out, rng = tmp_path / "out", random.Random(kills)
-    for _ in range(kills):
-        process = start(texts, out, "-")
-        time.sleep(rng.uniform(0.5, 2.5))
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        if out.exists():
-            store.read_manifest(str(out))
-    prepare(make_config(texts), str(out), log=silent)
-    open_splits(make_config(texts), str(out), verify=True)
 
 
 def test_a_tokenizer_that_loses_text_is_refused(texts, tmp_path):
