@@ -35,12 +35,12 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and not WORDED.search(message):
         message = _describe(error, message)
     if isinstance(error, (OSError, UserError)):
-        return 1 if passing(error) else 2, message
+        return 1 if is_transient(error) else 2, message
     code = 130 if isinstance(error, KeyboardInterrupt) else 1
     return code, f"{type(error).__name__}: {message}"[:500]
 
 
-def passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether trying again may succeed.
 
     True if a network, disk or mount failed, or if another process works in the same place.

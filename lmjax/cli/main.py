@@ -1,4 +1,4 @@
-"""The `lmjax` command: one table of commands, and the exit code of the one that runs."""
+"""The `lmjax` command: the table of its subcommands, and `main`, which runs one of them."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lmjax.cli import inference, runs
-from lmjax.cli.errors import explain, passing
+from lmjax.cli.errors import explain, is_transient
 from lmjax.errors import UserError
 
 
@@ -27,7 +27,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train the model of a config, or resume from its last checkpoint",
                      runs.add_train, runs.train),
-    "plan": Command("say what a run needs on a TPU topology, by compiling its step without a TPU",
+    "plan": Command("estimate the memory and time of a run on a TPU topology, without a TPU",
                     runs.add_plan, runs.plan),
     "prepare": Command("clean, tokenise and store a config's corpus without training on it",
                        runs.add_prepare, runs.prepare),
@@ -37,7 +37,7 @@ COMMANDS = {
                      runs.add_trace, runs.trace, needs_jax=False),
     "generate": Command("continue prompts with a trained model",
                         inference.add_generate, inference.generate),
-    "score": Command("bits per byte of text files under a trained model",
+    "score": Command("compute the bits per byte of text files under a trained model",
                      inference.add_score, inference.score),
     "eval": Command("evaluate a trained model on tasks of lm-eval",
                     inference.add_eval, inference.evaluate),
@@ -47,7 +47,8 @@ COMMANDS = {
                          inference.add_export_hf, inference.export_hf),
     "report": Command("write report.html from the records of a run, finished or not",
                       runs.add_report, runs.report, needs_jax=False),
-    "bench": Command("measure training, generation or data preparation, beside other libraries",
+    "bench": Command("measure training, generation or data preparation, "
+                     "and compare with other libraries",
                      runs.add_bench, runs.bench),
 }
 
@@ -58,17 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     | code | meaning |
     | --- | --- |
     | 0 | done |
-    | 1 | failed; trying again may succeed |
+    | 1 | failed: a fault (with its traceback), or an error that a retry may cure |
     | 2 | cannot run as asked; trying again will not help |
     | 130 | interrupted (Ctrl-C) |
-    | LMJAX_STOPPED_CODE, or 0 if unset | training was asked to stop, and has saved its step |
+    | value of LMJAX_STOPPED_CODE | training was asked to stop, and has saved a checkpoint |
+
+    LMJAX_STOPPED_CODE is an environment variable; the code is 0 if it is not set.
     """
     arguments, overrides = _parser().parse_known_args(argv)
     bad = [item for item in overrides if not item.startswith("--config.")]
     if bad or (overrides and not hasattr(arguments, "config")):
-        return _refuse(str(UserError(f"an option of `lmjax {arguments.command}`", "an unknown one",
-                                     f"see lmjax {arguments.command} --help",
-                                     where=(bad or overrides)[0])))
+        return _print_error(str(UserError(
+            f"an option of `lmjax {arguments.command}`", "an unknown one",
+            f"see lmjax {arguments.command} --help", where=(bad or overrides)[0])))
     _set_environment()
     command = COMMANDS[arguments.command]
     try:
@@ -77,13 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides = [item.removeprefix("--config.") for item in overrides]
         return command.run(arguments, overrides) or 0
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has ended
+        # Python flushes stdout at exit. Into the closed pipe, that would raise once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         code, line = explain(error)
-        if (code == 1 and not passing(error)) or os.environ.get("LMJAX_TRACEBACK"):
+        if (code == 1 and not is_transient(error)) or os.environ.get("LMJAX_TRACEBACK"):
             raise
-        return _refuse(line, code)
+        return _print_error(line, code)
     except KeyboardInterrupt:
         return 130
 
@@ -91,16 +95,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _set_environment() -> None:
     """Sets the variables that TensorFlow and XLA read when they are imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # without TensorFlow's start-up messages
+    # Turns TensorFlow's oneDNN kernels off, which may round differently. lmjax computes with JAX:
+    # TensorFlow only reads and batches data.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # The size of XLA's thread pool. A collective holds one thread per device until all devices
-        # have joined. With few threads, several collectives can wait for each other for ever.
+        # have joined. With few threads, several collectives can wait for each other forever.
         os.environ.setdefault("NPROC", "128")
 
 
 def _start_jax() -> None:
     from lmjax.runtime.allocator import keep_freed_memory
 
+    # On a CPU, the next step reuses the memory of the last one: mapping it again would take time.
+    # JAX starts threads when it is imported, and the setting has to come before them.
     keep_freed_memory()
     from lmjax.runtime.devices import use_compilation_cache  # imports JAX
 
@@ -117,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _refuse(message: str, code: int = 2) -> int:
+def _print_error(message: str, code: int = 2) -> int:
+    """Prints the line of an error and returns its exit code."""
     print(f"lmjax: error: {message}", file=sys.stderr)
     return code
 

@@ -4,8 +4,13 @@
     <source>/<split>/tokens/  <source>/<split>/offsets/  <source>/<split>/ids.txt
 
 `tokens` holds the documents of the split end to end, each as BOS + text + EOS (uint16, or uint32
-for a vocabulary over 65,536). Document d is tokens[offsets[d] : offsets[d + 1]] (int64). The
-manifest is written last: a directory without one is not a store.
+for a vocabulary over 65,536). Document d is tokens[offsets[d] : offsets[d + 1]]; offsets are int64.
+ids.txt has the name of one document per line. baselines.json has the losses of n-gram models on the
+held-out text, to compare a trained model with. The manifest is written last: a directory without
+one is not a store.
+
+A decoder predicts every token of a document except BOS. So a document has one prediction fewer than
+it has tokens; `predictions` and `Documents.lengths` count predictions.
 """
 
 from __future__ import annotations
@@ -23,9 +28,9 @@ from etils import epath
 from lmjax.errors import UserError, first_line
 
 FORMAT, VERSION = "lmjax-tokens", 1
-SHARD = 1 << 24          # tokens in a file
-CHUNK = 1 << 14          # tokens that one read decodes
-CACHE_BYTES = 256 << 20  # of decoded chunks, for splits that are not held in memory
+SHARD = 1 << 24          # values per file, at most
+CHUNK = 1 << 14          # values per compressed chunk: the least that a read decodes
+CACHE_BYTES = 256 << 20  # limit of an open array's cache of chunks
 
 
 def kvstore(path: str) -> dict[str, str]:
@@ -74,6 +79,7 @@ def write_array(path: str, pieces: Iterable[np.ndarray], *, size: int, dtype: np
     """
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}},
               {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]
+    # An array smaller than a shard has one shard: its size, rounded up to whole chunks.
     shard = min(SHARD, -(-max(size, 1) // CHUNK) * CHUNK)
     metadata = {
         "shape": [size], "data_type": dtype.name, "fill_value": 0,
@@ -83,21 +89,22 @@ def write_array(path: str, pieces: Iterable[np.ndarray], *, size: int, dtype: np
     }
     spec = {"driver": "zarr3", "kvstore": kvstore(path), "metadata": metadata}
     array = ts.open(spec, create=True, delete_existing=True).result()
-    buffer, held, done = np.empty(shard, dtype), 0, 0
+    buffer = np.empty(shard, dtype)
+    filled = written = 0  # values in the buffer, and values written from it before
     sha256 = hashlib.sha256()
 
     def flush() -> None:
-        array[done : done + held].write(buffer[:held]).result()
-        sha256.update(_little_endian(buffer[:held]))
+        array[written : written + filled].write(buffer[:filled]).result()
+        sha256.update(_little_endian(buffer[:filled]))
 
     for piece in pieces:
         while len(piece):
-            part = piece[: shard - held]
-            buffer[held : held + len(part)] = part
-            held, piece = held + len(part), piece[len(part) :]
-            if held == shard:
+            part = piece[: shard - filled]
+            buffer[filled : filled + len(part)] = part
+            filled, piece = filled + len(part), piece[len(part) :]
+            if filled == shard:
                 flush()
-                done, held = done + held, 0
+                written, filled = written + filled, 0
     flush()
     return sha256.hexdigest()
 
@@ -116,12 +123,14 @@ def write_split(directory: str, source: str, split: str, documents: Iterable[np.
 
     Args:
       directory: the prepared directory.
-      source, split: which part of it.
+      source: name of the source.
+      split: train or heldout.
       documents: integer token ids of each document, with BOS and EOS.
       ids: one per document, without newlines.
       vocab_size: number of token ids, which decides the dtype.
       text_bytes: UTF-8 bytes of the text that the tokens stand for.
-      lengths: number of tokens of each document; needed if `documents` can be iterated only once.
+      lengths: tokens of each document, BOS and EOS included; needed if `documents` can be iterated
+        only once.
     Returns:
       the split's entry in the manifest.
     """
@@ -184,14 +193,14 @@ def read_manifest(directory: str) -> dict[str, Any]:
 class Documents(Protocol):
     """Documents, each BOS + text + EOS: document d is tokens offsets[d] to offsets[d + 1] - 1."""
 
-    predictions: int     # of all documents
+    predictions: int     # of all documents: their tokens, but one fewer per document
     bytes: int           # UTF-8 bytes of their text
-    fingerprint: str     # names their content
+    fingerprint: str     # hash of their content
     offsets: np.ndarray  # int64 [documents + 1]
 
     @property
     def lengths(self) -> np.ndarray:
-        """Predictions of each document, int64 [documents]."""
+        """Predictions of each document (its tokens minus one), int64 [documents]."""
 
     @property
     def ids(self) -> list[str]:
@@ -201,8 +210,12 @@ class Documents(Protocol):
     def specials(self) -> tuple[int, int]:
         """The ids of BOS and EOS."""
 
-    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ranges of tokens: (flat, at) such that range p is flat[at[p] : at[p] + lengths[p]]."""
+    def gather(self, starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Reads ranges of tokens: range p begins at token starts[p] and has sizes[p] tokens.
+
+        Returns:
+          (flat, at) such that range p is flat[at[p] : at[p] + sizes[p]].
+        """
 
 
 class SplitStore:
@@ -210,14 +223,16 @@ class SplitStore:
 
     Args:
       directory: the prepared directory.
-      source, split: which part of it.
-      facts: that part's entry in the manifest.
-      memory_limit: bytes; tokens that fit are loaded once, others are read whenever they are
-        needed.
-      verify: also hash everything against the manifest.
+      source: name of the source.
+      split: train or heldout.
+      facts: the split's entry in the manifest.
+      memory_limit: bytes. If all tokens of the split fit, they are loaded now; otherwise each read
+        takes its ranges from the files.
+      verify: reads everything now and compares its sha256 with the manifest.
     Raises:
-      UserError: an array is missing, truncated or altered. Without `verify`, an altered chunk is
-        noticed when it is read.
+      UserError: an array is missing or damaged, or has another size than the manifest says. Without
+        `verify`, a damaged chunk is noticed when it is read, by its checksum. A missing file of an
+        array (read as zeros), other values in intact chunks and a changed ids.txt are not noticed.
     """
 
     def __init__(self, directory: str, source: str, split: str, facts: dict[str, Any], *,
@@ -228,14 +243,14 @@ class SplitStore:
         self.fingerprint = hashlib.sha256(canonical(facts["sha256"]).encode()).hexdigest()
         self._tokens = self._open("tokens", facts["tokens"])
         self.offsets = self._read(self._open("offsets", facts["documents"] + 1), "offsets")
-        held = facts["tokens"] * np.dtype(facts["dtype"]).itemsize <= memory_limit
-        self._memory = self._read(self._tokens, "tokens") if held else None
+        fits = facts["tokens"] * np.dtype(facts["dtype"]).itemsize <= memory_limit
+        self._memory = self._read(self._tokens, "tokens") if fits else None
         if verify:
             self._verify()
 
     @property
     def lengths(self) -> np.ndarray:
-        """Predictions of each document, int64 [documents]."""
+        """Predictions of each document (its tokens minus one), int64 [documents]."""
         return np.diff(self.offsets) - 1
 
     @functools.cached_property
@@ -253,19 +268,23 @@ class SplitStore:
         """All tokens of the split, uint16 or uint32 [tokens]; not a copy if they are in memory."""
         return self._memory if self._memory is not None else self._read(self._tokens, "tokens")
 
-    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ranges of tokens: (flat, at) such that range p is flat[at[p] : at[p] + lengths[p]]."""
+    def gather(self, starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Reads ranges of tokens: range p begins at token starts[p] and has sizes[p] tokens.
+
+        Returns:
+          (flat, at) such that range p is flat[at[p] : at[p] + sizes[p]].
+        """
         if self._memory is not None:
             return self._memory, starts
         # Reads a chunk once for all its ranges, and all chunks concurrently.
         with ts.Batch() as batch:
-            ranges = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+            ranges = zip(starts.tolist(), (starts + sizes).tolist(), strict=True)
             pending = [self._tokens[begin:end].read(batch=batch) for begin, end in ranges]
         try:
             flat = np.concatenate([p.result() for p in pending])
         except ValueError as error:
             raise self._damaged("tokens", error) from error
-        return flat, np.cumsum(lengths) - lengths
+        return flat, np.cumsum(sizes) - sizes
 
     def _open(self, name: str, size: int) -> ts.TensorStore:
         try:
@@ -291,6 +310,7 @@ class SplitStore:
             raise self._damaged("ids", f"sha256 {ids[:12]}")
 
     def _damaged(self, name: str, got: object) -> UserError:
-        return UserError(f"the array of sha256 {self.facts['sha256'][name][:12]}", first_line(got),
+        kind, file = ("file", "ids.txt") if name == "ids" else ("array", name)
+        return UserError(f"the {kind} of sha256 {self.facts['sha256'][name][:12]}", first_line(got),
                          "delete the directory and prepare the data again",
-                         where=str(self.path / name))
+                         where=str(self.path / file))

@@ -128,8 +128,12 @@ class MadeDocuments:
     def ids(self) -> list[str]:
         return [f"{row}/{segment}" for row, segment in zip(self._rows, self._segments, strict=True)]
 
-    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ranges of tokens: (flat, at) such that range p is flat[at[p] : at[p] + lengths[p]]."""
+    def gather(self, starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Reads ranges of tokens: range p begins at token starts[p] and has sizes[p] tokens.
+
+        Returns:
+          (flat, at) such that range p is flat[at[p] : at[p] + sizes[p]].
+        """
         return self.tokens, starts
 
 

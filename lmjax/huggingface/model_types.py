@@ -1,8 +1,13 @@
-"""The Hugging Face model types that lmjax computes: their settings and tensor tables, as data.
+"""The Hugging Face model types that lmjax supports: their settings and tensor tables, as data.
 
-The same rows read a config.json into our config and write it back. A setting that no row knows is
-refused, because it may change what the model computes, unless it is empty or listed as neutral.
-`lmjax.huggingface.schema` says what each field of a row means.
+The same rows read a config.json into our config and write it back. A setting that has no row is
+refused, because it may change what the model computes. Only settings that are empty (null, false,
+"", [] or {}) or listed as neutral pass.
+
+A row is Setting(their name, our field, their default); "" as our field means that the setting must
+have its default. `lmjax.huggingface.schema` explains the other columns: `also`, `only`, `alias`,
+`times` and `plus` of a setting, and `fixed`, `prefix`, `ignore`, `neutral`, `present`, `rope` and
+`is_local` of a model type.
 """
 
 from collections.abc import Mapping
@@ -46,6 +51,8 @@ MODERN = (
     Setting("hidden_act", "mlp", "silu", only=GATED),
 )
 HEAD_DIM = Setting("head_dim", "head_dim", None, also={None: 0})
+# Both read tie_word_embeddings. Where config.json leaves it out, UNTIED means that the embeddings
+# are not tied, and TIED that they are.
 UNTIED = Setting("tie_word_embeddings", "tie_embeddings", False)
 TIED = UNTIED._replace(default=True)
 NO_ATTENTION_BIAS = Setting("attention_bias", "", False)
@@ -82,8 +89,8 @@ def qwen_is_local(settings: Mapping[str, Any], i: int) -> bool:
     return bool(settings.get("use_sliding_window")) and i >= settings.get("max_window_layers", 28)
 
 
-QWEN = (*MODERN, UNTIED, WINDOW)
-QWEN_MOE = (
+QWEN_SETTINGS = (*MODERN, UNTIED, WINDOW)
+QWEN_MOE_SETTINGS = (
     Setting("num_experts", "moe.experts", alias="num_local_experts"),
     Setting("num_experts_per_tok", "moe.per_token"),
     Setting("moe_intermediate_size", "moe.mlp_dim"),
@@ -91,9 +98,10 @@ QWEN_MOE = (
     Setting("decoder_sparse_step", "", 1),
     Setting("mlp_only_layers", "", []),
 )
+# All four: use_sliding_window is neutral only because `qwen_is_local` reads it.
 QWEN2 = ModelType(
     "qwen2", "Qwen2ForCausalLM",
-    QWEN,
+    QWEN_SETTINGS,
     LLAMA_TABLE,
     fixed={"qkv_bias": True},
     prefix="model.",
@@ -101,7 +109,7 @@ QWEN2 = ModelType(
     is_local=qwen_is_local)
 QWEN3 = ModelType(
     "qwen3", "Qwen3ForCausalLM",
-    (*QWEN, HEAD_DIM._replace(default=128), NO_ATTENTION_BIAS),
+    (*QWEN_SETTINGS, HEAD_DIM._replace(default=128), NO_ATTENTION_BIAS),
     LLAMA_TABLE,
     fixed={"qk_norm": True},
     prefix="model.",
@@ -109,7 +117,7 @@ QWEN3 = ModelType(
     is_local=qwen_is_local)
 QWEN2_MOE = ModelType(
     "qwen2_moe", "Qwen2MoeForCausalLM",
-    (*QWEN, *QWEN_MOE,
+    (*QWEN_SETTINGS, *QWEN_MOE_SETTINGS,
      Setting("shared_expert_intermediate_size", "moe.shared_dim"),
      Setting("qkv_bias", "qkv_bias", True)),
     QWEN_MOE_TABLE,
@@ -119,14 +127,14 @@ QWEN2_MOE = ModelType(
     is_local=qwen_is_local)
 QWEN3_MOE = ModelType(
     "qwen3_moe", "Qwen3MoeForCausalLM",
-    (*QWEN, HEAD_DIM, NO_ATTENTION_BIAS, *QWEN_MOE),
+    (*QWEN_SETTINGS, HEAD_DIM, NO_ATTENTION_BIAS, *QWEN_MOE_SETTINGS),
     QWEN_MOE_TABLE,
     fixed={"qk_norm": True},
     prefix="model.",
     neutral=("use_sliding_window",),
     is_local=qwen_is_local)
 
-GEMMA = (
+GEMMA_SETTINGS = (
     *(setting for setting in MODERN if setting.ours != "mlp"),
     Setting("hidden_activation", "mlp", "gelu_pytorch_tanh", only=GATED),
     HEAD_DIM._replace(default=256),
@@ -139,7 +147,7 @@ GEMMA = (
 GEMMA_FIXED = {"norm": "rmsnorm_1p", "norm_position": "both", "scale_embeddings": True}
 GEMMA2 = ModelType(
     "gemma2", "Gemma2ForCausalLM",
-    (*GEMMA,
+    (*GEMMA_SETTINGS,
      Setting("attn_logit_softcapping", "attention_softcap", 50.0, also={None: 0.0}),
      Setting("final_logit_softcapping", "logit_softcap", 30.0, also={None: 0.0})),
     GEMMA_TABLE,
@@ -149,13 +157,15 @@ GEMMA2 = ModelType(
     is_local=lambda settings, i: i % 2 == 0)
 GEMMA3 = ModelType(
     "gemma3_text", "Gemma3ForCausalLM",
-    (*GEMMA,
+    (*GEMMA_SETTINGS,
      Setting("attn_logit_softcapping", "", None),
      Setting("final_logit_softcapping", "", None)),
     GEMMA_TABLE,
     fixed=GEMMA_FIXED | {"qk_norm": True},
     prefix="model.",
-    neutral=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern"),
+    neutral=("hidden_act",
+             "sliding_window_pattern",  # read by `is_local`
+             "_sliding_window_pattern"),
     rope={"rope_theta": 1e6, "rope_local_base_freq": 10_000.0},
     is_local=lambda settings, i: (i + 1) % settings.get("sliding_window_pattern", 6) != 0)
 
@@ -216,6 +226,7 @@ BERT = ModelType(
 ROBERTA = ModelType(
     "roberta", "RobertaForMaskedLM",
     (*BERT_LIKE,
+     # Theirs counts the two rows before position 0, which `position_offset` adds in ours.
      Setting("max_position_embeddings", "max_positions", 514, plus=2),
      Setting("pad_token_id", "", 1)),
     bert_table("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
@@ -232,6 +243,7 @@ MODERNBERT = ModelType(
      Setting("hidden_activation", "mlp", "gelu", only=GATED),
      Setting("classifier_activation", "", "gelu"),
      Setting("rope_scaling", "", None),
+     # Theirs: 128 = 64 tokens on each side. Ours: 65 = 64 tokens on a side, and the token itself.
      Setting("local_attention", "sliding_window", 128, times=2, plus=-2),
      Setting("norm_eps", "norm_eps", 1e-5),
      TIED,
@@ -239,7 +251,8 @@ MODERNBERT = ModelType(
     modernbert_table(),
     fixed={"norm": "layernorm_no_bias", "embedding_norm": "first"},
     prefix="model.",
-    neutral=("classifier_pooling", "embedding_dropout", "global_attn_every_n_layers",
+    neutral=("classifier_pooling", "embedding_dropout",
+             "global_attn_every_n_layers",  # read by `is_local`
              "initializer_cutoff_factor", "layer_norm_eps", "mlp_dropout",
              "position_embedding_type", "reference_compile", "repad_logits_with_grad",
              "sparse_pred_ignore_index"),
@@ -270,11 +283,16 @@ T5 = ModelType(
     ungated=T5_UNGATED,
     fixed={"positions": "relative", "query_scalar": 1.0},
     ignore=(r"(encoder|decoder)\.embed_tokens\.weight",
+            # In some files, although T5's cross-attention has no position bias.
             r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"),
-    neutral=("dense_act_fn", "is_gated_act", "tie_word_embeddings", "n_positions"),
+    neutral=("dense_act_fn", "is_gated_act",
+             "tie_word_embeddings",  # read where scale_decoder_outputs is missing
+             "n_positions"),
     present={"tie_embeddings": ("lm_head.weight", False, True)},
     config=EncDecConfig,
     rope={})
+# Where two settings have the same field of ours, such as the heads and the MLP of the two halves, a
+# model in which they differ is refused.
 MARIAN = ModelType(
     "marian", "MarianMTModel",
     (Setting("vocab_size", "vocab_size"),

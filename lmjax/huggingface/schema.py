@@ -1,4 +1,8 @@
-"""What lmjax has to know about a Hugging Face model type."""
+"""What lmjax has to know about a Hugging Face model type: the columns of `model_types`.
+
+"Theirs" is a name or a value in config.json or the name of a tensor; "ours" is a field of lmjax's
+model config or its value.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,15 +18,17 @@ class Setting(NamedTuple):
     """One setting of config.json."""
 
     theirs: str
-    # The field of our config; "moe.experts" is a field of a group. "" marks a setting that must
-    # have the value `default`, because lmjax computes nothing else.
+    # The field of our config that it sets; "moe.experts" is a field of a group. "" means that no
+    # field stands for it: it must be `default` or null, because lmjax computes nothing else.
     ours: str
     default: Any = REQUIRED  # their value, if config.json leaves the setting out
-    only: Mapping[Any, Any] | None = None  # their values -> ours; all other values are refused
-    also: Mapping[Any, Any] | None = None  # their values -> ours; all other values are kept
-    times: int = 1  # theirs = ours * times + plus
+    # Two ways to translate values, theirs -> ours. `only` lists all values: any other is refused.
+    # `also` lists exceptions: any other value is the same in both.
+    only: Mapping[Any, Any] | None = None
+    also: Mapping[Any, Any] | None = None
+    times: int = 1  # for integers: theirs = ours * times + plus
     plus: int = 0
-    alias: str = ""  # another name of theirs
+    alias: str = ""  # another name that config.json may have for it; exports use `theirs`
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,16 @@ class ModelType:
     settings: tuple[Setting, ...]
     table: Table  # where each parameter is stored
     ungated: Table = field(default_factory=dict)  # rows that replace others if the MLP has no gate
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # values of ours that never differ
-    prefix: str = ""  # of the tensors' names; missing from a model that was saved without its head
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that all its models have alike
+    # Of the tensors' names. A directory in which no name has it was saved without the head: there,
+    # it is put before every name.
+    prefix: str = ""
     ignore: tuple[str, ...] = ()  # patterns of tensors that hold nothing the model needs
-    neutral: tuple[str, ...] = ()  # settings of this type that change nothing, besides NEUTRAL
-    # Field of ours -> (a tensor, the field's value if that is stored, its value otherwise).
+    # More settings like NEUTRAL. They have no row and are never refused: they change nothing, or
+    # other code than the rows reads them (`is_local`, `lmjax.huggingface.settings`).
+    neutral: tuple[str, ...] = ()
+    # Fields that no setting tells, but the presence of a tensor does:
+    # field of ours -> (the tensor, the field's value if it is stored, the value if it is not).
     present: Mapping[str, tuple[str, Any, Any]] = field(default_factory=dict)
     config: type = DecoderConfig
     # (config.json, i) -> whether layer i is local, if config.json has no layer_types.
@@ -47,7 +58,9 @@ class ModelType:
     rope: Mapping[str, float] = field(default_factory=lambda: {"rope_theta": 10_000.0})
 
 
-# Settings that change nothing about what a model computes from ids and weights outside training.
+# Settings of every model type that are never refused. They change nothing about what a model
+# computes from ids and weights outside training, or other code than the rows reads them: the
+# layers' kinds (layer_types, max_window_layers) and RoPE (rope_theta, rope_scaling and others).
 NEUTRAL = frozenset("""
     _name_or_path architectures auto_map bos_token_id bos_token cls_token_id decoder_start_token_id
     dtype eos_token_id finetuning_task gradient_checkpointing id2label initializer_factor

@@ -1,16 +1,18 @@
 """Reads parameters from Hugging Face tensors and writes them back, by tables of names.
 
-A table says for each of our parameters which of their tensors holds it, and how it lies there
-(`Stored.how`):
+"Ours" are lmjax's parameters, "theirs" are the tensors of a Hugging Face checkpoint. A table says
+for each of our parameters which of their tensors holds it, and how it lies there (`Stored.how`):
 
-  how        their tensor
-  ""         has the shape of our parameter
-  "flat"     has one dimension
-  "in,out"   is a matrix whose rows are inputs (GPT-2)
-  "out,in"   is a matrix whose rows are outputs (torch.nn.Linear)
+  how        their tensor                                 our parameter
+  ""         any shape                                    the same shape
+  "flat"     one dimension                                any shape, in C order
+  "out,in"   a matrix, rows are outputs (torch.nn.Linear) [inputs, *outputs]
+  "out,in2"  the same, for an attention's output          [heads, head size, *outputs]
+  "in,out"   a matrix, rows are inputs (GPT-2)            [inputs, *outputs]
+  "in2,out"  the same, for an attention's output          [heads, head size, *outputs]
+  "in0,out"  a matrix of one row (Marian's logit bias)    [*outputs]
 
-The inputs of a matrix are the first dimension of our parameter; with "in2" they are its first two
-dimensions, and with "in0" the matrix has one input. The other dimensions are outputs.
+The shapes on the right leave out the leading dimensions of layers and experts.
 """
 
 import functools
@@ -38,13 +40,18 @@ class Stored(NamedTuple):
     # which are layers and experts: one tensor holds the part of one layer or expert.
     theirs: str
     how: str = ""  # how the parameter lies in the tensor: see the table above
-    # (i, n): the i-th of n equal shares of a fused tensor's outputs.
+    # (i, n): share i, from 0, of the n equal shares of a fused tensor's outputs.
     part: tuple[int, int] = (0, 1)
-    first: str = ""  # the tensor's name for layer 0, if that has a name of its own
+    # The name of layer 0's tensor, if it does not follow `theirs`: ModernBERT stores the attention
+    # norm of its first layer as the embedding's norm.
+    first: str = ""
 
     @property
     def output_axis(self) -> int:
-        """The dimension of their tensor that `part` divides."""
+        """The dimension of their tensor that `part` divides: the outputs.
+
+        Rows where rows are outputs; otherwise the last dimension, which is also that of a bias.
+        """
         return 0 if self.how.startswith("out") else -1
 
 
@@ -54,7 +61,7 @@ Table = Mapping[str, Stored]  # path of our parameter -> how it is stored
 class _Piece(NamedTuple):
     """The piece of one of our parameters that one of their tensors, or a share of it, holds."""
 
-    leaf: str  # path of the parameter
+    path: str  # of the parameter
     at: tuple[int, ...]  # index into the parameter's leading dimensions
     shape: tuple[int, ...]  # of the piece
     row: Stored
@@ -81,7 +88,8 @@ def check_tensors(entries: Mapping[str, Entry], shapes: Params, table: Table, *,
       ignore: regular expressions of names that may be stored although the model does not need them.
 
     Raises:
-      UserError: a tensor is missing, not needed, of another shape or of no float dtype.
+      UserError: a tensor is missing, is not needed, has another shape, or has a dtype that is not a
+        floating-point dtype.
     """
     expected = tensor_shapes(shapes, table)
     fix = "the weights and config.json belong to different models"
@@ -93,7 +101,7 @@ def check_tensors(entries: Mapping[str, Entry], shapes: Params, table: Table, *,
             raise UserError(wanted, list(entries[name].shape), fix, where)
         if entries[name].dtype not in STORED_DTYPES:
             raise UserError(f"tensor {name} in {', '.join(STORED_DTYPES)}", entries[name].dtype,
-                            "take weights that are not quantised", where)
+                            "use weights that are not quantised", where)
     for name in entries.keys() - expected.keys():
         if not any(re.fullmatch(pattern, name) for pattern in ignore):
             raise UserError("only tensors that the model has", f"{name} as well", fix, where)
@@ -105,17 +113,17 @@ def read_tree(entries: Mapping[str, Entry], shapes: Params, shardings: Params,
 
     The host never holds more than one of their tensors.
     """
-    by_leaf: dict[str, list[tuple[str, _Piece]]] = {}
+    by_path: dict[str, list[tuple[str, _Piece]]] = {}
     for name, pieces in _pieces(shapes, table).items():
         for piece in pieces:
-            by_leaf.setdefault(piece.leaf, []).append((name, piece))
+            by_path.setdefault(piece.path, []).append((name, piece))
     leaves = []
-    for (leaf, shape), (_, sharding) in zip(
+    for (path, shape), (_, sharding) in zip(
             named_leaves(shapes), named_leaves(shardings), strict=True):
         # A parameter that several tensors hold is filled piece by piece on its devices.
-        is_stacked = bool(by_leaf[leaf][0][1].at)
+        is_stacked = bool(by_path[path][0][1].at)
         value = _zeros(shape.shape, sharding) if is_stacked else None
-        for name, piece in by_leaf[leaf]:
+        for name, piece in by_path[path]:
             array = _ours(read_tensor(entries[name]), piece)
             value = jax.block_until_ready(_place(array, value, piece, sharding))
         leaves.append(value)
@@ -127,14 +135,14 @@ def tensor_getter(params: Params, table: Table) -> Callable[[str], np.ndarray]:
 
     A tensor is brought to the host only when it is asked for.
     """
-    leaves = dict(named_leaves(params))
+    parameters = dict(named_leaves(params))
     pieces = _pieces(params, table)
 
     def get(name: str) -> np.ndarray:
         shares = []
         for piece in sorted(pieces[name], key=lambda piece: piece.row.part):
-            leaf = leaves[piece.leaf]
-            shares.append(_theirs(np.asarray(leaf[piece.at] if piece.at else leaf), piece))
+            whole = parameters[piece.path]
+            shares.append(_theirs(np.asarray(whole[piece.at] if piece.at else whole), piece))
         if len(shares) == 1:
             return shares[0]
         return np.concatenate(shares, axis=pieces[name][0].row.output_axis)
@@ -144,17 +152,17 @@ def tensor_getter(params: Params, table: Table) -> Callable[[str], np.ndarray]:
 def _pieces(shapes: Params, table: Table) -> dict[str, list[_Piece]]:
     """Their tensors, layer by layer, each with the pieces of our parameters that it holds."""
     found: list[tuple[str, _Piece]] = []
-    for leaf, shape in named_leaves(shapes):
-        if leaf not in table:
+    for path, shape in named_leaves(shapes):
+        if path not in table:
             raise UserError("a model whose parts all have a Hugging Face name",
-                            f"{leaf}, which has none here", "choose another model type", "model")
-        row = table[leaf]
+                            f"{path}, which has none here", "choose another model type", "model")
+        row = table[path]
         lead = row.theirs.count("{}")
         for index in itertools.product(*map(range, shape.shape[:lead])):
             name = row.theirs.format(*index)
             if row.first and not any(index):
                 name = row.first
-            found.append((name, _Piece(leaf, index, tuple(shape.shape[lead:]), row)))
+            found.append((name, _Piece(path, index, tuple(shape.shape[lead:]), row)))
     out: dict[str, list[_Piece]] = {}
     for name, piece in sorted(found, key=lambda item: item[1].at):
         out.setdefault(name, []).append(piece)
@@ -202,7 +210,10 @@ def _theirs(x: np.ndarray, piece: _Piece) -> np.ndarray:
 
 def _place(array: np.ndarray, value: jax.Array | None, piece: _Piece,
            sharding: Sharding) -> jax.Array:
-    """Puts `array` into its place in the parameter `value`; without a `value`, makes it that."""
+    """Puts `array` into its place in the parameter `value`.
+
+    If `value` is None, `array` becomes the whole parameter.
+    """
     placed = jax.make_array_from_callback(
         array.shape, _without(sharding, len(piece.at)), array.__getitem__)
     if value is None:
@@ -219,6 +230,10 @@ def _without(sharding: Sharding, lead: int) -> Sharding:
 
 def _zeros(shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
     return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)()
+
+
+# `_cast` and `_put` keep one jitted function per sharding. A new one per tensor would be compiled
+# for every tensor, since JAX caches compiled programs by function.
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""The decoder: one class for GPT, Llama, Qwen, Mistral and Gemma, told apart by switches.
+"""The decoder: one class for GPT, Llama, Qwen, Mistral and Gemma, which differ only in settings.
 
 The settings of published models are in `presets`.
 Shape suffixes: B batch, T sequence, D embed_dim, V vocab_size.
@@ -31,9 +31,14 @@ class DecoderConfig(TransformerConfig):
 
 
 class Decoder(Trunk):
-    """From token ids to hidden states; multiplying them by `unembedding` gives logits."""
+    """From token ids to hidden states.
+
+    `Model` computes the logits: it multiplies the hidden states by the table of `unembedding`, adds
+    its bias if there is one, and applies the config's logit soft-cap.
+    """
 
     def __init__(self, config: DecoderConfig, kernel: Kernel, rngs: nnx.Rngs):
+        # The order of creation decides which random key a parameter gets: the embedding's is first.
         self.embedding = token_table(config, rngs)
         super().__init__(config, kernel, rngs, causal=True)
         self.head = None if config.tie_embeddings else token_table(config, rngs)
@@ -43,18 +48,22 @@ class Decoder(Trunk):
         """Computes the hidden states of a batch.
 
         Args:
-          batch: int32 [B, T] `tokens`, `positions` and `segment_ids`; optionally `bidirectional`,
-            1 on tokens that their whole document sees.
+          batch: int32 [B, T] `tokens`, `positions` and `segment_ids`. Optionally `bidirectional`,
+            for prefix-LMs: 1 on tokens that every token of their document attends to, earlier
+            tokens included; 0 on tokens that only later ones attend to.
+          dtype: of the computation.
           key: turns dropout on.
         Returns:
           (normed hidden states [B, T, D] in `dtype`, how experts were chosen in each layer).
         """
         x_BTD = embed(self.config, self.embedding, batch["tokens"], dtype)
-        tokens = TokenInfo(batch["positions"], batch["segment_ids"], batch.get("bidirectional"))
-        x_BTD, _, routing = self(x_BTD, tokens, key=key)
+        info = TokenInfo(batch["positions"], batch["segment_ids"], batch.get("bidirectional"))
+        x_BTD, _, routing = self(x_BTD, info, key=key)
         return x_BTD, routing
 
-    states = hidden  # the head needs no other states
+    # `Model.encode` returns the states before any head. An encoder's masked-LM head changes the
+    # hidden states; a decoder's head is only the unembedding, so here both are the same.
+    states = hidden
 
     def step(self, tokens_BT: jax.Array, info: TokenInfo, cache: Cache,
              dtype: Any) -> tuple[jax.Array, Cache]:

@@ -1,4 +1,4 @@
-"""The encoder: one class for BERT, RoBERTa and ModernBERT, told apart by switches.
+"""The encoder: one class for BERT, RoBERTa and ModernBERT, which differ only in their settings.
 
 The settings of published models are in `presets`.
 Shape suffixes: B batch, T sequence, D embed_dim, V vocab_size.

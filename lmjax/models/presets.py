@@ -2,7 +2,8 @@
 
 `model=dict(preset="llama3-8b", num_layers=8)` is that model with 8 layers. A preset is a row of
 dimensions and the switches of its series. Its `vocab_size` is that of the model's own tokenizer,
-padding included; for another tokenizer, set `vocab_size=0` to take that one's size.
+padding included. For another tokenizer, set `vocab_size=0`: the model then takes that tokenizer's
+size.
 """
 
 import difflib
@@ -15,11 +16,21 @@ Switches = dict[str, Any]
 
 DIMS = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "head_dim")
 
+# Settings whose values say little by themselves (`models.config` describes all of them):
+#   norm_position    "both": norms before and after each branch, the latter before the branch is
+#                    added; "post": after it is added. The default is before the branch only.
+#   embedding_norm   "own": the embeddings have a norm of their own; "first": the first layer's
+#                    attention norm also serves as the embeddings' norm.
+#   position_offset  position p reads row p + position_offset of the table.
+#   query_scalar     attention scores are divided by its square root, instead of head_dim's.
+#   sliding_window   counts the token itself: 65 in an encoder is 64 tokens on each side and itself.
+
 GPT2 = dict(positions="learned", norm="layernorm", mlp="gelu_tanh", use_bias=True,
             tie_embeddings=True, vocab_size=50257, dropout=0.1)
-# Brown et al. 2020 (arXiv:2005.14165), table 2.1. Here every layer is dense; theirs alternate with
-# banded ones. Two rows of the table do not multiply out: 1.3B has 24 heads of 128 (here: 16 heads),
-# and 13B has 5140 dimensions (here: 5120).
+# Brown et al. 2020 (arXiv:2005.14165), table 2.1. Here the attention of every layer is dense; in
+# GPT-3, dense layers alternate with banded ones. In two rows of the table, heads x head size
+# differs from the width: 1.3B has 24 heads of 128 for a width of 2048 (here: 16 heads), and 13B has
+# 40 heads of 128 for a width of 5140 (here: 5120).
 GPT3 = GPT2 | dict(max_positions=2048, dropout=0.0)
 LLAMA2 = dict(max_positions=4096, vocab_size=32000)
 LLAMA3 = dict(max_positions=8192, vocab_size=128256, rope_theta=500_000.0)
@@ -58,7 +69,7 @@ TRANSFORMER = dict(family="encdec", positions="sinusoidal", norm="layernorm", no
 T5 = dict(family="encdec", positions="relative", norm_eps=1e-6, query_scalar=1.0, mlp="relu",
           tie_embeddings=True, scale_output=True, vocab_size=32128, embedding_std=1.0,
           init_std=0.04, dropout=0.1)
-T5_11 = T5 | dict(mlp="geglu", tie_embeddings=False, scale_output=False, dropout=0.0)
+T5_V1_1 = T5 | dict(mlp="geglu", tie_embeddings=False, scale_output=False, dropout=0.0)
 
 # name -> (switches of the series, dimensions in the order of DIMS, switches of this model alone);
 # the last dimensions may be left out
@@ -126,11 +137,11 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "t5-large": (T5, (24, 1024, 16, 16, 4096, 64)),
     "t5-3b": (T5, (24, 1024, 32, 32, 16384, 128)),
     "t5-11b": (T5, (24, 1024, 128, 128, 65536, 128)),
-    "t5-v1.1-small": (T5_11, (8, 512, 6, 6, 1024, 64)),
-    "t5-v1.1-base": (T5_11, (12, 768, 12, 12, 2048, 64)),
-    "t5-v1.1-large": (T5_11, (24, 1024, 16, 16, 2816, 64)),
-    "t5-v1.1-xl": (T5_11, (24, 2048, 32, 32, 5120, 64)),
-    "t5-v1.1-xxl": (T5_11, (24, 4096, 64, 64, 10240, 64)),
+    "t5-v1.1-small": (T5_V1_1, (8, 512, 6, 6, 1024, 64)),
+    "t5-v1.1-base": (T5_V1_1, (12, 768, 12, 12, 2048, 64)),
+    "t5-v1.1-large": (T5_V1_1, (24, 1024, 16, 16, 2816, 64)),
+    "t5-v1.1-xl": (T5_V1_1, (24, 2048, 32, 32, 5120, 64)),
+    "t5-v1.1-xxl": (T5_V1_1, (24, 4096, 64, 64, 10240, 64)),
 }
 
 PRESETS: dict[str, Switches] = {
@@ -149,9 +160,9 @@ def with_preset(model: Mapping[str, Any]) -> Switches:
     if name is None:
         return keys
     if str(name) not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, 3) or PRESETS
-        raise UserError("a published model", repr(name), f"nearest: {', '.join(near)}",
-                        where="config.model.preset")
+        near = difflib.get_close_matches(str(name), PRESETS, 3)
+        fix = f"nearest: {', '.join(near)}" if near else f"choose one of {', '.join(PRESETS)}"
+        raise UserError("a published model", repr(name), fix, where="config.model.preset")
     base = PRESETS[str(name)]
     return base | {
         key: base[key] | dict(value) if isinstance(value, Mapping) and key in base else value

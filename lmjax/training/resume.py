@@ -1,4 +1,4 @@
-"""The state that a start begins with: from the newest checkpoint, a pretrained model, or a seed."""
+"""How a run starts: from its newest checkpoint, a pretrained model, or random weights."""
 
 import time
 from typing import Any
@@ -20,15 +20,15 @@ STARTED_FROM = ("init_from", "huggingface")
 
 
 def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
-    """Restores `run` from its newest checkpoint, or else makes its first state.
+    """Restores `run` from its newest checkpoint; if there is none, makes its first state.
 
     Args:
-      run: gets its state and its place in the data.
-      source: the weights of the first state; None: random ones.
-      log: told what the run goes on from.
+      run: its state, its start step and its place in the data are set here.
+      source: the model whose weights a new run starts from; None: random weights.
+      log: gets lines that say where the run starts, and which rows it will train on.
 
     Returns:
-      Facts for run.json.
+      The facts of `announce_epochs` for run.json: the number of epochs.
 
     Raises:
       UserError: the checkpoint or the source does not fit the run.
@@ -38,7 +38,8 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
     if found is None:
         if source:
             check_start(source, run.model, run.tokenizer)
-        facts = announce_epochs(run, log)  # may refuse, so before anything is computed
+        # Refuses a run of too many epochs: better before the weights are made than after.
+        facts = announce_epochs(run, log)
         if source is None:
             run.state = run.spec.init(run.recipe.train.seed)
         else:
@@ -46,20 +47,30 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
         return facts
     run.restore_seconds = time.monotonic() - began
     run.state, about = found
-    run.start, run.unfinished = about["step"], about.get("unfinished", False)
+    run.start = about["step"]
+    # A signal may stop a run during an evaluation. The step is then saved, but not evaluated.
+    run.unfinished = about.get("unfinished", False)
     run.about |= {key: about[key] for key in STARTED_FROM if key in about}
     data, step, size = about["data"], run.start, run.recipe.train.batch_size
+    # `Steps` lists the changes of batch size. The steps up to this one keep their batch sizes; the
+    # next steps have that of the recipe.
     before = Steps.restored(data, step)
     run.steps, run.tokens = before.resumed(step, size), data["tokens"]
     log(f"resuming at step {step}, from row {data['next_row']:,} of the data")
     if before.changes[-1].size != size:
         log(f"batch size: {before.changes[-1].size} rows up to step {step}, {size} from there on; "
-            "learning rate and other schedules go on by step")
+            "the learning rate and other schedules depend only on the step number")
     return announce_epochs(run, log)
 
 
 def _check(run: Run, about: About) -> None:
-    """Refuses a checkpoint of another run: other recipe, steps, schedule, data or dtype."""
+    """Checks that `run` may resume from a checkpoint, of which `about` is the record.
+
+    Raises:
+      UserError: the recipe has changed in more than the keys that may change; the checkpoint has
+        more steps than the recipe asks for; the new schedule would have given an earlier step
+        another learning rate; the rows so far were of other data; or the dtype differs.
+    """
     same_run(run.workdir, about["recipe"], run.about["recipe"])
     step, steps = about["step"], run.recipe.train.steps
     if step > steps:
@@ -75,7 +86,7 @@ def _check(run: Run, about: About) -> None:
                         where=str(run.workdir))
     saved, dtype = about["compute_dtype"], run.about["compute_dtype"]
     if saved != dtype:  # for example because "auto" meets another kind of device
-        raise UserError(f"to compute in {saved} as this run began",
+        raise UserError(f"to compute in {saved}, as when this run began",
                         f"{dtype} ({dtype_reason(run)})",
                         f"set config.train.compute_dtype={saved} or use another --workdir",
                         where=str(run.workdir))
@@ -86,8 +97,8 @@ def _from_source(run: Run, source: Pretrained, log: Log) -> TrainState:
     params = source.read(run.model, run.spec.shardings.params)
     run.about["init_from"] = {"path": source.where, "step": source.about["step"],
                               "checksums": checksums(params)}
-    if "huggingface" in source.about:  # the export writes its config and names after the original
+    if "huggingface" in source.about:  # an export keeps the settings of the imported model
         run.about["huggingface"] = source.about["huggingface"]
-    log(f"weights: those of {source.where}, step {source.about['step']:,}; the optimizer begins "
-        "anew")
+    log(f"weights: those of {source.where}, step {source.about['step']:,}; the optimizer "
+        "state starts fresh")
     return run.spec.start(params)

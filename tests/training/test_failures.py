@@ -201,7 +201,7 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_in(copied, capsys, monkeypatch
     for overrides in ((), ("train.compute_dtype=bfloat16",)):
         assert run_here(copied, *FINISHED, *overrides) == 2
         message = one_line(capsys.readouterr().err)
-        assert "expected to compute in float32 as this run began, got bfloat16" in message
+        assert "expected to compute in float32, as when this run began, got bfloat16" in message
         assert "set config.train.compute_dtype=float32" in message
         assert snapshot(copied) == before
     assert run_here(copied, *FINISHED, "train.compute_dtype=float32") == 0

@@ -4,7 +4,8 @@ A language's most frequent small words make up a third of running text, and few 
 two languages; a word of n languages counts 1 / n for each. A text with too few of them is `und`
 (undetermined), as code and tables should be.
 
-Shape legend: W words, D texts, H different function words, L languages.
+Shape legend: C characters, W words, D texts (D1: D + 1 bounds), S scripts, H different function
+words, L languages.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import numpy as np
 from lmjax.data.text.words import Words, split
 
 UNDETERMINED = "und"
-# A text is in a language if it has so large a (weighted) share of its function words, and so many
-# function words of any language. Running text has a share of 0.2 to 0.5.
+# A text is in a language if at least MIN_SHARE of its words are function words of that language (a
+# word of n languages counts 1 / n), and at least MIN_HITS are function words of any language.
+# Running text has a share of 0.2 to 0.5.
 MIN_SHARE, MIN_HITS = 0.08, 3
-_SCRIPTS = {  # ranges of code points, first and last; any other character is Latin or not a letter
+# Script -> ranges of code points (first, last). A script that stands for one language has that
+# language's code as its name. Any other character is taken to be Latin or no letter.
+_SCRIPTS = {
     "kana": ((0x3040, 0x30FF),),
     "han": ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)),
     "ko": ((0xAC00, 0xD7AF), (0x1100, 0x11FF)),
@@ -71,7 +75,7 @@ CYRILLIC = ("ru", "uk")
 
 @functools.cache
 def _scripts() -> np.ndarray:
-    """The script of every code point: its number in `_SCRIPTS` from 1, or 0; uint8 [0x110000]."""
+    """Number of every code point's script in `_SCRIPTS`, from 1; 0: none. uint8 [0x110000]."""
     table = np.zeros(0x110000, np.uint8)
     for number, ranges in enumerate(_SCRIPTS.values(), 1):
         for first, last in ranges:
@@ -84,7 +88,7 @@ def _function_words() -> tuple[np.ndarray, np.ndarray]:
     """Hashes of all function words, sorted uint64 [H], and their weights per language, [H, L]."""
     hashes = []
     for words in FUNCTION_WORDS.values():
-        # A single ASCII letter is often the name of a variable.
+        # A single ASCII letter is often the name of a variable, so it is no function word here.
         kept = " ".join(w for w in words.split() if len(w) > 1 or not w.isascii())
         hashes.append(np.unique(split([kept]).hash_W))
     hash_H = np.unique(np.concatenate(hashes))
@@ -102,9 +106,9 @@ def identify(words: Words) -> list[str]:
     script_C = _scripts()[words.codes_C]
     found = np.flatnonzero(script_C)
     doc = np.searchsorted(words.offset_D, found, side="right") - 1
-    wide = len(_SCRIPTS) + 1
-    count_DS = np.bincount(doc * wide + script_C[found],
-                           minlength=documents * wide).reshape(documents, wide)
+    S = len(_SCRIPTS)
+    count_DS = np.bincount(doc * S + script_C[found] - 1,
+                           minlength=documents * S).reshape(documents, S)
     letters_D = np.bincount(words.doc_W, words.end_W - words.start_W, documents)
     hash_H, weight_HL = _function_words()
     at = np.minimum(np.searchsorted(hash_H, words.hash_W), len(hash_H) - 1)
@@ -121,18 +125,19 @@ def _decide(count_S: np.ndarray, letters: float, score_L: np.ndarray, words: int
     """The language of one text.
 
     Args:
-      count_S: characters in each script, after those in none.
+      count_S: characters in each script, in the order of `_SCRIPTS`.
       letters: letters and digits of all scripts.
       score_L: weighted function words of each language.
       words: number of words, at least 1.
       hits: number of function words of any language.
     """
-    names = ["", *_SCRIPTS]
-    count = dict(zip(names, count_S.tolist(), strict=True))
+    count = dict(zip(_SCRIPTS, count_S.tolist(), strict=True))
+    # A character of Chinese or Japanese says as much as 2 or 3 Latin letters: a share of 0.3 is
+    # enough, where other scripts need 0.5.
     east = count["kana"] + count["han"]
-    if east > 0.3 * letters:  # one such character says as much as 2 or 3 Latin letters
+    if east > 0.3 * letters:
         return "ja" if count["kana"] > 0.1 * east else "zh"
-    best = max(names[3:], key=count.__getitem__)
+    best = max([name for name in _SCRIPTS if name not in ("kana", "han")], key=count.__getitem__)
     languages: Sequence[str] = list(FUNCTION_WORDS)
     if count[best] > 0.5 * letters:
         if best == "arabic":

@@ -10,22 +10,31 @@ from lmjax.errors import UserError
 class OptimizerConfig:
     """How gradients become updates of the weights."""
 
-    name: str = "adamw"  # a row of table.OPTIMIZERS; muon takes AdamW for all but matrices
-    peak_lr: float = 3e-4  # learning rate after warm-up: Muon takes AdamW's, Lion about a fifth
+    # A row of table.OPTIMIZERS. muon uses AdamW for everything but matrices: for embedding tables,
+    # scales and biases.
+    name: str = "adamw"
+    # Learning rate after warm-up. With Muon, use the rate that you would use for AdamW; with Lion,
+    # about a fifth of it.
+    peak_lr: float = 3e-4
     schedule: str = "cosine"  # a row of schedules.SCHEDULES
     warmup_steps: int = 100  # steps of linear increase from peak_lr/(warmup_steps+1); 0: none
-    # Share of peak_lr at which the decay ends, one step past the last one: with 0 no step is
-    # wasted. inverse_sqrt and constant do not use it.
+    # The decay ends at this fraction of peak_lr, one step after the last one. So even with 0, the
+    # last step has a learning rate above 0. The schedules inverse_sqrt and constant ignore it.
     final_lr_fraction: float = 0.1
-    decay_fraction: float = 0.2  # share of all steps in which `wsd` decays
-    b1: float = 0.9  # decay of the first moment (AdamW, Lion)
-    b2: float = 0.95  # decay of the second moment (AdamW, Lion)
+    # wsd (warm-up, stable, decay): the fraction of all steps, the last ones, in which it decays.
+    decay_fraction: float = 0.2
+    # AdamW: decay of the first moment. Lion: how much of the momentum, against the gradient, an
+    # update takes.
+    b1: float = 0.9
+    b2: float = 0.95  # AdamW: decay of the second moment. Lion: decay of the momentum
     eps: float = 1e-8  # added to the root of the second moment (AdamW)
     momentum: float = 0.9  # of sgd
     muon_momentum: float = 0.95  # Muon's Nesterov momentum
     muon_iterations: int = 5  # Muon's Newton-Schulz iterations
-    weight_decay: float = 0.1  # times the learning rate, decoupled from the gradient; matrices only
-    decay_embeddings: bool = False  # also decays embedding tables, the output's included
+    # Each step subtracts learning rate x weight_decay x weight, whatever the gradient is (decoupled
+    # decay); matrices only.
+    weight_decay: float = 0.1
+    decay_embeddings: bool = False  # also decays embedding tables, including that of the output
     clip_norm: float = 1.0  # largest global norm of a gradient; 0: no clipping
     ema_decay: float = 0.0  # decay of the moving average of the weights; 0: no average
 
