@@ -87,7 +87,9 @@ def write_array(path: str, pieces: Iterable[np.ndarray], *, size: int, dtype: np
         "codecs": [{"name": "sharding_indexed",
                     "configuration": {"chunk_shape": [CHUNK], "codecs": codecs}}],
     }
-    spec = {"driver": "zarr3", "kvstore": kvstore(path), "metadata": metadata}
+    # A chunk of zeros is stored like any other: only then is a missing chunk a damaged array.
+    spec = {"driver": "zarr3", "kvstore": kvstore(path), "metadata": metadata,
+            "store_data_equal_to_fill_value": True}
     array = ts.open(spec, create=True, delete_existing=True).result()
     buffer = np.empty(shard, dtype)
     filled = written = 0  # values in the buffer, and values written from it before
@@ -110,9 +112,10 @@ def write_array(path: str, pieces: Iterable[np.ndarray], *, size: int, dtype: np
 
 
 def open_array(path: str) -> ts.TensorStore:
-    """Opens an array of `write_array` for reading."""
+    """Opens an array of `write_array` for reading. A missing file is an error, not a run of zeros."""
     context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
-    spec = {"driver": "zarr3", "kvstore": kvstore(path), "recheck_cached_data": False}
+    spec = {"driver": "zarr3", "kvstore": kvstore(path), "recheck_cached_data": False,
+            "fill_missing_data_reads": False}
     return ts.open(spec, open=True, read=True, context=context).result()
 
 
@@ -231,8 +234,8 @@ class SplitStore:
       verify: reads everything now and compares its sha256 with the manifest.
     Raises:
       UserError: an array is missing or damaged, or has another size than the manifest says. Without
-        `verify`, a damaged chunk is noticed when it is read, by its checksum. A missing file of an
-        array (read as zeros), other values in intact chunks and a changed ids.txt are not noticed.
+        `verify`, a damaged or missing chunk is noticed when it is read. Other values in intact
+        chunks and a changed ids.txt are not noticed.
     """
 
     def __init__(self, directory: str, source: str, split: str, facts: dict[str, Any], *,

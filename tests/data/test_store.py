@@ -73,9 +73,10 @@ def test_equal_content_has_an_equal_fingerprint_however_it_is_stored(tmp_path, w
     assert again == facts
 
 
+@pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("memory_limit", [0, 1 << 30])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_damage_is_noticed(written, damage, memory_limit):
+def test_damage_is_noticed(written, damage, memory_limit, verify):
     chunk = written[0] / "s/train/tokens/c/0"
     raw = bytearray(chunk.read_bytes())
     if damage == "remove":
@@ -87,7 +88,14 @@ def test_damage_is_noticed(written, damage, memory_limit):
         chunk.write_bytes(raw)
     with pytest.raises(ValueError,
                        match="tokens: expected the array of sha256 .*, got .*; delete the dir"):
-        open_split(written, memory_limit=memory_limit, verify=True)
+        split = open_split(written, memory_limit=memory_limit, verify=verify)
+        split.gather(np.array([0]), np.array([5]))  # unless verified, noticed by the read at last
+
+
+def test_a_chunk_of_zeros_is_stored(tmp_path):
+    path, zeros = str(tmp_path / "zeros"), np.zeros(40_000, np.uint16)
+    store.write_array(path, [zeros], size=len(zeros), dtype=zeros.dtype)
+    np.testing.assert_array_equal(store.open_array(path).read().result(), zeros)
 
 
 def test_another_array_in_the_place_of_one_is_noticed(written):
