@@ -112,7 +112,7 @@ def write_array(path: str, pieces: Iterable[np.ndarray], *, size: int, dtype: np
 
 
 def open_array(path: str) -> ts.TensorStore:
-    """Opens an array of `write_array` for reading. A missing file is an error, not a run of zeros."""
+    """Opens an array of `write_array` for reading; a missing file is an error, not zeros."""
     context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
     spec = {"driver": "zarr3", "kvstore": kvstore(path), "recheck_cached_data": False,
             "fill_missing_data_reads": False}
