@@ -179,12 +179,12 @@ class LM:
                      **options: Any) -> list[str]:
         """Like `generate`, with prompts as rows of token ids."""
         tokenizer = self.need_tokenizer()
+        drafting = Draft(draft.model, draft.params) if draft else None
+        decoding = DecodingOptions(draft=drafting, **options)
         if draft and draft.need_tokenizer().hash != tokenizer.hash:
             raise UserError("a model with the same tokenizer", "another",
                             "train one on the same prepared data", "draft")
-        drafting = Draft(draft.model, draft.params) if draft else None
-        return answer(self._generator, self.params, self._reader.names, prompts,
-                      DecodingOptions(draft=drafting, **options))
+        return answer(self._generator, self.params, self._reader.names, prompts, decoding)
 
     def embed(self, texts: Sequence[str], *, pooling: str = "mean",
               normalize: bool = True) -> np.ndarray:

@@ -17,7 +17,9 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "lm_eval":  # a module that lm-eval lacks, or this file in place of lm-eval
+        raise
     raise UserError("the package lm-eval", "none", "pip install 'lmjax[eval]'",
                     where="lmjax eval") from error
 

@@ -22,6 +22,7 @@ class Turn(NamedTuple):
     name: str
     run: Callable[[], object]
     amount: int = 1  # units of work per run, such as steps
+    unit: str = "run"  # what a unit of work is called
 
 
 def in_turn(turns: Sequence[Turn], seconds: float) -> dict[str, list[float]]:
@@ -35,11 +36,11 @@ def in_turn(turns: Sequence[Turn], seconds: float) -> dict[str, list[float]]:
     while time.monotonic() - began < seconds or rounds < 3:
         rounds += 1
         found: dict[str, list[float]] = {}
-        for name, run, amount in turns:
+        for name, run, amount, unit in turns:
             at = time.perf_counter()
             run()
             found.setdefault(name, []).append((time.perf_counter() - at) / amount)
-            print(f"\rround {rounds}: {name}: {found[name][-1]:.3f} s        ", end="",
+            print(f"\rround {rounds}: {name}: {found[name][-1]:.3f} s/{unit}        ", end="",
                   file=sys.stderr, flush=True)
         for name, values in found.items():
             times[name].append(statistics.mean(values))

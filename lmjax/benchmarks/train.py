@@ -57,8 +57,10 @@ def bench(recipe: Recipe, config: Sequence[str], *, seconds: float = 60.0, out: 
                                  checkpoint=dataclasses.replace(recipe.checkpoint, every=every))
     with tempfile.TemporaryDirectory() as workdir:
         run = set_up(recipe, Path(workdir), lambda line: print(line, file=sys.stderr))
-        times = in_turn(_turns(_contestants(run), every), seconds)
-        run.checkpointer.close()
+        with contextlib.redirect_stderr(io.StringIO()):  # the progress line is written, not shown
+            records = Records(run, 0)
+        with contextlib.closing(run.checkpointer), contextlib.closing(records):
+            times = in_turn(_turns(_contestants(run, records), every), seconds)
     report = _figures(run, times)
     report["start_up_seconds"] = _start_up(config)
     _print(report)
@@ -66,9 +68,9 @@ def bench(recipe: Recipe, config: Sequence[str], *, seconds: float = 60.0, out: 
     return report
 
 
-def _contestants(run: Run) -> dict[str, RunSteps]:
+def _contestants(run: Run, records: Records) -> dict[str, RunSteps]:
     """Returns, by name, what is compared. The first steps of each are done already."""
-    found: dict[str, RunSteps] = {"loop": _loop(run)}
+    found: dict[str, RunSteps] = {"loop": _loop(run, records)}
     found["loop"](2)  # compiles
     assert run.compiled is not None
     rows = run.train_split.rows(np.arange(run.recipe.train.batch_size))
@@ -101,7 +103,7 @@ def _turns(contestants: dict[str, RunSteps], every: int) -> list[Turn]:
     half = max(every // 2, 1)
     turns = [("bare step", half), ("loop", every), ("bare step", half),
              *((name, SHORT) for name in contestants if name not in ("loop", "bare step"))]
-    return [Turn(name, functools.partial(contestants[name], n), n) for name, n in turns]
+    return [Turn(name, functools.partial(contestants[name], n), n, "step") for name, n in turns]
 
 
 def repeated(step: StepFn, state: TrainState, batch: Batch) -> RunSteps:
@@ -119,15 +121,15 @@ def repeated(step: StepFn, state: TrainState, batch: Batch) -> RunSteps:
     return steps
 
 
-def _loop(run: Run) -> RunSteps:
+def _loop(run: Run, records: Records) -> RunSteps:
     """Returns a function that runs n more steps of the training loop, with all that it writes."""
-    with contextlib.redirect_stderr(io.StringIO()):  # the progress line is written, but not shown
-        records = Records(run, 0)
     done = 0
 
     def steps(n: int) -> None:
         nonlocal done
-        run_steps(run, records, StopSignal(), done, done + n)
+        # What the loop prints would land inside the progress line of `in_turn`.
+        with contextlib.redirect_stderr(io.StringIO()):
+            run_steps(run, records, StopSignal(), done, done + n)
         done += n
         jax.block_until_ready(run.state)
 

@@ -19,7 +19,7 @@ class DecodingOptions:
     """How answers are made."""
 
     max_tokens: int = 64  # limit of an answer's length
-    temperature: float = 0.8  # 0 takes the likeliest token; `Sampling` explains this and the next 4
+    temperature: float = 0.8  # `temperature` to `repetition_penalty`: see `Sampling`
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0

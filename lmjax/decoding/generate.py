@@ -63,7 +63,7 @@ class Generator:
         """
         self.model, self.eos_id, self.start_id = model, eos_id, start_id
         self.vocab_size = vocab_size or model.config.vocab_size
-        # A few rows of one token per step may not divide the mesh: only the weights are split.
+        # The mesh may not divide so few rows, so only the weights are split.
         self.layout = layout and dataclasses.replace(
             layout, rules={**layout.rules, "batch": (), "seq": (), "stream_seq": ()})
 

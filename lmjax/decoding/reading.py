@@ -23,7 +23,7 @@ class Reader(NamedTuple):
     def ids(self, text: str, room: int | None = None, *, end: bool = True) -> list[int]:
         """The ids that the model reads for a text.
 
-        An empty text becomes a single BOS token.
+        A text without any ids, prefix and suffix included, becomes a single BOS token.
 
         Args:
           text: the text.

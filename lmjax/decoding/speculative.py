@@ -47,7 +47,7 @@ class _State(NamedTuple):
     answers: jax.Array  # int32 [B, S]
     ends: jax.Array  # int32 [B]: tokens of each answer
     ended: jax.Array  # bool [B]
-    gained: jax.Array  # int32 [B]: tokens that all rounds of the row gave
+    gained: jax.Array  # int32 [B]: tokens this row has gained in all rounds
     cache: Cache
     draft_cache: Cache
 

@@ -65,10 +65,19 @@ def read_settings(settings: Settings, where: str,
     model_type = model_type_of(settings, where)
     try:
         fields = _fields(model_type, settings, where, present or {})
-        return build(model_type.config, fields, path=f"{where} (in lmjax's names)")
+        return _build(model_type, fields, where)
     except (TypeError, AttributeError, ZeroDivisionError) as error:  # a list for a number, say
         raise UserError("settings as transformers writes them", f"one of another kind ({error})",
                         "fetch it again", where) from None
+
+
+def _build(model_type: ModelType, fields: Settings, where: str) -> ModelConfig:
+    """Builds our config. Its errors name our fields, which config.json does not have."""
+    try:
+        return build(model_type.config, fields, path=where)
+    except UserError as error:
+        raise UserError(error.expected, error.got,
+                        f"{error.fix} (config.json, in lmjax's names)", error.where) from None
 
 
 def write_settings(config: ModelConfig, model_type: str = "") -> dict[str, Any]:

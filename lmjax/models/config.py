@@ -55,8 +55,8 @@ class TransformerConfig:
     norm: str = "rmsnorm"  # rmsnorm, rmsnorm_1p (Gemma: 1 + scale), layernorm, layernorm_no_bias
     norm_eps: float = 1e-5
     norm_position: str = "pre"  # pre: before a branch; post: after the sum; both: around a branch
-    # none; own: a norm of the embeddings; first: the attention norm of the first layer also
-    # norms the residual stream (ModernBERT)
+    # none; own: a norm of the embeddings; first: the first layer's attention norm also replaces
+    # the residual stream by its output (ModernBERT)
     embedding_norm: str = "none"
     scale_embeddings: bool = False  # multiplies embeddings by sqrt(embed_dim)
     # gelu (exact), gelu_tanh, relu, silu; gated: swiglu, geglu (tanh), geglu_erf, reglu
@@ -80,8 +80,8 @@ class TransformerConfig:
     embedding_std: float = 0.0  # of the token table at the start; 0: init_std
     attention: str = "auto"  # the kernel's name, or auto
     scan_layers: bool = True  # compiles a loop over one layer; else every layer by itself
-    # Which activations the backward pass finds stored and which it recomputes: none (recomputes
-    # nothing), full, attention, dots, or the names of stored ones, such as kernel+out (`nn.stack`).
+    # What is stored for the backward pass; the rest is recomputed. none: store all; full,
+    # attention, dots, or names of what to store, such as kernel+out: see `nn.stack`.
     remat: str = "none"
 
     def __post_init__(self) -> None:

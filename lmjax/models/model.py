@@ -134,16 +134,22 @@ class Model:
                cache: Cache) -> tuple[jax.Array, Cache]:
         """Feeds T more tokens of each row and returns the logits [B, T, V] after all of them."""
         model = self.functional.bind(self._cast(params))
-        at_B = jnp.full(tokens_BT.shape[:1], tokens_BT.shape[1] - 1, jnp.int32)
-        x_BTD, cache = self._feed(model, tokens_BT, cache, at_B, prompt=False)
+        x_BTD, cache = self._feed(model, tokens_BT, cache, None, prompt=False)
         return self._logits(x_BTD, *model.unembedding), cache
 
-    def _feed(self, model: Any, tokens_BT: jax.Array, cache: Cache, at_B: jax.Array,
+    def _feed(self, model: Any, tokens_BT: jax.Array, cache: Cache, at_B: jax.Array | None,
               prompt: bool) -> tuple[jax.Array, Cache]:
-        """The hidden states of T more tokens, and the cache with those up to index `at`."""
-        T, last_B = tokens_BT.shape[1], cache.slot + at_B
+        """The hidden states of T more tokens, and the cache with those up to index `at_B`.
+
+        None: nothing is padding.
+        """
+        T = tokens_BT.shape[1]
         positions_BT = cache.slot[:, None] + jnp.arange(T, dtype=jnp.int32).reshape(1, T)
-        real_BT = (positions_BT <= last_B[:, None]).astype(jnp.int32)  # no expert takes padding
+        if at_B is None:
+            last_B, real_BT = cache.slot + T - 1, jnp.ones_like(positions_BT)
+        else:
+            last_B = cache.slot + at_B
+            real_BT = (positions_BT <= last_B[:, None]).astype(jnp.int32)  # no expert takes padding
         info = TokenInfo(positions_BT, real_BT, prefix=real_BT if prompt else None, last=last_B)
         x_BTD, cache = model.step(tokens_BT, info, cache, self.dtype)
         return x_BTD, cache._replace(slot=last_B + 1)

@@ -13,6 +13,11 @@ from typing import TextIO
 from lmjax.monitoring.units import human_count, human_seconds
 
 
+def to_stderr(line: str) -> None:
+    """Prints a line to standard error at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
     """Shows on the terminal how far a run is.
 

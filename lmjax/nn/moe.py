@@ -41,8 +41,8 @@ class MoEConfig:
     normalize: bool = True
     shared_dim: int = 0  # mlp_dim of one more expert, which computes all tokens; 0: none
     shared_gate: bool = False  # whether a sigmoid scales that expert's output (Qwen2-MoE)
-    # The most tokens of a row that an expert takes, as a multiple of an even share (Lepikhin et al.
-    # 2020, arXiv:2006.16668); it adds nothing to the others. 0: no limit, no token is dropped.
+    # Limit of the tokens of a row per expert, as a multiple of an even share (Lepikhin et al. 2020,
+    # arXiv:2006.16668). Tokens over the limit get no output from it. 0: no limit.
     capacity: float = 0.0
     # Coefficient of the load-balance loss (Fedus et al. 2021, arXiv:2101.03961).
     balance_loss: float = 0.01

@@ -25,7 +25,7 @@ Rotation = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies change for rows longer than those of the first training.
+    """How rotary frequencies change for rows longer than those the model was first trained on.
 
     Kinds: none; linear (Chen et al. 2023, arXiv:2306.15595); ntk, which raises theta; llama3
     (arXiv:2407.21783); yarn (Peng et al. 2023, arXiv:2309.00071).
@@ -34,8 +34,8 @@ class RopeScaling:
     kind: str = "none"
     factor: float = 1.0  # how many times longer the rows are
     original_positions: int = 0  # row length of the first training (ntk, llama3, yarn)
-    # ntk: the row length for which `factor` is exact, as "dynamic" NTK computes it from the row at
-    # hand. 0: theta is raised by `factor` alone.
+    # ntk: the row length at which this equals "dynamic" NTK, which uses each row's own length. 0:
+    # theta is raised by `factor` alone.
     length: int = 0
     # llama3 scales wavelengths above original_positions / low_freq_factor, keeps those below
     # original_positions / high_freq_factor, and interpolates between.

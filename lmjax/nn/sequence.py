@@ -164,7 +164,7 @@ def in_reading_order(x: jax.Array, n: int) -> jax.Array:
 
 def pad_sequences(multiple: int, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,
                   mask: AttentionMask) -> tuple[jax.Array, jax.Array, jax.Array, AttentionMask]:
-    """Pads T and S at their ends to multiples of `multiple`, with tokens of segment 0."""
+    """Appends tokens of segment 0 until T and S are multiples of `multiple`."""
 
     def pad(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), *((0, 0),) * (x.ndim - 2)))

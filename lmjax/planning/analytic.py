@@ -37,16 +37,16 @@ def guess(recipe: Recipe, topology: Topology) -> Guess:
     their gradient in bfloat16; and the gathered weights of two layers.
 
     Time: matmuls at `MATMUL_SHARE` of peak. Weights travel beside them: each pass gathers them, and
-    their gradients are scattered. The activations' collectives of `tensor` and `context` come on
-    top of the larger of the two.
+    their gradients are scattered. The activations' collectives of `tensor` and `context` are added
+    to the longer of these two.
     """
     c, chip, mesh, train = recipe.model, topology.chip, recipe.mesh, recipe.train
     seq_len, vocab_size = recipe.data.seq_len, recipe.data.tokenizer.vocab_size
     total, active, layer = count_weights(dataclasses.replace(c, remat="none"), vocab_size)
     stages, expert = max(mesh.stage, 1), max(mesh.expert, 1)
     batch_ways = mesh.data * mesh.fsdp * expert
-    spans_slices = "data" in mesh.rules.get("embed", ())
-    split = stages * mesh.tensor * (batch_ways if spans_slices else mesh.fsdp * expert)
+    split_over_data = "data" in mesh.rules.get("embed", ())
+    split = stages * mesh.tensor * (batch_ways if split_over_data else mesh.fsdp * expert)
     rows = train.batch_size // train.microbatches / batch_ways
     tokens = rows * seq_len / mesh.context  # of a microbatch on a chip
     kept, again, kernel_again = remat_costs(c, layer, mesh.tensor)

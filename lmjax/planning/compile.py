@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,17 +23,22 @@ from pathlib import Path
 from typing import Any
 
 from lmjax.config import plain
-from lmjax.errors import UserError
+from lmjax.errors import UserError, first_line
 from lmjax.planning.kernels import StepFacts
 from lmjax.planning.measure import versions
 from lmjax.runtime.chips import FLAGS, Topology, tpu_compiler
 from lmjax.training.recipe import Recipe
 
 Log = Callable[[str], None]
-# The files and rooms of lmjax/ that decide, together with the config, what a step compiles to. A
-# change of their text compiles every step anew.
-SOURCES = ("nn", "models", "data", "training", "config.py", "sharding.py", "tree.py",
-           "runtime/chips.py", "planning/measure.py")
+# The files and folders of lmjax/ that decide, together with the config, what a step compiles to:
+# the model, the step, and the arrays of a batch. A change of their text compiles every step anew.
+SOURCES = (
+    "nn", "models", "training/optim",
+    *(f"training/{name}.py" for name in ("losses", "program", "recipe", "state", "step")),
+    *(f"data/{name}.py" for name in ("augmentation", "config", "denoising", "objectives", "packing",
+                                     "rows")),
+    "config.py", "sharding.py", "tree.py", "runtime/chips.py", "planning/compile.py",
+    "planning/measure.py")
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")  # whose versions decide it too
 
 
@@ -116,10 +122,24 @@ def _run_child(work: str, topology: Topology | str, flags: dict[str, str], log: 
             child.wait()
         output.seek(0)
         lines = [line for line in output.read().splitlines() if line.strip()]
-    if child.returncode == 2:
-        raise UserError(*json.loads((Path(work) / "error.json").read_text()))
+    error = Path(work) / "error.json"
+    if child.returncode == 2 and error.exists():
+        raise UserError(*json.loads(error.read_text()))
     if child.returncode:
-        raise UserError("the step to compile",
-                        f"exit code {child.returncode}: {lines[-1] if lines else 'no message'}",
-                        "if memory ran out, use a machine with more of it",
-                        where=f"--topology {topology}")
+        raise _failure(child.returncode, lines, where=f"--topology {topology}")
+
+
+def _failure(code: int, lines: list[str], where: str) -> UserError:
+    """The error for a child process that ended with `code`, not 0, after printing `lines`."""
+    if code < 0 or code == 137:  # a signal ended it; 128 + 9 where a shell reports SIGKILL
+        return UserError("the step to compile",
+                         f"exit code {code}: {lines[-1] if lines else 'no message'}",
+                         "if memory ran out, use a machine with more of it", where=where)
+    # After the exception, JAX prints that it has left frames out of the traceback.
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+    if raised:
+        got = re.sub(r"^(\w+\.)*", "", raised[-1])
+    else:
+        got = f"exit code {code}: {lines[-1] if lines else 'no message'}"
+    return UserError("the step to compile", first_line(got),
+                     "change the mesh, model.remat or LIBTPU_INIT_ARGS", where=where)

@@ -109,8 +109,7 @@ def parse(text: str) -> Module:
         elif line.startswith("}"):
             current = None
     if not entry:
-        raise ValueError("expected the text of an HLO module, got one without ENTRY; "
-                         "pass compiled.as_text()")
+        raise ValueError("this text has no ENTRY computation, so it is not an HLO module")
     return Module(computations, entry)
 
 

@@ -12,7 +12,8 @@ from lmjax.planning.costs import REMAT, CustomCall
 StepFacts = dict[str, Any]  # what `measure.measure` returns
 
 ATTENTION_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4, "dq, dkv": 5}  # per visited tile, by pass
-PEAK_SHARES = {"attention": 0.5, "grouped": 0.7}  # of the peak rate, which the kernels reach
+# Share of the peak rate that each kind of kernel is assumed to reach.
+PEAK_SHARES = {"attention": 0.5, "grouped": 0.7}
 ATTENTION_RULE = ("window", "causal", "spread")  # the `StepFacts` that say which tiles are visited
 DEFAULT_TILE = 512  # queries and keys per tile, where the call has no table of tiles
 FLOATS = ("bf16", "f32", "f16")

@@ -4,12 +4,12 @@ import dataclasses
 import gzip
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 from lmjax.config import plain
 from lmjax.errors import UserError
+from lmjax.monitoring.progress import to_stderr
 from lmjax.planning.compile import Log, compiled
 from lmjax.planning.estimate import Estimate, estimate_step
 from lmjax.planning.kernels import StepFacts
@@ -21,12 +21,8 @@ from lmjax.runtime.chips import GIB, Topology, parse_topology
 from lmjax.training.recipe import Recipe
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def plan(recipe: Recipe, topology: str, *, out: str = "", tokens: float = 0.0, find: bool = False,
-         log: Log = _to_stderr) -> dict[str, Any]:
+         log: Log = to_stderr) -> dict[str, Any]:
     """Compiles the step of `recipe` for a topology, prints a table and returns its figures.
 
     Args:

@@ -20,7 +20,7 @@ from lmjax.runtime.chips import CHIPS, GIB, Chip, Topology, parse_topology
 from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.recipe import Recipe
 
-COMPILED = 4  # of the best that fit, how many to find; at most twice as many are compiled
+COMPILED = 4  # stop after this many compiled candidates fit; compile at most twice as many
 ALIKE = 2  # of one mesh and remat policy, at most, so that others get their turn
 BATCHES = (0.5, 1, 2)  # times the recipe's own batch size
 MICROBATCHES = (1, 2, 4, 8)

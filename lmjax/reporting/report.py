@@ -138,14 +138,27 @@ def _time(run: RunRecord) -> str:
     if slow:
         note += (f" {len(slow)} step{'s' if len(slow) > 1 else ''} took over {SLOW_FACTOR} times "
                  "the median of those before.")
-        slowest = sorted(slow, key=lambda event: -event["seconds"])[:SLOWEST_STEPS]
-        rows = [(f"process {event['process']} ({event['host']}) was {event['doing']}"
-                 if "process" in event else "", f"{event['step']:,}", f"{event['seconds']:.2f}")
+        slowest = sorted(slow, key=_seconds, reverse=True)[:SLOWEST_STEPS]
+        rows = [(_cause(event), f"{event['step']:,}", f"{_seconds(event):.2f}")
                 for event in slowest]
         body += "<h3>The slowest steps, without their wait for data</h3>"
         body += html.table(("cause", "step", "seconds"), rows)
         note += " timing.jsonl has them all." if len(slow) > SLOWEST_STEPS else ""
     return html.card("Where the time went", body, note)
+
+
+def _seconds(event: dict[str, Any]) -> float:
+    """The seconds of an event; 0 if another version of lmjax wrote none."""
+    return float(event.get("seconds") or 0)
+
+
+def _cause(event: dict[str, Any]) -> str:
+    """Which process made a step slow and what it was doing, as far as the event says so."""
+    if event.get("process") is None:
+        return ""
+    host, doing = event.get("host"), event.get("doing")
+    return (f"process {event['process']}" + (f" ({host})" if host else "")
+            + (f" was {doing}" if doing else ""))
 
 
 def _samples(run: RunRecord) -> str:

@@ -37,7 +37,8 @@ class RunRecord:
     timing: Columns = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)  # "event", "step", "seconds", ...
     seconds: float = math.nan  # wall time over all starts; nan if unknown
-    spent: dict[str, float] = field(default_factory=dict)  # the same by activity, and in between
+    # Wall time by activity, including the time between starts.
+    spent: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)  # of the prepared data
     baselines: list[dict[str, Any]] = field(default_factory=list)

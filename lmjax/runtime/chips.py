@@ -25,7 +25,7 @@ class Chip:
     ici: float  # bytes/s of a collective's ring within a slice: 0.9 of all links
     dcn: float  # bytes/s between slices
     dims: int  # dimensions of the torus
-    cores: int  # how many units a chip counts for in a product name such as v5p-128
+    cores: int  # cores per chip: product names such as v5p-128 count cores
     alone: int  # chips of the largest slice that lies within one host
 
 

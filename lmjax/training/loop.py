@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from lmjax.models.model import Batch
 from lmjax.monitoring.goodput import ACTIVITIES, LEDGER_FILE, account, goodput_line
 from lmjax.monitoring.jsonl import read_jsonl
 from lmjax.monitoring.profiling import Profiler, write_hlo
+from lmjax.monitoring.progress import to_stderr
 from lmjax.monitoring.units import human_count
 from lmjax.monitoring.watchdog import Watchdog
 from lmjax.reporting.report import write_report
@@ -31,11 +31,7 @@ from lmjax.training.step import StepFn
 from lmjax.training.workdir import claimed
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def train(recipe: Recipe, workdir: str | Path, log: Log = _to_stderr) -> str:
+def train(recipe: Recipe, workdir: str | Path, log: Log = to_stderr) -> str:
     """Trains `recipe` in `workdir`, from its newest checkpoint if there is one.
 
     Returns:

@@ -130,6 +130,19 @@ def test_the_report_says_everything(tmp_path):
     assert "diverged" not in text and text.count("process 1 (b)") == 5
 
 
+def test_slow_steps_of_another_version_are_listed_as_far_as_they_say(tmp_path):
+    make_run(tmp_path)
+    events = [{"step": 50, "seconds": "7.5", "process": 1},
+              {"step": 1051, "seconds": 9, "process": 0, "host": "a"},
+              {"step": 52, "process": 2, "doing": "saving"},
+              {"step": 53, "seconds": None}]
+    with (tmp_path / "timing.jsonl").open("a") as file:
+        for event in events:
+            file.write(json.dumps({"event": "slow_step"} | event) + "\n")
+    text = report(tmp_path)[1]
+    assert "process 0 (a)1,0519.00 process 1507.50 process 2 was saving520.00 530.00" in text
+
+
 def test_samples_are_escaped_and_their_prompt_is_marked(tmp_path):
     make_run(tmp_path)
     page, text, _ = report(tmp_path)

@@ -78,8 +78,8 @@ class Kernel:
     max_head_dim: int = 0  # the largest head_dim; 0: any
     dtypes: tuple[str, ...] = ()  # of queries, keys and values; empty: any
     dense: bool = False  # whether it reads the dense mask, which `prepare` computes once
-    # Whether and how finely a sequence can be laid out by `sequence.balance_sequence`: its pieces
-    # are multiples of this many tokens. 0: it cannot.
+    # Pieces of `balance_sequence` must be multiples of this many tokens. 0: the kernel does not
+    # support balanced rows.
     balance_multiple: int = 0
     keys: str = "kv_seq"  # axis name of the keys' sequence: "seq" where devices split the keys
 
