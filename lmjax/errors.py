@@ -27,7 +27,7 @@ class UserError(ValueError):
 def first_line(error: object) -> str:
     """The first line of an error's text, without a final stop, to be quoted in another message.
 
-    It is cut after 300 characters. An error without text gives the name of its type.
+    It is cut after 300 characters. If nothing is left, it is the name of the error's type.
     """
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".;")[:300] if lines else type(error).__name__
+    line = next(iter(str(error).strip().splitlines()), "")
+    return line.rstrip(".;")[:300] or type(error).__name__

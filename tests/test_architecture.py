@@ -38,6 +38,7 @@ ROOMS = (
     "tree",              # ground: named paths of a tree
     "errors",            # ground: mistakes that a user can mend
 )
+GROUND = ("sharding", "runtime", "config", "tree", "errors")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 # Plain JAX replaces each of these: their rules for state, host time or memory cost others days.
@@ -124,7 +125,15 @@ def arrows() -> set[tuple[str, str]]:
 
 def test_the_architecture_page_counts_rooms_and_arrows():
     page = (ROOT / "docs/architecture.md").read_text()
-    assert f"{len(ROOMS)} rooms and {len(arrows())} arrows" in page.replace("\n", " ")
+    text, pairs = page.replace("\n", " "), arrows()
+    assert f"{len(ROOMS)} rooms and {len(pairs)} arrows" in text
+    ground = sum(there in GROUND for _, there in pairs)
+    assert f"{ground} of the arrows lead to the five rooms on the ground" in text
+    assert f"{sum(there == 'errors' for _, there in pairs)} of these to `errors.py`" in text
+    chain: dict[str, int] = {}  # rooms in the longest chain that begins at each room
+    for room in reversed(ROOMS):
+        chain[room] = 1 + max((chain[there] for here, there in pairs if here == room), default=0)
+    assert f"passes through {max(chain.values())} rooms" in text
     for room in ROOMS:
         assert f"`{room.replace('.', '/')}" in page, f"no row for {room}"
 

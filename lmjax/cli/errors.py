@@ -15,7 +15,8 @@ LASTING = (
     ((), (errno.ENOSPC, errno.EDQUOT), "make room"),
 )
 NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror)
-WORDED = re.compile(r"\bexpected\b.*\bgot\b")  # an OSError of lmjax, which says all by itself
+# an OSError raised by lmjax, whose message is complete
+WORDED = re.compile(r"\bexpected\b.*\bgot\b")
 NETWORK_LIBRARIES = ("requests", "urllib", "urllib3")
 
 

@@ -1,4 +1,8 @@
-"""Keys, counter-based random numbers and keyed permutations, the same on every machine."""
+"""Keys, counter-based random numbers and keyed permutations, the same on every machine.
+
+The permutation is a Feistel network with cycle walking (Black and Rogaway, "Ciphers with Arbitrary
+Finite Domains", 2002), in NumPy, so it does not depend on the version of any library.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import hashlib
 
 import numpy as np
 
-ROUNDS = 8  # of the Feistel network; after 4 a chosen-plaintext adversary takes it for random
+ROUNDS = 8  # of the Feistel network; 4 rounds already look random to a chosen-plaintext adversary
 
 
 def key_of(*parts: int | str) -> np.ndarray:

@@ -10,9 +10,6 @@ sizes, devices or processes.
 The mixture may change at any row. The blocks of each stage begin at the stage's first row; the
 running index of a source continues through all stages, so the epochs do not depend on the stages.
 
-The permutation is a Feistel network with cycle walking (Black and Rogaway, "Ciphers with Arbitrary
-Finite Domains", 2002), in NumPy, so the order does not depend on the version of any library.
-
 Shape legend: U blocks, B rows of a block, S sources, K stages.
 """
 
@@ -133,7 +130,7 @@ class BatchSize(NamedTuple):
 
 
 class Steps:
-    """Which rows each step of a run trains on: the next ones, as many as its batch size.
+    """Which rows each step of a run trains on. Each step takes the next `batch size` rows.
 
     Args:
       changes: the batch sizes of the run, ascending; the first begins at step 0 and row 0.

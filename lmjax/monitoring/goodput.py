@@ -17,7 +17,7 @@ from lmjax.monitoring.jsonl import Appender
 from lmjax.monitoring.units import human_seconds
 
 LEDGER_FILE = "ledger.jsonl"
-ROW_SECONDS = 60.0  # between rows: the most time that a kill leaves without an account
+ROW_SECONDS = 60.0  # seconds between rows; a kill loses at most this much of the account
 SLOW_FACTOR = 1.5  # a step is slow if it takes more than this times the median of the steps before
 ACTIVITIES = {  # in the order in which reports show them
     "useful": "training steps that count",
@@ -118,7 +118,7 @@ def account(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 def _undo(steps: list[tuple[float, float, float]], step: int) -> float:
     """Removes the steps after `step` from `steps` and returns their useful seconds.
 
-    A row that `step` divides gives up its share of the seconds.
+    A row that spans `step` keeps the share of its seconds up to `step`.
     """
     lost = 0.0
     while steps and steps[-1][1] > step:

@@ -14,7 +14,8 @@ from lmjax.runtime import distributed
 T = TypeVar("T")
 POLL_SECONDS = 15.0  # between two looks, at most
 GRACE_SECONDS = 20.0  # for the other processes to notice the stall and write their stacks, too
-# The least seconds before these activities count as stalled: they take long and show no progress.
+# These activities may take at least this many seconds before they count as stalled: they take long
+# and show no progress.
 PATIENCE = {
     "setting up": 1800.0,
     "preparing data": 24 * 3600.0,

@@ -46,7 +46,7 @@ def join() -> bool:
     timer.daemon = True
     timer.start()
     try:
-        jax.distributed.initialize(**named, local_device_ids=local_devices(),
+        jax.distributed.initialize(**named, local_device_ids=slurm_gpus(),
                                    initialization_timeout=int(seconds) + 30)
     finally:
         timer.cancel()
@@ -100,7 +100,7 @@ def _hosts() -> list[str]:
     return [name for name in names.split(",") if name]
 
 
-def local_devices() -> list[int] | None:
+def slurm_gpus() -> list[int] | None:
     """The devices for `jax.distributed.initialize` to use in this process; None: JAX decides.
 
     Under Slurm with one process per node these are all GPUs of the node; JAX would use only one.

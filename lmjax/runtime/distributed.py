@@ -141,7 +141,8 @@ def _end_with_others(done: threading.Event) -> None:
     """Ends this process as soon as any process has failed, whatever its main thread waits for."""
     while not done.wait(LOOK_SECONDS):
         failures = []
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # JAX ends who loses the coordinator
+        # JAX itself ends a process that loses the coordinator
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
             failures = _store().key_value_dir_get(_FAILURE)
         if not failures:
             continue

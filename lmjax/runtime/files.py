@@ -19,16 +19,21 @@ class Busy(UserError):
     """Another process works in the same place. It may end soon, so a launcher may try again."""
 
 
-def lock(path: str | Path, busy: Busy) -> int:
-    """Locks a directory, or a file that is made if missing, for this process alone.
+def lock(path: str | Path, busy: Busy, flags: int) -> int:
+    """Locks a file or directory for this process alone.
+
+    Args:
+      path: the file or directory.
+      busy: what to raise if another process holds the lock.
+      flags: of `os.open`; with O_CREAT a missing file is made.
 
     Returns:
       A file descriptor. Closing it releases the lock, and so does the end of the process.
 
     Raises:
       Busy: `busy`, if another process holds the lock.
+      FileNotFoundError: there is nothing at `path`, and `flags` lack O_CREAT.
     """
-    flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT
     descriptor = os.open(path, flags, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,11 +55,14 @@ def claim(directory: str | Path, out: str | Path) -> int:
     busy = Busy("nobody else at work there", "another process that is making it",
                 "wait until it has ended", where=str(out))
     os.makedirs(directory, exist_ok=True)
-    descriptor = lock(directory, busy)
+    try:
+        descriptor = lock(directory, busy, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:  # the other process finished a moment ago and renamed the directory
+        raise busy from None
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(descriptor), os.stat(directory)):
             return descriptor
-    os.close(descriptor)  # the other process finished a moment ago and renamed the directory
+    os.close(descriptor)  # renamed likewise, between opening and locking
     raise busy
 
 

@@ -14,8 +14,15 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: int | None = None  # the signal's number
-        self.deferred = False  # the loop sets it once it can save: before, a signal acts at once
+        self.deferred = False
         self._calls, self._due = 0, False
+
+    def defer(self) -> None:
+        """Leaves signals to `due` from now on. The loop calls this once it can save.
+
+        Before that, a signal acts at once.
+        """
+        self.deferred = True
 
     def due(self) -> bool:
         """Returns whether to stop now: True on every process at the same call, and afterwards.
@@ -46,7 +53,8 @@ def stop_signal() -> Iterator[StopSignal]:
         if number == signal.SIGINT and (stop.received == number or not stop.deferred):
             raise KeyboardInterrupt
         if not stop.deferred:
-            raise SystemExit(128 + number)  # nothing is saved: a launcher must not read success
+            # nothing is saved, so the exit code must not say success
+            raise SystemExit(128 + number)
         stop.received = number
         if several:  # JAX's distributed runtime tells the other processes of a SIGTERM
             os.kill(os.getpid(), signal.SIGTERM)

@@ -234,7 +234,8 @@ class _Damaged(Exception):
 
 def _attempt(read: Callable[[], T]) -> T:
     """Returns what `read` returns; raises `_Damaged` on all processes if any of them fails."""
-    error, value = "", cast(T, None)
+    error: str | None = None
+    value = cast(T, None)
     try:
         value = read()
     except Exception as exception:  # noqa: BLE001 - a damaged file makes readers raise anything
@@ -242,9 +243,10 @@ def _attempt(read: Callable[[], T]) -> T:
             raise  # says nothing about the checkpoint
         error = first_line(exception)
     if jax.process_count() > 1:
-        fine = multihost_utils.process_allgather(np.asarray(not error))
-        error = error or ("" if np.all(fine) else "another process could not read it")
-    if error:
+        fine = multihost_utils.process_allgather(np.asarray(error is None))
+        if error is None and not np.all(fine):
+            error = "another process could not read it"
+    if error is not None:
         raise _Damaged(error)
     return value
 

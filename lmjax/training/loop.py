@@ -69,7 +69,7 @@ def run_steps(run: Run, records: Records, stop: StopSignal, start: int, end: int
     Returns:
       "done", or "stopped" when a signal asked for it; the current step is then saved.
     """
-    stop.deferred = True
+    stop.defer()
     batches = make_batches(run.train_split, batch_size=run.recipe.train.batch_size,
                            start_row=run.steps.rows(start), steps=max(end - start, 1),
                            sharding=run.layout.sharding(("batch", "seq")))
@@ -90,14 +90,17 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
     assert state is not None
     run.state = None  # the step donates its arrays
     on_its_way = None  # the newest step and its metrics, until they are logged
+    saved: int | None = None  # the newest step that this start has saved
     records.restart_clock()
     for step in steps:  # `state` is the state after `step` steps
         first, final = step == steps.start, step == recipe.train.steps
         stopping = not first and stop.due()
-        # A start finds its first state saved, and evaluated too unless the run is `unfinished`.
-        owed = not first or run.unfinished
-        evaluates = owed and (final or _due(recipe.eval.every, step))
-        samples = owed and recipe.sample.every > 0 and (final or _due(recipe.sample.every, step))
+        # After a restart, the first state came from the checkpoint. Its evaluation is done as well,
+        # unless the run is `unfinished`.
+        still_to_evaluate = not first or run.unfinished
+        evaluates = still_to_evaluate and (final or _due(recipe.eval.every, step))
+        samples = (still_to_evaluate and run.generator is not None and recipe.sample.every > 0
+                   and (final or _due(recipe.sample.every, step)))
         saves = not first and (final or stopping or _due(recipe.checkpoint.every, step))
         if on_its_way and (evaluates or samples or saves):  # all of them wait for this step anyway
             records.log_step(*on_its_way)
@@ -109,6 +112,7 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
             _sample(run, records, step, state)
         if saves or not (complete or first):
             _save(run, records, step, state, complete)
+            saved = step
         if evaluates or samples or saves:
             records.restart_clock()
         stopped = not complete or (stopping and not final)
@@ -129,11 +133,12 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
     if on_its_way:
         records.log_step(*on_its_way)
     if stopped:
-        records.progress.log(f"stopped and saved at step {step}; the same command goes on from "
-                             "there")
+        done = "stopped and saved" if saved == step else "stopped"
+        records.progress.log(f"{done} at step {step}; the same command goes on from there")
     run.state = state
-    with records.timed(step, "checkpoint"):  # saving goes on in the background until here
-        run.checkpointer.wait()
+    if saved is not None:
+        with records.timed(saved, "checkpoint"):  # saving goes on in the background until here
+            run.checkpointer.wait()
     return "stopped" if stopped else "done"
 
 
@@ -178,8 +183,7 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
 
 def _sample(run: Run, records: Records, step: int, state: TrainState) -> None:
     """Continues the recipe's prompts, from the averaged weights if the run keeps them."""
-    if run.generator is None or run.tokenizer is None:
-        return
+    assert run.generator is not None and run.tokenizer is not None
     sample, params = run.recipe.sample, state.params if state.ema is None else state.ema
     with records.timed(step, "sample"):
         answers = run.generator(params, run.prompts, max_tokens=sample.max_tokens, seed=step,

@@ -67,15 +67,22 @@ def find(path: str | os.PathLike, *, step: int | None = None,
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
-    """Extends `data.tokenizers.make_tokenizer`: `config.path` may be a model's directory as well.
+    """Trains a tokenizer on `texts`, or reads the one at `config.path`, a file or a directory.
+
+    `config.path` may be a SentencePiece model, or the directory of a run, of a checkpoint, or of a
+    Hugging Face model or tokenizer.
 
     Raises:
       UserError: no tokenizer at `path`, another vocabulary size than `vocab_size`, or a vocabulary
         size that the texts do not support.
     """
     path = epath.Path(config.path).expanduser()
+    if config.path and not path.exists():
+        raise UserError("a SentencePiece model, a directory with a tokenizer or a run",
+                        f"{config.path!r}, which does not exist",
+                        "correct it, or leave it empty to train one", where="data.tokenizer.path")
     if not config.path or not path.is_dir():
-        return tokenizers.make_tokenizer(config, texts)
+        return tokenizers.sentencepiece_tokenizer(config, texts)
     if any((path / name).exists() for name in (huggingface.SENTENCEPIECE, HF_FILES[0])):
         tokenizer = huggingface.read_tokenizer(Path(path))
     else:

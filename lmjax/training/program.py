@@ -67,7 +67,8 @@ def make_model(recipe: Recipe, layout: Layout, *, vocab_size: int) -> Model:
     """Makes the model of `recipe` for the devices of `layout` and data of `vocab_size` tokens.
 
     Raises:
-      UserError: no kernel can serve the model, or the devices lack the dtype of its matmuls.
+      UserError: the mesh asks for experts that the model does not have, no kernel can serve the
+        model, or the devices lack the dtype of its matmuls.
     """
     platform = layout.mesh.devices.flat[0].platform
     if layout.mesh.shape["expert"] > 1 and not recipe.model.moe.experts:

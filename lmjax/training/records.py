@@ -56,10 +56,10 @@ class Records:
 
     def close(self) -> None:
         """Writes what is left and closes the files."""
-        self._slow_steps.close()
-        self.progress.close()
-        self.ledger.close()
-        self.writer.close()
+        # Closed from last to first, each one even if another fails: stderr may be a broken pipe.
+        with contextlib.ExitStack() as stack:
+            for part in (self.writer, self.ledger, self.progress, self._slow_steps):
+                stack.callback(part.close)
 
     @contextlib.contextmanager
     def timed(self, step: int, kind: str) -> Iterator[None]:
@@ -72,7 +72,7 @@ class Records:
         self.ledger.spend(step, **{kind: seconds})
 
     def restart_clock(self) -> None:
-        """Starts the time of the next step now: what came before it is recorded elsewhere."""
+        """Restarts the step timer, because evaluating and saving have their own events."""
         self._last = time.monotonic()
 
     def next_batch(self, batches: Iterator[Batch], step: int) -> Batch:

@@ -34,7 +34,8 @@ def claimed(workdir: Path) -> Iterator[None]:
     busy = Busy("a directory that no run is using", "one that another process trains in",
                 "wait for it or use another --workdir", where=str(workdir))
     held: list[int] = []
-    agreed(lambda: held.append(lock(workdir / ".lock", busy)))  # by process 0
+    flags = os.O_RDWR | os.O_CREAT
+    agreed(lambda: held.append(lock(workdir / ".lock", busy, flags)))  # by process 0
     try:
         yield
     finally:

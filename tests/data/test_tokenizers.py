@@ -10,7 +10,7 @@ import sentencepiece
 from lmjax.data.tokenizers import (
     SentencePieceTokenizer,
     TokenizerConfig,
-    make_tokenizer,
+    sentencepiece_tokenizer,
     tokenizer_from_bytes,
     train_tokenizer,
     word_tables,
@@ -40,7 +40,7 @@ def corpus():
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def tokenizer(request):
     size = {"bpe": 330, "unigram": 290}[request.param]
-    return make_tokenizer(TokenizerConfig(vocab_size=size, model=request.param), corpus())
+    return sentencepiece_tokenizer(TokenizerConfig(vocab_size=size, model=request.param), corpus())
 
 
 def test_every_text_comes_back(tokenizer):
@@ -108,12 +108,12 @@ def test_the_model_is_a_pure_function_and_describes_itself(tokenizer):
 
 
 def test_long_lines_are_not_left_out_of_training():
-    tokenizer = make_tokenizer(TokenizerConfig(vocab_size=278), ["needle " * 20_000])
+    tokenizer = sentencepiece_tokenizer(TokenizerConfig(vocab_size=278), ["needle " * 20_000])
     assert len(tokenizer.encode("needle needle")) <= 4
 
 
 def test_runs_of_spaces_are_one_token():
-    code = make_tokenizer(TokenizerConfig(vocab_size=272), ["        x = 1\n    y\n" * 50])
+    code = sentencepiece_tokenizer(TokenizerConfig(vocab_size=272), ["        x = 1\n    y\n" * 50])
     assert len(code.encode("        ")) <= 2
 
 
@@ -122,23 +122,28 @@ def test_runs_of_spaces_are_one_token():
      "vocab_size: expected .* got 100 .*smaller than required_chars"),
     (TokenizerConfig(vocab_size=9000), "vocab_size: expected .* got 9000 .*too high"),
     (TokenizerConfig(path="/no/such.model"),
-     "path: expected a SentencePiece model, .* got '/no/such.model'"),
+     "path: expected a SentencePiece model, got '/no/such.model', which does not exist"),
 ])
 def test_a_tokenizer_that_cannot_be_made(config, message):
     with pytest.raises(ValueError, match=message):
-        make_tokenizer(config, corpus())
+        sentencepiece_tokenizer(config, corpus())
+
+
+def test_a_directory_is_no_sentencepiece_model(tmp_path):
+    with pytest.raises(ValueError, match="a SentencePiece model, got .*, which is a directory"):
+        sentencepiece_tokenizer(TokenizerConfig(path=str(tmp_path)), [])
 
 
 def test_an_existing_model(tmp_path, tokenizer):
     path = tmp_path / "t.model"
     path.write_bytes(tokenizer.to_bytes())
-    again = make_tokenizer(TokenizerConfig(tokenizer.vocab_size, path=str(path)), [])
+    again = sentencepiece_tokenizer(TokenizerConfig(tokenizer.vocab_size, path=str(path)), [])
     assert again.hash == tokenizer.hash
     with pytest.raises(ValueError, match=f"expected {tokenizer.vocab_size}.*, got 4096"):
-        make_tokenizer(TokenizerConfig(path=str(path)), [])
+        sentencepiece_tokenizer(TokenizerConfig(path=str(path)), [])
     path.write_bytes(b"junk")
     with pytest.raises(ValueError, match="expected a SentencePiece model, got 4 bytes"):
-        make_tokenizer(TokenizerConfig(path=str(path)), [])
+        sentencepiece_tokenizer(TokenizerConfig(path=str(path)), [])
 
 
 def test_words_end_where_letters_do(tokenizer):

@@ -248,11 +248,11 @@ def test_slurm_refuses(cloud):
       "JAX_LOCAL_DEVICE_IDS": "0"}, None),
 ])
 def test_one_process_per_node_takes_all_its_gpus(environ, expected, monkeypatch):
-    from lmjax.runtime.cluster import local_devices
+    from lmjax.runtime.cluster import slurm_gpus
 
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert local_devices() == expected
+    assert slurm_gpus() == expected
 
 
 # Processes of this machine

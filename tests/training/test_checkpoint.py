@@ -152,3 +152,11 @@ def test_a_full_disk_is_known_however_a_library_words_it(name, small_disk):
         with checkpoint.when_disk_full(small_disk):
             WRITERS[name](small_disk / "data", data)
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_an_error_without_words_is_an_error():
+    def fail():
+        raise ValueError("...")
+
+    with pytest.raises(checkpoint._Damaged, match="ValueError"):
+        checkpoint._attempt(fail)

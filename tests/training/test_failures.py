@@ -1,5 +1,6 @@
 """What cannot run ends in one line: expected, got and fix; exit code 2; nothing compiled."""
 
+import errno
 import json
 import pathlib
 import re
@@ -15,6 +16,9 @@ from lmjax.cli import errors
 from lmjax.cli import main as cli
 from lmjax.data.pipeline import Split
 from lmjax.errors import UserError
+from lmjax.monitoring.goodput import Ledger
+from lmjax.monitoring.metrics import MetricsWriter
+from lmjax.monitoring.progress import Progress
 from lmjax.runtime.files import Busy
 from lmjax.training import loop, workdir
 from lmjax.training.checkpoint import checkpoint_steps
@@ -263,6 +267,22 @@ def test_two_runs_in_one_directory_are_refused(tmp_path, error, monkeypatch):
     with workdir.claimed(folder):
         assert run_here(folder, *FINISHED) == 1  # the next time the other one may have ended
     assert "another process" in error()
+
+
+def test_a_broken_terminal_does_not_keep_the_files_from_closing(tmp_path, monkeypatch):
+    closed = []
+
+    def broken(self):
+        raise OSError(errno.EIO, "the terminal is gone")
+
+    monkeypatch.setattr(Progress, "close", broken)
+    for part in (Ledger, MetricsWriter):
+        monkeypatch.setattr(part, "close", lambda self, end=part.close: closed.append(end(self)))
+    # Synthetic data has no tokenizer, so there is nothing to sample.
+    assert run_here(tmp_path / "run", *FINISHED, "sample.every=1") != 0
+    assert len(closed) == 2
+    events = {row.get("event") for row in lines(tmp_path / "run", "timing.jsonl")}
+    assert "checkpoint" in events and "sample" not in events
 
 
 @pytest.mark.long

@@ -123,6 +123,11 @@ def test_sigterm_in_an_evaluation_saves_the_step_and_the_next_start_evaluates_it
     monkeypatch.setenv("LMJAX_STOPPED_CODE", "75")  # as launchers ask, so that they start it again
     assert run(told_before_the_second_batch) == 75, "the last evaluation counts as well"
     assert committed(workdir)[-1] == 16 and "saved at step 16" in capsys.readouterr().err
+    assert run(told_before_the_second_batch) == 75, "it saved nothing, as the step is saved already"
+    printed, events = capsys.readouterr().err, lines(workdir, "timing.jsonl")
+    assert "stopped at step 16; the same command goes on from there" in printed
+    last_start = max(i for i, row in enumerate(events) if row.get("event") == "resume")
+    assert "checkpoint" not in [row.get("event") for row in events[last_start:]]
     assert run(evaluate) == 0, "nothing stopped this one"
     assert_same_run(straight, workdir, ["metrics.jsonl"])
     monkeypatch.setenv("LMJAX_STOPPED_CODE", "temp")

@@ -31,7 +31,7 @@ from lmjax.data.preparation.stages import Prepared, run_stages
 from lmjax.data.preparation.writer import baselines, contamination, write_store
 from lmjax.data.text import sources
 from lmjax.data.text.clean import check_installed
-from lmjax.data.tokenizers import Tokenizer, TokenizerFactory, make_tokenizer
+from lmjax.data.tokenizers import Tokenizer, TokenizerFactory, sentencepiece_tokenizer
 from lmjax.errors import UserError
 from lmjax.runtime.files import claim, when_full
 
@@ -41,14 +41,17 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def prepare(config: DataConfig, out: str, *, make_tokenizer: TokenizerFactory = make_tokenizer,
+def prepare(config: DataConfig, out: str, *,
+            make_tokenizer: TokenizerFactory = sentencepiece_tokenizer,
             log: Log = to_stderr) -> str:
     """Makes a directory of prepared data, unless `out` already is what `config` describes.
 
     Args:
       config: the data config; its sources must not be synthetic.
       out: the directory to make: local, gs:// or s3://.
-      make_tokenizer: makes the tokenizer from its config and the training texts.
+      make_tokenizer: makes the tokenizer from its config and the training texts. The default trains
+        one or reads a SentencePiece model; `training.pretrained.make_tokenizer` also reads the
+        directories of runs and Hugging Face models.
       log: called with each line of progress.
     Returns:
       the directory.
@@ -139,6 +142,7 @@ def _manifest(config: DataConfig, tokenizer: Tokenizer, entries: dict[str, Any])
 @contextlib.contextmanager
 def _workspace(out: str) -> Iterator[str]:
     """Yields the folder of the stages, locked for this process; removes it once `out` is made."""
+    out = out if store.is_remote(out) else _local(out)
     full = when_full(UserError(
         "room for the prepared data", "a full disk", "free some space and start again (finished "
         "stages are kept), or use another directory", where=out))
@@ -146,7 +150,6 @@ def _workspace(out: str) -> Iterator[str]:
         with tempfile.TemporaryDirectory(prefix="lmjax-prepare-") as folder, full:
             yield folder
         return
-    out = _local(out)
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError("a prepared directory, an empty one or none", "something else",
                         "use another directory, or move that away", where=out)

@@ -77,7 +77,7 @@ class Broken(NamedTuple):
 
 
 def units(source: SourceConfig, size: int) -> list[list[tuple[str, str]]]:
-    """Groups the files of a source, (id, path) each, to units of work.
+    """Groups the (id, path) pairs of a source's files into units of work.
 
     A unit has up to `size` bytes, or is one file.
 

@@ -28,7 +28,8 @@ UNSPACED_RANGES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900
                    (0x20000, 0x3FFFF))
 _P = int(key_of("character")) | 1
 _Q = np.uint64(int(key_of("word")) | 1)
-_TABLED = 0x20000  # Python tells class and case of lower code points; those above are all Han
+# Below this, Python gives class and case; above it, all code points are Han.
+_TABLED = 0x20000
 
 
 class Words(NamedTuple):

@@ -4,8 +4,8 @@ from lmjax.data.tokenizers.base import SPACE, NamedIds, Tokenizer, word_tables
 from lmjax.data.tokenizers.factory import (
     TokenizerFactory,
     check_vocab_size,
-    make_tokenizer,
     prepared_tokenizer,
+    sentencepiece_tokenizer,
     tokenizer_from_bytes,
 )
 from lmjax.data.tokenizers.huggingface import HF_FILES, HuggingFaceTokenizer
@@ -17,5 +17,5 @@ from lmjax.data.tokenizers.sentencepiece import (
 
 __all__ = ["HF_FILES", "SPACE", "HuggingFaceTokenizer", "NamedIds", "SentencePieceTokenizer",
            "Tokenizer", "TokenizerConfig", "TokenizerFactory", "check_vocab_size",
-           "make_tokenizer", "prepared_tokenizer", "tokenizer_from_bytes", "train_tokenizer",
-           "word_tables"]
+           "prepared_tokenizer", "sentencepiece_tokenizer", "tokenizer_from_bytes",
+           "train_tokenizer", "word_tables"]

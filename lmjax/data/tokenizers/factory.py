@@ -18,7 +18,7 @@ from lmjax.errors import UserError
 TokenizerFactory = Callable[[TokenizerConfig, Sequence[str]], Tokenizer]  # (config, texts)
 
 
-def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
+def sentencepiece_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
     """Trains a tokenizer on `texts`, or reads the SentencePiece model at `config.path`.
 
     `training.pretrained.make_tokenizer` also reads the directories of runs and Hugging Face models.
@@ -32,8 +32,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
     path = epath.Path(config.path).expanduser()
     if not path.exists() or path.is_dir():
         got = "is a directory" if path.is_dir() else "does not exist"
-        raise UserError("a SentencePiece model, a directory with a tokenizer or a run",
-                        f"{config.path!r}, which {got}",
+        raise UserError("a SentencePiece model", f"{config.path!r}, which {got}",
                         "correct it, or leave it empty to train one", where="data.tokenizer.path")
     return check_vocab_size(config, SentencePieceTokenizer(path.read_bytes()))
 

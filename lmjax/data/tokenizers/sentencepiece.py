@@ -37,7 +37,7 @@ class TokenizerConfig:
 
     vocab_size: int = 4096        # number of tokens; 260 of them are bytes and special tokens
     model: str = "bpe"            # bpe or unigram
-    train_bytes: int = 8_000_000  # size of the training sample, whole documents of the split
+    train_bytes: int = 8_000_000  # bytes of training text: whole documents of the training split
     seed: int = 0                 # of the sample
     # An existing tokenizer to use instead: a SentencePiece model, or the directory of a run, of a
     # checkpoint, or of a Hugging Face model or tokenizer. vocab_size must be its own.

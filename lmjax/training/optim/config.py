@@ -18,7 +18,7 @@ class OptimizerConfig:
     peak_lr: float = 3e-4
     schedule: str = "cosine"  # a row of schedules.SCHEDULES
     warmup_steps: int = 100  # steps of linear increase from peak_lr/(warmup_steps+1); 0: none
-    # The decay ends at this fraction of peak_lr, one step after the last one. So even with 0, the
+    # The decay reaches this share of peak_lr one step after the last step, so that even with 0 the
     # last step has a learning rate above 0. The schedules inverse_sqrt and constant ignore it.
     final_lr_fraction: float = 0.1
     # wsd (warm-up, stable, decay): the fraction of all steps, the last ones, in which it decays.

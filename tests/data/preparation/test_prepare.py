@@ -209,8 +209,10 @@ def test_a_full_disk_in_any_stage_leaves_what_was_finished(texts, tmp_path, monk
             options[function] = full
         else:
             patched.setattr(where, function, full)
-        with pytest.raises(UserError, match="expected room for the prepared data, got a full disk"):
-            prepare(make_config(texts), str(tmp_path / "out"), log=silent, **options)
+        patched.chdir(tmp_path)
+        message = "/out: expected room for the prepared data, got a full disk"
+        with pytest.raises(UserError, match=message):
+            prepare(make_config(texts), "out", log=silent, **options)
     finished = sorted(path.name for path in (tmp_path / ".out.partial").iterdir())
     assert not (tmp_path / "out").exists() and all(name < stage for name in finished)
     prepare(make_config(texts), str(tmp_path / "out"), log=lines.append)
