@@ -94,6 +94,7 @@ def test_sigterm_saves_the_step_and_exits_cleanly(straight, tmp_path, monkeypatc
     assert_same_run(straight, workdir, ["metrics.jsonl"])
 
 
+@pytest.mark.long
 def test_sigterm_in_an_evaluation_saves_the_step_and_the_next_start_evaluates_it(
         straight, tmp_path, monkeypatch, capsys):
     workdir, evaluate = tmp_path / "run", loop.evaluate
