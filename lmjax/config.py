@@ -36,7 +36,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
       overrides: `key.path=value` strings, applied in order. They stay `Text` until `build`.
 
     Raises:
-      UserError: the file is missing or fails, it has no `get_config`, or an override has no `=`.
+      UserError: the file is missing or fails, it has no `get_config`, or an override has no `=` or
+        names a key inside a value that is not a group of keys.
     """
     path, _, variant = spec.partition(":")
     if not os.path.isfile(path):
@@ -274,8 +275,9 @@ def _assign(config: Any, keys: Sequence[str], value: Any, path: str) -> None:
 
 def _child(config: Any, key: str, path: str) -> Any:
     if isinstance(config, list):
-        return config[_index(config, key, path)]
-    child = config.setdefault(key, {})
+        child = config[_index(config, key, path)]
+    else:
+        child = config.setdefault(key, {})
     if not isinstance(child, (dict, list)):
         raise UserError(f"a group of keys at {key!r}", f"the value {child!r}",
                         "check the key's path", where=f"config.{path}")

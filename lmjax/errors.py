@@ -2,10 +2,11 @@
 
 
 class UserError(ValueError):
-    """A command cannot run as asked. It prints one line and exits with code 2, without a traceback.
+    """A command cannot run as asked, for a reason that its user can mend.
 
-    The line reads `WHERE: expected EXPECTED, got GOT; FIX`. Any other exception is a fault of lmjax
-    or of the machine: the command exits with code 1 and shows the traceback.
+    The command prints this error as one line and exits with code 2, without a traceback. The line
+    reads `WHERE: expected EXPECTED, got GOT; FIX`. Any other exception is a fault of lmjax or of
+    the machine: the command exits with code 1 and shows the traceback.
     """
 
     def __init__(self, expected: str, got: object, fix: str, where: str = "") -> None:

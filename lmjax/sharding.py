@@ -60,8 +60,8 @@ class MeshConfig:
 
     | axis | splits | known as |
     | --- | --- | --- |
-    | data | the batch; each device along it holds a replica of the weights | data parallelism |
-    | stage | the layers; microbatches pass through the stages | pipeline parallelism |
+    | data | the batch; weights are the same along it | data parallelism |
+    | stage | the layers, and the vocabulary of the loss | pipeline parallelism |
     | fsdp | the batch and the weights | ZeRO-3, fully sharded data parallelism |
     | expert | the experts; everything else as along fsdp | expert parallelism |
     | context | the sequence | context parallelism |
@@ -174,7 +174,7 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     # JAX's default became Explicit; here the compiler propagates shardings from `constrain`.
     auto = (AxisType.Auto,) * len(MESH_AXES)
     mesh = Mesh(_arranged(tuple(sizes.values()), devices), MESH_AXES, axis_types=auto)
-    # A new rule for a parameter's axis holds for the activation that it makes, too.
+    # A new rule for one of these parameter axes holds for the activation that it makes, too.
     names = ("mlp", "heads", "kv_heads", "vocab", "experts")
     follow = {f"act_{name}": axes for name, axes in config.rules.items() if name in names}
     return Layout(mesh, {**RULES, **follow, **config.rules})
@@ -183,8 +183,8 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
 def _arranged(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """Arranges the devices in the mesh's shape.
 
-    Neighbours along a mesh axis are neighbours on the torus. Only `data`, the first axis, crosses
-    TPU slices.
+    As far as the torus allows, neighbours along a mesh axis are neighbours on it. Only `data`, the
+    first axis, crosses TPU slices.
     """
     # GPUs have a slice_index too, one per host, but no torus that would end there.
     slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
@@ -209,7 +209,7 @@ def use_layout(layout: Layout | None, microbatches: int = 1) -> Iterator[None]:
 
     Args:
       layout: None places nothing.
-      microbatches: the parts of a batch that follow each other through the pipeline's stages.
+      microbatches: number of parts of a batch that pass through the pipeline one after another.
     """
     tokens = _LAYOUT.set(layout), _MICROBATCHES.set(microbatches)
     try:
@@ -236,7 +236,7 @@ def platform() -> str:
 
 
 def device_kind() -> str:
-    """JAX's name for the devices of the current layout, else for its own: "TPU v5 lite"."""
+    """JAX's name for the devices of the current layout or, without one, of JAX: "TPU v5 lite"."""
     layout = _LAYOUT.get()
     return (jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]).device_kind
 

@@ -175,6 +175,10 @@ def test_overrides_without_a_place():
             "below 1")
     refusal(lambda: load(SYNTHETIC, ["data.sources.first.weight=2"]),
             "config.data.sources.first.weight")
+    refusal(lambda: load("configs/bert.py", ["data.sources.0.name.first=2"]),
+            "config.data.sources.0.name.first", "python-stdlib")
+    refusal(lambda: load("configs/quickstart.py", ["sample.prompts.0.x=2"]),
+            "config.sample.prompts.0.x", "def read")
     # A list that the file does not set can be made from its items, if none is missing.
     gap = {"data": {"sources": {"1": {"name": "a", "uri": "synthetic"}}}}
     refusal(lambda: build_recipe(gap), "config.data.sources", "a list")

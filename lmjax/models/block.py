@@ -132,8 +132,8 @@ def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Attenti
     """An attention layer with the config's dimensions and initial weights."""
     dims = c.dims
     scale = (c.query_scalar or dims.head_dim) ** -0.5
-    # Where scores are not divided by sqrt(head_dim) (T5), smaller initial queries give scores of
-    # the usual size.
+    # If scores are not divided by sqrt(head_dim) (T5 divides by 1), initial queries are scaled to
+    # give scores of the usual size.
     query_init = normal(c.init_std * dims.head_dim ** -0.5 / scale)
     # Models with LayerNorm norm their queries and keys with RMSNorm.
     qk_norm = NORMS[c.norm if c.norm.startswith("rms") else "rmsnorm"]

@@ -34,7 +34,7 @@ class MetricsWriter:
       tensorboard: whether to write TensorBoard events.
 
     Attributes:
-      seconds_before: the `seconds` of the last timing line: wall seconds of earlier starts.
+      seconds_before: wall seconds of all earlier starts, from the last timing line.
 
     Raises:
       UserError: one of the files holds something other than JSON lines with a step.

@@ -14,8 +14,8 @@ from lmjax.runtime import distributed
 T = TypeVar("T")
 POLL_SECONDS = 15.0  # between two looks, at most
 GRACE_SECONDS = 20.0  # for the other processes to notice the stall and write their stacks, too
-# These activities may take at least this many seconds before they count as stalled: they take long
-# and show no progress.
+# These activities take long and show no progress. They are allowed this many seconds, or the run's
+# `stall_seconds` if that is more.
 PATIENCE = {
     "setting up": 1800.0,
     "preparing data": 24 * 3600.0,
@@ -30,7 +30,7 @@ class Watchdog:
 
     It writes the stacks of all threads to stderr and to `stall-<process>.txt`, prints a line that
     names the slowest process, and exits with code 1. If a call never returns and keeps Python's
-    lock, a thread of C (`faulthandler`) ends the process.
+    lock, a thread of C (`faulthandler`) writes the stacks to stderr and ends the process.
 
     Args:
       seconds: how long the run may stand still; 0 switches the watchdog off. The activities in

@@ -1,4 +1,4 @@
-"""The held-out loss: every token of a split counts once, padding does not."""
+"""The held-out loss: every token of the batches counts once, padding does not."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ def evaluate(eval_step: Callable[[Params, Batch], Loss], params: Params, batches
     Raises:
       UserError: no token counts.
     """
-    # Summed on the host in float64 and in the order of the batches, so that timing does not matter.
+    # Summed on the host in float64, in the order of the batches: the sum is always the same.
     sums: list[Loss] = []
     for batch in batches:
         sums.append(eval_step(params, batch))
@@ -37,5 +37,5 @@ def evaluate(eval_step: Callable[[Params, Batch], Loss], params: Params, batches
 
 
 def bits_per_byte(nats_per_token: float, split: Split) -> float:
-    """Returns bits per byte of text, which compare tokenizers as nats per token do not."""
+    """Returns bits per byte of text. Unlike nats per token, they compare between tokenizers."""
     return nats_per_token / math.log(2) * split.predictions / split.bytes

@@ -12,7 +12,7 @@ from lmjax.training.optim.adam import adamw
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.parameters import Axes, kind_of, map_axes, sides
 
-UPDATE_RMS = 0.2  # AdamW's usual RMS, so that Muon takes its learning rate (arXiv:2502.16982)
+UPDATE_RMS = 0.2  # AdamW's usual RMS: one learning rate fits both (arXiv:2502.16982)
 
 
 def muon(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
