@@ -25,7 +25,8 @@ from lmjax.huggingface.tensors import (
     write_json,
     write_tensors,
 )
-from lmjax.huggingface.tokenizers import read_tokenizer, write_tokenizer
+from lmjax.huggingface.tokenizer_export import write_tokenizer
+from lmjax.huggingface.tokenizers import read_tokenizer
 from lmjax.huggingface.weights import (
     Table,
     check_tensors,

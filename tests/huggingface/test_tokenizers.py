@@ -17,7 +17,8 @@ from lmjax.data.tokenizers import (
     train_tokenizer,
 )
 from lmjax.errors import UserError
-from lmjax.huggingface.tokenizers import PROBES, read_tokenizer, write_tokenizer
+from lmjax.huggingface.tokenizer_export import PROBES, write_tokenizer
+from lmjax.huggingface.tokenizers import read_tokenizer
 from lmjax.training.pretrained import make_tokenizer
 
 tokenizers = pytest.importorskip(
