@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lmjax.cli import inference, runs
+from lmjax.cli.doctor import add_doctor, doctor
 from lmjax.cli.errors import explain, is_transient
 from lmjax.errors import UserError
 
@@ -45,6 +46,8 @@ COMMANDS = {
                          inference.add_import_hf, inference.import_hf),
     "export-hf": Command("turn a checkpoint into a Hugging Face directory",
                          inference.add_export_hf, inference.export_hf),
+    "doctor": Command("say what a path is, whether it is whole, and what can be done with it",
+                      add_doctor, doctor),
     "report": Command("write report.html from the records of a run, finished or not",
                       runs.add_report, runs.report, needs_jax=False),
     "bench": Command("measure training, generation or data preparation, "

@@ -2,6 +2,7 @@
 
 from lmjax.huggingface.directory import (
     ExportOptions,
+    HFModel,
     is_hf_directory,
     read_directory,
     read_params,
@@ -11,5 +12,5 @@ from lmjax.huggingface.settings import difference
 from lmjax.huggingface.tokenizers import SENTENCEPIECE, read_tokenizer
 
 __all__ = [
-    "SENTENCEPIECE", "ExportOptions", "difference", "is_hf_directory", "read_directory",
+    "SENTENCEPIECE", "ExportOptions", "HFModel", "difference", "is_hf_directory", "read_directory",
     "read_params", "read_tokenizer", "write_directory"]

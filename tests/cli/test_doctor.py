@@ -1,0 +1,116 @@
+"""What the doctor says of paths: those that are whole, and those with a fault made here."""
+
+import pathlib
+import shutil
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lmjax
+from lmjax.cli.doctor.diagnosis import BAD, GOOD, NOTE
+from lmjax.cli.doctor.kinds import diagnose
+from lmjax.cli.main import main
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A corpus (docs/), the data prepared from it (data/), and a run at step 5 of 8 (run/)."""
+    with tarfile.open(ROOT / "tests/fixtures/version_0.1.0.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def texts(found, level):
+    return [f"{finding.about}: {finding.text}" for finding in found.findings
+            if finding.level == level]
+
+
+def flip(file: pathlib.Path) -> None:
+    """Flips one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def largest(folder: pathlib.Path) -> pathlib.Path:
+    return max((path for path in folder.rglob("*") if path.is_file()),
+               key=lambda path: path.stat().st_size)
+
+
+def test_a_whole_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    found = diagnose("run")
+    assert found.kind == "a run of lmjax, at step 5 of 8" and not found.is_bad
+    assert any("checksums" in line for line in texts(found, GOOD))
+    assert any(use.startswith("lmjax generate run") for use in found.uses)
+
+
+def test_a_checkpoint_and_their_directory(folder):
+    for path in ("run/checkpoints", "run/checkpoints/5"):
+        found = diagnose(str(folder / path))
+        assert "checkpoint" in found.kind and not found.is_bad and found.uses
+
+
+@pytest.mark.parametrize("item", ["params", "opt_state", "ema"])
+def test_a_flipped_bit_in_any_part_of_a_checkpoint_is_found(folder, item):
+    where = folder / "run/checkpoints/5"
+    flip(largest(where / item))
+    found = diagnose(str(where))
+    assert found.is_bad and "use it with" not in str(found)
+
+
+def test_a_poisoned_checkpoint(folder):
+    lm = lmjax.load(folder / "run/checkpoints/5")
+    lm.params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), lm.params)
+    lm.save(folder / "poisoned")
+    [line] = texts(diagnose(str(folder / "poisoned/checkpoints")), BAD)
+    assert "NaN or infinity in params/" in line
+
+
+def test_a_save_that_was_killed_is_a_note(folder):
+    where = folder / "run/checkpoints"
+    shutil.copytree(where / "5", where / "7")
+    (where / "7/commit_success.txt").unlink()
+    found = diagnose(str(where))
+    assert not found.is_bad and any("7 was not saved to its end" in line
+                                    for line in texts(found, NOTE))
+
+
+def test_prepared_data_whole_and_damaged(folder):
+    found = diagnose(str(folder / "data"))
+    assert found.kind == "prepared data" and not found.is_bad
+    assert len([line for line in texts(found, GOOD) if "sha256" in line]) == 2
+    flip(largest(folder / "data/docs/train/tokens"))
+    [line] = texts(diagnose(str(folder / "data")), BAD)
+    assert line.startswith("docs/train: ") and "expected the array of sha256" in line
+
+
+def test_a_run_without_its_config(folder):
+    (folder / "run/config.json").unlink()
+    [line] = texts(diagnose(str(folder / "run")), BAD)
+    assert "config.json" in line
+
+
+def test_data_of_another_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    manifest = folder / "data/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1', 1))
+    assert any(line.startswith("data: ") for line in texts(diagnose("run"), BAD))
+
+
+def test_nothing_there_names_what_is_near(folder, capsys):
+    assert main(["doctor", str(folder / "runn"), str(folder / "docs/none/x")]) == 2
+    out = capsys.readouterr().out
+    assert f"{folder / 'runn'} is not there" in out and "similar names there: run" in out
+
+
+def test_exit_codes_and_quick(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert main(["doctor", "run", "data"]) == 0
+    flip(largest(folder / "run/checkpoints/5/params"))
+    assert main(["doctor", "run"]) == 2
+    assert "expected" in capsys.readouterr().out
