@@ -12,7 +12,7 @@ import importlib.util
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -30,7 +30,7 @@ HostBatch = Callable[[int], Rows]  # step -> the rows of this process
 
 
 def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
-                 sharding: jax.sharding.Sharding) -> Generator[Batch, None, None]:
+                 sharding: jax.sharding.Sharding) -> Batches:
     """Batches of consecutive rows of a split; the work starts at once, in the background.
 
     Args:
@@ -40,7 +40,8 @@ def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
       steps: number of batches.
       sharding: of the dimensions (batch, seq) over the devices of all processes.
     Returns:
-      a generator of dicts of global arrays [batch_size, length], one per field of the split.
+      an iterator of dicts of global arrays [batch_size, length], one per field of the split. Close
+      it, also after an error: this ends the threads of the background work.
     Raises:
       UserError: the batch or the sequence does not divide over the mesh, or TensorFlow is needed
         and not installed. It is raised by this call, before the first batch.
@@ -54,7 +55,7 @@ def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
 
 
 def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding, *,
-                 most: int = 0) -> Generator[Batch, None, None]:
+                 most: int = 0) -> Batches:
     """Every row of the split once, in order; rows of masked padding fill up the last batch.
 
     Args:
@@ -121,17 +122,29 @@ def to_global(rows: Rows, batch_size: int, sharding: jax.sharding.Sharding,
 
 
 def _device_batches(split: Split, host_batch: HostBatch, steps: range, batch_size: int,
-                    sharding: jax.sharding.Sharding,
-                    local: np.ndarray) -> Generator[Batch, None, None]:
+                    sharding: jax.sharding.Sharding, local: np.ndarray) -> Batches:
     feed: type[_TfData | _Thread] = _TfData if split.through_tensorflow else _Thread
     host = feed(host_batch, steps, tuple(split.fields))
+    return Batches(host, lambda rows: to_global(rows, batch_size, sharding, local))
 
-    def batches() -> Generator[Batch, None, None]:
-        with contextlib.closing(host):
-            for rows in host:
-                yield to_global(rows, batch_size, sharding, local)
 
-    return batches()
+class Batches(Iterator[Batch]):
+    """Batches in order, until `close` ends the threads that make them.
+
+    Args:
+      host: makes the rows of this process.
+      place: makes global arrays of them.
+    """
+
+    def __init__(self, host: _TfData | _Thread, place: Callable[[Rows], Batch]):
+        self._host, self._rows, self._place = host, iter(host), place
+
+    def __next__(self) -> Batch:
+        return self._place(next(self._rows))
+
+    def close(self) -> None:
+        """Returns when no thread makes batches any more, whether all were taken or not."""
+        self._host.close()
 
 
 class _Thread:
@@ -181,40 +194,61 @@ class _TfData:
                             "pip install tensorflow-cpu, or train on synthetic data",
                             where="data.sources")
         self._error: list[Exception] = []
-        self._made: Future[Any] = Future()
+        self._made: Future[tuple[Any, Any]] = Future()  # the iterator, and what `close` sets
         self._names = names
         args = (self._made, self._error, host_batch, steps, names)
         # In a thread: importing TensorFlow takes seconds, during which the model can compile.
         threading.Thread(target=self._work, args=args, name="lmjax-data", daemon=True).start()
 
     @staticmethod
-    def _work(made: Future[Any], errors: list[Exception], host_batch: HostBatch, steps: range,
-              names: Sequence[str]) -> None:
+    def _work(made: Future[tuple[Any, Any]], errors: list[Exception], host_batch: HostBatch,
+              steps: range, names: Sequence[str]) -> None:
         try:
-            made.set_result(_dataset(errors, host_batch, steps, names).as_numpy_iterator())
+            data, going = _dataset(errors, host_batch, steps, names)
+            made.set_result((data.as_numpy_iterator(), going))
         except Exception as error:
             made.set_exception(error)
 
     def __iter__(self) -> Iterator[Rows]:
-        iterator = self._made.result()
-        while True:
-            try:
-                values = next(iterator)
-            except StopIteration:
-                return
-            except Exception:
-                if self._error:  # the exception of host_batch instead of TensorFlow's
-                    raise self._error[0] from None
-                raise
+        while (values := self._take()) is not None:
             yield dict(zip(self._names, values, strict=True))
 
+    def _take(self) -> Sequence[np.ndarray] | None:
+        iterator, _ = self._made.result()
+        try:
+            return next(iterator)
+        except StopIteration:
+            return None
+        except Exception:
+            if self._error:  # the exception of host_batch instead of TensorFlow's
+                raise self._error[0] from None
+            raise
+
     def close(self) -> None:
-        """tf.data stops when its iterator is dropped."""
+        """Ends the sequence and takes what is left of it: then no thread of tf.data calls Python.
+
+        One that did while the interpreter ends would abort the process or hang it.
+        """
+        try:
+            iterator, going = self._made.result()
+        except Exception:  # there is no iterator; `__iter__` has raised why
+            return
+        going.assign(False)
+        for _ in range(2 * PREFETCH):  # those made ahead, and the one being made
+            try:
+                next(iterator)
+            except StopIteration:
+                return
+            except Exception:  # of a batch that nobody wants
+                continue
 
 
 def _dataset(errors: list[Exception], host_batch: HostBatch, steps: range,
-             names: Sequence[str]) -> Any:
-    """The tf.data.Dataset of host_batch(step); appends an exception of `host_batch` to `errors`."""
+             names: Sequence[str]) -> tuple[Any, Any]:
+    """The tf.data.Dataset of host_batch(step), and a tf.Variable that ends it when set to False.
+
+    It appends an exception of `host_batch` to `errors`.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is first imported
     import tensorflow as tf
 
@@ -229,11 +263,12 @@ def _dataset(errors: list[Exception], host_batch: HostBatch, steps: range,
         return [rows[name] for name in names]
 
     types = [tf.as_dtype(dtype_of(name)) for name in names]
-    data = tf.data.Dataset.range(steps.start, steps.stop)
+    going = tf.Variable(True)
+    data = tf.data.Dataset.range(steps.start, steps.stop).take_while(lambda _: going)
     data = data.map(lambda step: tf.numpy_function(call, [step], types, stateful=False))
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False
     options.threading.private_threadpool_size = 1  # the cores belong to XLA
     options.threading.max_intra_op_parallelism = 1
-    return data.prefetch(PREFETCH).with_options(options)
+    return data.prefetch(PREFETCH).with_options(options), going

@@ -86,7 +86,7 @@ class Appender:
     def __init__(self, path: Path | None, last_step: float = math.inf):
         # A run that resumes at a step may log this step again: the same line is not added twice.
         self._seen = _truncate(path, last_step) if path else Counter[bytes]()
-        self._file = path.open("ab") if path else None
+        self._path, self._file = path, path.open("ab") if path else None
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a line, unless the file had the same line of `last_step` before."""
@@ -100,9 +100,19 @@ class Appender:
             self._file.flush()
 
     def sync(self) -> None:
-        """Returns when every line is on the disk, safe from a power cut."""
+        """Returns when every line is on the disk, safe from a power cut.
+
+        Raises:
+          FileNotFoundError: the file is no longer where it was made.
+        """
         if self._file:
             os.fsync(self._file.fileno())
+            assert self._path is not None
+            if not (self._path.exists() and os.path.samestat(
+                    os.fstat(self._file.fileno()), self._path.stat())):
+                raise FileNotFoundError(
+                    f"{self._path}: expected the file that this run writes, got another or none; "
+                    "bring the directory or its mount back and run the same command again")
 
     def close(self) -> None:
         """Closes the file."""

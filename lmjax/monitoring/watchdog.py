@@ -1,5 +1,6 @@
 """The watchdog: ends a run that no longer moves, and names the process that the others wait for."""
 
+import contextlib
 import faulthandler
 import sys
 import threading
@@ -97,11 +98,12 @@ class Watchdog:
 
     def _end(self, still: float, limit: float) -> None:
         """Writes the stacks and ends all processes; `still` is how long this one did not move."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         # `jax.process_index` would hang if the run waits for its devices.
         path = self._folder / f"stall-{distributed.process()}.txt"
-        with open(path, "w") as stacks:
-            faulthandler.dump_traceback(stacks)
+        with contextlib.suppress(OSError):  # a full disk or a lost directory: the run ends anyway
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "w") as stacks:
+                faulthandler.dump_traceback(stacks)
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
         everyone = distributed.places(self._place)
         if len(everyone) > 1:

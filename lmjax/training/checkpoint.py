@@ -47,6 +47,9 @@ class Checkpointer:
       keep_last: how many of the newest checkpoints stay.
       keep_every: those at multiples of so many steps stay as well; 0: none.
       log: told of damaged checkpoints.
+
+    Attributes:
+      completed: called with the step of each checkpoint that `note` finds complete.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 2, keep_every: int = 0,
@@ -55,6 +58,9 @@ class Checkpointer:
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError("a directory of checkpoints", "a file", "move it away",
                             where=str(directory))
+        self.completed: Callable[[int], None] = lambda step: None
+        self._saving = 0  # the step whose checkpoint is on its way; 0: none
+        self._newest = 0  # the newest step whose checkpoint this start has seen complete
         keep = [policies.LatestN(keep_last)]
         if keep_every:
             keep.append(policies.EveryNSteps(keep_every))
@@ -88,9 +94,10 @@ class Checkpointer:
         with when_disk_full(self.directory):
             self.manager.save(step, force=True, args=ocp.args.Composite(
                 about=ocp.args.JsonSave(about), **items))
+        self._saving = step
 
-    def restore(self, spec: StateSpec,
-                check: Callable[[About], None]) -> tuple[TrainState, About] | None:
+    def restore(self, spec: StateSpec, check: Callable[[About], None],
+                abandon: int = 0) -> tuple[TrainState, About] | None:
         """Restores the newest checkpoint that is not damaged.
 
         A damaged one is logged and renamed to damaged-<step>, and the one before it is taken.
@@ -99,9 +106,10 @@ class Checkpointer:
           spec: the shapes and shardings of the state.
           check: raises if the checkpoint that this `about` describes must not be restored. Called
             before any array is read.
+          abandon: the newest step, if all may be set aside where every one is damaged.
 
         Returns:
-          (state, about), or None if there is no checkpoint at all.
+          (state, about), or None if there is no checkpoint at all, or all were set aside.
 
         Raises:
           UserError: every checkpoint is damaged, or one holds other arrays than `spec`.
@@ -118,16 +126,29 @@ class Checkpointer:
             for bad in damaged:
                 self._set_aside(bad)
             return found
-        if damaged:
+        if damaged and max(damaged) != abandon:
             raise UserError("a readable checkpoint", f"{len(damaged)} damaged, the newest with: "
-                            f"{damaged[max(damaged)]}", "restore one from a backup or start in "
-                            "another --workdir", where=str(self.directory))
+                            f"{damaged[max(damaged)]}", "restore one from a backup, start in "
+                            "another --workdir, or give them up and begin at step 0 with "
+                            f"--config.checkpoint.abandon={max(damaged)}",
+                            where=str(self.directory))
+        for bad in damaged:
+            self._set_aside(bad)
         return None
 
     def wait(self) -> None:
         """Returns when everything saved is complete on disk."""
         with when_disk_full(self.directory):
             self.manager.wait_until_finished()
+        self.note()
+
+    def note(self) -> None:
+        """Tells `completed` of the checkpoint that was on its way, if it has become complete."""
+        if self._saving and not self.manager.is_saving_in_progress():
+            step, self._saving = self._saving, 0
+            if step in checkpoint_steps(self.directory):
+                self._newest = step
+                self.completed(step)
 
     def close(self) -> None:
         """Waits as `wait` does, then frees the background threads."""
@@ -159,6 +180,11 @@ class Checkpointer:
 
     def _check_room(self, size: int, step: int) -> None:
         """Refuses a checkpoint that a local disk may not hold; compressed it may need less."""
+        if self._newest and self._newest not in checkpoint_steps(self.directory):
+            raise FileNotFoundError(
+                f"{self.directory}: expected the checkpoint of step {self._newest}, which this run "
+                f"has saved, got none before saving step {step}; bring the directory or its mount "
+                "back and run the same command again")
         if not os.path.isdir(self.directory):  # a bucket
             return
         free = shutil.disk_usage(self.directory).free

@@ -97,22 +97,28 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
         stopping = not first and stop.due()
         # After a restart, the first state came from the checkpoint. Its evaluation is done as well,
         # unless the run is `unfinished`.
-        still_to_evaluate = not first or run.unfinished
-        evaluates = still_to_evaluate and (final or _due(recipe.eval.every, step))
-        samples = (still_to_evaluate and run.generator is not None and recipe.sample.every > 0
-                   and (final or _due(recipe.sample.every, step)))
+        to_evaluate = not first or run.unfinished
+        evaluates = to_evaluate and (final or _due(recipe.eval.every, step))
+        samples = to_evaluate and run.generator is not None and (
+            final and recipe.sample.every > 0 or _due(recipe.sample.every, step))
         saves = not first and (final or stopping or _due(recipe.checkpoint.every, step))
         if on_its_way and (evaluates or samples or saves):  # all of them wait for this step anyway
             records.log_step(*on_its_way)
             on_its_way = None
 
-        # Evaluate and sample first, then save: a run resumed from the checkpoint repeats neither.
+        # Save first: an evaluation that fails loses no training. The next start evaluates again.
+        if saves:
+            _save(run, records, step, state, unfinished=evaluates or samples)
+            saved = step
         complete = not evaluates or _evaluate(run, records, stop, step, state)
         if samples and complete:
             _sample(run, records, step, state)
-        if saves or not (complete or first):
-            _save(run, records, step, state, complete)
+        if not (complete or first or saves):
+            _save(run, records, step, state, unfinished=True)
             saved = step
+        elif complete and (evaluates or samples):
+            records.writer.flush()  # what is noted as done is on the disk
+            run.note(evaluated=step)
         if evaluates or samples or saves:
             records.restart_clock()
         stopped = not complete or (stopping and not final)
@@ -127,15 +133,21 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
         if on_its_way:
             records.log_step(*on_its_way)
         on_its_way = step + 1, metrics
+        run.checkpointer.note()
         if profiler.after(step + 1, metrics):
             records.progress.log(f"step {step + 1}: the trace is in {run.workdir / 'profile'}")
 
     if on_its_way:
         records.log_step(*on_its_way)
+    run.state = state
+    return _end(run, records, step, saved, stopped)
+
+
+def _end(run: Run, records: Records, step: int, saved: int | None, stopped: bool) -> str:
+    """Waits for the save of step `saved`, if there was one, and returns the outcome."""
     if stopped:
         done = "stopped and saved" if saved == step else "stopped"
         records.progress.log(f"{done} at step {step}; the same command goes on from there")
-    run.state = state
     if saved is not None:
         with records.timed(saved, "checkpoint"):  # saving goes on in the background until here
             run.checkpointer.wait()
@@ -157,6 +169,7 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
 
     def until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in records.watchdog.each(batches, step, ACTIVITIES["eval"]):
+            run.checkpointer.note()
             if stop.due():
                 raise _Stopped
             yield batch
@@ -192,12 +205,12 @@ def _sample(run: Run, records: Records, step: int, state: TrainState) -> None:
             records.writer.sample(step, prompt, run.tokenizer.decode(answer))
 
 
-def _save(run: Run, records: Records, step: int, state: TrainState, complete: bool) -> None:
-    """Saves the state; the next start evaluates the step if that is not `complete`."""
+def _save(run: Run, records: Records, step: int, state: TrainState, unfinished: bool) -> None:
+    """Saves the state; if `unfinished`, the next start evaluates and samples the step."""
     records.writer.flush()  # the files hold everything up to this step before the checkpoint counts
     data = run.data_state(step) | {"tokens": records.tokens}
     with records.timed(step, "checkpoint"):
-        run.checkpointer.save(state, {**run.about, "data": data, "unfinished": not complete})
+        run.checkpointer.save(state, {**run.about, "data": data, "unfinished": unfinished})
     records.ledger.row()
 
 

@@ -85,10 +85,13 @@ class CheckpointConfig:
     every: int = 100  # steps between checkpoints
     keep_last: int = 2  # how many of the newest are kept
     keep_every: int = 0  # those at multiples of so many steps are kept as well; 0: none
+    # The step of a lost checkpoint that is given up: the run goes on from the newest that is left,
+    # or begins anew. It means nothing while that checkpoint is there, or after a later one.
+    abandon: int = 0
 
     def __post_init__(self) -> None:
         at_least(1, every=self.every, keep_last=self.keep_last)
-        at_least(0, keep_every=self.keep_every)
+        at_least(0, keep_every=self.keep_every, abandon=self.abandon)
 
     def path(self, workdir: Path) -> str:
         """Returns where the checkpoints of a run in `workdir` are: a URL or an absolute path."""

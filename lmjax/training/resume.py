@@ -34,7 +34,8 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
       UserError: the checkpoint or the source does not fit the run.
     """
     began = time.monotonic()
-    found = run.checkpointer.restore(run.spec, lambda about: _check(run, about))
+    found = run.checkpointer.restore(run.spec, lambda about: _check(run, about),
+                                     run.recipe.checkpoint.abandon)
     if found is None:
         if source:
             check_start(source, run.model, run.tokenizer)
@@ -48,8 +49,8 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
     run.restore_seconds = time.monotonic() - began
     run.state, about = found
     run.start = about["step"]
-    # A signal may stop a run during an evaluation. The step is then saved, but not evaluated.
-    run.unfinished = about.get("unfinished", False)
+    # A step is saved before it is evaluated, and the evaluation may have failed or been stopped.
+    run.unfinished = about.get("unfinished", False) and run.saved.evaluated != run.start
     run.about |= {key: about[key] for key in STARTED_FROM if key in about}
     data, step, size = about["data"], run.start, run.recipe.train.batch_size
     # `Steps` lists the changes of batch size. The steps up to this one keep their batch sizes; the

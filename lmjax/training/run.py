@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture, Split
 from lmjax.data.tokenizers import Tokenizer
@@ -14,6 +16,7 @@ from lmjax.sharding import Layout
 from lmjax.training.checkpoint import Checkpointer
 from lmjax.training.program import Program
 from lmjax.training.recipe import Recipe
+from lmjax.training.saved import Saved
 from lmjax.training.state import StateSpec, TrainState
 from lmjax.training.step import StepFn
 
@@ -38,6 +41,7 @@ class Run:
     start: int = 0  # the step that this start goes on from
     tokens: int = 0  # trained on before this start
     unfinished: bool = False  # the step `start` was saved before it was evaluated
+    saved: Saved = dataclasses.field(default_factory=Saved)  # what saved.json holds
     restore_seconds: float = 0.0  # spent on reading the checkpoint; 0: there was none
     compiled: StepFn | None = None  # the train step, once the loop has started
 
@@ -48,6 +52,11 @@ class Run:
         """
         state = self.steps.state(step)
         return {"fingerprint": self.train_split.fingerprint_of(state["next_row"]), **state}
+
+    def note(self, **changed: int) -> None:
+        """Changes fields of saved.json; process 0 writes them."""
+        if jax.process_index() == 0:
+            self.saved.write(self.workdir, **changed)
 
     @property
     def layout(self) -> Layout:

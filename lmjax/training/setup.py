@@ -1,5 +1,6 @@
 """Sets a run up: everything is checked, opened and placed here, before anything is compiled."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from lmjax.training.program import Program, make_model, make_program
 from lmjax.training.recipe import Recipe
 from lmjax.training.resume import begin
 from lmjax.training.run import Log, Run
+from lmjax.training.saved import Saved, find_saved, keep_records
 from lmjax.training.state import StateSpec
 from lmjax.training.workdir import check_recipe
 from lmjax.tree import shard_bytes
@@ -47,17 +49,32 @@ def set_up(recipe: Recipe, workdir: Path, log: Log,
     at(0, "setting up")
     _check_before_data(recipe)
     check_recipe(recipe, workdir, log)
+    saved = Saved(**agreed(lambda: dataclasses.asdict(find_saved(recipe, workdir))))
     source = _source(recipe, workdir)
     at(0, "preparing data")
     directory = _data(recipe, workdir, log)
     at(0, "setting up")
     run = _open(recipe, workdir, directory, log)
+    run.saved = saved
     at(0, ACTIVITIES["restore"])
     facts = announce(run, directory, log) | begin(run, source, log)
+    _remember(run, log)
     if jax.process_index() == 0:  # only now: a start that is refused leaves the directory as it was
         for name, value in (("run.json", facts), ("config.json", plain(recipe))):
             write_whole(workdir / name, json.dumps(value, indent=2) + "\n")
     return run
+
+
+def _remember(run: Run, log: Log) -> None:
+    """Brings saved.json up to date with what was restored; keeps the records that will be cut."""
+    abandoned = run.start < run.saved.step == run.recipe.checkpoint.abandon
+    if abandoned and jax.process_index() == 0:
+        log(f"gave up the checkpoint of step {run.saved.step}; its records are in "
+            f"{keep_records(run.workdir, run.saved.step)}")
+    evaluated = run.start if run.saved.evaluated == run.start else 0
+    run.saved = Saved(run.recipe.checkpoint.path(run.workdir), run.start, evaluated)
+    run.note()
+    run.checkpointer.completed = lambda step: run.note(step=step)
 
 
 def _check_before_data(recipe: Recipe) -> None:
@@ -68,8 +85,8 @@ def _check_before_data(recipe: Recipe) -> None:
 
 
 def _source(recipe: Recipe, workdir: Path) -> Pretrained | None:
-    """Finds the model to start from, unless the run has a checkpoint of its own."""
-    if not recipe.train.init_from or agreed(
+    """Finds the model to start from, unless the run has a checkpoint that it will go on from."""
+    if not recipe.train.init_from or not recipe.checkpoint.abandon and agreed(
             lambda: checkpoint_steps(recipe.checkpoint.path(workdir))):
         return None
     return find(recipe.train.init_from)
