@@ -138,6 +138,22 @@ def at_least(low: float, **values: float) -> None:
             raise UserError(f"at least {low}", value, "raise it", where=key)
 
 
+def at_most(high: float, **values: float) -> None:
+    """Raises a `UserError` that names the first of `values` above `high`. For `__post_init__`."""
+    for key, value in values.items():
+        if value > high:
+            raise UserError(f"at most {high:,}", f"{value:,}", "lower it", where=key)
+
+
+def scalar(kind: type, value: Any, path: str) -> Any:
+    """Returns `value` as an int, a float, a bool or a str.
+
+    Raises:
+      UserError: `value` has another type, or is a NaN or infinite; `path` is its name.
+    """
+    return _SCALARS[kind](value, path)
+
+
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """Converts `value` to the type `hint`: a scalar, a dataclass, a tuple, a dict, or a union."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)

@@ -13,11 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax import huggingface
-from lmjax.config import choice
+from lmjax.config import choice, scalar
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.decoding.answers import DecodingOptions, answer
 from lmjax.decoding.attention_maps import attention_maps, draw_attention
 from lmjax.decoding.generate import Generator, bucket, jit_on
+from lmjax.decoding.inputs import (
+    check_array,
+    check_ids,
+    check_positions,
+    check_text,
+    check_texts,
+)
 from lmjax.decoding.reading import make_reader, rows_of
 from lmjax.decoding.speculative import Draft
 from lmjax.errors import UserError
@@ -99,10 +106,9 @@ class LM:
           One score per text.
 
         Raises:
-          UserError: `texts` is one text, or the model is no decoder or has no tokenizer.
+          UserError: `texts` is no list of texts, or the model is no decoder or has no tokenizer.
         """
-        if isinstance(texts, str):
-            raise UserError("a list of texts", "one text", "write [text]", "texts")
+        texts = check_texts(texts, "texts")
         tokenizer, length = self.need_tokenizer(), self.recipe.data.seq_len
         ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
         rows = [(i, x[at : at + length + 1])
@@ -128,11 +134,20 @@ class LM:
           likeliest.
 
         Raises:
-          UserError: the model is no decoder.
+          UserError: the model is no decoder, a row is longer than its learned positions, an id is
+            out of range, or a row has fewer ids than are to be scored after its first.
         """
         if self.model.config.family != "decoder":
             raise UserError("a decoder, which has likelihoods of texts",
                             f"an {self.model.config.family}", "use lm.embed or lm.model")
+        pieces = check_ids([ids for ids, _ in rows], self.model.config, "rows")
+        for i, (piece, (_, n)) in enumerate(zip(pieces, rows, strict=True)):
+            check_positions(self.model.config, len(piece) - 1, f"rows[{i}]")
+            if not 0 <= scalar(int, n, f"rows[{i}]") < len(piece):
+                raise UserError(f"0 to {len(piece) - 1} ids to score, after the first", n,
+                                "put an id before them, such as the tokenizer's bos_id",
+                                f"rows[{i}]")
+        rows = [(piece, int(n)) for piece, (_, n) in zip(pieces, rows, strict=True)]
         by_size: dict[int, list[int]] = {}
         for i, (ids, _) in enumerate(rows):
             by_size.setdefault(bucket(len(ids) - 1, SCORE_LENGTH), []).append(i)
@@ -172,15 +187,18 @@ class LM:
         """
         self.need_tokenizer()
         whole = self.model.config.family == "encdec"
-        ids = [self._reader.ids(prompt, end=whole) for prompt in prompts]
+        ids = [self._reader.ids(prompt, end=whole) for prompt in check_texts(prompts, "prompts")]
         return self.generate_ids(ids, **options)
 
     def generate_ids(self, prompts: Sequence[Sequence[int]], *, draft: "LM | None" = None,
                      **options: Any) -> list[str]:
         """Like `generate`, with prompts as rows of token ids."""
         tokenizer = self.need_tokenizer()
+        if not isinstance(draft, LM | None):
+            raise UserError("an LM", type(draft).__name__, "pass lmjax.load(path)", "draft")
         drafting = Draft(draft.model, draft.params) if draft else None
         decoding = DecodingOptions(draft=drafting, **options)
+        prompts = check_ids(prompts, self.model.config, "prompts")
         if draft and draft.need_tokenizer().hash != tokenizer.hash:
             raise UserError("a model with the same tokenizer", "another",
                             "train one on the same prepared data", "draft")
@@ -199,12 +217,14 @@ class LM:
           float32 [texts, D].
 
         Raises:
-          UserError: another `pooling`, or a model without a tokenizer.
+          UserError: `texts` is no list of texts, another `pooling`, or a model without a tokenizer.
         """
-        choice("pooling", pooling, POOLING)
+        choice("pooling", pooling, tuple(POOLING))
+        texts = check_texts(texts, "texts")
         self.need_tokenizer()
         room = self.recipe.data.seq_len - len(self._reader.prefix) - len(self._reader.suffix)
-        rows = [self._reader.ids(text, room) for text in texts]
+        rows = check_ids([self._reader.ids(text, room) for text in texts], self.model.config,
+                         "texts")
         out = np.zeros((len(rows), self.model.config.embed_dim), np.float32)
         for i, row in enumerate(rows):
             batch = rows_of(self.model, [[*row, 0]], 1, bucket(len(row), 16), [len(row)])
@@ -227,10 +247,16 @@ class LM:
           The attention weights, float32 [layers, heads, T, T] (from, to), and the text's T tokens.
 
         Raises:
-          UserError: the model has no tokenizer.
+          UserError: `text` is no text or is longer than the model's learned positions, there is no
+            such layer, or the model has no tokenizer.
         """
+        text, layers = check_text(text, "text"), self.model.config.num_layers
+        if not -layers <= scalar(int, layer, "layer") < layers:
+            raise UserError(f"{-layers} to {layers - 1}", layer, "count from 0, or back from -1",
+                            "layer")
         self.need_tokenizer()
-        ids = self._reader.ids(text)
+        [ids] = check_ids([self._reader.ids(text)], self.model.config, "text")
+        check_positions(self.model.config, len(ids), "text")
         rows = rows_of(self.model, [[*ids, 0]], 1, len(ids), [len(ids)])
         batch = {name: jnp.asarray(x[:, : len(ids)]) for name, x in rows.items()}
         params = jax.device_put(self.params, jax.devices()[0])
@@ -250,17 +276,14 @@ class LM:
           float32 [B, T, V].
 
         Raises:
-          UserError: an id is out of range, or the model is an encoder-decoder, which reads two rows
-            of ids.
+          UserError: an id is out of range, a row is longer than the model's learned positions, or
+            the model is an encoder-decoder, which reads two rows of ids.
         """
         if self.model.config.family == "encdec":
             raise UserError("a decoder or an encoder, which reads one row of ids", "an encdec",
                             "use lm.model.logits(lm.params, batch) with encoder_tokens and tokens")
-        tokens, size = jnp.asarray(tokens_BT, jnp.int32), self.model.config.vocab_size
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
-            raise UserError(f"ids of 0 to {size - 1:,}",
-                            f"{int(tokens.min()):,} to {int(tokens.max()):,}",
-                            "encode with lm.tokenizer", "tokens")
+        tokens = jnp.asarray(check_array(tokens_BT, self.model.config, "tokens"))
+        check_positions(self.model.config, tokens.shape[1], "tokens")
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         batch = {"tokens": tokens, "positions": jnp.broadcast_to(positions, tokens.shape),
                  "segment_ids": jnp.ones_like(tokens)}

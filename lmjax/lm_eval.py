@@ -59,15 +59,18 @@ class EvalModel(TemplateLM):
                             f"one of {max(long)}",
                             "use tasks with shorter answers or a model with longer rows")
         # The last token of a continuation is only predicted, so a row has one token more than fit.
-        return self.lm.continuations([([*context, *answer][-limit - 1 :], len(answer))
-                                      for _, context, answer in requests])
+        # A context of spaces alone may have no tokens.
+        return self.lm.continuations([
+            ([*(context or [self.prefix_token_id]), *answer][-limit - 1 :], len(answer))
+            for _, context, answer in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance],
                               disable_tqdm: bool = False) -> list[float]:
         """Returns the log-likelihoods of whole texts, in windows that predict each token once."""
         windows = []
         for i, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0])
+            # BOS is the first token's context: no model was trained to predict it.
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
             rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             windows += [(i, *make_disjoint_window(window)) for window in rolling]
         sums = [0.0] * len(requests)
@@ -102,7 +105,7 @@ class EvalModel(TemplateLM):
         return self.lm.generate_ids(
             [self.tok_encode(context)[-(self.max_length - count) :] for context in contexts],
             max_tokens=count, temperature=float(temperature),
-            stop=[until] if isinstance(until, str) else until)
+            stop=[text for text in ([until] if isinstance(until, str) else until) if text])
 
 
 def evaluate_tasks(lm: LM, tasks: Sequence[str], *, task_dir: str = "",

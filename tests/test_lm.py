@@ -155,7 +155,8 @@ def test_input_that_would_be_read_wrongly_is_refused(lm):
     with pytest.raises(UserError, match="texts: expected a list of texts, got one text"):
         lm.score("import os")
     for ids in ([[1, lm.model.config.vocab_size]], [[-1, 3]]):
-        with pytest.raises(UserError, match="tokens: expected ids of 0 to .*, got .*; encode"):
+        message = r"tokens\[0\]: expected ids of 0 to .*, got .*; encode"
+        with pytest.raises(UserError, match=message):
             lm.logits(ids)
 
 

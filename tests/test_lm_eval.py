@@ -89,6 +89,23 @@ def test_likelihoods_do_not_depend_on_the_other_requests(folder):
         assert greedy == (log_p.argmax(1) == ids[-n:]).all()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_rolling_likelihoods_never_score_bos(folder):
+    """The sum over a text is that of `lm.score`, also if the tokenizer begins texts with BOS."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lmjax[eval]")
+    from lm_eval.api.instance import Instance
+
+    from lmjax.lm_eval import EvalModel
+
+    lm = lmjax.load(folder / "hf")
+    texts = [*TEXTS, "the", "a dog ran to the red house " * 2]
+    requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    expected = [score.log_likelihood for score in lm.score(texts)]
+    for prefix in ((), (lm.tokenizer.bos_id,)):
+        lm.tokenizer.prefix = prefix
+        assert EvalModel(lm).loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_lm_eval_gives_the_same_numbers_as_its_own_backend(folder, capsys, monkeypatch):

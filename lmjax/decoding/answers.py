@@ -3,15 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lmjax.config import at_least
+from lmjax.config import at_least, at_most
 from lmjax.data.tokenizers import NamedIds
 from lmjax.decoding.beam import beam_search
 from lmjax.decoding.generate import Generator
+from lmjax.decoding.inputs import check_numbers, check_texts
 from lmjax.decoding.sampling import Sampling
 from lmjax.decoding.speculative import Draft, speculate
 from lmjax.decoding.stopping import TextStream, cut
 from lmjax.errors import UserError
 from lmjax.nn.module import Params
+
+MAX_TOKENS = 1 << 24  # a larger number is a slip, and no cache of that many tokens fits anywhere
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class DecodingOptions:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop: Sequence[str] = ()  # an answer ends before the first of these strings
+    stop: str | Sequence[str] = ()  # an answer ends before this string, or the first of several
     seed: int = 0  # of the random draws
     num_beams: int = 1  # above 1: beam search instead of sampling, see `beam_search`
     length_penalty: float = 1.0  # of beam search
@@ -32,7 +35,18 @@ class DecodingOptions:
     stream: Callable[[int, str], None] | None = None  # gets (row, next piece of its text) at once
 
     def __post_init__(self) -> None:
-        at_least(1, num_beams=self.num_beams)
+        check_numbers(self)
+        at_least(1, num_beams=self.num_beams, max_tokens=self.max_tokens)
+        at_most(MAX_TOKENS, num_beams=self.num_beams, max_tokens=self.max_tokens,
+                top_k=self.top_k)
+        self.sampling.check()
+        if self.stream is not None and not callable(self.stream):
+            raise UserError("a function of a row's number and a text", type(self.stream).__name__,
+                            "pass one, such as lambda row, text: print(text)", "stream")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", tuple(check_texts(stops, "stop")))
+        if "" in self.stop:
+            raise UserError("strings that end an answer", "an empty one", "leave it out", "stop")
         # Beam search and speculation run in one program each, which returns whole answers.
         on = {"num_beams": self.num_beams > 1, "draft": self.draft, "stream": self.stream}
         asked = [name for name, value in on.items() if value]
@@ -64,9 +78,11 @@ def answer(generator: Generator, params: Params, names: NamedIds,
       One answer per prompt, without the prompt.
 
     Raises:
-      UserError: an option is out of range, or a prompt is empty or too long.
+      UserError: a prompt is empty or too long, or has an id that the model has not.
     """
     o = options
+    if not prompts:
+        return []
     # An encoder-decoder's answer is a text by itself.
     is_encdec = generator.model.config.family == "encdec"
     before: Sequence[Sequence[int]] = [()] * len(prompts) if is_encdec else prompts

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.config import at_least
+from lmjax.decoding.inputs import check_ids, check_positions
 from lmjax.decoding.sampling import PLAIN, Sampling, penalise, sample
 from lmjax.errors import UserError
 from lmjax.models.cache import Cache
@@ -106,19 +107,17 @@ class Generator:
         """Checks the arguments and returns the length of the longest prompt.
 
         Raises:
-          UserError: there is no prompt or an empty one, `max_tokens` is below 1, the model has
-            fewer learned positions than prompt and answer have tokens, or a sampling setting is
-            out of its range.
+          UserError: there is no prompt, `max_tokens` is below 1, the model has fewer learned
+            positions than prompt and answer have tokens, a sampling setting is out of its range,
+            or see `check_ids`.
         """
         sampling.check()
         at_least(1, max_tokens=max_tokens)
-        if not prompts or not all(len(p) for p in prompts):
-            raise UserError("one or more, each of at least one token", "an empty one",
-                            "begin it with bos_id", where="prompts")
-        longest, config = max(map(len, prompts)), self.model.config
-        if config.positions == "learned" and longest + max_tokens > config.max_positions:
-            raise UserError(f"prompt and answer within max_positions={config.max_positions}",
-                            f"{longest} + {max_tokens}", "shorten one of them", where="max_tokens")
+        config = self.model.config
+        longest = max(map(len, check_ids(prompts, config, "prompts")), default=0)
+        if not longest:
+            raise UserError("one or more", "none", "pass a prompt", where="prompts")
+        check_positions(config, longest, "max_tokens", answer=max_tokens)
         return longest
 
 

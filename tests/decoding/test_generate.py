@@ -124,7 +124,7 @@ def test_a_sharded_model_generates_the_same_from_any_number_of_prompts():
 
 def test_refusals():
     model, params = tiny_decoder(positions="learned", max_positions=32, use_bias=True)
-    refusal = "prompts: expected one or more, each of at least one token, "
+    refusal = r"prompts\[1\]: expected at least one token id, got none; "
     with pytest.raises(ValueError, match=refusal):
         Generator(model)(params, [[1], []], max_tokens=2)
     with pytest.raises(ValueError, match=r"max_tokens: expected .*max_positions=32, got 4 \+ 29; "):
