@@ -13,29 +13,26 @@ from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.errors import UserError
 from lmjax.huggingface.model_types import MODEL_TYPES
-from lmjax.huggingface.schema import ModelType
 from lmjax.huggingface.settings import model_type_of, read_settings, write_settings
+from lmjax.huggingface.stored import BUFFERS, one_of_each, plain_names, rows_for
 from lmjax.huggingface.tensors import (
     DTYPE_CODES,
     STORED_DTYPES,
     Entry,
     open_tensors,
     read_json,
-    read_tensor,
     write_json,
     write_tensors,
 )
 from lmjax.huggingface.tokenizer_export import write_tokenizer
 from lmjax.huggingface.tokenizers import read_tokenizer
 from lmjax.huggingface.weights import (
-    Table,
     check_tensors,
     read_tree,
     tensor_getter,
     tensor_shapes,
 )
 from lmjax.models.model import Model, ModelConfig, build_model
-from lmjax.nn.layers import MLP_KINDS
 from lmjax.nn.module import Params
 from lmjax.runtime.files import new_directory
 
@@ -87,13 +84,11 @@ def read_directory(path: Path) -> HFModel:
     where = f"{path}/config.json"
     settings = read_json(path / "config.json")
     model_type = model_type_of(settings, where)
-    entries = open_tensors(path)
-    prefix = model_type.prefix
-    if prefix and not any(name.startswith(prefix) for name in entries):
-        entries = {prefix + name: entry for name, entry in entries.items()}
+    entries = plain_names(open_tensors(path), model_type, str(path))
     present = {field: stored if name in entries else absent
                for field, (name, stored, absent) in model_type.present.items()}
     config = read_settings(settings, where, present)
+    entries, config = one_of_each(entries, model_type, config, str(path))
     tokenizer = read_tokenizer(path)
     if tokenizer is not None:
         _check_vocabulary(tokenizer, config.vocab_size, path)
@@ -113,19 +108,12 @@ def read_params(found: HFModel, model: Model, shardings: Params) -> Params:
       The parameters of `model`, float32.
 
     Raises:
-      UserError: a tensor is missing, not needed or of another shape, or the embedding and the head
-        differ although config.json says that they are tied.
+      UserError: a tensor is missing, not needed or of another shape.
     """
     model_type = MODEL_TYPES[found.source["settings"]["model_type"]]
-    ignore = model_type.ignore
-    table = _table(model_type, model)
-    head = table["head/table"].theirs if "head/table" in table else ""
-    stored_twice = model.config.tie_embeddings and head in found.entries
-    if stored_twice:
-        ignore = (*ignore, head)
-    check_tensors(found.entries, model.shapes, table, where=str(found.path), ignore=ignore)
-    if stored_twice:
-        _check_tied(found, head, table["embedding/table"].theirs)
+    table = rows_for(model_type, model.config)
+    check_tensors(found.entries, model.shapes, table, where=str(found.path),
+                  ignore=(*model_type.ignore, *BUFFERS))
     return read_tree(found.entries, model.shapes, shardings, table)
 
 
@@ -172,7 +160,7 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
         write_json(part / "config.json", {**ids, **kept, **ours, "torch_dtype": dtype})
         write_json(part / "generation_config.json",
                    source["generation"] or {**ids, "do_sample": True})
-        table = _table(model_type, model)
+        table = rows_for(model_type, model.config)
         write_tensors(part, tensor_shapes(model.shapes, table), tensor_getter(params, table),
                       dtype=dtype, max_shard_bytes=options.max_shard_bytes)
         if tokenizer is not None:
@@ -181,24 +169,11 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
     log(f"{out}: a {model_type.architecture} in {dtype}; read back, it has equal logits")
 
 
-def _table(model_type: ModelType, model: Model) -> Table:
-    gated = MLP_KINDS[model.config.mlp][1]
-    return model_type.table if gated else {**model_type.table, **model_type.ungated}
-
-
 def _check_vocabulary(tokenizer: Tokenizer, rows: int, path: Path) -> None:
     size = tokenizer.vocab_size
     if size > rows or rows - size > max(MIN_PADDING, MAX_PADDING * rows):
         raise UserError(f"a tokenizer for an embedding of {rows} rows", f"one of {size} tokens",
                         "they belong to different models", str(path))
-
-
-def _check_tied(found: HFModel, head: str, embedding: str) -> None:
-    a, b = (read_tensor(found.entries[name]) for name in (head, embedding))
-    if not np.array_equal(a, b):
-        raise UserError(f"{head} to equal {embedding}, as tie_word_embeddings=true says",
-                        "other values", "set tie_word_embeddings to false in config.json",
-                        str(found.path))
 
 
 def _check_written(path: Path, model: Model, params: Params, dtype: str) -> None:

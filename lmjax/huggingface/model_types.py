@@ -26,6 +26,7 @@ from lmjax.huggingface.tables import (
     marian_table,
     modernbert_table,
 )
+from lmjax.huggingface.weights import Stored
 from lmjax.models.encdec import EncDecConfig
 from lmjax.models.encoder import EncoderConfig
 
@@ -57,21 +58,17 @@ UNTIED = Setting("tie_word_embeddings", "tie_embeddings", False)
 TIED = UNTIED._replace(default=True)
 NO_ATTENTION_BIAS = Setting("attention_bias", "", False)
 WINDOW = Setting("sliding_window", "sliding_window", 4096, also={None: 0})
-ROTARY_BUFFERS = (
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 
 LLAMA = ModelType(
     "llama", "LlamaForCausalLM",
     (*MODERN, HEAD_DIM, UNTIED, NO_ATTENTION_BIAS, Setting("mlp_bias", "", False)),
     LLAMA_TABLE,
-    prefix="model.",
-    ignore=ROTARY_BUFFERS)
+    prefix="model.")
 MISTRAL = ModelType(
     "mistral", "MistralForCausalLM",
     (*MODERN, HEAD_DIM, UNTIED, WINDOW),
     LLAMA_TABLE,
     prefix="model.",
-    ignore=ROTARY_BUFFERS,
     is_local=lambda settings, i: True)
 MIXTRAL = ModelType(
     "mixtral", "MixtralForCausalLM",
@@ -212,11 +209,12 @@ BERT = ModelType(
     "bert", "BertForMaskedLM",
     (*BERT_LIKE, Setting("max_position_embeddings", "max_positions", 512)),
     bert_table("bert", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm",
-               "cls.predictions.bias"),
+               "cls.predictions.bias", "cls.predictions.decoder.weight"),
+    untied={"head_bias": Stored("cls.predictions.decoder.bias")},
+    tied=(("cls.predictions.bias", "cls.predictions.decoder.bias"),),
     fixed=BERT_FIXED,
     prefix="bert.",
-    ignore=(r"bert\.embeddings\.position_ids", r"cls\.seq_relationship\..*",
-            r"cls\.predictions\.decoder\..*"),
+    ignore=(r"cls\.seq_relationship\..*",),
     neutral=("directionality", "pooler_fc_size", "pooler_num_attention_heads",
              "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
     present={"mlm_head": ("cls.predictions.transform.dense.weight", True, False),
@@ -229,10 +227,12 @@ ROBERTA = ModelType(
      # Theirs counts the two rows before position 0, which `position_offset` adds in ours.
      Setting("max_position_embeddings", "max_positions", 514, plus=2),
      Setting("pad_token_id", "", 1)),
-    bert_table("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+    bert_table("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias",
+               "lm_head.decoder.weight"),
+    untied={"head_bias": Stored("lm_head.decoder.bias")},
+    tied=(("lm_head.bias", "lm_head.decoder.bias"),),
     fixed=BERT_FIXED | {"position_offset": 2},
     prefix="roberta.",
-    ignore=(r"roberta\.embeddings\.position_ids", r"lm_head\.decoder\..*"),
     present={"mlm_head": ("lm_head.dense.weight", True, False),
              "pooler": ("roberta.pooler.dense.weight", True, False)},
     config=EncoderConfig,
@@ -282,9 +282,9 @@ T5 = ModelType(
     T5_TABLE,
     ungated=T5_UNGATED,
     fixed={"positions": "relative", "query_scalar": 1.0},
-    ignore=(r"(encoder|decoder)\.embed_tokens\.weight",
-            # In some files, although T5's cross-attention has no position bias.
-            r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"),
+    shared=(("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),),
+    # In some files, although T5's cross-attention has no position bias.
+    ignore=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     neutral=("dense_act_fn", "is_gated_act",
              "tie_word_embeddings",  # read where scale_decoder_outputs is missing
              "n_positions"),
@@ -314,7 +314,8 @@ MARIAN = ModelType(
     fixed={"positions": "sinusoidal", "norm": "layernorm", "norm_eps": 1e-5,
            "norm_position": "post", "use_bias": True},
     prefix="model.",
-    ignore=(r"model\.(encoder|decoder)\.embed_(tokens|positions)\.weight",),
+    shared=(("model.shared.weight", "model.encoder.embed_tokens.weight",
+             "model.decoder.embed_tokens.weight"),),
     neutral=("activation_dropout", "classif_dropout", "decoder_layerdrop", "encoder_layerdrop",
              "extra_pos_embeddings", "init_std", "num_hidden_layers", "static_position_embeddings"),
     present={"output_bias": ("final_logits_bias", True, False)},

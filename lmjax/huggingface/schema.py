@@ -40,6 +40,11 @@ class ModelType:
     settings: tuple[Setting, ...]
     table: Table  # where each parameter is stored
     ungated: Table = field(default_factory=dict)  # rows that replace others if the MLP has no gate
+    untied: Table = field(default_factory=dict)  # rows that replace others without tied embeddings
+    # Groups of names of one tensor, which must be equal if a file holds several: always, and if
+    # the embeddings are tied. The name of the table comes first.
+    shared: tuple[tuple[str, ...], ...] = ()
+    tied: tuple[tuple[str, ...], ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that all its models have alike
     # Of the tensors' names. A directory in which no name has it was saved without the head: there,
     # it is put before every name.

@@ -84,7 +84,7 @@ GPT2_TABLE = joined(
     both(f"{BLOCK}mlp/down", f"{GPT2_LAYER}.mlp.c_proj", "in,out"))
 
 
-def bert_table(model: str, transform: str, norm: str, bias: str) -> Table:
+def bert_table(model: str, transform: str, norm: str, bias: str, head: str) -> Table:
     """The rows of BERT and of RoBERTa.
 
     Args:
@@ -92,12 +92,14 @@ def bert_table(model: str, transform: str, norm: str, bias: str) -> Table:
       transform: their name of the masked-LM head's dense layer.
       norm: their name of that head's LayerNorm.
       bias: their name of the logits' bias.
+      head: their name of the logits' matrix.
     """
     layer = f"{model}.encoder.layer.{{}}"
     return joined(
         {"embedding/table": Stored(f"{model}.embeddings.word_embeddings.weight"),
          "positions/table": Stored(f"{model}.embeddings.position_embeddings.weight"),
          "token_types/table": Stored(f"{model}.embeddings.token_type_embeddings.weight"),
+         "head/table": Stored(head),
          "head_bias": Stored(bias)},
         both("embedding_norm", f"{model}.embeddings.LayerNorm"),
         both("pooler", f"{model}.pooler.dense", "out,in"),

@@ -38,7 +38,8 @@ def open_tensors(directory: Path) -> dict[str, Entry]:
       UserError: a safetensors file is missing or truncated, or the index disagrees with the files.
     """
     index = directory / INDEX
-    if not index.exists():
+    # As in transformers, a whole file goes before an index, which may be older.
+    if (directory / SINGLE).is_file() or not index.is_file():
         return _headers([directory / SINGLE])
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict):

@@ -72,9 +72,10 @@ BAD = {
     "bad tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"x"),
                       "tokenizer.model: expected a SentencePiece model, got 1 bytes"),
     "tied, no table": (lambda f: (edit(f, tie_word_embeddings=True),
-                                  retensor(f, lambda t: t.pop(EMBED))),
+                                  retensor(f, lambda t: (t.pop(EMBED), t.pop("lm_head.weight")))),
                        rf"expected tensor {EMBED} \[64, 16\], got none"),
-    "no index": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'),
+    "no index": (lambda f: (f / "model.safetensors").rename(
+        f / "model.safetensors.index.json").write_text('{"weight_map": []}'),
                  r"expected weight_map to name each tensor's file, got \[\]"),
     "no text": (lambda f: (f / "tokenizer.json").write_bytes(b'{"\xff": 0}'),
                 "expected tokenizer.json .*in UTF-8, got"),

@@ -1,0 +1,219 @@
+"""Weight files as people have them, compared with transformers: the same outputs, or a refusal."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from exports import settings_of
+
+import lmjax
+from lmjax.errors import UserError
+
+V, D, F = 48, 16, 24
+MISSING = "is not installed, so nothing is compared with it: pip install lmjax[oracle]"
+COMMON = dict(
+    vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=2, num_attention_heads=2,
+    max_position_embeddings=40, initializer_range=0.3)
+# name -> (the class in transformers, its settings)
+MODELS = {
+    "llama": ("LlamaForCausalLM", COMMON),
+    "llama-tied": ("LlamaForCausalLM", COMMON | dict(tie_word_embeddings=True)),
+    "qwen2": ("Qwen2ForCausalLM", COMMON | dict(num_key_value_heads=2)),
+    "gpt2": ("GPT2LMHeadModel", dict(vocab_size=V, n_embd=D, n_layer=2, n_head=2, n_positions=40,
+                                     initializer_range=0.3)),
+    "bert": ("BertForMaskedLM", COMMON),
+    "bert-untied": ("BertForMaskedLM", COMMON | dict(tie_word_embeddings=False)),
+    "roberta": ("RobertaForMaskedLM", COMMON | dict(type_vocab_size=1, pad_token_id=1)),
+    "modernbert": ("ModernBertForMaskedLM", COMMON | dict(pad_token_id=0)),
+    "t5": ("T5ForConditionalGeneration", dict(
+        vocab_size=V, d_model=D, d_kv=8, d_ff=F, num_layers=2, num_heads=2,
+        decoder_start_token_id=0)),
+    "marian": ("MarianMTModel", dict(
+        vocab_size=V, d_model=D, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=F, decoder_ffn_dim=F, init_std=0.3,
+        max_position_embeddings=40, pad_token_id=0, decoder_start_token_id=0)),
+}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """name -> a directory that transformers wrote."""
+    torch = pytest.importorskip("torch", reason=f"torch {MISSING}")
+    transformers = pytest.importorskip("transformers", reason=f"transformers {MISSING}")
+    made = {}
+
+    def make(name):
+        if name not in made:
+            torch.manual_seed(0)
+            cls, settings = MODELS[name]
+            cls = getattr(transformers, cls)
+            model = cls(cls.config_class(**settings))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(0.1 * torch.randn(parameter.shape))
+            made[name] = tmp_path_factory.mktemp("hub") / name
+            model.save_pretrained(made[name])
+        return made[name]
+    return make
+
+
+def theirs(path):
+    """The logits of transformers for one row of ids."""
+    import torch
+    import transformers
+
+    cls = getattr(transformers, settings_of(path)["architectures"][0])
+    model = cls.from_pretrained(path, attn_implementation="eager").eval()
+    ids = torch.tensor(row())
+    more = dict(decoder_input_ids=ids.flip(1)) if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=ids, **more).logits.numpy()
+
+
+def ours(path):
+    lm = lmjax.load(path)
+    ids = row().astype(np.int32)
+    batch = {"tokens": ids, "segment_ids": np.ones_like(ids),
+             "positions": np.arange(ids.shape[1], dtype=np.int32)[None]}
+    if lm.model.config.family == "encdec":
+        batch |= {f"encoder_{name}": value for name, value in batch.items()}
+        batch["tokens"] = ids[:, ::-1]
+    return np.asarray(jax.jit(lm.model.logits)(lm.params, batch))
+
+
+def row():
+    return np.random.default_rng(0).integers(3, V, (1, 9))
+
+
+def same(a, b):
+    return np.abs(a - b).max() <= 2e-5 * np.abs(b).max()
+
+
+def edit(path, change):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()},
+              path / "model.safetensors", metadata={"format": "pt"})
+
+
+def rename(old, new):
+    """Renames tensors: `old` in a name becomes `new`."""
+    def change(tensors):
+        for name in list(tensors):
+            tensors[name.replace(old, new) if old else new + name] = tensors.pop(name)
+    return change
+
+
+def other(like, *names):
+    """Adds tensors that differ from `like`."""
+    def change(tensors):
+        for name in names:
+            tensors[name] = tensors[like][::-1] * 1.5
+    return change
+
+
+BERT, ROBERTA = (f"{name}.embeddings.word_embeddings.weight" for name in ("bert", "roberta"))
+T5_EMBED, MARIAN_EMBED = "shared.weight", "model.shared.weight"
+# case -> (model, what changes the tensors)
+AGREE = {
+    "head differs": ("llama-tied", other("model.embed_tokens.weight", "lm_head.weight")),
+    "head equal": ("llama-tied", lambda t: t.update(
+        {"lm_head.weight": t["model.embed_tokens.weight"].copy()})),
+    "head alone": ("llama-tied", rename("model.embed_tokens", "lm_head")),
+    "gpt2 head differs": ("gpt2", other("transformer.wte.weight", "lm_head.weight")),
+    "bert head differs": ("bert", other(BERT, "cls.predictions.decoder.weight")),
+    "bert untied": ("bert-untied", lambda t: t.update(
+        {"cls.predictions.decoder.bias": t["cls.predictions.bias"] + 0.5})),
+    "bert decoder alone": ("bert", rename("cls.predictions.bias", "cls.predictions.decoder.bias")),
+    "roberta head differs": ("roberta", other(ROBERTA, "lm_head.decoder.weight")),
+    "modernbert head differs": (
+        "modernbert", other("model.embeddings.tok_embeddings.weight", "decoder.weight")),
+    "t5 head differs": ("t5", other(T5_EMBED, "lm_head.weight")),
+    "t5 encoder's alone": ("t5", rename(T5_EMBED, "encoder.embed_tokens.weight")),
+    "t5 cross-attention's bias": ("t5", lambda t: t.update(
+        {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight":
+         np.ones((32, 2), np.float32)})),
+    "marian head differs": ("marian", other(MARIAN_EMBED, "lm_head.weight")),
+    "old LayerNorm": ("bert", lambda t: (rename("LayerNorm.weight", "LayerNorm.gamma")(t),
+                                         rename("LayerNorm.bias", "LayerNorm.beta")(t),
+                                         t.update({"cls.seq_relationship.bias": t[BERT][0, :2],
+                                                   "bert.embeddings.position_ids":
+                                                   np.arange(40)[None]}))),
+    "qwen2 buffers": ("qwen2", lambda t: t.update(
+        {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)
+         for i in range(2)})),
+    "gpt2 buffers": ("gpt2", lambda t: t.update(
+        {"transformer.h.0.attn.bias": np.ones((1, 1, 40, 40), np.float32),
+         "transformer.h.1.attn.masked_bias": np.float32([-1e4])})),
+}
+QUICK = ("bert head differs", "bert untied", "t5 encoder's alone", "head differs")
+# case -> (model, what changes the tensors, the message)
+REFUSED = {
+    "bert biases": ("bert", other("cls.predictions.bias", "cls.predictions.decoder.bias"),
+                    "expected cls.predictions.decoder.bias to equal cls.predictions.bias"),
+    "roberta biases": ("roberta", other("lm_head.bias", "lm_head.decoder.bias"),
+                       "expected lm_head.decoder.bias to equal lm_head.bias"),
+    "t5 encoder": ("t5", other(T5_EMBED, "encoder.embed_tokens.weight"),
+                   "expected encoder.embed_tokens.weight to equal shared.weight"),
+    "t5 both halves": (
+        "t5", other(T5_EMBED, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        "to equal shared.weight"),
+    "marian decoder": ("marian", other(MARIAN_EMBED, "model.decoder.embed_tokens.weight"),
+                       "expected model.decoder.embed_tokens.weight to equal model.shared.weight"),
+    "marian positions": ("marian", lambda t: t.update(
+        {"model.encoder.embed_positions.weight": t[MARIAN_EMBED][:40] * 2}),
+        "expected model.encoder.embed_positions.weight to be the sinusoids"),
+    "twice": ("bert", lambda t: t.update({"_orig_mod." + BERT: t[BERT] * 2}),
+              f"expected one tensor for {BERT}"),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(
+    case, marks=[] if case in QUICK else pytest.mark.long) for case in AGREE])
+def test_tensors_under_several_names_are_read_as_transformers_reads_them(
+        case, directories, tmp_path):
+    name, change = AGREE[case]
+    path = shutil.copytree(directories(name), tmp_path / "hf")
+    edit(path, change)
+    assert same(ours(path), theirs(path))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_tensors_that_contradict_each_other_are_refused(case, directories, tmp_path):
+    name, change, message = REFUSED[case]
+    path = shutil.copytree(directories(name), tmp_path / "hf")
+    edit(path, change)
+    with pytest.raises(UserError, match=message):
+        lmjax.load(path)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_of_wrapped_models_are_read(wrapper, directories, tmp_path):
+    path = shutil.copytree(directories("qwen2"), tmp_path / "hf")
+    expected = theirs(path)
+    edit(path, rename("", wrapper))
+    assert same(ours(path), expected)
+
+
+def test_an_untied_encoder_is_exported_with_its_head(directories, tmp_path):
+    path = shutil.copytree(directories("bert-untied"), tmp_path / "hf")
+    edit(path, AGREE["bert untied"][1])
+    lmjax.load(path).export(tmp_path / "out", log=lambda line: None)
+    assert same(theirs(tmp_path / "out"), theirs(path))
+
+
+def test_a_whole_file_goes_before_an_index(directories, tmp_path):
+    import transformers
+
+    path = shutil.copytree(directories("llama"), tmp_path / "hf")
+    stale = transformers.LlamaForCausalLM.from_pretrained(path)
+    stale.model.norm.weight.data *= 2
+    stale.save_pretrained(tmp_path / "stale", max_shard_size="10KB")
+    for file in (tmp_path / "stale").glob("model*"):
+        shutil.copy(file, path)
+    assert (path / "model.safetensors.index.json").exists()
+    assert same(ours(path), theirs(path))
