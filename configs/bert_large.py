@@ -2,7 +2,7 @@
 
     lmjax train --config configs/bert_large.py --workdir /mnt/runs/bert_large
     lmjax plan --config configs/bert_large.py --topology v5e-16
-    # 0.744 .. 1.17 s per step, MFU 30.7% .. 48.2%, 10.1 of 15.75 GiB per chip
+    # 0.744 .. 1.17 s per step, MFU 30.7% .. 48.2%, 10.1 of 15.75 GiB per device
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     lmjax train --config configs/dense_16b.py --workdir /mnt/runs/dense_16b
     lmjax plan --config configs/dense_16b.py --topology v5e-256
-    # 9.12 .. 9.82 s per step, MFU 61.9% .. 66.7%, 14.6 of 15.75 GiB per chip
+    # 9.12 .. 9.82 s per step, MFU 61.9% .. 66.7%, 14.6 of 15.75 GiB per device
 
 It has 32 layers of width 4096, 64 heads of 128 dimensions and a SwiGLU of width 28,672.
 """

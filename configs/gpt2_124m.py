@@ -2,7 +2,7 @@
 
     lmjax train --config configs/gpt2_124m.py --workdir /mnt/runs/gpt2_124m
     lmjax plan --config configs/gpt2_124m.py --topology v5e-16
-    # 0.255 .. 0.386 s per step, MFU 34.4% .. 52.1%, 5.2 of 15.75 GiB per chip
+    # 0.255 .. 0.386 s per step, MFU 34.4% .. 52.1%, 5.2 of 15.75 GiB per device
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     lmjax train --config configs/llama2_70b.py --workdir /mnt/runs/llama2_70b
     lmjax plan --config configs/llama2_70b.py --topology v5p-1024
-    # 18.8 .. 22.5 s per step, MFU 67.9% .. 81.5%, 80.0 of 95.74 GiB per chip
+    # 18.8 .. 22.5 s per step, MFU 67.9% .. 81.5%, 80.0 of 95.74 GiB per device
 
 A chip computes 4 x 4096 tokens per step.
 """

@@ -2,9 +2,9 @@
 
     lmjax train --config configs/llama2_7b.py --workdir /mnt/runs/llama2_7b
     lmjax plan --config configs/llama2_7b.py --topology v5e-256
-    # 2.44 .. 2.83 s per step, MFU 60.7% .. 70.3%, 14.4 of 15.75 GiB per chip
+    # 2.44 .. 2.83 s per step, MFU 60.7% .. 70.3%, 14.4 of 15.75 GiB per device
     lmjax plan --config configs/llama2_7b.py:v5p --topology v5p-128
-    # 2.16 .. 2.60 s per step, MFU 58.9% .. 70.9%, 56.9 of 95.74 GiB per chip
+    # 2.16 .. 2.60 s per step, MFU 58.9% .. 70.9%, 56.9 of 95.74 GiB per device
 
 A chip of v5e-256 computes 4 x 2048 tokens per step. `configs/llama2_7b.py:v5p` is the same model on
 v5p-128 (64 chips), with 4 x 4096 tokens per chip. `configs/llama2_7b.py:tiny` is the recipe, made

@@ -2,7 +2,7 @@
 
     lmjax train --config configs/llama3_405b.py --workdir /mnt/runs/llama3_405b
     lmjax plan --config configs/llama3_405b.py --topology v5p-2048
-    # 60.6 .. 70.5 s per step, MFU 63.9% .. 74.3%, 69.2 of 95.74 GiB per chip
+    # 60.6 .. 70.5 s per step, MFU 63.9% .. 74.3%, 69.2 of 95.74 GiB per device
 
 Each of the 1024 chips computes 8192 tokens per step.
 """

@@ -2,9 +2,9 @@
 
     lmjax train --config configs/llama3_70b.py --workdir /mnt/runs/llama3_70b
     lmjax plan --config configs/llama3_70b.py --topology v5p-512
-    # 10.6 .. 12.5 s per step, MFU 64.2% .. 75.9%, 65.0 of 95.74 GiB per chip
+    # 10.6 .. 12.5 s per step, MFU 64.2% .. 75.9%, 65.0 of 95.74 GiB per device
     lmjax plan --config configs/llama3_70b.py:v6e --topology v6e-256
-    # 6.48 .. 8.36 s per step, MFU 48.0% .. 61.8%, 28.6 of 31.25 GiB per chip
+    # 6.48 .. 8.36 s per step, MFU 48.0% .. 61.8%, 28.6 of 31.25 GiB per device
 
 A chip computes 8192 tokens per step. `configs/llama3_70b.py:v6e` is the same on v6e-256.
 """

@@ -2,11 +2,11 @@
 
     lmjax train --config configs/llama3_8b.py --workdir /mnt/runs/llama3_8b
     lmjax plan --config configs/llama3_8b.py --topology v5e-256
-    # 3.43 .. 3.96 s per step, MFU 54.0% .. 62.4%, 12.6 of 15.75 GiB per chip
+    # 3.43 .. 3.96 s per step, MFU 54.0% .. 62.4%, 12.6 of 15.75 GiB per device
     lmjax plan --config configs/llama3_8b.py:v5p --topology v5p-128
-    # 5.51 .. 6.30 s per step, MFU 58.3% .. 66.7%, 60.9 of 95.74 GiB per chip
+    # 5.51 .. 6.30 s per step, MFU 58.3% .. 66.7%, 60.9 of 95.74 GiB per device
     lmjax plan --config configs/llama3_8b.py:long --topology v5p-128
-    # 27.4 .. 29.0 s per step, MFU 36.5% .. 38.5%, 38.0 of 95.74 GiB per chip
+    # 27.4 .. 29.0 s per step, MFU 36.5% .. 38.5%, 38.0 of 95.74 GiB per device
 
 A chip of v5e-256 computes 8192 tokens per step. `configs/llama3_8b.py:v5p` is the same model on
 v5p-128 (64 chips), with 4 x 8192 tokens per chip. `configs/llama3_8b.py:long` is Llama 3.1 8B on

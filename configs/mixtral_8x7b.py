@@ -2,9 +2,9 @@
 
     lmjax train --config configs/mixtral_8x7b.py --workdir /mnt/runs/mixtral_8x7b
     lmjax plan --config configs/mixtral_8x7b.py --topology v5p-128
-    # 4.99 .. 6.40 s per step, MFU 44.4% .. 57.0%, 70.7 of 95.74 GiB per chip
+    # 4.99 .. 6.40 s per step, MFU 44.4% .. 57.0%, 70.7 of 95.74 GiB per device
     lmjax plan --config configs/mixtral_8x7b.py --topology v5p-256 --config.train.batch_size=512
-    # 4.99 .. 6.40 s per step, MFU 44.5% .. 57.0%, 48.7 of 95.74 GiB per chip
+    # 4.99 .. 6.40 s per step, MFU 44.5% .. 57.0%, 48.7 of 95.74 GiB per device
 
 A chip computes 4 x 4096 tokens per step. On twice the chips, double the rows, as the second plan
 does.

@@ -2,7 +2,7 @@
 
     lmjax train --config configs/t5_v11_xl.py --workdir /mnt/runs/t5_v11_xl
     lmjax plan --config configs/t5_v11_xl.py --topology v5e-64
-    # 1.90 .. 2.34 s per step, MFU 37.1% .. 45.7%, 9.2 of 15.75 GiB per chip
+    # 1.90 .. 2.34 s per step, MFU 37.1% .. 45.7%, 9.2 of 15.75 GiB per device
 
 A chip computes 32 x 512 tokens and their targets per step.
 """

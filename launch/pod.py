@@ -63,6 +63,9 @@ class Pod:
         self.args, self.checkout, self.topology = args, checkout, parse_topology(args.topology)
         chip, slices = self.topology.chip, self.topology.slices
         _ = self.topology.hosts  # raises a UserError if there is no such slice
+        if chip.name not in RUNTIMES:
+            raise UserError(f"one of {', '.join(RUNTIMES)}, which queued resources offer",
+                            self.topology, "start it with ./launch/gke", "--topology")
         cores = self.topology.chips // slices * chip.cores
         self.product = f"{PRODUCTS.get(chip.name, chip.name)}-{cores}"
         if parse_topology(self.product).shape != self.topology.shape:

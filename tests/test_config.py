@@ -260,11 +260,11 @@ PLANNED = [found for path in sorted({path for path, _ in SHIPPED})
 @pytest.mark.parametrize("spec, topology", PLANNED, ids=[" ".join(found) for found in PLANNED])
 def test_recipes_divide_evenly_over_the_pods_that_they_name(spec, topology):
     """Weights, rows and heads divide. The recipes' docstrings say whether they fit into memory."""
-    recipe, chips = build_recipe(load(str(ROOT / spec))), parse_topology(topology).chips
+    recipe, devices = build_recipe(load(str(ROOT / spec))), parse_topology(topology).devices
     sizes = {axis: getattr(recipe.mesh, axis) for axis in MESH_AXES}
-    left = chips // -math.prod(sizes.values())
+    left = devices // -math.prod(sizes.values())
     sizes = {axis: left if n == -1 else n for axis, n in sizes.items()}
-    assert math.prod(sizes.values()) == chips
+    assert math.prod(sizes.values()) == devices
     rules = make_layout(MeshConfig(rules=recipe.mesh.rules)).rules
     layout = Layout(AbstractMesh(tuple(sizes.values()), tuple(sizes)), rules)
     model = build_model(recipe.model, vocab_size=recipe.data.tokenizer.vocab_size, platform="tpu",

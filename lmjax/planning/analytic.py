@@ -25,7 +25,7 @@ MATMULS = "+".join(name for name in REMAT_NAMES if name != "kernel")
 class Guess(NamedTuple):
     """What the analytic model says of a recipe."""
 
-    memory: float  # bytes per chip
+    memory: float  # bytes per device
     seconds_per_token: float  # of the tokens on one chip
 
 

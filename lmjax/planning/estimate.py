@@ -38,9 +38,10 @@ class CollectiveRow:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A step on one chip of a topology, in seconds, bytes and FLOPs."""
+    """A step on one device of a topology, in seconds, bytes and FLOPs."""
 
     topology: str
+    devices: int  # of JAX, on all chips
     chips: int
     mesh: dict[str, int]
     memory: dict[str, int]  # bytes by kind
@@ -54,14 +55,14 @@ class Estimate:
     flops: float  # of the compiled program
     recomputed: float  # the part of `flops` that the backward pass computes again
     collectives: list[CollectiveRow]
-    tokens: int  # per step on all chips
+    tokens: int  # per step on all devices
     peak_flops: float  # FLOP/s
     basis: str  # what the times rest on
     unknown: list[str]  # what is not counted: FLOPs and times are then lower bounds
 
     @property
     def fits(self) -> bool:
-        """Whether the step's peak is within the memory of a chip."""
+        """Whether the step's peak is within the memory of a device."""
         return not self.limit or self.memory["peak"] <= self.limit
 
     @property
@@ -72,9 +73,9 @@ class Estimate:
 
     @property
     def tokens_per_second(self) -> tuple[float, float]:
-        """Per chip, with communication exposed and hidden."""
-        return (self._per_second(self.tokens / self.chips, self.exposed),
-                self._per_second(self.tokens / self.chips, self.hidden))
+        """Per device, with communication exposed and hidden."""
+        return (self._per_second(self.tokens / self.devices, self.exposed),
+                self._per_second(self.tokens / self.devices, self.hidden))
 
     def days(self, tokens: float) -> tuple[float, float]:
         """Days to train on so many tokens, with communication hidden and exposed."""
@@ -110,7 +111,8 @@ def estimate_step(facts: StepFacts, text: str) -> Estimate:
     hidden = seconds["matmul"] + seconds["attention"] + seconds["grouped"]
     work = [(call, call.times * kernel_flops(call, facts)[1]) for call in kernels]
     return Estimate(
-        topology=facts["topology"], chips=facts["devices"], mesh=facts["mesh"],
+        topology=facts["topology"], devices=facts["devices"],
+        chips=facts["devices"] // (chip.devices if chip else 1), mesh=facts["mesh"],
         memory=facts["memory"], limit=chip.hbm if chip else 0.0, seconds=seconds,
         hidden=hidden, exposed=hidden + seconds["other"] + seconds["exposed"],
         model_flops=facts["flops_per_token"] * facts["tokens"] / facts["devices"],

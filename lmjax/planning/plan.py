@@ -99,6 +99,6 @@ def as_json(recipe: Recipe, facts: StepFacts, estimate: Estimate, tokens: float)
         "compute_dtype": facts["compute_dtype"],
         "step_seconds": {"hidden": estimate.hidden, "exposed": estimate.exposed},
         "mfu": dict(zip(("exposed", "hidden"), estimate.mfu, strict=True)),
-        "tokens_per_second_per_chip": dict(zip(("exposed", "hidden"), rates, strict=True)),
+        "tokens_per_second_per_device": dict(zip(("exposed", "hidden"), rates, strict=True)),
         "compile_seconds": facts["seconds"], "host_bytes": facts["host_bytes"],
         "budgets": budgets, "versions": facts["versions"], "config": plain(recipe)}

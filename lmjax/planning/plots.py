@@ -41,7 +41,7 @@ def draw(estimate: Estimate) -> str:
         figure = Figure(figsize=(8, 3), layout="constrained")
         FigureCanvasSVG(figure)
         top, bottom = figure.subplots(2, 1)
-        _bar(top, memory, f"{size} per chip", limit / of_size if peak > limit / 20 else 0.0)
+        _bar(top, memory, f"{size} per device", limit / of_size if peak > limit / 20 else 0.0)
         top.set_title(f"{estimate.topology}: memory, {human_bytes(peak)} {of}at its peak",
                       loc="left")
         _bar(bottom, seconds, f"{time} per step", 0.0)

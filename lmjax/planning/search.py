@@ -74,7 +74,7 @@ def search(recipe: Recipe, topology: Topology, *,
         found.append((candidate, estimate))
         row |= {"peak_bytes": estimate.memory["peak"], "hidden": estimate.hidden,
                 "exposed": estimate.exposed, "mfu": list(estimate.mfu),
-                "tokens_per_second_per_chip": list(estimate.tokens_per_second)}
+                "tokens_per_second_per_device": list(estimate.tokens_per_second)}
         log(_as_line(row))
         if len(found) == COMPILED:
             break
@@ -90,16 +90,16 @@ def search(recipe: Recipe, topology: Topology, *,
 
 def _as_line(row: dict[str, Any]) -> str:
     """The line for a row of `search` whose candidate fits."""
-    rates = human_range(row["tokens_per_second_per_chip"], lambda n: f"{n:,.0f}")
+    rates = human_range(row["tokens_per_second_per_device"], lambda n: f"{n:,.0f}")
     mfu = human_range(row["mfu"], lambda share: f"{share:.1%}")
-    return (f"  {human_bytes(row['peak_bytes']):>9}, {rates} tokens/s per chip, MFU {mfu}: "
+    return (f"  {human_bytes(row['peak_bytes']):>9}, {rates} tokens/s per device, MFU {mfu}: "
             f"{' '.join(row['overrides'])}")
 
 
 def ranked(rows: list[dict[str, Any]]) -> list[str]:
     """One line per row of `search` whose candidate fits, the most tokens per second first."""
     fitting = [row for row in rows if "peak_bytes" in row]
-    fitting.sort(key=lambda row: -row["tokens_per_second_per_chip"][0])
+    fitting.sort(key=lambda row: -row["tokens_per_second_per_device"][0])
     return [_as_line(row) for row in fitting]
 
 
@@ -126,9 +126,9 @@ def shortlist(fitting: list[Candidate]) -> list[Candidate]:
 
 def candidates(recipe: Recipe, topology: Topology) -> Iterator[Candidate]:
     """Every combination whose sizes divide evenly."""
-    c, train, chips = recipe.model, recipe.train, topology.chips
-    sizes = [2**i for i in range(chips.bit_length()) if chips % 2**i == 0]
-    per_slice = chips // topology.slices
+    c, train, devices = recipe.model, recipe.train, topology.devices
+    sizes = [2**i for i in range(devices.bit_length()) if devices % 2**i == 0]
+    per_slice = devices // topology.slices
     batches = list(_batches(recipe))
     policies = tuple(dict.fromkeys((c.remat, *POLICIES)))
     expert, stages = max(recipe.mesh.expert, 1), max(recipe.mesh.stage, 1)
@@ -180,13 +180,13 @@ def _overrides(recipe: Recipe) -> tuple[str, ...]:
 
 
 def what_would_fit(recipe: Recipe) -> str:
-    """The fewest chips of each generation that hold the state, with remat=full and few rows.
+    """The fewest devices of each generation that hold the state, with remat=full and few rows.
 
-    As few rows as the mesh allows: one per `mesh.tensor` chips.
+    As few rows as the mesh allows: one per `mesh.tensor` devices.
     """
     found: dict[Chip, str] = {}
     for where, tensor in itertools.product(_topologies(), (1, 2, 4, 8)):
-        per_slice = where.chips // where.slices
+        per_slice = where.devices // where.slices
         fsdp = per_slice // tensor
         if (where.chip in found or not fsdp or recipe.model.embed_dim % fsdp
                 or not splits(recipe.model, tensor)):
@@ -205,7 +205,7 @@ def what_would_fit(recipe: Recipe) -> str:
     if not found:
         return "lower data.seq_len or model.embed_dim, or add mesh.context"
     return (f"by the analytic model {', '.join(found.values())} would do, with model.remat=full "
-            "and as many rows as chips divided by mesh.tensor")
+            "and as many rows as devices divided by mesh.tensor")
 
 
 def _topologies() -> Iterator[Topology]:

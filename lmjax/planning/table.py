@@ -22,11 +22,11 @@ def table(recipe: Recipe, facts: StepFacts, estimate: Estimate, tokens: float) -
     used = [f"{name} {facts['versions'][name]}" for name in packages if name in facts["versions"]]
     attention, seconds = facts["attention"], facts["seconds"]
     lines = [
-        f"{estimate.topology}: {estimate.chips} x {facts['device_kind']}; "
+        f"{estimate.topology}: {estimate.devices} x {facts['device_kind']}; "
         f"mesh {', '.join(axes) or 'one device'}; {facts['compute_dtype']}; {', '.join(used)}",
         f"model: {human_count(facts['parameters'])} parameters; "
         f"{human_count(estimate.tokens)} tokens per step, "
-        f"{estimate.tokens // estimate.chips:,} per chip; attention {attention['kernel']} "
+        f"{estimate.tokens // estimate.devices:,} per device; attention {attention['kernel']} "
         f"({attention['reason'].partition(';')[0]})",
         "", *_memory(estimate),
         "", *_compute(estimate),
@@ -43,7 +43,7 @@ def in_short(estimate: Estimate) -> str:
     seconds = human_range((estimate.hidden, estimate.exposed), lambda s: f"{s:#.3g}")
     return (f"{_at_least(estimate)}{seconds} s per step, "
             f"MFU {human_range(estimate.mfu, lambda share: f'{share:.1%}')}, "
-            f"{estimate.memory['peak'] / GIB:.1f} of {estimate.limit / GIB:.2f} GiB per chip")
+            f"{estimate.memory['peak'] / GIB:.1f} of {estimate.limit / GIB:.2f} GiB per device")
 
 
 def _at_least(estimate: Estimate) -> str:
@@ -110,7 +110,7 @@ def _time(recipe: Recipe, estimate: Estimate, tokens: float) -> list[str]:
                  "   communication and other compute hidden .. exposed")
     else:
         whole = f"at least {estimate.hidden / scale:.4g} {unit} ({LEAST})"
-    per_day = 86400 * estimate.chips * rates[0], 86400 * estimate.chips * rates[1]
+    per_day = 86400 * estimate.devices * rates[0], 86400 * estimate.devices * rates[1]
     lines += [f"  {'whole step':34}{whole}",
               f"  tokens/s per device {human_range(rates, lambda n: f'{n:,.0f}')}, "
               f"{'MFU' if estimate.limit else 'share of the matmul rate'} "

@@ -16,7 +16,10 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU generation, from its public data sheet; all rates are per chip."""
+    """A TPU generation, from its public data sheet.
+
+    All rates are per device of JAX: a chip, or one of the two halves of a tpu7x chip.
+    """
 
     name: str
     hbm: float  # bytes that a program may use: a little less than is built in
@@ -27,13 +30,19 @@ class Chip:
     dims: int  # dimensions of the torus
     cores: int  # cores per chip: product names such as v5p-128 count cores
     alone: int  # chips of the largest slice that lies within one host
+    devices: int = 1  # devices of JAX per chip
 
 
+# tpu7x: a chip has 2307 TFLOP/s, 192 GiB, links of 600 GB/s in each direction and 100 Gb/s between
+# slices; a device is charged for half of each. Its clock is not published: 2.2 GHz is assumed, at
+# which four matrix units of 256 x 256 reach the peak, as many as 1.75 GHz asks for on v6e.
 CHIPS = {chip.name: chip for chip in (
     Chip("v4", 31.75 * GIB, 275e12, 1.05e9, 270e9, 6.25e9, dims=3, cores=2, alone=4),
     Chip("v5e", 15.75 * GIB, 197e12, 1.50e9, 180e9, 3.125e9, dims=2, cores=1, alone=8),
     Chip("v5p", 95.74 * GIB, 459e12, 1.75e9, 540e9, 6.25e9, dims=3, cores=2, alone=4),
     Chip("v6e", 31.25 * GIB, 918e12, 1.75e9, 360e9, 12.5e9, dims=2, cores=1, alone=8),
+    Chip("tpu7x", 94.74 * GIB, 1153.5e12, 2.20e9, 270e9, 6.25e9, dims=3, cores=2, alone=4,
+         devices=2),
 )}
 # Peak dense bf16 FLOP/s by a part of the name that JAX gives a device; the first match counts. The
 # GPUs are from NVIDIA's data sheets, in the SXM form where the name does not say.
@@ -45,6 +54,7 @@ PEAKS = {
     "TPU v5p": CHIPS["v5p"].flops,
     "TPU v6 lite": CHIPS["v6e"].flops,
     "TPU v6e": CHIPS["v6e"].flops,
+    "TPU7x": CHIPS["tpu7x"].flops,
     "B200": 2250e12,
     "GH200": 989e12,
     "H200 NVL": 836e12,
@@ -69,7 +79,7 @@ TPU_FLAGS = {
                "--xla_tpu_data_parallel_opt_different_sized_ops=true"),
 }
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment variables that change a compiled program
-ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
+ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x"}
 CHIPS_PER_HOST = 4  # in a slice of several hosts
 LONGEST_SIDE = {2: 16, 3: 24}  # chips along the longest side of a slice, by the torus's dimensions
 EXAMPLES = "v5e:16x16, v5p-128 (64 chips), 2xv6e:16x16 (two slices) or cpu"
@@ -87,6 +97,11 @@ class Topology:
     def chips(self) -> int:
         """The chips of all slices."""
         return math.prod(self.shape) * self.slices
+
+    @property
+    def devices(self) -> int:
+        """The devices of JAX on all chips."""
+        return self.chips * self.chip.devices
 
     @property
     def name(self) -> str:
@@ -141,10 +156,10 @@ def parse_topology(text: str) -> Topology:
       UserError: no such topology exists.
     """
     text = text.strip()
-    if re.fullmatch(r"(\d+x)?v\d\w*-\d+(x\d+)+", text):
+    if re.fullmatch(r"(\d+x)?(v|tpu)\d\w*-\d+(x\d+)+", text):
         raise UserError("a colon before a shape", repr(text),
                         f"did you mean {text.replace('-', ':')}?", where="--topology")
-    found = re.fullmatch(r"(?:(\d+)x)?(v\d\w*?)(?::(\d+(?:x\d+)*)|-(\d+))", text)
+    found = re.fullmatch(r"(?:(\d+)x)?((?:v|tpu)\d\w*?)(?::(\d+(?:x\d+)*)|-(\d+))", text)
     if not found or (name := ALIASES.get(found[2], found[2])) not in CHIPS:
         raise _no_topology(text)
     chip, slices = CHIPS[name], int(found[1] or 1)
@@ -182,7 +197,7 @@ def _usual_shape(chips: float, dims: int) -> tuple[int, ...] | None:
     if bits < 0 or chips != 2**bits or bits > 4 * dims:
         return None
     shape = tuple(2 ** (bits // dims + (i >= dims - bits % dims)) for i in range(dims))
-    return (2, 2, 1) if shape == (1, 2, 2) else shape  # 2x2x1 is one host of v4 or v5p
+    return (2, 2, 1) if shape == (1, 2, 2) else shape  # 2x2x1 is one host
 
 
 def tpu_compiler(environ: MutableMapping[str, str] = os.environ) -> None:

@@ -33,7 +33,7 @@ def test_memory_is_what_the_arrays_take(here):
 def test_flops_are_those_of_the_model_and_the_recomputed(here):
     made = estimate_step(*here[1:])
     layers = 2 * (4 * 64 * 64 + 3 * 64 * 128)  # weights of the layers' matmuls
-    tokens = made.tokens / made.chips
+    tokens = made.tokens / made.devices
     attention = 12 * 2 * 64 * tokens * 32
     assert made.model_flops == pytest.approx(6 * tokens * (layers + 256 * 64) + attention)
     # remat=full computes the layers' forward matmuls again, or only those whose results the

@@ -32,7 +32,7 @@ def test_candidates_divide_and_leave_the_rest_alone(found):
     assert len({c.overrides for c in found}) == len(found) > 100
     for c in found[:: len(found) // 50]:
         mesh = c.recipe.mesh
-        assert mesh.data * mesh.fsdp * mesh.context * mesh.tensor == V5E.chips
+        assert mesh.data * mesh.fsdp * mesh.context * mesh.tensor == V5E.devices
         assert recipe_of(*(text.removeprefix("--config.") for text in c.overrides)) == c.recipe
 
 
@@ -146,21 +146,22 @@ def test_search_leaves_out_what_the_compiler_refuses(monkeypatch, found):
 
 def test_search_prints_what_fits_in_order():
     rows = [{"overrides": [name], "peak_bytes": peak, "mfu": [0.4, 0.5],
-             "tokens_per_second_per_chip": [speed, speed]}
+             "tokens_per_second_per_device": [speed, speed]}
             for name, peak, speed in (("slow", 2 * GIB, 10), ("fast", GIB // 2, 20))]
     fast, slow = ranked([*rows, {"overrides": ["large"], "needs_bytes": 1}])
-    assert "512.0 MiB, 20 tokens/s per chip, MFU 40.0% .. 50.0%: fast" in fast
+    assert "512.0 MiB, 20 tokens/s per device, MFU 40.0% .. 50.0%: fast" in fast
     assert "2.0 GiB, 10 tokens/s" in slow
 
 
 @pytest.mark.parametrize("config", ["llama2_70b", "llama3_405b"])
 def test_what_would_fit_exists(config):
-    named = re.findall(r"(?:(\d+) slices of )?(\d+) (v\w+)",
+    named = re.findall(r"(?:(\d+) slices of )?(\d+) ((?:v|tpu)\w+)",
                        what_would_fit(recipe_of(config=f"configs/{config}.py")))
     assert [name for *_, name in named] == list(CHIPS)
-    for slices, chips, name in named:
-        where = parse_topology(f"{slices or 1}x{name}-{int(chips) * CHIPS[name].cores}")
-        assert where.chips == int(slices or 1) * int(chips)
+    for slices, devices, name in named:
+        cores = CHIPS[name].cores // CHIPS[name].devices
+        where = parse_topology(f"{slices or 1}x{name}-{int(devices) * cores}")
+        assert where.devices == int(slices or 1) * int(devices)
 
 
 def test_search_says_what_would_fit():

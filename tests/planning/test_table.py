@@ -31,7 +31,7 @@ def test_the_figures_agree(plan):
     recipe, facts, made = plan
     report = json.loads(json.dumps(as_json(recipe, facts, made, 1e9)))
     assert report["step_seconds"]["hidden"] <= report["step_seconds"]["exposed"]
-    rate = report["tokens_per_second_per_chip"]["exposed"] * made.chips
+    rate = report["tokens_per_second_per_device"]["exposed"] * made.devices
     assert report["budgets"]["budget"]["days"][1] == pytest.approx(1e9 / rate / 86400)
     mfu = made.model_flops / made.peak_flops / made.hidden
     assert report["mfu"]["hidden"] == pytest.approx(mfu)
@@ -72,11 +72,11 @@ def test_small_plans_are_in_small_units(plan):
     assert "1.200 ms with nothing hidden" in picture
     assert f"{human_bytes(made.memory['peak'])} of 15.8 GiB at its peak" in picture
     assert last.startswith("0.000400 .. 0.00120 s per step, ")
-    assert last.endswith("15.75 GiB per chip")
+    assert last.endswith("15.75 GiB per device")
     large = dataclasses.replace(small, hidden=2.0, exposed=3.0,
                                 memory=made.memory | {"peak": 4 * GIB})
     assert "  2 .. 3   communication" in table(recipe, facts, large, 0)
-    assert "GiB per chip" in draw(large)
+    assert "GiB per device" in draw(large)
 
 
 def test_the_table_leaves_out_the_kernel_that_reads_a_cache(plan):

@@ -59,7 +59,7 @@ def test_gpu_check_runs_on_a_cpu(tmp_path):
 
 @pytest.mark.parametrize("kind, flops", [
     ("TPU v5 lite", CHIPS["v5e"].flops), ("TPU v5", CHIPS["v5p"].flops),
-    ("TPU v6 lite", CHIPS["v6e"].flops), ("TPU v4", CHIPS["v4"].flops),
+    ("TPU v6 lite", CHIPS["v6e"].flops), ("TPU7x", 2307e12 / 2), ("TPU v4", CHIPS["v4"].flops),
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
     ("NVIDIA H200 NVL", 836e12), ("NVIDIA H200", 989e12), ("NVIDIA GH200 480GB", 989e12),
     ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12),
@@ -71,7 +71,7 @@ def test_peaks(kind, flops):
 @pytest.mark.parametrize("topology, hosts", [
     ("v5e:1x1", (1, 1)), ("v5e:2x2", (1, 4)), ("v6e:2x4", (1, 8)), ("v5e:4x4", (4, 4)),
     ("2xv6e:16x16", (64, 4)), ("v4:2x2x1", (1, 4)), ("v5p:2x2x2", (2, 4)),
-    ("v5p:4x4x12", (48, 4))])
+    ("v5p:4x4x12", (48, 4)), ("tpu7x:2x2x1", (1, 4)), ("tpu7x:4x4x8", (32, 4))])
 def test_hosts_of_a_slice(topology, hosts):
     assert parse_topology(topology).hosts == hosts
 
@@ -86,7 +86,8 @@ def test_shapes_that_nobody_offers(topology):
 
 
 @pytest.mark.slow  # loads the TPU compiler
-@pytest.mark.parametrize("topology", ["v5e:4x4", "2xv6e:4x4", "2xv5p:2x2x2", "v4:2x2x2"])
+@pytest.mark.parametrize("topology", ["v5e:4x4", "2xv6e:4x4", "2xv5p:2x2x2", "v4:2x2x2",
+                                      "tpu7x:2x2x1"])
 def test_the_compiler_takes_the_flags(topology):
     """libtpu ends the process if it does not know a flag."""
     pytest.importorskip("libtpu")
@@ -112,22 +113,31 @@ print(jax.jit(lambda x: x @ x).lower(x).compile().as_text()[:9])
     ("v5e:16x16", (16, 16), 256), ("v5e-256", (16, 16), 256), ("v5litepod-8", (2, 4), 8),
     ("v6e-32", (4, 8), 32), ("v5p-128", (4, 4, 4), 64), ("v5p-8", (2, 2, 1), 4),
     ("v5p-2048", (8, 8, 16), 1024), ("v4:2x2x4", (2, 2, 4), 16), ("2xv5e:4x4", (4, 4), 32),
-    ("v5p:16x16x24", (16, 16, 24), 6144)])
+    ("v5p:16x16x24", (16, 16, 24), 6144), ("tpu7x-64", (2, 4, 4), 32),
+    ("tpu7x:2x2x1", (2, 2, 1), 4), ("v7x-8", (2, 2, 1), 4), ("2xtpu7x-256", (4, 4, 8), 256)])
 def test_topologies_by_name(text, shape, chips):
     found = parse_topology(text)
     assert (found.shape, found.chips) == (shape, chips)
     assert parse_topology(str(found)) == found
 
 
-@pytest.mark.parametrize("text", ["v7x-8", "v5e", "v5e:16", "v5e:17x1", "v5p-12", "v5e-512",
-                                  "0xv5e:2x2", "0xv5e-16", "v5p-1", "tpu v5e-8"])
+def test_devices_of_a_topology():
+    """Product names count cores; a tpu7x chip has two devices of JAX, any other chip has one."""
+    assert parse_topology("tpu7x-64").devices == 64
+    assert parse_topology("2xtpu7x:2x2x1").devices == 16
+    assert parse_topology("v5p-128").devices == 64
+
+
+@pytest.mark.parametrize("text", ["v9x-8", "tpu7x-3", "v5e", "v5e:16", "v5e:17x1", "v5p-12",
+                                  "v5e-512", "0xv5e:2x2", "0xv5e-16", "v5p-1", "tpu v5e-8"])
 def test_topologies_that_do_not_exist(text):
     with pytest.raises(ValueError, match="--topology: expected one such as .*, got .*; correct it"):
         parse_topology(text)
 
 
 @pytest.mark.parametrize("text, meant", [("v5e-16x16", "v5e:16x16"),
-                                         ("2xv5litepod-4x4", "2xv5litepod:4x4")])
+                                         ("2xv5litepod-4x4", "2xv5litepod:4x4"),
+                                         ("tpu7x-2x2x1", "tpu7x:2x2x1")])
 def test_a_shape_after_a_hyphen_is_told_from_a_product(text, meant):
     with pytest.raises(ValueError, match=rf"got '{text}'; did you mean {meant}\?"):
         parse_topology(text)
