@@ -110,7 +110,7 @@ class LM:
         """
         texts = check_texts(texts, "texts")
         tokenizer, length = self.need_tokenizer(), self.recipe.data.seq_len
-        ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+        ids = [[tokenizer.bos_id, *x.tolist()] for x in tokenizer.encode_batch(texts)]
         rows = [(i, x[at : at + length + 1])
                 for i, x in enumerate(ids) for at in range(0, len(x) - 1, length)]
         nats = [0.0] * len(texts)
@@ -326,7 +326,8 @@ class LM:
         if self.tokenizer is None:
             raise UserError("a model with a tokenizer",
                             "one of synthetic data, or imported without tokenizer.model and "
-                            "tokenizer.json", "use lm.logits(ids)")
+                            "tokenizer.json", "use lm.logits(ids), or write tokenizer.json with "
+                            "AutoTokenizer of transformers (save_pretrained) and load again")
         return self.tokenizer
 
     def _token_log_likelihoods(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

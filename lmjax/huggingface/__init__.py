@@ -9,8 +9,8 @@ from lmjax.huggingface.directory import (
     write_directory,
 )
 from lmjax.huggingface.settings import difference
-from lmjax.huggingface.tokenizers import SENTENCEPIECE, read_tokenizer
+from lmjax.huggingface.tokenizers import SENTENCEPIECE, UNREAD, read_tokenizer, why_unread
 
 __all__ = [
-    "SENTENCEPIECE", "ExportOptions", "HFModel", "difference", "is_hf_directory", "read_directory",
-    "read_params", "read_tokenizer", "write_directory"]
+    "SENTENCEPIECE", "UNREAD", "ExportOptions", "HFModel", "difference", "is_hf_directory",
+    "read_directory", "read_params", "read_tokenizer", "why_unread", "write_directory"]

@@ -171,7 +171,7 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
 
 def _check_vocabulary(tokenizer: Tokenizer, rows: int, path: Path) -> None:
     size = tokenizer.vocab_size
-    if size > rows or rows - size > max(MIN_PADDING, MAX_PADDING * rows):
+    if abs(rows - size) > max(MIN_PADDING, MAX_PADDING * rows):
         raise UserError(f"a tokenizer for an embedding of {rows} rows", f"one of {size} tokens",
                         "they belong to different models", str(path))
 

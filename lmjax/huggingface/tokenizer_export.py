@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmjax.data.tokenizers import HF_FILES, SPACE, HuggingFaceTokenizer, Tokenizer
+from lmjax.data.tokenizers import HF_FILES, SPACE, SentencePieceTokenizer, Tokenizer
 from lmjax.huggingface.tensors import write_json
 from lmjax.huggingface.tokenizers import SENTENCEPIECE, adds_space
 
@@ -23,14 +23,18 @@ def write_tokenizer(path: Path, tokenizer: Tokenizer, *,
                     log: Callable[[str], None] = print) -> None:
     """Writes a tokenizer into a directory.
 
-    An imported tokenizer is written as it was read. A SentencePiece model becomes tokenizer.model,
-    and also tokenizer.json if that splits all of `PROBES` the same way.
+    An imported tokenizer is written as it was read, with the other files of its directory. A
+    SentencePiece model of ours becomes tokenizer.model, and also tokenizer.json if that splits all
+    of `PROBES` the same way.
     """
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        for name, text in tokenizer.files.items():
-            (path / name).write_text(text, encoding="utf-8")
+    for name, raw in tokenizer.files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(raw)
+    if not isinstance(tokenizer, SentencePieceTokenizer):
         return
-    (path / SENTENCEPIECE).write_bytes(tokenizer.to_bytes())
+    (path / SENTENCEPIECE).write_bytes(tokenizer.model)
+    if tokenizer.files:
+        return
     try:
         converted, why = _converted(tokenizer)
     except ImportError:
@@ -49,7 +53,7 @@ def write_tokenizer(path: Path, tokenizer: Tokenizer, *,
         "reads U+2581 as a space")
 
 
-def _converted(tokenizer: Tokenizer) -> tuple[Any, str]:
+def _converted(tokenizer: SentencePieceTokenizer) -> tuple[Any, str]:
     """Converts a SentencePiece model to a `tokenizers.Tokenizer`.
 
     Returns (converted, "") if the converted one splits every probe as `tokenizer` does, and
@@ -89,11 +93,11 @@ class _Piece(NamedTuple):
     kind: str  # control, unknown, byte or normal
 
 
-def _pieces(tokenizer: Tokenizer) -> list[_Piece]:
+def _pieces(tokenizer: SentencePieceTokenizer) -> list[_Piece]:
     """The vocabulary of a SentencePiece model, in the order of its ids."""
     import sentencepiece
 
-    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.to_bytes())
+    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     tests = {"control": model.is_control, "unknown": model.is_unknown, "byte": model.is_byte}
     return [_Piece(model.id_to_piece(i), model.get_score(i),
                    next((kind for kind, test in tests.items() if test(i)), "normal"))

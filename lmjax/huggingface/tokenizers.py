@@ -1,34 +1,172 @@
-"""Tokenizers of Hugging Face directories, as lmjax reads them."""
+"""Tokenizers of Hugging Face directories, as lmjax reads them: which files decide, and as what.
 
+tokenizer.json decides, as in `transformers`. tokenizer.model is read where it is alone, or where
+tokenizer.json says the same, as in the directories that lmjax writes.
+"""
+
+import json
 from pathlib import Path
+from typing import Any
 
-from lmjax.data.tokenizers import HF_FILES, HuggingFaceTokenizer, Tokenizer, tokenizer_from_bytes
+import numpy as np
+
+from lmjax.data.tokenizers import (
+    HF_FILES,
+    SPACE,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    name_of,
+    named_tokens,
+    tokenizer_settings,
+)
 from lmjax.errors import UserError
+from lmjax.huggingface.tensors import read_json
 
 SENTENCEPIECE = "tokenizer.model"
+ADDED = "added_tokens.json"
+# What belongs to a tokenizer: kept at import and written at export, byte for byte.
+FILES = (*HF_FILES, SENTENCEPIECE, ADDED, "chat_template.*", "chat_templates/*",
+         "additional_chat_templates/*", "vocab.json", "merges.txt", "vocab.txt", "*.spm",
+         "spiece.model", "sentencepiece.bpe.model")
+# Tokenizers that only `transformers` knows how to put together.
+UNREAD = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+          "source.spm")
+WRITE_JSON = ("write tokenizer.json: python -c \"from transformers import AutoTokenizer as A; "
+              "A.from_pretrained('{0}').save_pretrained('{0}')\"")
 
 
 def read_tokenizer(path: Path) -> Tokenizer | None:
-    """Reads the tokenizer of a directory. Returns None if the directory has none.
+    """Reads the tokenizer of a directory. Returns None if the directory has none that it can read.
+
+    Ids for which the model of the directory has no row in its table do not exist.
 
     Raises:
-      UserError: a tokenizer file is damaged, or reading it needs the package `tokenizers`, which
-        is not installed.
+      UserError: a tokenizer file is damaged, two files say different things, or reading them needs
+        the package `tokenizers`, which is not installed.
     """
-    sentencepiece = None
-    if (path / SENTENCEPIECE).is_file():
-        try:
-            sentencepiece = tokenizer_from_bytes((path / SENTENCEPIECE).read_bytes())
-        except UserError as error:
-            if not (path / HF_FILES[0]).is_file():
-                raise UserError(error.expected, error.got, error.fix,
-                                where=str(path / SENTENCEPIECE)) from None
-    # A model that adds a space before a text has further rules, which only tokenizer.json states.
-    if (path / HF_FILES[0]).is_file() and (sentencepiece is None or adds_space(sentencepiece)):
-        return HuggingFaceTokenizer.from_directory(path)
-    return sentencepiece
+    files = {str(file.relative_to(path)): file.read_bytes()
+             for pattern in FILES for file in sorted(path.glob(pattern)) if file.is_file()}
+    whole, alone = HF_FILES[0] in files, SENTENCEPIECE in files and HF_FILES[0] not in files
+    try:
+        sentencepiece = None
+        if SENTENCEPIECE in files:
+            others = {name: raw for name, raw in files.items() if name != SENTENCEPIECE}
+            try:
+                sentencepiece = SentencePieceTokenizer(files[SENTENCEPIECE], others)
+            except UserError:
+                if alone:
+                    raise
+        if sentencepiece is not None and (alone or _same(sentencepiece)):
+            if alone:
+                _check_alone(sentencepiece, path)
+            return sentencepiece
+        if not whole:
+            return None
+        added = _added(files, path)
+        made = HuggingFaceTokenizer.from_files(files, rows=_rows(path), added=added)
+        _check_ends(made, path)
+    except UserError as error:
+        file = HF_FILES[0] if whole else SENTENCEPIECE
+        known = str(path) in error.where
+        raise error if known else UserError(
+            error.expected, error.got, error.fix, where=str(path / file)) from None
+    return made
+
+
+def why_unread(path: Path) -> tuple[str, str]:
+    """What a directory has in place of a tokenizer that lmjax reads, and what to do about it."""
+    found = [name for name in UNREAD if (path / name).is_file()]
+    if not found:
+        return "none", f"copy {HF_FILES[0]} there"
+    return f"{', '.join(found)} without {HF_FILES[0]}", WRITE_JSON.format(path)
 
 
 def adds_space(tokenizer: Tokenizer) -> bool:
-    """Returns whether a tokenizer puts a space before a text and keeps it in decoded texts."""
-    return tokenizer.decode(tokenizer.encode("a")) != "a"
+    """Returns whether a tokenizer puts a space before a text."""
+    return tokenizer.surface(np.array(tokenizer.encode("a")))[0] != b"a"
+
+
+def _rows(path: Path) -> int:
+    """The rows of the table of the model in this directory; 0 if it is not known."""
+    config = path / "config.json"
+    settings = read_json(config) if config.is_file() else {}
+    size = settings.get("vocab_size", (settings.get("text_config") or {}).get("vocab_size"))
+    return size if isinstance(size, int) else 0
+
+
+def _same(tokenizer: SentencePieceTokenizer) -> bool:
+    """Whether the tokenizer.json beside a SentencePiece model is the one that lmjax writes."""
+    if HF_FILES[0] not in tokenizer.files or tokenizer.adds_space:
+        return False
+    try:
+        rules: dict[str, Any] = json.loads(tokenizer.files[HF_FILES[0]])
+        vocab, added = rules["model"]["vocab"], rules["added_tokens"]
+        normalizer, split = rules["normalizer"], rules["pre_tokenizer"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    if isinstance(vocab, list):
+        vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
+    pieces = tokenizer.pieces()
+    plain = [token["content"] for token in added if not token["special"]]
+    return (normalizer == {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+            and split is None and vocab == {piece: i for i, piece in enumerate(pieces)}
+            and {token["content"] for token in added} <= set(pieces) and plain == ["\n"])
+
+
+def _stated(files: dict[str, bytes]) -> dict[int, tuple[str, bool]]:
+    """The added tokens that other files than tokenizer.json state: (name, is special) by id."""
+    settings = tokenizer_settings(files)
+    if "added_tokens_decoder" in settings:
+        return {int(i): (str(name_of(token)), bool(token.get("special")))
+                for i, token in settings["added_tokens_decoder"].items()}
+    special = {name_of(token) for key, token in settings.items() if key.endswith("_token")}
+    return {int(i): (name, name in special)
+            for name, i in json.loads(files.get(ADDED, b"{}")).items()}
+
+
+def _added(files: dict[str, bytes], path: Path) -> list[tuple[str, bool]]:
+    """The tokens that other files add to tokenizer.json, in order, as `transformers` adds them."""
+    try:
+        rules = json.loads(files[HF_FILES[0]])
+        vocab = rules["model"]["vocab"]
+        ids = ({piece: i for i, (piece, _) in enumerate(vocab)} if isinstance(vocab, list)
+               else dict(vocab))
+        ids |= {token["content"]: token["id"] for token in rules["added_tokens"]}
+    except (ValueError, KeyError, TypeError):
+        return []  # reading the tokenizer says what is wrong
+    new = [(i, *token) for i, token in sorted(_stated(files).items()) if token[0] not in ids]
+    for place, (i, name, _) in enumerate(new, start=max(ids.values(), default=-1) + 1):
+        if i != place:
+            raise UserError(f"{name!r} as id {place:,}, the next one of {HF_FILES[0]}",
+                            f"id {i:,} in {ADDED} or {HF_FILES[1]}",
+                            "fetch the files of one version", where=str(path))
+    return [(name, special) for _, name, special in new]
+
+
+def _check_alone(tokenizer: SentencePieceTokenizer, path: Path) -> None:
+    """Refuses what files beside a lone tokenizer.model say and the model does not."""
+    pieces, files = tokenizer.pieces(), dict(tokenizer.files)
+    extra = [name for i, (name, _) in _stated(files).items() if pieces[i : i + 1] != [name]]
+    named = named_tokens(files)
+    extra += [str(named[role]) for role, i in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id))
+              if named[role] not in (None, pieces[i])]
+    if extra:
+        raise UserError(f"the tokens of {SENTENCEPIECE}, or {HF_FILES[0]}",
+                        f"other files that add or name {', '.join(extra[:3])}",
+                        WRITE_JSON.format(path), where=str(path))
+
+
+def _check_ends(tokenizer: HuggingFaceTokenizer, path: Path) -> None:
+    """Refuses a BOS or EOS token that the tokenizer, or the model's table, does not have."""
+    named, names = named_tokens(tokenizer.files), tokenizer.names()
+    for role in ("bos", "eos"):
+        name = named[role]
+        if name is not None and name not in names:
+            raise UserError(f"an id for {role}_token", f"{name!r}, which has none below "
+                            f"{tokenizer.vocab_size:,}", f"correct {HF_FILES[1]}, or add rows to "
+                            "the model's table", where=str(path))
+    high = max((*tokenizer.prefix, *tokenizer.suffix), default=0)
+    if high >= tokenizer.vocab_size:
+        raise UserError(f"ids below {tokenizer.vocab_size:,} around a text", f"{high:,}",
+                        "use the tokenizer of this model", where=str(path))

@@ -85,6 +85,10 @@ def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
         return tokenizers.sentencepiece_tokenizer(config, texts)
     if any((path / name).exists() for name in (huggingface.SENTENCEPIECE, HF_FILES[0])):
         tokenizer = huggingface.read_tokenizer(Path(path))
+    elif not (path / "checkpoints").exists() and any(
+            (path / name).exists() for name in huggingface.UNREAD):
+        raise UserError("tokenizer.json or tokenizer.model", *huggingface.why_unread(Path(path)),
+                        where=config.path)
     else:
         tokenizer = _tokenizer(read_about(_checkpoint(path, None)))
     if tokenizer is None:

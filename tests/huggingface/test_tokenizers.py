@@ -56,7 +56,8 @@ def byte_level(tmp_path_factory):
 def test_ours_as_tokenizer_json_splits_every_text_the_same(ours, tmp_path):
     said = []
     write_tokenizer(tmp_path, ours, log=said.append)
-    theirs = HuggingFaceTokenizer.from_directory(tmp_path)
+    theirs = HuggingFaceTokenizer.from_files(
+        {path.name: path.read_bytes() for path in tmp_path.glob("*.json")})
     assert "as tokenizer.model does" in said[0]
     for text in [*TEXTS[:3], *UNSEEN, *(p for p in PROBES if "<s>" not in p)]:
         assert theirs.encode(text) == ours.encode(text), text
@@ -65,7 +66,7 @@ def test_ours_as_tokenizer_json_splits_every_text_the_same(ours, tmp_path):
     assert (theirs.bos_id, theirs.eos_id) == (ours.bos_id, ours.eos_id)
     assert theirs.vocab_size == ours.vocab_size
     # tokenizer.model is read, as it adds no space before a text.
-    assert read_tokenizer(tmp_path).to_bytes() == ours.to_bytes()
+    assert read_tokenizer(tmp_path).hash == ours.hash
 
 
 def test_transformers_reads_what_we_write(ours, tmp_path):
@@ -96,8 +97,8 @@ def test_theirs_with_our_interface(byte_level, tmp_path):
     for text, ids in zip(texts, batch, strict=True):
         assert ids.tolist() == theirs.encode(text) and theirs.decode(ids) == text
         assert theirs.surface(ids)[0] == text.encode()
-    assert theirs.lossy(texts, batch) is None
-    assert theirs.lossy(texts, [*batch[:-1], np.array([5], np.int32)]) == len(texts) - 1
+    assert theirs.changed(texts, batch) == {}
+    assert list(theirs.changed(texts, [*batch[:-1], np.array([5], np.int32)])) == [len(texts) - 1]
     again = tokenizer_from_bytes(theirs.to_bytes())
     assert isinstance(again, HuggingFaceTokenizer)
     assert again.encode(texts[0]) == theirs.encode(texts[0])

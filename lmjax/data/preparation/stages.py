@@ -36,7 +36,7 @@ STAGE_NAMES = {name: f"{number}-{name}" for number, name in enumerate((
     "evals",      # indexes the evaluation sets
     "finish",     # removes and cuts what the four stages before it found
     "tokenizer",  # trains or reads the tokenizer
-    "tokens",     # tokenises the documents and checks that their texts come back
+    "tokens",     # tokenises the documents and counts what does not come back
 ), start=1)}
 
 
@@ -67,7 +67,7 @@ def run_stages(config: DataConfig, engine: Engine, make_tokenizer: TokenizerFact
       engine: runs each stage, unless it was finished before.
       make_tokenizer: makes the tokenizer from its config and the training texts.
     Raises:
-      UserError: a source cannot be read or has too little text, or the tokenizer loses text.
+      UserError: a source cannot be read or has too little text.
     """
     ingested = _ingest(config, engine)
     cleaned = _clean(config, engine, ingested)
@@ -268,14 +268,22 @@ def _tokens(engine: Engine, corpus: Corpus, bounds: dict[str, int], trained: Sta
             for code, counts in fact["languages"].items():
                 fertility.setdefault(f"{part.source} {code}", Counter()).update(counts)
         return {"fertility": {key: dict(value) for key, value in sorted(fertility.items())},
-                "splits": [fact["splits"] for fact in facts]}
+                "splits": [fact["splits"] for fact in facts],
+                "example": next((fact["example"] for fact in facts if fact["example"]), "")}
 
     def describe_tokens(facts: dict[str, Any]) -> str:
         total = sum((Counter(counts) for counts in facts["fertility"].values()), Counter[str]())
         ratio = total["bytes"] / max(total["tokens"], 1)
-        return (f"{total['tokens']:,} tokens, {ratio:.3f} bytes per token, "
-                "every document comes back exactly")
+        changed, lost = (sum(split[n] for shard in facts["splits"] for split in shard.values())
+                         for n in (2, 3))
+        exact = "every document comes back exactly"
+        if changed:
+            exact = (f"{changed:,} of {total['documents']:,} documents do not come back exactly "
+                     f"and lose {lost:,} characters, so bits per byte are of the decoded text "
+                     f"({facts['example']})")
+        return f"{total['tokens']:,} tokens, {ratio:.3f} bytes per token, {exact}"
 
     inputs = {"text": corpus.stage.digest, "tokenizer": trained.digest,
               "bounds": json.dumps(bounds)}
-    return engine.stage(STAGE_NAMES["tokens"], None, inputs, build, describe=describe_tokens)
+    # "decoded": the sizes of texts are those of the decoded text.
+    return engine.stage(STAGE_NAMES["tokens"], "decoded", inputs, build, describe=describe_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,6 @@ from lmjax.data.preparation.corpus import Corpus
 from lmjax.data.preparation.shards import Shard
 from lmjax.data.text.words import batches
 from lmjax.data.tokenizers import Tokenizer, tokenizer_from_bytes
-from lmjax.errors import UserError
 
 BATCH_CHARS = 1 << 20  # tokenised at once
 
@@ -76,7 +76,7 @@ def _load_tokenizer(path: str, changed_ns: int) -> Tokenizer:
 
 
 def tokenise(part: Shard, model: str, bounds: Mapping[str, int], folder: str) -> dict[str, Any]:
-    """Turns each document into BOS + tokens + EOS, and checks that its text comes back.
+    """Turns each document into BOS + tokens + EOS, and counts what does not come back.
 
     Args:
       part: the shard.
@@ -85,28 +85,29 @@ def tokenise(part: Shard, model: str, bounds: Mapping[str, int], folder: str) ->
       folder: for SHARD.tokens.npy, SHARD.lengths.npy and SHARD.heldout.npy.
     Returns:
       `languages`, by language the documents, bytes, tokens (EOS counts, BOS does not) and words;
-      `splits`, [documents, bytes] of `train` and `heldout`.
-    Raises:
-      UserError: a text does not come back exactly. Only an existing tokenizer can cause this.
+      `splits`, of `train` and `heldout` the documents, the bytes of their decoded text, the
+      documents that the tokenizer changes, and the characters that these lose;
+      `example`, a line on the first document that changes, or "".
     """
     tokenizer = _load_tokenizer(model, os.stat(model).st_mtime_ns)
     batch = shards.read(part.path)
     texts, names = batch.column("text").to_pylist(), batch.column("id").to_pylist()
     dtype = store.token_dtype(tokenizer.vocab_size)
     bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
+    sizes = np.array([len(text.encode()) for text in texts], np.int64)
+    decoded_sizes, example = sizes.copy(), ""
+    changes, lost = np.zeros((2, len(texts)), np.int64)
     out: list[np.ndarray] = []
     for base, group in batches(texts, BATCH_CHARS):
         ids = tokenizer.encode_batch(group, num_threads=1)
-        bad = tokenizer.lossy(group, ids)
-        if bad is not None:
-            raise UserError("a tokenizer that gives back its text", "another text",
-                            "use one that loses nothing, or train one by leaving "
-                            "data.tokenizer.path empty",
-                            where=f"document {names[base + bad]} of source {part.source}")
+        for n, decoded in sorted(tokenizer.changed(group, ids).items()):
+            decoded_sizes[base + n], changes[base + n] = len(decoded.encode()), 1
+            lost[base + n] = (Counter(group[n]) - Counter(decoded)).total()
+            example = example or (f"document {names[base + n]} of source {part.source}: "
+                                  f"{_difference(group[n], decoded)}")
         out += [np.concatenate([bos, i.astype(dtype), eos]) for i in ids]
     held = is_heldout(part, batch.column("key").to_numpy(), bounds)
     lengths = np.array([len(ids) for ids in out], np.int64)
-    sizes = np.array([len(text.encode()) for text in texts], np.int64)
     tokens = np.concatenate([np.zeros(0, dtype), *out])
     for name, values in (("tokens", tokens), ("lengths", lengths), ("heldout", held)):
         np.save(os.path.join(folder, f"{part.name}.{name}.npy"), values)
@@ -116,6 +117,14 @@ def tokenise(part: Shard, model: str, bounds: Mapping[str, int], folder: str) ->
     codes = np.array(batch.column("language").to_pylist(), dtype=object)
     languages = {code: {name: int(values[codes == code].sum()) for name, values in counts.items()}
                  for code in sorted(set(codes.tolist()))}
-    splits = {split: [int(mine.sum()), int(sizes[mine].sum())]
+    splits = {split: [int(values[mine].sum())
+                      for values in (counts["documents"], decoded_sizes, changes, lost)]
               for split, mine in (("train", ~held), ("heldout", held))}
-    return {"languages": languages, "splits": splits}
+    return {"languages": languages, "splits": splits, "example": example}
+
+
+def _difference(text: str, decoded: str) -> str:
+    """Where a text and its decoded text begin to differ, for a message."""
+    at = len(os.path.commonprefix([text, decoded]))
+    start = max(at - 10, 0)
+    return f"{text[start : at + 20]!r} comes back as {decoded[start : at + 20]!r}"

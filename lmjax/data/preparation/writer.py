@@ -41,13 +41,16 @@ def write_store(config: DataConfig, made: Prepared, out: str) -> dict[str, Any]:
             "changed": counts[1]["changed"] | counts[2]["changed"], "removed": dict(removed)}
         for split in ("train", "heldout"):
             facts = zip(made.finished.parts, made.tokens.facts["splits"], strict=True)
-            size = sum(shard[split][1] for part, shard in facts if part.source == source.name)
+            mine = [shard[split] for part, shard in facts if part.source == source.name]
+            size, changed, lost = (sum(counts[n] for counts in mine) for n in (1, 2, 3))
             entry[split] = _write_split(made, out, source.name, split, size)
+            if changed:
+                entry[split]["lost"] = {"documents": changed, "characters": lost}
     return entries
 
 
 def _write_split(made: Prepared, out: str, source: str, split: str, size: int) -> dict[str, Any]:
-    """Writes one split of a source, whose texts have `size` bytes."""
+    """Writes one split of a source, whose decoded texts have `size` bytes."""
     parts = [part for part in made.finished.parts if part.source == source]
     # Of every document: its number of tokens, where they begin, its shard, and its place in that.
     lengths, starts, which, places = [], [], [], []

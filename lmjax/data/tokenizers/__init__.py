@@ -8,7 +8,8 @@ from lmjax.data.tokenizers.factory import (
     sentencepiece_tokenizer,
     tokenizer_from_bytes,
 )
-from lmjax.data.tokenizers.huggingface import HF_FILES, HuggingFaceTokenizer
+from lmjax.data.tokenizers.files import HF_FILES, name_of, named_tokens, tokenizer_settings
+from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from lmjax.data.tokenizers.sentencepiece import (
     SentencePieceTokenizer,
     TokenizerConfig,
@@ -16,6 +17,6 @@ from lmjax.data.tokenizers.sentencepiece import (
 )
 
 __all__ = ["HF_FILES", "SPACE", "HuggingFaceTokenizer", "NamedIds", "SentencePieceTokenizer",
-           "Tokenizer", "TokenizerConfig", "TokenizerFactory", "check_vocab_size",
-           "prepared_tokenizer", "sentencepiece_tokenizer", "tokenizer_from_bytes",
-           "train_tokenizer", "word_tables"]
+           "Tokenizer", "TokenizerConfig", "TokenizerFactory", "check_vocab_size", "name_of",
+           "named_tokens", "prepared_tokenizer", "sentencepiece_tokenizer", "tokenizer_from_bytes",
+           "tokenizer_settings", "train_tokenizer", "word_tables"]

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class Tokenizer(abc.ABC):
       bos_id, eos_id: ids of the tokens that begin and end a document.
       pad_id: id of the padding token; padding is masked, so the id never matters.
       prefix, suffix: ids that stand before and after a text that the model reads.
+      files: the directory that the tokenizer was read from: the bytes of each file, by its path.
     """
 
     vocab_size: int
@@ -36,6 +37,7 @@ class Tokenizer(abc.ABC):
     pad_id: int
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
+    files: Mapping[str, bytes]
 
     def __init__(self, model: bytes):
         self._model = model
@@ -51,15 +53,19 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens around it."""
+        """Token ids of a prompt, without special tokens around it.
+
+        In a tokenizer of Hugging Face, the name of a special token in the text is that token, as
+        in `transformers`.
+        """
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str], *,
                      num_threads: int | None = None) -> list[np.ndarray]:
-        """Token ids of many texts, one int32 array per text.
+        """Token ids of many documents, one int32 array each; names of special tokens are text.
 
         Args:
-          texts: what to encode.
+          texts: the documents.
           num_threads: by default one per core; the result does not depend on it.
         """
 
@@ -68,23 +74,33 @@ class Tokenizer(abc.ABC):
         return self.surface(np.fromiter(ids, np.int64))[0].decode(errors="replace")
 
     def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text of `ids` where they follow `before`."""
-        return self.decode(ids)
+        """The text of `ids` after `before`: rules for the start of a text do not apply to it."""
+        start, whole = self.decode(before), self.decode([*before, *ids])
+        return whole[len(start):] if whole.startswith(start) else self.decode(ids)
 
     def surface(self, ids: np.ndarray) -> tuple[bytes, np.ndarray]:
         """The UTF-8 bytes of token ids [n], and the number of bytes of each id (int64 [n])."""
         blob, starts, lengths = self._surfaces
         return blob[ramps(starts[ids], lengths[ids])].tobytes(), lengths[ids]
 
-    def lossy(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> int | None:
-        """Index of the first text that its ids do not reproduce exactly; None if all do."""
+    def changed(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> dict[int, str]:
+        """The decoded texts that differ from what was encoded.
+
+        Args:
+          texts: what was encoded.
+          ids: of each text, of `encode_batch`.
+        Returns:
+          the decoded text of each text that does not come back exactly, by its number.
+        """
         raw = [text.encode() for text in texts]
         got, lengths = self.surface(np.concatenate([*ids, np.zeros(0, np.int32)]))
         ends = np.cumsum([len(i) for i in ids], dtype=np.int64)
         per_text = np.diff(np.concatenate([[0], np.concatenate([[0], np.cumsum(lengths)])[ends]]))
         if got == b"".join(raw) and np.array_equal(per_text, [len(r) for r in raw]):
-            return None
-        return next(n for n, i in enumerate(ids) if self.surface(i)[0] != raw[n])
+            return {}
+        decoded = map(self.decode, ids)
+        return {n: found for n, (text, found) in enumerate(zip(texts, decoded, strict=True))
+                if found != text}
 
     @functools.cached_property
     def _surfaces(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Callable, Sequence
 
 from etils import epath
 
 from lmjax.data.tokenizers.base import Tokenizer
+from lmjax.data.tokenizers.files import join_files
 from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from lmjax.data.tokenizers.sentencepiece import (
     SentencePieceTokenizer,
@@ -47,8 +50,12 @@ def check_vocab_size(config: TokenizerConfig, tokenizer: Tokenizer) -> Tokenizer
 
 def tokenizer_from_bytes(model: bytes) -> Tokenizer:
     """The tokenizer whose `to_bytes` gave these bytes."""
-    is_json = model.startswith(b"{")
-    return HuggingFaceTokenizer(model) if is_json else SentencePieceTokenizer(model)
+    if not model.startswith(b"{"):
+        return SentencePieceTokenizer(model)
+    made_of = json.loads(model)
+    if made_of["kind"] == "sentencepiece":
+        return SentencePieceTokenizer(base64.b64decode(made_of["model"]), join_files(made_of))
+    return HuggingFaceTokenizer(model)
 
 
 def prepared_tokenizer(directory: str) -> Tokenizer:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lmjax.data.tokenizers.base import SPACE, Tokenizer
+from lmjax.data.tokenizers.files import HF_FILES, join_files, named_tokens, split_files
+from lmjax.data.tokenizers.rules import drop_rows, hide_names
 from lmjax.errors import UserError
-
-# The first file is required; the others name the special tokens.
-HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer made of a few JSON files; their own rules give `prefix` and `suffix`.
 
     Args:
-      model: `{"kind": "huggingface", "files": {name: text}}` as UTF-8.
+      model: UTF-8 of a JSON object: `kind` is "huggingface"; `files` has the text of `HF_FILES`
+        and `others` the remaining files of the directory; `added`, if there are any, the tokens
+        [name, is special] that other files add to tokenizer.json; `rows`, if it is smaller than
+        the vocabulary, the number of ids that the model has: later ones do not exist.
     Raises:
       UserError: the JSON is not a tokenizer, it names neither a BOS nor an EOS token, or the
         package `tokenizers` is not installed.
@@ -30,24 +32,22 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, model: bytes):
         super().__init__(model)
         try:
-            import tokenizers
+            self._made_of: dict[str, Any] = json.loads(model)
+            self.files = join_files(self._made_of)
+            self._rules: dict[str, Any] = json.loads(self.files[HF_FILES[0]])
+            if rows := self._made_of.get("rows"):
+                self._rules = drop_rows(self._rules, rows)
+            named = named_tokens(self.files)
+            self._hf = self._build(self._rules)
         except ImportError:
             raise UserError("the package tokenizers, which reads tokenizer.json", "none",
                             "pip install lmjax[hf]", where="tokenizer") from None
-        try:
-            self.files: dict[str, str] = json.loads(model)["files"]
-            self._hf = tokenizers.Tokenizer.from_str(self.files[HF_FILES[0]])
-            self._rules: dict[str, Any] = json.loads(self.files[HF_FILES[0]])
-            named = {key: value for name in reversed(HF_FILES[1:])
-                     for key, value in json.loads(self.files.get(name, "{}")).items()}
         except Exception as error:  # noqa: BLE001 - the package raises plain Exceptions
             raise UserError("a tokenizer.json", str(error)[:200], "fetch it again",
                             where="tokenizer") from None
-        self._hf.no_truncation()
-        self._hf.no_padding()
         self.vocab_size = 1 + max(self._hf.get_vocab(with_added_tokens=True).values(), default=-1)
-        ids = {role: self._id(named.get(f"{role}_token"))
-               for role in ("bos", "eos", "pad", "cls", "sep")}
+        ids = {role: None if name is None else self._hf.token_to_id(name)
+               for role, name in named.items()}
         # A model with only one of BOS and EOS uses it for both, as GPT-2 does. BERT's [CLS] and
         # [SEP] stand where BOS and EOS do.
         bos = next((ids[role] for role in ("bos", "cls", "eos") if ids[role] is not None), None)
@@ -61,42 +61,76 @@ class HuggingFaceTokenizer(Tokenizer):
         self.prefix, self.suffix = tuple(whole[:at]), tuple(whole[at + len(bare):])
 
     @classmethod
-    def from_directory(cls, path: Path) -> HuggingFaceTokenizer:
-        """Reads the tokenizer's files in a directory."""
-        try:
-            files = {name: (path / name).read_text(encoding="utf-8")
-                     for name in HF_FILES if (path / name).is_file()}
-        except UnicodeDecodeError as error:
-            raise UserError(f"{HF_FILES[0]} and what belongs to it in UTF-8", error,
-                            "fetch the directory again", where=str(path)) from None
-        return cls(json.dumps({"kind": "huggingface", "files": files}).encode())
+    def from_files(cls, files: Mapping[str, bytes], *, rows: int = 0,
+                   added: Sequence[tuple[str, bool]] = ()) -> HuggingFaceTokenizer:
+        """Makes a tokenizer of the files of a directory, by their paths in it.
+
+        Args:
+          files: of them, `HF_FILES[0]` must be there.
+          rows: number of ids that the model has; 0: all that the tokenizer has.
+          added: (name, is special) of each token that follows those of tokenizer.json.
+        """
+        made_of: dict[str, Any] = {"kind": "huggingface", **split_files(files)}
+        if added:
+            made_of["added"] = [list(token) for token in added]
+        whole = cls(json.dumps(made_of).encode())
+        if not 0 < rows < whole.vocab_size:
+            return whole
+        return cls(json.dumps({**made_of, "rows": rows}).encode())
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256, hex, of what decides the ids; files that do not are left out."""
+        decides = {key: value for key, value in self._made_of.items() if key != "others"}
+        decides["files"] = {name: text.replace("\r\n", "\n").replace("\r", "\n")
+                            for name, text in decides["files"].items()}
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+    def names(self) -> set[str]:
+        """All pieces of the vocabulary, with the added tokens."""
+        return set(self._hf.get_vocab(with_added_tokens=True))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens around it."""
+        """Token ids of a prompt; the name of a special token is that token."""
         return self._hf.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], *,
                      num_threads: int | None = None) -> list[np.ndarray]:
-        """Token ids of many texts, one int32 array per text; always on all cores."""
+        """Token ids of many documents, one int32 array each; always on all cores."""
         return [np.array(e.ids, np.int32)
-                for e in self._hf.encode_batch_fast(texts, add_special_tokens=False)]
+                for e in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, by the tokenizer's own rules. Special tokens are dropped."""
         return self._hf.decode([int(i) for i in ids if i < self.vocab_size])
 
-    def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text of `ids` after `before`: rules for the start of a text do not apply to it."""
-        start, whole = self.decode(before), self.decode([*before, *ids])
-        return whole[len(start):] if whole.startswith(start) else self.decode(ids)
+    def changed(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> dict[int, str]:
+        """The decoded texts, by number, that differ from what was encoded."""
+        decoded = self._hf.decode_batch([i.tolist() for i in ids])
+        return {n: found for n, (text, found) in enumerate(zip(texts, decoded, strict=True))
+                if found != text}
 
-    def _id(self, token: Any) -> int | None:
-        name = token.get("content") if isinstance(token, dict) else token
-        return None if name is None else self._hf.token_to_id(name)
+    def _build(self, rules: dict[str, Any]) -> Any:
+        import tokenizers
+
+        made = tokenizers.Tokenizer.from_str(json.dumps(rules))
+        for name, special in self._made_of.get("added", ()):
+            made.add_tokens([tokenizers.AddedToken(name, special=special, normalized=not special)])
+        made.no_truncation()
+        made.no_padding()
+        return made
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        """The tokenizer that reads the name of a special token as any other text."""
+        made = self._build(hide_names(self._rules))
+        made.encode_special_tokens = True
+        return made
 
     @functools.cached_property
     def _special(self) -> set[int]:
-        return {token["id"] for token in self._rules["added_tokens"] if token["special"]}
+        added = self._hf.get_added_tokens_decoder()
+        return {i for i, token in added.items() if token.special}
 
     @functools.cached_property
     def _byte_of(self) -> dict[str, int]:
@@ -113,8 +147,14 @@ class HuggingFaceTokenizer(Tokenizer):
         piece = self._hf.id_to_token(i)
         if piece is None or i in self._special:
             return b""
+        model = self._rules["model"]
+        if model.get("type") == "WordPiece":  # a piece without the sign begins a word
+            sign = model["continuing_subword_prefix"]
+            return (piece.removeprefix(sign) if piece.startswith(sign) else f" {piece}").encode()
+        end = model.get("end_of_word_suffix") or ""
+        piece, space = piece.removesuffix(end), " " * bool(end and piece.endswith(end))
         if self._byte_of and all(c in self._byte_of for c in piece):
-            return bytes(self._byte_of[c] for c in piece)
+            return bytes(self._byte_of[c] for c in piece) + space.encode()
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
-        return piece.replace(SPACE, " ").encode()
+        return (piece.replace(SPACE, " ") + space).encode()

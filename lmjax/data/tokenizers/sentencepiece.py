@@ -8,13 +8,15 @@ U+2581 of the text to a space, so U+2581 is encoded as its three bytes.
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import itertools
+import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ from lmjax.config import at_least, choice
 from lmjax.data.hashing import key_of, permute
 from lmjax.data.rows import ramps
 from lmjax.data.tokenizers.base import SPACE, Tokenizer
+from lmjax.data.tokenizers.files import split_files, stated_ends
 from lmjax.errors import UserError, first_line
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
@@ -54,14 +57,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     Args:
       model: a serialised SentencePiece model.
+      files: the other files of the directory that it was read from.
     Raises:
       UserError: the bytes are not such a model, or the model has no BOS or no EOS token.
     """
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, files: Mapping[str, bytes] | None = None):
         import sentencepiece
 
         super().__init__(model)
+        self.files = dict(files or {})
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -73,11 +78,20 @@ class SentencePieceTokenizer(Tokenizer):
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError("a BOS and an EOS token", f"ids {self.bos_id}, {self.eos_id}",
                             "use a model that has both", where="tokenizer")
-        self.prefix, self.suffix = (self.bos_id,), ()
+        stated = stated_ends(self.files, self.bos_id, self.eos_id)
+        self.prefix, self.suffix = stated or ((self.bos_id,), ())
+
+    def to_bytes(self) -> bytes:
+        """The model alone, or with the other files of its directory as a JSON object."""
+        if not self.files:
+            return self._model
+        model = base64.b64encode(self._model).decode()
+        return json.dumps({"kind": "sentencepiece", "model": model,
+                           **split_files(self.files)}).encode()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS."""
-        if SPACE not in text:
+        if SPACE not in text or self.adds_space:
             return self._sp.encode(text)
         parts = [self._sp.encode(part) for part in text.split(SPACE)]
         return parts[0] + [i for part in parts[1:] for i in [*self._space_ids, *part]]
@@ -102,6 +116,25 @@ class SentencePieceTokenizer(Tokenizer):
         ends = np.concatenate([[0], np.cumsum(length_U)])[np.cumsum([0, *map(len, units)])]
         return [out[a:b] for a, b in itertools.pairwise(ends.tolist())]
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, without the space that the model puts before a text."""
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self.adds_space else text
+
+    @property
+    def model(self) -> bytes:
+        """The serialised model alone."""
+        return self._model
+
+    def pieces(self) -> list[str]:
+        """The piece of each id."""
+        return [self._sp.id_to_piece(i) for i in range(self.vocab_size)]
+
+    @functools.cached_property
+    def adds_space(self) -> bool:
+        """Whether the model puts a space before a text, as Llama 2's does."""
+        return self.surface(np.array(self._sp.encode("a")))[0] == b" a"
+
     @functools.cached_property
     def _by_unit(self) -> bool:
         """Whether the tokens of a text are the tokens of its units (`_UNIT`), one after the other.
@@ -113,7 +146,8 @@ class SentencePieceTokenizer(Tokenizer):
         """
         sp, ids, probe = self._sp, range(self.vocab_size), "  a\t\ufb01 e\u0301\u3000 "
         pieces = [i for i in ids if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i))]
-        return (sp.normalize(probe) == probe.replace(" ", SPACE) and any(map(sp.is_byte, ids))
+        return (not self.adds_space and sp.normalize(probe) == probe.replace(" ", SPACE)
+                and any(map(sp.is_byte, ids))
                 and all(sp.get_score(i).is_integer() for i in pieces)
                 and all(_UNIT.fullmatch(sp.id_to_piece(i).replace(SPACE, " ")) for i in pieces))
 

@@ -1,0 +1,334 @@
+"""Tokenizers as published models have them: which files decide, lost text, ids without a row."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from lmjax.data.config import DataConfig
+from lmjax.data.preparation.prepare import prepare
+from lmjax.data.store import read_manifest
+from lmjax.data.text.sources import SourceConfig
+from lmjax.data.tokenizers import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    TokenizerConfig,
+    tokenizer_from_bytes,
+    train_tokenizer,
+    word_tables,
+)
+from lmjax.errors import UserError
+from lmjax.huggingface.tokenizer_export import write_tokenizer
+from lmjax.huggingface.tokenizers import read_tokenizer
+from lmjax.training.pretrained import make_tokenizer
+
+tokenizers = pytest.importorskip(
+    "tokenizers", reason="tokenizers is not installed: pip install lmjax[hf]")
+SPECIAL = ["<s>", "</s>", "<unk>", "[MASK]", "<|endoftext|>"]
+TEXTS = [f"The cat {i} sat on the mat.\nA dog ran." for i in range(12)]
+NAMES = ["".join(("a ", name, " b", name, "c")) for name in SPECIAL]
+
+
+def _save(folder, made, **settings):
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>", **settings}))
+    return folder
+
+
+def _bytes(extra=()):
+    return {piece: i for i, piece in enumerate(
+        [*SPECIAL, *(f"<0x{b:02X}>" for b in range(256)), *extra])}
+
+
+def llama(folder):
+    """As Llama 2's and Mistral's: a space is put before a text and taken away again."""
+    from tokenizers import AddedToken, decoders, models, normalizers, processors
+
+    made = tokenizers.Tokenizer(models.BPE(
+        _bytes(["▁", *map(chr, range(33, 127)), "▁T", "▁c"]), [("▁", "T"), ("▁", "c")],
+        unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                      decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    made.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)])
+    return _save(folder, made)
+
+
+def unigram(folder):
+    """As T5's: the names of the special tokens are pieces of the vocabulary."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    pieces = [*SPECIAL, "▁", *map(chr, range(33, 127)), "\n"]
+    made = tokenizers.Tokenizer(models.Unigram(
+        [(piece, 0.0 if piece in SPECIAL else -5.0) for piece in pieces], unk_id=2))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    made.add_special_tokens(SPECIAL)
+    return _save(folder, made)
+
+
+def word_piece(folder):
+    """As BERT's: lower case, and white space is lost."""
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    made.train_from_iterator([*TEXTS, *NAMES], trainers.WordPieceTrainer(
+        vocab_size=90, special_tokens=["[UNK]", "[CLS]", "[SEP]", *SPECIAL], show_progress=False))
+    return _save(folder, made, bos_token=None, eos_token=None, cls_token="[CLS]",
+                 sep_token="[SEP]")
+
+
+def byte_level(folder):
+    """As GPT-2's."""
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(TEXTS, trainers.BpeTrainer(
+        vocab_size=280, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return _save(folder, made)
+
+
+def _prepared(folder, texts, path):
+    source = folder / "a.jsonl"
+    source.write_text("\n".join(json.dumps({"id": f"doc-{i}", "text": text})
+                                for i, text in enumerate(texts)))
+    size = read_tokenizer(path).vocab_size
+    said = []
+    out = prepare(DataConfig(
+        sources=(SourceConfig("a", f"jsonl:{source}"),), min_chars=1, clean=(),
+        tokenizer=TokenizerConfig(path=str(path), vocab_size=size)), str(folder / "out"),
+        make_tokenizer=make_tokenizer, log=said.append)
+    entry = read_manifest(out)["sources"]["a"]
+    return [entry["train"], entry["heldout"]], "\n".join(said)
+
+
+@pytest.mark.parametrize("make", [llama, unigram, byte_level])
+def test_a_document_with_the_names_of_special_tokens_is_plain_text(make, tmp_path):
+    read = read_tokenizer(make(tmp_path))
+    texts = [*NAMES, "The cat [MASK]", "x<s>"]
+    ids = read.encode_batch(texts)
+    assert read.changed(texts, ids) == {}
+    names = [read.encode(name)[-1] for name in SPECIAL]  # in a prompt, a name is the token
+    assert names == list(range(len(SPECIAL)))
+    assert not np.isin(np.concatenate(ids), names).any()
+    assert [read.decode(i) for i in ids] == texts
+
+
+def test_a_tokenizer_that_returns_the_text_is_accepted_whatever_it_does_inside(tmp_path):
+    splits, said = _prepared(tmp_path, [*TEXTS, *NAMES], llama(tmp_path))
+    assert "every document comes back exactly" in said
+    assert all("lost" not in split for split in splits)
+    assert sum(s["bytes"] for s in splits) == sum(len(t.encode()) for t in [*TEXTS, *NAMES])
+
+
+def test_a_lossy_tokenizer_is_accepted_with_a_count_of_what_it_loses(tmp_path):
+    splits, said = _prepared(tmp_path, TEXTS, word_piece(tmp_path))
+    # Of each document: T, A and the newline.
+    lost = {key: sum(split["lost"][key] for split in splits) for key in ("documents", "characters")}
+    assert lost == {"documents": len(TEXTS), "characters": 3 * len(TEXTS)}
+    decoded = [text.lower().replace("\n", " ") for text in TEXTS]
+    assert sum(split["bytes"] for split in splits) == sum(map(len, decoded))
+    assert "12 of 12 documents do not come back exactly and lose 36 characters" in said
+    assert "document a.jsonl" in said or "document doc-" in said, said
+    assert "'The cat" in said and "comes back as 'the cat" in said
+
+
+def test_pieces_of_word_piece_know_where_words_begin(tmp_path):
+    read = read_tokenizer(word_piece(tmp_path))
+    begins, ends = word_tables(read)
+    first, *rest = read.encode("zebra")  # unknown words are split
+    pieces = read.encode("rann")
+    assert begins[pieces[0]] and not begins[pieces[1:]].any() and not ends[pieces].any()
+    assert begins[first] or rest
+
+
+@pytest.mark.parametrize("make, rows", [(llama, -1), (byte_level, -1), (unigram, -1)])
+def test_ids_beyond_the_table_do_not_exist(make, rows, tmp_path):
+    """As in Gemma 3, whose tokenizer has one token more than its table has rows."""
+    whole = read_tokenizer(make(tmp_path))
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    made.add_special_tokens(["<image>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": whole.vocab_size}))
+    read = tokenizer_from_bytes(read_tokenizer(tmp_path).to_bytes())
+    assert read.vocab_size == whole.vocab_size
+    assert read.encode("a<image>b") == whole.encode("a<image>b")
+    assert read.decode([whole.vocab_size]) == ""
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": whole.vocab_size + rows}))
+    fewer = read_tokenizer(tmp_path)
+    assert fewer.vocab_size == whole.vocab_size + rows
+    assert max(fewer.encode(" ".join(map(chr, range(33, 127))))) < fewer.vocab_size
+    out = tmp_path / "out"
+    out.mkdir()
+    write_tokenizer(out, read)
+    name = "tokenizer.json"
+    assert (out / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_named_end_without_a_row_is_refused(tmp_path):
+    byte_level(tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    size = made.get_vocab_size()
+    made.add_special_tokens(["<|im_end|>"])
+    _save(tmp_path, made, eos_token="<|im_end|>")
+    assert read_tokenizer(tmp_path).eos_id == size
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
+    with pytest.raises(UserError, match="expected an id for eos_token, got '<|im_end|>'"):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [
+    {"add_bos_token": False, "add_eos_token": False}, {"add_eos_token": True},
+    {"add_bos_token": True, "add_eos_token": True}, {}])
+def test_tokenizer_json_decides_what_stands_around_a_text(settings, tmp_path):
+    transformers = pytest.importorskip(
+        "transformers", reason="not installed: pip install lmjax[oracle]")
+    llama(tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    _save(tmp_path, made, tokenizer_class="PreTrainedTokenizerFast", **settings)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    read = read_tokenizer(tmp_path)
+    assert [*read.prefix, *read.encode("a b"), *read.suffix] == theirs("a b")["input_ids"]
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json", "map"])
+def test_tokens_that_other_files_add_are_read_as_transformers_reads_them(where, tmp_path):
+    transformers = pytest.importorskip(
+        "transformers", reason="not installed: pip install lmjax[oracle]")
+    byte_level(tmp_path)
+    size = read_tokenizer(tmp_path).vocab_size
+    config = {"bos_token": "<s>", "eos_token": "</s>",
+              "tokenizer_class": "PreTrainedTokenizerFast"}
+    if where == "added_tokens.json":
+        (tmp_path / where).write_text(json.dumps({"<new>": size, "<more>": size + 1}))
+    elif where == "map":
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "[MASK]"}))
+    else:
+        config["added_tokens_decoder"] = {
+            str(size + i): {"content": name, "special": bool(i), "normalized": False,
+                            "lstrip": False, "rstrip": False, "single_word": False}
+            for i, name in enumerate(["<new>", "<more>"])}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    read = tokenizer_from_bytes(read_tokenizer(tmp_path).to_bytes())
+    text = "The <new> cat<more>."
+    assert read.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert (read.vocab_size, read.eos_id) == (len(theirs), theirs.eos_token_id)
+
+
+def test_an_added_token_with_another_id_than_its_place_is_refused(tmp_path):
+    byte_level(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<new>": 900}')
+    with pytest.raises(UserError, match="expected '<new>' as id 280, .* got id 900"):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["vocab.txt"], ["vocab.json", "merges.txt"], ["spiece.model"],
+                                   ["vocab.json", "source.spm"]])
+def test_files_that_lmjax_cannot_put_together_get_one_line_with_a_fix(names, tmp_path):
+    for name in names:
+        (tmp_path / name).write_text("a")
+    message = f"got .*{names[0]}.* without tokenizer.json; write tokenizer.json: .*save_pretrained"
+    with pytest.raises(UserError, match=message):
+        make_tokenizer(TokenizerConfig(path=str(tmp_path)), [])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return train_tokenizer(TokenizerConfig(vocab_size=300), TEXTS)
+
+
+def test_of_two_tokenizers_tokenizer_json_decides(model, tmp_path):
+    write_tokenizer(tmp_path, model, log=lambda line: None)
+    assert isinstance(read_tokenizer(tmp_path), SentencePieceTokenizer)  # both say the same
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    made.add_tokens(["<|im_start|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    read = read_tokenizer(tmp_path)
+    assert isinstance(read, HuggingFaceTokenizer)
+    assert read.encode("<|im_start|>") == [model.vocab_size]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("added_tokens.json", {"<pad>": 300}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"300": {"content": "<|im_end|>"}}}),
+    ("tokenizer_config.json", {"eos_token": "<|im_end|>"}),
+    ("special_tokens_map.json", {"bos_token": {"content": "<begin>"}})])
+def test_a_lone_model_is_refused_where_other_files_add_to_it(name, content, model, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(model.to_bytes())
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="expected the tokens of tokenizer.model.*write tokenizer"):
+        read_tokenizer(tmp_path)
+
+
+def test_all_files_of_the_directory_come_back_byte_for_byte(model, tmp_path):
+    files = {"chat_template.jinja": b"{{ bos_token }}\r\n\xff", "chat_templates/tool.jinja": b"{}",
+             "additional_chat_templates/rag.jinja": b"x", "added_tokens.json": b"{}\r\n",
+             "special_tokens_map.json": b'{"eos_token":\r\n"</s>"}'}
+    for kind in ("json", "both", "model"):
+        path, out = tmp_path / kind, tmp_path / f"{kind}-out"
+        path.mkdir(), out.mkdir()
+        mine = dict(files)
+        if kind != "model":
+            llama(path)
+            mine |= {name: (path / name).read_bytes()
+                     for name in ("tokenizer.json", "tokenizer_config.json")}
+        if kind != "json":
+            mine["tokenizer.model"] = model.to_bytes()
+        for name, raw in mine.items():
+            (path / name).parent.mkdir(exist_ok=True)
+            (path / name).write_bytes(raw)
+        write_tokenizer(out, tokenizer_from_bytes(read_tokenizer(path).to_bytes()))
+        assert {str(p.relative_to(out)): p.read_bytes()
+                for p in out.rglob("*") if p.is_file()} == mine
+
+
+def test_files_that_decide_no_id_do_not_change_the_hash(tmp_path):
+    """Data that was prepared without them belongs to the same tokenizer."""
+    llama(tmp_path)
+    names = ("tokenizer.json", "tokenizer_config.json")
+    before = {"kind": "huggingface", "files": {name: (tmp_path / name).read_text()
+                                               for name in names}}
+    old = tokenizer_from_bytes(json.dumps(before).encode())
+    (tmp_path / "chat_template.jinja").write_text("x")
+    assert read_tokenizer(tmp_path).hash == old.hash
+
+
+def test_a_model_that_adds_a_space_decodes_without_it(tmp_path):
+    """A lone tokenizer.model like Llama 2's."""
+    import io
+
+    import sentencepiece
+
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=out, vocab_size=300, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=True, minloglevel=2)
+    (tmp_path / "tokenizer.model").write_bytes(out.getvalue())
+    read = read_tokenizer(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+    texts = ["The cat", " two  spaces ", "\nline", "<s>", "Ωμ", ""]
+    ids = read.encode_batch(texts)
+    assert [i.tolist() for i in ids] == [theirs.encode(text) for text in texts]
+    assert read.changed(texts, ids) == {} and read.decode(ids[0]) == "The cat"
+    assert read.changed(["a▁b"], read.encode_batch(["a▁b"])) == {0: "a b"}
+    assert read.continuation([*ids[0]], read.encode("cat")) == " cat"
+
+
+def test_without_the_package_a_line_says_so(tmp_path, monkeypatch):
+    llama(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"pip install lmjax\[hf\]"):
+        read_tokenizer(tmp_path)
