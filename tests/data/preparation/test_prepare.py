@@ -4,8 +4,8 @@ import dataclasses
 import errno
 import gzip
 import json
-import re
 import os
+import re
 import sys
 import xml.dom.minidom
 
