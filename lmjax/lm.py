@@ -54,6 +54,7 @@ class Score:
     log_likelihood: float  # nats, the sum over all tokens
     tokens: int  # of the text
     bytes: int  # of the text, as UTF-8
+    of_decoded_text: bool = False  # whether they are those of the decoded text, which differs
 
     @property
     def bits_per_byte(self) -> float:
@@ -110,15 +111,17 @@ class LM:
         """
         texts = check_texts(texts, "texts")
         tokenizer, length = self.need_tokenizer(), self.recipe.data.seq_len
-        ids = [[tokenizer.bos_id, *x.tolist()] for x in tokenizer.encode_batch(texts)]
+        encoded = tokenizer.encode_batch(texts)
+        changed = tokenizer.changed(texts, encoded)
+        ids = [[tokenizer.bos_id, *x.tolist()] for x in encoded]
         rows = [(i, x[at : at + length + 1])
                 for i, x in enumerate(ids) for at in range(0, len(x) - 1, length)]
         nats = [0.0] * len(texts)
         scores = self.continuations([(row, len(row) - 1) for _, row in rows])
         for (i, _), (value, _) in zip(rows, scores, strict=True):
             nats[i] += value
-        return [Score(n, len(x) - 1, len(text.encode()))
-                for n, x, text in zip(nats, ids, texts, strict=True)]
+        return [Score(n, len(x) - 1, len(changed.get(i, text).encode()), i in changed)
+                for i, (n, x, text) in enumerate(zip(nats, ids, texts, strict=True))]
 
     def continuations(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
         """Scores the last ids of each row, given the ids before them.

@@ -86,7 +86,8 @@ def score(arguments: Namespace, overrides: Sequence[str]) -> None:
             raise UserError("UTF-8 text", error, "convert it, for example with `iconv -t UTF-8`",
                             where=path) from None
         found = lm.score([text])[0]
-        print(f"{path}: {found.bits_per_byte:.4f} bits/byte, perplexity {found.perplexity:.2f}, "
+        unit = "bits/byte" + " of decoded text" * found.of_decoded_text
+        print(f"{path}: {found.bits_per_byte:.4f} {unit}, perplexity {found.perplexity:.2f}, "
               f"{found.tokens} tokens")
 
 

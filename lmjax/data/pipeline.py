@@ -37,6 +37,7 @@ class RowSource(Protocol):
     bytes: int              # UTF-8 bytes of the text in an epoch
     fingerprint: str        # names everything that decides the rows
     stored: bool            # whether rows are read from a token store
+    exact: bool             # whether decoded tokens are the text; if not, `bytes` are of those
 
     def rows_at(self, rows: np.ndarray, keys: np.ndarray) -> Rows:
         """The arrays of packed rows, int64 [n]; `keys`, uint64 [n], key their random decisions."""
@@ -60,6 +61,7 @@ class PackedRows:
                  words: WordTables | None = None):
         self.store, self.objective, self.name, self.words = documents, objective, name, words
         self.stored = isinstance(documents, SplitStore)
+        self.exact = not (isinstance(documents, SplitStore) and "lost" in documents.facts)
         self.vocab_size, self.seq_len = objective.vocab_size, objective.seq_len
         self.fields = objective.fields
         tokens = documents.lengths + 1  # `lengths` counts predictions, one fewer than tokens
@@ -105,6 +107,7 @@ class Split(abc.ABC):
         self.vocab_size, self.key = sources[0].vocab_size, key
         self.predictions = sum(s.predictions for s in sources)  # of a decoder, in an epoch
         self.bytes = sum(s.bytes for s in sources)  # UTF-8 bytes of the text that they stand for
+        self.exact = all(s.exact for s in sources)  # if not, that is the decoded text
         parts = [order, *([s.name, s.fingerprint] for s in sources)]
         self.fingerprint = hashlib.sha256(canonical(parts).encode()).hexdigest()
         self.through_tensorflow = any(s.stored for s in sources)

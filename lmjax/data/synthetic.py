@@ -36,7 +36,7 @@ class SyntheticRows:
       split: "train" or "heldout"; each has rows of its own, from the same chain.
     """
 
-    stored = False
+    stored, exact = False, True
 
     def __init__(self, *, name: str, vocab_size: int, seq_len: int, num_rows: int, seed: int,
                  split: str):

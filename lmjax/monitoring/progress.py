@@ -29,11 +29,13 @@ class Progress:
       stream: standard error by default, so that standard output stays clean.
       clock: seconds, monotonic.
       quiet: True on processes that show nothing.
+      unit: of `bits_per_byte`, as it is shown.
     """
 
     def __init__(self, total_steps: int, stream: TextIO | None = None,
-                 clock: Callable[[], float] = time.monotonic, quiet: bool = False):
-        self._total, self._quiet, self._clock = total_steps, quiet, clock
+                 clock: Callable[[], float] = time.monotonic, quiet: bool = False,
+                 unit: str = "bits/byte"):
+        self._total, self._quiet, self._clock, self._unit = total_steps, quiet, clock, unit
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._gap = 0.1 if self._live else 1.0  # seconds to the next line
@@ -61,7 +63,7 @@ class Progress:
         if step > first_step:
             remaining = (now - first_time) / (step - first_step) * (self._total - step)
         done = f"{step:,}/{self._total:,} {step / max(self._total, 1):.0%}"
-        losses = (f"loss {loss:.3f}", f"{bits_per_byte:.3f} bits/byte")
+        losses = (f"loss {loss:.3f}", f"{bits_per_byte:.3f} {self._unit}")
         rate = human_count(tokens_per_second)
         left = f"ETA {'-' if math.isnan(remaining) else human_seconds(round(remaining))}"
         used = () if mfu is None else (f"MFU {mfu:.0%}",)

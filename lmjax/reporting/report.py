@@ -64,7 +64,7 @@ def _tiles(run: RunRecord) -> str:
     heldout, timing = run.heldout, run.timing
     flops = human_count(median(timing, "model_flops_per_second")).replace("B", "G")
     figures = [
-        (f"{last(heldout, 'bits_per_byte'):.3f}", "held-out bits/byte", "heldout"),
+        (f"{last(heldout, 'bits_per_byte'):.3f}", f"held-out bits/byte{run.of}", "heldout"),
         (f"{last(heldout, 'loss'):.3f}", "held-out nats/token", "heldout"),
         (f"{last(run.train, 'loss'):.3f}", "training nats/token", "train"),
         (human_count(float(run.tokens(run.step))), "tokens seen", ""),
@@ -93,7 +93,7 @@ def _curves(run: RunRecord) -> str:
     marks = [] if run.diverged_at is None else [(float(run.tokens(run.diverged_at)), "not finite")]
     cards = ""
     for title, column, unit in (("Loss", "loss", "nats per token"),
-                                ("Bits per byte", "bits_per_byte", "bits per byte")):
+                                ("Bits per byte", "bits_per_byte", f"bits per byte{run.of}")):
         curves = curve("training", run.train, column, "train")
         for (group, columns), color in zip(run.evals.items(), ("heldout", "ema", "second"),
                                            strict=False):
@@ -197,7 +197,7 @@ def _data(run: RunRecord) -> str:
                                                                               "bits_per_byte"))]
                 for b in run.baselines]
         body += "<h3>Baselines on the held-out text</h3>"
-        body += html.table(("model", "nats/token", "bits/byte"), rows)
+        body += html.table(("model", "nats/token", f"bits/byte{run.of}"), rows)
     if removed:
         body += "<h3>Removed before training</h3>" + html.table((), removed)
     if facts:

@@ -55,6 +55,12 @@ class RunRecord:
         return self.evals.get("eval") or next(iter(self.evals.values()), {})
 
     @property
+    def of(self) -> str:
+        """What follows "bits per byte": nothing, or whose bytes, if the tokenizer loses text."""
+        decoded = any("of_decoded_text" in columns for columns in (self.train, self.heldout))
+        return " of decoded text" if decoded else ""
+
+    @property
     def unfinished(self) -> bool:
         """Whether steps are still to come."""
         return self.step < self.facts.get("steps", self.step)

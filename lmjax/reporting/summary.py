@@ -50,7 +50,7 @@ def _reached(run: RunRecord) -> str:
     if math.isnan(loss):
         loss = last(run.train, "loss")
         return "" if math.isnan(loss) else f"Its training loss is {loss:.3f} nats per token. "
-    each = f"{bits:.3f} bits per byte, " if math.isfinite(bits) else ""
+    each = f"{bits:.3f} bits per byte{run.of}, " if math.isfinite(bits) else ""
     return f"On held-out text it reaches {each}a loss of {loss:.3f} nats per token. "
 
 

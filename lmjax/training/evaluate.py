@@ -17,7 +17,8 @@ def evaluate(eval_step: Callable[[Params, Batch], Loss], params: Params, batches
     """Evaluates `params` on `batches` of `split`.
 
     Returns:
-      loss (nats per token), perplexity, bits_per_byte, and tokens (how many counted).
+      loss (nats per token), perplexity, the figures of `bits_per_byte`, and tokens (how many
+      counted).
 
     Raises:
       UserError: no token counts.
@@ -33,9 +34,18 @@ def evaluate(eval_step: Callable[[Params, Batch], Loss], params: Params, batches
                         "eval.every=0", where="eval")
     loss = sum(float(s.nats) for s in sums) / tokens
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": bits_per_byte(loss, split), "tokens": int(tokens)}
+            **bits_per_byte(loss, split), "tokens": int(tokens)}
 
 
-def bits_per_byte(nats_per_token: float, split: Split) -> float:
-    """Returns bits per byte of text. Unlike nats per token, they compare between tokenizers."""
-    return nats_per_token / math.log(2) * split.predictions / split.bytes
+def bits_per_byte(nats_per_token: float, split: Split) -> dict[str, float]:
+    """Returns bits_per_byte, of text. Unlike nats per token, they compare between tokenizers.
+
+    With a tokenizer that loses text they are of the decoded text: `of_decoded_text` is then 1.
+    """
+    bits = nats_per_token / math.log(2) * split.predictions / max(split.bytes, 1)
+    return {"bits_per_byte": bits} | ({} if split.exact else {"of_decoded_text": 1.0})
+
+
+def bits_unit(split: Split) -> str:
+    """The unit of `bits_per_byte`, as it is shown."""
+    return "bits/byte" if split.exact else "bits/byte of decoded text"

@@ -21,7 +21,7 @@ from lmjax.monitoring.units import human_count
 from lmjax.monitoring.watchdog import Watchdog
 from lmjax.reporting.report import write_report
 from lmjax.runtime.signals import StopSignal, stop_signal
-from lmjax.training.evaluate import evaluate
+from lmjax.training.evaluate import bits_unit, evaluate
 from lmjax.training.recipe import Recipe
 from lmjax.training.records import Records
 from lmjax.training.run import Log, Run
@@ -189,7 +189,7 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
             records.writer.eval(step, {f"{name}/{key}": value for key, value in found.items()})
             records.progress.log(
                 f"step {step}: {name} loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} "
-                f"bits/byte, perplexity {found['perplexity']:.1f} over "
+                f"{bits_unit(run.heldout)}, perplexity {found['perplexity']:.1f} over "
                 f"{human_count(found['tokens'])} tokens")
     return True
 

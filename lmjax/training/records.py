@@ -18,7 +18,7 @@ from lmjax.monitoring.slow_steps import Outliers, SlowStepLog
 from lmjax.monitoring.watchdog import Watchdog
 from lmjax.runtime.chips import peak_flops
 from lmjax.runtime.distributed import late_with, tell_late
-from lmjax.training.evaluate import bits_per_byte
+from lmjax.training.evaluate import bits_per_byte, bits_unit
 from lmjax.training.run import Run
 from lmjax.training.step import Metrics
 
@@ -42,7 +42,8 @@ class Records:
         self.run, self.tokens = run, run.tokens
         self.writer = MetricsWriter(run.workdir if writes else None, start)
         self.ledger = Ledger(run.workdir if writes else None)
-        self.progress = Progress(run.recipe.train.steps, quiet=not writes)
+        self.progress = Progress(run.recipe.train.steps, quiet=not writes,
+                                 unit=bits_unit(run.train_split))
         self.watchdog = watchdog or Watchdog(0.0, run.workdir)
         self._outliers = Outliers()
         self._slow_steps = SlowStepLog(self.progress.log)
@@ -118,7 +119,7 @@ class Records:
                   if name != "weight" and not value.ndim}
         bits = bits_per_byte(values["loss"], self.run.train_split)
         epoch = max(self.run.train_split.epochs(self.run.steps.rows(step)).values())
-        self.writer.train(step, {**values, "bits_per_byte": bits, "tokens": self.tokens,
+        self.writer.train(step, {**values, **bits, "tokens": self.tokens,
                                  "epoch": epoch})
         row_flops = flops_per_row(self.run.model, self.run.train_split.fields)
         flops = row_flops * train.batch_size / seconds
@@ -127,7 +128,7 @@ class Records:
         self.writer.timing(step, {"seconds": self.writer.seconds_before + now - self._began,
                                   "step_seconds": seconds, "tokens_per_second": rate,
                                   "data_wait_share": share, "model_flops_per_second": flops, **mfu})
-        self.progress.update(step, values["loss"], bits, rate, share, **mfu)
+        self.progress.update(step, values["loss"], bits["bits_per_byte"], rate, share, **mfu)
 
     def _note_slow(self, step: int, seconds: float, waited: float) -> None:
         """Records a step that took unusually long, and which process kept the others waiting."""

@@ -332,3 +332,27 @@ def test_without_the_package_a_line_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"pip install lmjax\[hf\]"):
         read_tokenizer(tmp_path)
+
+
+def test_bits_per_byte_of_decoded_text_are_marked(tmp_path):
+    """In training metrics, in evaluation, in what is printed, and in a report."""
+    from lmjax.data.pipeline import open_splits
+    from lmjax.reporting.run_files import RunRecord
+    from lmjax.training.evaluate import bits_per_byte, bits_unit
+
+    path = word_piece(tmp_path)
+    size = read_tokenizer(path).vocab_size
+    splits, said = _prepared(tmp_path, TEXTS, path)
+    config = DataConfig(
+        sources=(SourceConfig("a", f"jsonl:{tmp_path}/a.jsonl"),), min_chars=1, clean=(),
+        seq_len=16, tokenizer=TokenizerConfig(path=str(path), vocab_size=size))
+    train, _ = open_splits(config, str(tmp_path / "out"))
+    found = bits_per_byte(1.0, train)
+    expected = train.predictions / splits[0]["bytes"] / np.log(2)
+    assert found == {"bits_per_byte": pytest.approx(expected), "of_decoded_text": 1.0}
+    assert bits_unit(train) == "bits/byte of decoded text"
+    assert "bits per byte of decoded held-out text" in said
+    columns = {name: np.array([value]) for name, value in found.items()}
+    assert RunRecord(tmp_path, {}, {}, train=columns).of == " of decoded text"
+    exact, _ = open_splits(DataConfig(sources=(SourceConfig("a", "synthetic:8"),)))
+    assert bits_unit(exact) == "bits/byte" and "of_decoded_text" not in bits_per_byte(1.0, exact)

@@ -108,7 +108,8 @@ def _build(config: DataConfig, made: Prepared, folder: str, log: Log) -> dict[st
     result = baselines(entries, made.tokenizer, folder)
     (path / "baselines.json").write_text(json.dumps(result, indent=1) + "\n")
     scores = ", ".join(f"{b['name']} {b['bits_per_byte']:.3f}" for b in result["baselines"])
-    log(f"prepare: n-gram baselines: {scores} bits per byte of held-out text")
+    lossy = any("lost" in entry["heldout"] for entry in entries.values())
+    log(f"prepare: n-gram baselines: {scores} bits per byte of {'decoded ' * lossy}held-out text")
     (path / "receipts").mkdir()
     for stage in made.stages:
         text = json.dumps(stage.receipt, indent=1, ensure_ascii=False)

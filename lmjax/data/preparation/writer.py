@@ -128,4 +128,4 @@ def baselines(entries: dict[str, Any], tokenizer: Tokenizer, out: str) -> dict[s
 
     heldout_bytes = sum(entry["heldout"]["bytes"] for entry in entries.values())
     return ngram.baselines(tokens("train", share), tokens("heldout", 1.0), bos_id=tokenizer.bos_id,
-                           vocab_size=tokenizer.vocab_size, heldout_bytes=heldout_bytes)
+                           vocab_size=tokenizer.vocab_size, heldout_bytes=max(heldout_bytes, 1))
