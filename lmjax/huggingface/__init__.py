@@ -8,9 +8,11 @@ from lmjax.huggingface.directory import (
     read_params,
     write_directory,
 )
+from lmjax.huggingface.places import Place, identify, locate
 from lmjax.huggingface.settings import difference
 from lmjax.huggingface.tokenizers import SENTENCEPIECE, UNREAD, read_tokenizer, why_unread
 
 __all__ = [
-    "SENTENCEPIECE", "UNREAD", "ExportOptions", "HFModel", "difference", "is_hf_directory",
-    "read_directory", "read_params", "read_tokenizer", "why_unread", "write_directory"]
+    "SENTENCEPIECE", "UNREAD", "ExportOptions", "HFModel", "Place", "difference", "identify",
+    "is_hf_directory", "locate", "read_directory", "read_params", "read_tokenizer", "why_unread",
+    "write_directory"]

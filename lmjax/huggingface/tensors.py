@@ -22,6 +22,9 @@ STORED_DTYPES = {
 DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf")  # of weight files
+
+
 class Entry(NamedTuple):
     """One stored tensor, as its file's header describes it."""
 
@@ -148,9 +151,11 @@ def _open(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
-        raise UserError(f"the weights in {file.name}", "no such file",
-                        "fetch it, or convert pytorch_model.bin to safetensors first",
-                        where=str(file.parent))
+        others = sorted(path.name for path in file.parent.iterdir() if path.suffix in WEIGHTS)
+        raise UserError(
+            f"the weights in {file.name}", ", ".join(others[:3]) or "no such file",
+            f"fetch it and, if there are shards, {INDEX}; or let transformers convert the directory"
+            " (from_pretrained, then save_pretrained); or rename a variant", str(file.parent))
     try:
         return safe_open(file, framework="np")
     except SafetensorError as error:

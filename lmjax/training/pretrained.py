@@ -41,15 +41,18 @@ def find(path: str | os.PathLike, *, step: int | None = None,
     """Finds the model at `path`.
 
     Args:
-      path: a run's directory, one checkpoint of a run, or a Hugging Face directory.
+      path: a run's directory, one checkpoint of a run, a Hugging Face directory, or a model of
+        the hub's local cache (its directory or its name).
       step: which checkpoint of a run; by default the newest.
       ema: whether to take the averaged weights; by default, if the run kept them.
 
     Raises:
       UserError: there is no model, or one that lmjax cannot compute.
     """
-    if "://" not in str(path) and huggingface.is_hf_directory(Path(path).expanduser()):
-        return _huggingface(Path(path).expanduser())
+    if "://" not in str(path):
+        path = huggingface.locate(path)
+        if huggingface.is_hf_directory(path):
+            return _huggingface(path)
     where = _checkpoint(path, step)
     about = read_about(where)
     has_ema = "ema" in about["checksums"]

@@ -5,9 +5,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from exports import settings_of
+from exports import settings_of, write
 
 import lmjax
+from lmjax import huggingface
 from lmjax.errors import UserError
 
 V, D, F = 48, 16, 24
@@ -217,3 +218,83 @@ def test_a_whole_file_goes_before_an_index(directories, tmp_path):
         shutil.copy(file, path)
     assert (path / "model.safetensors.index.json").exists()
     assert same(ours(path), theirs(path))
+
+
+def cache(tmp_path, directory):
+    """A hub's cache as huggingface_hub lays it out: a snapshot of links to blobs."""
+    model = tmp_path / "hub" / "models--org--name"
+    snapshot = model / "snapshots" / "abc"
+    (model / "refs").mkdir(parents=True)
+    (model / "blobs").mkdir()
+    snapshot.mkdir(parents=True)
+    (model / "snapshots" / "old").mkdir()
+    (model / "refs" / "main").write_text("abc")
+    for i, file in enumerate(directory.iterdir()):
+        shutil.copy(file, model / "blobs" / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    return model
+
+
+@pytest.fixture
+def small(tmp_path):
+    write(tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("variable, below", [
+    ("HF_HOME", ""), ("HF_HUB_CACHE", "hub"), ("HUGGINGFACE_HUB_CACHE", "hub")])
+def test_a_model_of_the_hub_cache_is_found(variable, below, small, tmp_path, monkeypatch):
+    model = cache(tmp_path, small)
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / below))
+    assert huggingface.locate("org/name") == huggingface.locate(model)
+    assert huggingface.identify("org/name").kind == huggingface.identify(model).kind == "hub cache"
+    assert huggingface.identify(model).fault is None
+    lmjax.load("org/name")
+    (model / "refs" / "main").write_text("gone")
+    with pytest.raises(UserError, match="expected refs/main to name a snapshot"):
+        lmjax.load(model)
+
+
+def renamed(new):
+    return lambda path: (path / "model.safetensors").rename(path / new).parent
+
+
+def adapter(path):
+    (path / "adapter_config.json").write_text("{}")
+    return path
+
+
+def gguf(path):
+    (path / "model.gguf").write_bytes(b"GGUF")
+    return path / "model.gguf"
+
+
+# case -> (what the files become; returns the path, the kind, the message)
+LAYOUTS = {
+    "whole": (lambda path: path, "model", ""),
+    "the file": (lambda path: path / "model.safetensors", "weights file", ""),
+    "bin": (renamed("pytorch_model.bin"), "model", "got pytorch_model.bin; .* convert"),
+    "variant": (renamed("model.fp16.safetensors"), "model", "got model.fp16.*rename a variant"),
+    "no index": (renamed("model-00001-of-00002.safetensors"), "model", "got model-00001.*index"),
+    "a shard": (lambda path: renamed("model-00001-of-00002.safetensors")(path)
+                / "model-00001-of-00002.safetensors", "weights file", "expected a model's dir"),
+    "adapter": (adapter, "adapter", "expected a whole model, got an adapter"),
+    "gguf": (gguf, "GGUF file", "a GGUF file, which lmjax does not read yet; fetch"),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_a_layout_of_files_loads_or_is_refused_in_one_line(case, small):
+    change, kind, message = LAYOUTS[case]
+    path = change(small)
+    found = huggingface.identify(path)
+    assert found.kind == kind
+    if not message:
+        assert found.fault is None
+        lmjax.load(path)
+    else:
+        assert found.fault is not None
+        with pytest.raises(UserError, match=message):
+            lmjax.load(path)

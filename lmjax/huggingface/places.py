@@ -1,0 +1,102 @@
+"""What of Hugging Face a path is: a model, a hub's cache, a file, an adapter, a tokenizer."""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from lmjax.data.tokenizers import HF_FILES
+from lmjax.errors import UserError
+from lmjax.huggingface.directory import is_hf_directory, read_directory
+from lmjax.huggingface.tokenizers import SENTENCEPIECE
+
+NAME = r"[\w.-]+(/[\w.-]+)?"  # a model's name on the hub: org/name, or name alone
+CACHED = "models--"  # the hub's cache keeps org/name in models--org--name
+
+
+class Place(NamedTuple):
+    """What a path is, and whether it is whole."""
+
+    kind: str  # "model", "hub cache", "weights file", "GGUF file", "adapter", "tokenizer" or ""
+    path: Path  # what lmjax reads: of a hub's cache, its snapshot
+    fault: UserError | None  # why lmjax cannot read a model there; None if it can
+
+
+def identify(path: str | os.PathLike) -> Place:
+    """Says what of Hugging Face `path` is, and whether its files are whole. Reads no weights."""
+    given = Path(path).expanduser()
+    kind, found = _kind(given), given
+    try:
+        found = locate(path)
+        kind = kind or ("hub cache" if found != given else "")
+        if kind and kind != "tokenizer":
+            read_directory(found)
+    except UserError as error:
+        return Place(kind, found, error)
+    return Place(kind, found, None)
+
+
+def locate(path: str | os.PathLike) -> Path:
+    """Returns the directory of a model in a hub's cache, of a name in it, or of a weights file.
+
+    Any other path is returned as it is.
+
+    Raises:
+      UserError: the path is a GGUF file, an adapter, or a part of something that must be whole.
+    """
+    where = Path(path).expanduser()
+    if not where.exists() and re.fullmatch(NAME, str(path)):
+        cached = _cache() / (CACHED + str(path).replace("/", "--"))
+        where = cached if cached.is_dir() else where
+    if (where / "snapshots").is_dir():
+        where = _snapshot(where)
+    kind = _kind(where)
+    if kind == "GGUF file":
+        raise UserError("a directory with config.json and safetensors", "a GGUF file, which lmjax "
+                        "does not read yet", "fetch the model's safetensors", str(where))
+    if kind == "adapter":
+        raise UserError("a whole model", "an adapter (adapter_config.json)", "merge it into its "
+                        "base with peft's merge_and_unload, then save that", str(where))
+    if kind == "weights file":
+        if where.name != "model.safetensors":
+            raise UserError("a model's directory", f"the file {where.name} alone", "name its "
+                            "directory; rename a variant to model.safetensors first",
+                            str(where.parent))
+        return where.parent
+    return where
+
+
+def _kind(path: Path) -> str:
+    if path.is_file():
+        return {".gguf": "GGUF file", ".safetensors": "weights file"}.get(path.suffix, "")
+    if (path / "snapshots").is_dir():
+        return "hub cache"
+    if (path / "adapter_config.json").is_file():
+        return "adapter"
+    if path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf")):
+        return "GGUF file"
+    if path.is_dir() and is_hf_directory(path):
+        return "model"
+    has_tokenizer = any((path / name).is_file() for name in (SENTENCEPIECE, HF_FILES[0]))
+    return "tokenizer" if has_tokenizer and not (path / "config.json").exists() else ""
+
+
+def _cache() -> Path:
+    """The hub's cache, where huggingface_hub looks for it."""
+    e = os.environ
+    home = e.get("HF_HOME") or Path(e.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    hub = e.get("HF_HUB_CACHE") or e.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
+    return Path(os.path.expandvars(hub)).expanduser()
+
+
+def _snapshot(cached: Path) -> Path:
+    """The snapshot of a cached model that its `main` names, or the only one."""
+    main = cached / "refs" / "main"
+    held = sorted(path for path in (cached / "snapshots").iterdir() if path.is_dir())
+    if main.is_file():
+        wanted = cached / "snapshots" / main.read_text(encoding="utf-8").strip()
+        held = [path for path in held if path == wanted]
+    if len(held) != 1:
+        raise UserError("refs/main to name a snapshot", f"{len(held)} snapshots to choose from",
+                        "fetch the model again, or name a directory of snapshots/", str(cached))
+    return held[0]
