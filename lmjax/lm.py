@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from lmjax.config import choice, scalar
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.decoding.answers import DecodingOptions, answer
 from lmjax.decoding.attention_maps import attention_maps, draw_attention
-from lmjax.decoding.generate import Generator, bucket, jit_on
+from lmjax.decoding.generate import Generator, jit_on
 from lmjax.decoding.inputs import (
     check_array,
     check_ids,
@@ -26,23 +27,18 @@ from lmjax.decoding.inputs import (
     check_texts,
 )
 from lmjax.decoding.reading import make_reader, rows_of
+from lmjax.decoding.scoring import batches, continuations, likelihoods, states
 from lmjax.decoding.speculative import Draft
 from lmjax.errors import UserError
-from lmjax.models.model import Batch, Model, build_model
+from lmjax.models.model import Model, build_model
 from lmjax.nn.module import Params
 from lmjax.runtime.files import new_directory
-from lmjax.sharding import Layout, MeshConfig, make_layout, use_layout
+from lmjax.sharding import Layout, MeshConfig, make_layout
 from lmjax.training.checkpoint import About, Checkpointer
-from lmjax.training.losses import log_likelihoods
 from lmjax.training.pretrained import find
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import TrainState
 
-SCORE_ROWS = 16  # rows that are scored at a time; fewer, if they are long:
-SCORE_TOKENS = SCORE_ROWS * 1024  # limit of the tokens that are scored at a time
-SCORE_LENGTH = 16  # positions of the shortest row that a program is compiled for
-# float32 logits that are held at a time (64 MiB), but at least those of one position of each row.
-SCORE_LOGITS = 1 << 24
 POOLING = {
     "mean": lambda x_TD: x_TD.mean(0), "first": lambda x_TD: x_TD[0], "last": lambda x_TD: x_TD[-1]}
 
@@ -89,10 +85,10 @@ class LM:
             self._generator = Generator(
                 model, layout, eos_id=tokenizer.eos_id,
                 vocab_size=self._reader.names.vocab_size, start_id=self._reader.start_id)
-        self._score = jax.jit(self._token_log_likelihoods, out_shardings=layout.replicated)
+        whole = {"out_shardings": layout.replicated}
+        self._score = jit_on(layout, functools.partial(likelihoods, model), **whole)
+        self._states = jit_on(layout, functools.partial(states, model), **whole)
         self._logits = jit_on(layout, model.logits)
-        self._encode = jax.jit(lambda params, batch: model.encode(params, batch)[0][0],
-                               out_shardings=layout.replicated)
 
     def score(self, texts: Sequence[str]) -> list[Score]:
         """Scores each text as the beginning of a document.
@@ -151,24 +147,7 @@ class LM:
                                 "put an id before them, such as the tokenizer's bos_id",
                                 f"rows[{i}]")
         rows = [(piece, int(n)) for piece, (_, n) in zip(pieces, rows, strict=True)]
-        by_size: dict[int, list[int]] = {}
-        for i, (ids, _) in enumerate(rows):
-            by_size.setdefault(bucket(len(ids) - 1, SCORE_LENGTH), []).append(i)
-        out = [(0.0, True)] * len(rows)
-        for size, members in sorted(by_size.items()):
-            # The size alone decides, so that a row is always scored by the same program.
-            count = max(1, min(SCORE_ROWS, SCORE_TOKENS // size))
-            for at in range(0, len(members), count):
-                part = members[at : at + count]
-                batch = rows_of(self.model, [rows[i][0] for i in part], count, size,
-                                    [len(rows[i][0]) - rows[i][1] for i in part])
-                nats_BT, best_BT = (np.asarray(x) for x in self._score(self.params, batch))
-                for row, i in enumerate(part):
-                    ids, n = rows[i]
-                    span = slice(len(ids) - 1 - n, len(ids) - 1)
-                    out[i] = (float(nats_BT[row, span].sum(dtype=np.float64)),
-                              bool(best_BT[row, span].all()))
-        return out
+        return continuations(self.model, self._score, self.params, rows)
 
     def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
         """Continues each prompt; an encoder-decoder reads the prompt and writes an answer.
@@ -229,10 +208,11 @@ class LM:
         rows = check_ids([self._reader.ids(text, room) for text in texts], self.model.config,
                          "texts")
         out = np.zeros((len(rows), self.model.config.embed_dim), np.float32)
-        for i, row in enumerate(rows):
-            batch = rows_of(self.model, [[*row, 0]], 1, bucket(len(row), 16), [len(row)])
-            x_TD = np.asarray(self._encode(self.params, batch), np.float32)
-            out[i] = POOLING[pooling](x_TD[: len(row)])
+        pieces = [[*row, 0] for row in rows]
+        for part, batch in batches(self.model, pieces, [len(row) for row in rows]):
+            x_BTD = np.asarray(self._states(self.params, batch, np.int32(len(part))), np.float32)
+            for x_TD, i in zip(x_BTD, part, strict=False):
+                out[i] = POOLING[pooling](x_TD[: len(rows[i])])
         if not normalize:
             return out
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
@@ -332,15 +312,6 @@ class LM:
                             "tokenizer.json", "use lm.logits(ids), or write tokenizer.json with "
                             "AutoTokenizer of transformers (save_pretrained) and load again")
         return self.tokenizer
-
-    def _token_log_likelihoods(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        with use_layout(self.layout):
-            x_BTD, table_VD, bias_V, _ = self.model.hidden(params, batch)
-            B, T = batch["targets"].shape
-            # The largest power of two (as T is) whose logits are at most SCORE_LOGITS.
-            chunk = 1 << max(SCORE_LOGITS // (B * len(table_VD)), 1).bit_length() - 1
-            return log_likelihoods(x_BTD, table_VD, batch["targets"], bias_V=bias_V,
-                                   softcap=self.model.config.logit_softcap, chunk=min(T, chunk))
 
 
 def load(path: str | os.PathLike, *, step: int | None = None, ema: bool | None = None) -> LM:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 import lmjax
-from lmjax import lm as lm_module
 from lmjax.cli import main as cli
 from lmjax.data.pipeline import open_splits
 from lmjax.decoding.generate import Generator, Sampling
-from lmjax.decoding.reading import rows_of
 from lmjax.errors import UserError
 from lmjax.lm import LM
+from lmjax.models.model import Model
+from lmjax.sharding import MeshConfig, make_layout
 
 KNOWN, PADDED = 300, 384  # ids of the tokenizer, rows of the table
 LENGTH = 32  # of a training row
@@ -178,39 +178,31 @@ def test_score_is_the_log_softmax_of_the_logits(lm):
     assert lm.score(TEXTS[1:2]) == scores[1:2]  # the other texts make no difference
 
 
-def test_long_rows_are_scored_fewer_at_a_time(lm, monkeypatch):
-    """Their length alone decides how many, and the values stay the same."""
-    expected, shapes, score = lm.score(TEXTS * 3), [], lm._score
+def test_rows_and_logits_are_computed_only_where_asked(lm, monkeypatch):
+    """One row runs one pass and one chunk of its scored positions; the bits stay the same."""
+    rows = [([1, *range(4, 4 + n)], min(n, 5)) for n in (3, 9, 30, 31, 17, 60, 70)] * 3
+    together = lm.continuations(rows)
+    assert lm.continuations(rows[::-1])[::-1] == together
+    assert [lm.continuations([row])[0] for row in rows[:7]] == together[:7]
+    found, hidden, unembed = [], Model.hidden, Model.unembed
 
-    def recorded(params, batch):
-        shapes.append(batch["tokens"].shape)
-        return score(params, batch)
+    def counted(run, name):
+        def wrapped(self, params, x, *rest):
+            shape = (x["tokens"] if name == "rows" else x).shape
+            jax.debug.callback(lambda: found.append((name, shape[:2])))
+            return run(self, params, x, *rest)
+        return wrapped
 
-    monkeypatch.setattr(lm, "_score", recorded)
-    for tokens, rows in ((2 * LENGTH, 2), (1, 1)):
-        monkeypatch.setattr(lm_module, "SCORE_TOKENS", tokens)
-        shapes.clear()
-        for got, wanted in zip(lm.score(TEXTS * 3), expected, strict=True):
-            assert got.log_likelihood == pytest.approx(wanted.log_likelihood, rel=1e-6)
-        assert (rows, LENGTH) in shapes
-        assert all(shape[0] <= max(tokens // shape[1], 1) for shape in shapes)
-
-
-def test_score_never_holds_all_logits(run, monkeypatch):
-    """Smaller chunks give the same values, and no array of the program holds all logits."""
+    monkeypatch.setattr(Model, "hidden", counted(hidden, "rows"))
+    monkeypatch.setattr(Model, "unembed", counted(unembed, "positions"))
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    rows, scores = lm_module.SCORE_ROWS, []
-    for positions in (LENGTH, 4):
-        monkeypatch.setattr(lm_module, "SCORE_LOGITS", rows * PADDED * positions)
-        lm = lmjax.load(run)
-        scores.append([score.log_likelihood for score in lm.score(TEXTS)])
-        batch = rows_of(lm.model, [[1] * (LENGTH + 1)], rows, LENGTH, [1])
-        program = lm._score.lower(lm.params, batch).compile().as_text()
-        shapes = [[int(n) for n in dims.split(",")]
-                  for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program)]
-        largest = max(math.prod(shape) for shape in shapes if PADDED in shape)
-        assert largest == rows * positions * PADDED
-    np.testing.assert_allclose(*scores, rtol=1e-6)
+    fresh = LM(lm.model, jax.device_get(lm.params), make_layout(MeshConfig(), jax.devices()[:1]),
+               lm.tokenizer, lm.recipe, lm.about)
+    for count in (1, 3):
+        found.clear()
+        fresh.continuations([([1] * 71, 3)] * count)
+        jax.effects_barrier()
+        assert found == [("rows", (1, 80))] * count + [("positions", (1, 64))]
 
 
 def test_greedy_generation_takes_the_likeliest_known_token(lm):

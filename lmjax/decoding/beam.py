@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.config import at_least
-from lmjax.decoding.generate import Generator, Prompts, bucket, jit_on, known, padded, prefill
+from lmjax.decoding.generate import Generator, Prompts, jit_on, known, padded, prefill, size
 from lmjax.models.cache import Cache
 from lmjax.models.model import Model
 from lmjax.nn.module import Params
@@ -46,7 +46,7 @@ def beam_search(generator: Generator, params: Params, prompts: Sequence[Sequence
     at_least(1, num_beams=num_beams)
     generator.check(prompts, max_tokens)
     batch = padded(prompts)
-    slots = bucket(batch.tokens.shape[1] + max_tokens, 32)
+    slots = size(batch.tokens.shape[1] + max_tokens, 32)
     search = _compiled(generator.model, generator.layout, generator.eos_id, generator.vocab_size,
                        generator.start_id, slots, num_beams)
     best = np.asarray(search(params, batch, np.int32(max_tokens), np.float32(length_penalty)))

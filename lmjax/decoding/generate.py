@@ -49,8 +49,8 @@ class Prompts(NamedTuple):
 class Generator:
     """Continues prompts with a model.
 
-    It compiles one program per bucket: the rows, the prompts' tokens and the slots of the cache,
-    each rounded up to a power of two.
+    It compiles one program per bucket: the rows, rounded up to a power of two, and the prompts'
+    tokens and the slots of the cache, each rounded up by `size`.
     """
 
     def __init__(self, model: Model, layout: Layout | None = None, *, eos_id: int = -1,
@@ -86,7 +86,7 @@ class Generator:
         batch = padded(prompts)
         lay_out, start, advance = _compiled(
             self.model, self.layout, self.eos_id, self.vocab_size, self.start_id,
-            bucket(batch.tokens.shape[1] + max_tokens, 32))
+            size(batch.tokens.shape[1] + max_tokens, 32))
         params = lay_out(params)
         settings = np.int32(seed % 2**31), jax.tree.map(np.asarray, sampling)
         state, done = start(params, batch, *settings), 0
@@ -123,7 +123,7 @@ class Generator:
 
 def padded(prompts: Sequence[Sequence[int]]) -> Prompts:
     """The prompts in the smallest bucket that holds them."""
-    B, P = bucket(len(prompts), 1), bucket(max(map(len, prompts)), 16)
+    B, P = bucket(len(prompts), 1), size(max(map(len, prompts)), 16)
     tokens, lengths = np.zeros((B, P), np.int32), np.ones(B, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
@@ -159,6 +159,15 @@ def prefill(model: Model, params: Params, prompts: Prompts, slots: int, start_id
 def bucket(n: int, least: int) -> int:
     """The smallest power of two that is at least `n` and `least`."""
     return 1 << max(n - 1, least - 1).bit_length()
+
+
+def size(n: int, least: int) -> int:
+    """`n` rounded up to a multiple of `least` and of an eighth of the next power of two.
+
+    Long rows get few sizes to compile for, and at most a quarter of padding.
+    """
+    step = max(least, bucket(n, 1) // 8)
+    return max(-(-n // step), 1) * step
 
 
 def row_keys(seed: jax.Array, rows: int, step: jax.Array) -> jax.Array:

@@ -18,12 +18,12 @@ from lmjax.config import at_least
 from lmjax.decoding.generate import (
     Generator,
     Prompts,
-    bucket,
     jit_on,
     known,
     padded,
     prefill,
     row_keys,
+    size,
 )
 from lmjax.decoding.sampling import PLAIN, Sampling, adjust
 from lmjax.errors import UserError
@@ -75,7 +75,7 @@ def speculate(generator: Generator, params: Params, draft: Draft,
     longest = generator.check(prompts, max_tokens + draft.propose, sampling)
     Generator(draft.model, eos_id=-1).check(prompts, max_tokens + draft.propose)
     batch = padded(prompts)
-    slots = bucket(max(longest, batch.tokens.shape[1]) + max_tokens + draft.propose + 1, 32)
+    slots = size(max(longest, batch.tokens.shape[1]) + max_tokens + draft.propose + 1, 32)
     run = _compiled(generator.model, draft.model, generator.layout, generator.eos_id,
                     generator.vocab_size, generator.start_id, slots, draft.propose)
     answers, ends, gained = map(np.asarray, run(

@@ -78,6 +78,10 @@ class Model:
         """The float32 logits [B, T, V]; the losses of `training.losses` need not hold them all."""
         return self._logits(*self.hidden(params, batch)[:3])
 
+    def unembed(self, params: Params, x_BTD: jax.Array) -> jax.Array:
+        """The float32 logits [B, T, V] of hidden states, for some of the positions of `hidden`."""
+        return self._logits(x_BTD, *self.functional.bind(self._cast(params)).unembedding)
+
     def encode(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """The last hidden states before any head, and the pooler's output if there is a pooler.
 

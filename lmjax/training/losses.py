@@ -57,27 +57,6 @@ def cross_entropy(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Ar
     return Loss(total, nats, jnp.sum(mask))
 
 
-def log_likelihoods(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *,
-                    bias_V: jax.Array | None = None, softcap: float = 0.0,
-                    chunk: int = 0) -> tuple[jax.Array, jax.Array]:
-    """Scores every target; the arguments are those of `cross_entropy`.
-
-    Returns:
-      log softmax(hidden @ table.T + bias)[target], float32 [B, T], and whether the target is the
-      likeliest token, bool [B, T].
-
-    Raises:
-      UserError: `chunk` does not divide the sequence.
-    """
-
-    def one(carry: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[Any, Any]]:
-        log_p = _softmax(*part, table_VD, bias_V, softcap)
-        return carry, (log_p.target - log_p.log_z, jnp.argmax(log_p.logits, axis=-1) == part[1])
-
-    parts = hidden_BTD, targets_BT
-    return _over_chunks(one, None, parts, _checked(chunk, targets_BT.shape[1]))[1]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _summed(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
             bias_V: jax.Array | None, softcap: float, z_loss: float, chunk: int) -> Sums:

@@ -1,0 +1,138 @@
+"""What a model says of whole rows: likelihoods and hidden states, one compiled program per length.
+
+The program runs over its rows in passes of a fixed shape and stops after the last row that was
+asked for. So a row's result does not depend on the other rows, and rows that nobody asked for cost
+nothing. Logits are computed for the scored positions only, some at a time.
+
+Shape suffixes: B rows, T sequence, D embed_dim, V vocab_size, M scored positions, C of them at a
+time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lmjax.decoding.generate import size
+from lmjax.decoding.reading import rows_of
+from lmjax.models.model import Batch, Model
+from lmjax.nn.module import Params
+from lmjax.sharding import platform
+
+ROWS = 16  # rows per call, fewer if they are long:
+TOKENS = ROWS * 1024  # limit of the tokens per call
+LENGTH = 16  # positions of the shortest row that a program is compiled for
+# Tokens per pass, at least one row. A matmul of 64 rows keeps a CPU busy; others want many more.
+PASS_TOKENS = {"cpu": 64}
+LOGITS = 1 << 24  # float32 logits that are held at a time (64 MiB), but at least one position's
+
+
+def states(model: Model, params: Params, batch: Batch, count: jax.Array) -> jax.Array:
+    """The last hidden states [B, T, D] (see `Model.encode`) of the first `count` rows."""
+    return _in_passes(lambda part: model.encode(params, part)[0], batch, count)
+
+
+def likelihoods(model: Model, params: Params, batch: Batch, count: jax.Array, at_M: jax.Array,
+                targets_M: jax.Array, scored: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scores tokens after positions of the first `count` rows.
+
+    Args:
+      at_M: positions in the rows laid end to end.
+      targets_M: the token after each.
+      scored: how many of them count; the others are padding.
+
+    Returns:
+      The targets' log-likelihoods, float32 [M], and whether each is the likeliest, bool [M].
+    """
+    x_BTD = _in_passes(lambda part: model.hidden(params, part).x_BTD, batch, count)
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    fitting = max(LOGITS // model.config.vocab_size, 1)
+    C = min(PASS_TOKENS.get(platform(), TOKENS), 1 << fitting.bit_length() - 1)
+    pad = -len(at_M) % C
+    at_M, targets_M = jnp.pad(at_M, (0, pad)), jnp.pad(targets_M, (0, pad))
+
+    def chunk(i: jax.Array, out: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        at_C = lax.dynamic_slice_in_dim(at_M, i * C, C)
+        target_C1 = lax.dynamic_slice_in_dim(targets_M, i * C, C)[:, None]
+        logits_CV = model.unembed(params, x_ND[at_C][None])[0]
+        # A gather from a sharded vocabulary would collect all logits first.
+        hit_CV = lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1) == target_C1
+        target_C = jnp.sum(jnp.where(hit_CV, logits_CV, 0.0), axis=1)
+        top_C1 = jnp.max(logits_CV, axis=1, keepdims=True)
+        log_z = top_C1[:, 0] + jnp.log(jnp.sum(jnp.exp(logits_CV - top_C1), axis=1))
+        found = target_C - log_z, target_C >= top_C1[:, 0]  # an argmax would take another pass
+        return tuple(lax.dynamic_update_slice_in_dim(x, part, i * C, 0)  # type: ignore[return-value]
+                     for x, part in zip(out, found, strict=True))
+
+    empty = jnp.zeros(len(at_M), jnp.float32), jnp.zeros(len(at_M), jnp.bool_)
+    return lax.fori_loop(0, (scored + C - 1) // C, chunk, empty)
+
+
+def batches(model: Model, pieces: Sequence[Sequence[int]],
+            given: Sequence[int]) -> Iterator[tuple[list[int], Any]]:
+    """Puts pieces of like length together.
+
+    Args:
+      model, pieces, given: as in `rows_of`.
+
+    Yields:
+      (indices of pieces, the batch whose first rows they are).
+    """
+    by_size: dict[int, list[int]] = {}
+    for i, ids in enumerate(pieces):
+        by_size.setdefault(size(len(ids) - 1, LENGTH), []).append(i)
+    for length, members in sorted(by_size.items()):
+        count = max(1, min(ROWS, TOKENS // length))
+        for at in range(0, len(members), count):
+            part = members[at : at + count]
+            yield part, rows_of(model, [pieces[i] for i in part], count, length,
+                                [given[i] for i in part])
+
+
+def continuations(model: Model, run: Callable[..., tuple[jax.Array, jax.Array]], params: Params,
+                  rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
+    """Scores the last ids of each row: see `LM.continuations`.
+
+    Args:
+      model: the decoder.
+      run: `likelihoods` of it, compiled.
+      params: its parameters.
+      rows: (token ids, how many of the last ones to score).
+    """
+    out = [(0.0, True)] * len(rows)
+    asked = [i for i, (_, n) in enumerate(rows) if n]
+    pieces = [rows[i][0] for i in asked]
+    for part, batch in batches(model, pieces, [len(rows[i][0]) - rows[i][1] for i in asked]):
+        length = batch["tokens"].shape[1]
+        ends = [(row * length + len(pieces[i]) - 1, rows[asked[i]][1])
+                for row, i in enumerate(part)]
+        wanted = np.concatenate([np.arange(end - n, end) for end, n in ends])
+        at_M = np.zeros(batch["tokens"].size, np.int32)
+        at_M[: len(wanted)] = wanted
+        nats, best = map(np.asarray, run(params, batch, np.int32(len(part)), at_M,
+                                         batch["targets"].reshape(-1)[at_M],
+                                         np.int32(len(wanted))))
+        begin = 0
+        for i, (_, n) in zip(part, ends, strict=True):
+            span = slice(begin, begin := begin + n)
+            out[asked[i]] = (float(nats[span].sum(dtype=np.float64)), bool(best[span].all()))
+    return out
+
+
+def _in_passes(run: Callable[[Batch], jax.Array], batch: Batch, count: jax.Array) -> jax.Array:
+    """Runs the first `count` rows of a batch, always as many at once."""
+    B, T = batch["tokens"].shape
+    G = min(B, max(PASS_TOKENS.get(platform(), TOKENS) // T, 1))
+
+    def part(i: jax.Array | int) -> Batch:
+        return {name: lax.dynamic_slice_in_dim(x, i * G, G) for name, x in batch.items()}
+
+    def one(i: jax.Array, out: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(out, run(part(i)), i * G, 0)
+
+    shape = jax.eval_shape(lambda: run(part(0)))
+    return lax.fori_loop(0, (count + G - 1) // G, one,
+                         jnp.zeros((B, *shape.shape[1:]), shape.dtype))
