@@ -14,7 +14,7 @@ from lmjax.data.pipeline import Mixture, open_splits
 from lmjax.data.tokenizers import NamedIds, prepared_tokenizer
 from lmjax.errors import UserError
 from lmjax.training.checkpoint import checkpoint_steps, read_about
-from lmjax.training.recipe import Recipe, build_recipe
+from lmjax.training.recipe import Recipe, recorded_recipe
 
 CHUNK = 1024  # rows located at once
 # The fields of a row to show, by architecture. A decoder's targets hold the whole text.
@@ -44,7 +44,7 @@ def open_run(workdir: str | Path) -> TrainedData:
     if not (workdir / "config.json").exists():
         raise UserError("a run's directory", "no config.json there", "correct --workdir",
                         where=str(workdir))
-    recipe = build_recipe(json.loads((workdir / "config.json").read_text()))
+    recipe = recorded_recipe(json.loads((workdir / "config.json").read_text()))
     directory = recipe.data.directory or str(workdir.absolute() / "data")
     split, _ = open_splits(recipe.data, directory)
     batch_size, checkpoints = recipe.train.batch_size, recipe.checkpoint.path(workdir)

@@ -8,6 +8,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
+from lmjax.cli.arguments import AnyPath, LocalPath
 from lmjax.errors import UserError
 
 GENERATE_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
@@ -15,7 +16,7 @@ GENERATE_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "rep
 
 
 def _add_checkpoint(parser: ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT",
+    parser.add_argument("checkpoint", type=AnyPath, metavar="CHECKPOINT",
                         help="a run's directory or one of its checkpoints")
 
 
@@ -39,7 +40,7 @@ def add_generate(parser: ArgumentParser) -> None:
     add("--num-beams", type=int, default=1, help="beams of a beam search (default: 1, sampling)")
     add("--length-penalty", type=float, default=1.0,
         help="divide a beam's log-likelihood by length^THIS (default: 1)")
-    add("--draft", default="", metavar="CHECKPOINT",
+    add("--draft", default="", type=AnyPath, metavar="CHECKPOINT",
         help="a small model that proposes tokens; the distribution stays the same")
     add("--stream", action="store_true", help="print the text while it is generated")
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
@@ -70,7 +71,7 @@ def generate(arguments: Namespace, overrides: Sequence[str]) -> None:
 def add_score(parser: ArgumentParser) -> None:
     """Adds the arguments of `lmjax score`."""
     _add_checkpoint(parser)
-    parser.add_argument("file", nargs="+", metavar="FILE", help="a UTF-8 text file")
+    parser.add_argument("file", nargs="+", type=LocalPath, metavar="FILE", help="a UTF-8 text file")
 
 
 def score(arguments: Namespace, overrides: Sequence[str]) -> None:
@@ -96,10 +97,11 @@ def add_eval(parser: ArgumentParser) -> None:
     _add_checkpoint(parser)
     add = parser.add_argument
     add("--tasks", required=True, metavar="NAME,...", help="tasks of lm-eval or of --task-dir")
-    add("--task-dir", default="", metavar="DIR", help="a directory of your own task files")
+    add("--task-dir", default="", type=LocalPath, metavar="DIR",
+        help="a directory of your own task files")
     add("--num-fewshot", type=int, default=None, help="worked examples before each question")
     add("--limit", type=int, default=None, help="examples per task")
-    add("--out", default="", metavar="FILE", help="write the results as JSON, too")
+    add("--out", default="", type=LocalPath, metavar="FILE", help="write the results as JSON, too")
 
 
 def evaluate(arguments: Namespace, overrides: Sequence[str]) -> None:
@@ -119,9 +121,10 @@ def evaluate(arguments: Namespace, overrides: Sequence[str]) -> None:
 
 def add_import_hf(parser: ArgumentParser) -> None:
     """Adds the arguments of `lmjax import-hf`."""
-    parser.add_argument("checkpoint", metavar="DIR",
+    parser.add_argument("checkpoint", type=AnyPath, metavar="DIR",
                         help="a directory with config.json and safetensors")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the checkpoint goes")
+    parser.add_argument("--out", required=True, type=LocalPath, metavar="DIR",
+                        help="where the checkpoint goes")
 
 
 def import_hf(arguments: Namespace, overrides: Sequence[str]) -> None:
@@ -135,7 +138,8 @@ def add_export_hf(parser: ArgumentParser) -> None:
     """Adds the arguments of `lmjax export-hf`."""
     _add_checkpoint(parser)
     add = parser.add_argument
-    add("--out", required=True, metavar="DIR", help="where the Hugging Face directory goes")
+    add("--out", required=True, type=LocalPath, metavar="DIR",
+        help="where the Hugging Face directory goes")
     add("--model-type", default="",
         help="the family to write the model as (default: the first that fits)")
     add("--dtype", default="",

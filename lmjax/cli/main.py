@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lmjax.cli import inference, runs
+from lmjax.cli.arguments import parse
 from lmjax.cli.doctor import add_doctor, doctor
 from lmjax.cli.errors import explain, is_transient
-from lmjax.errors import UserError
 
 
 class Command(NamedTuple):
@@ -69,18 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     LMJAX_STOPPED_CODE is an environment variable; the code is 0 if it is not set.
     """
-    arguments, overrides = _parser().parse_known_args(argv)
-    bad = [item for item in overrides if not item.startswith("--config.")]
-    if bad or (overrides and not hasattr(arguments, "config")):
-        return _print_error(str(UserError(
-            f"an option of `lmjax {arguments.command}`", "an unknown one",
-            f"see lmjax {arguments.command} --help", where=(bad or overrides)[0])))
-    _set_environment()
-    command = COMMANDS[arguments.command]
     try:
+        arguments, overrides = parse(_parser(), sys.argv[1:] if argv is None else argv)
+        _set_environment()
+        command = COMMANDS[arguments.command]
         if command.needs_jax:
             _start_jax()
-        overrides = [item.removeprefix("--config.") for item in overrides]
         return command.run(arguments, overrides) or 0
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has ended
         # Python flushes stdout at exit. Into the closed pipe, that would raise once more.

@@ -9,6 +9,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lmjax.cli.arguments import AnyPath, LocalPath
 from lmjax.cli.errors import explain
 from lmjax.errors import UserError
 
@@ -18,19 +19,21 @@ if TYPE_CHECKING:
 
 def _add_config(parser: ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--config", required=required, default="", metavar="FILE[:VARIANT]",
+                        type=LocalPath,
                         help="a Python file with get_config(); "
-                        "--config.KEY.PATH=VALUE changes one of its values")
+                        "--config.KEY.PATH=VALUE changes one of its values; a list is JSON, or one "
+                        "string")
 
 
 def _add_workdir(parser: ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
+    parser.add_argument("--workdir", required=True, type=LocalPath, metavar="DIR",
+                        help="the run's directory")
 
 
 def _recipe(arguments: Namespace, overrides: Sequence[str]) -> "Recipe":
-    from lmjax.config import load
-    from lmjax.training.recipe import build_recipe
+    from lmjax.cli.recipe import recipe_of
 
-    return build_recipe(load(arguments.config, overrides))
+    return recipe_of(arguments.config, overrides)
 
 
 def add_train(parser: ArgumentParser) -> None:
@@ -39,7 +42,8 @@ def add_train(parser: ArgumentParser) -> None:
     _add_workdir(parser)
     parser.add_argument("--profile", default="", metavar="A:B",
                         help="trace the steps A to B into WORKDIR/profile")
-    parser.add_argument("--hlo", default="", metavar="DIR", help="write the step's HLO into DIR")
+    parser.add_argument("--hlo", default="", type=LocalPath, metavar="DIR",
+                        help="write the step's HLO into DIR")
 
 
 def train(arguments: Namespace, overrides: Sequence[str]) -> int:
@@ -78,7 +82,7 @@ def add_plan(parser: ArgumentParser) -> None:
                         help="first find the fastest mesh, remat policy and batch size")
     parser.add_argument("--tokens", type=float, default=0.0,
                         help="also estimate days and chip-hours for this number of tokens")
-    parser.add_argument("--out", default="", metavar="DIR",
+    parser.add_argument("--out", default="", type=LocalPath, metavar="DIR",
                         help="write plan.json, plan.svg and the HLO into DIR")
 
 
@@ -93,7 +97,8 @@ def plan(arguments: Namespace, overrides: Sequence[str]) -> None:
 def add_prepare(parser: ArgumentParser) -> None:
     """Adds the arguments of `lmjax prepare`."""
     _add_config(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the prepared data goes")
+    parser.add_argument("--out", required=True, type=AnyPath, metavar="DIR",
+                        help="where the prepared data goes")
 
 
 def prepare(arguments: Namespace, overrides: Sequence[str]) -> None:
@@ -130,7 +135,8 @@ def data(arguments: Namespace, overrides: Sequence[str]) -> None:
 
 def add_trace(parser: ArgumentParser) -> None:
     """Adds the arguments of `lmjax trace`."""
-    parser.add_argument("--data", required=True, metavar="DIR", help="a prepared directory")
+    parser.add_argument("--data", required=True, type=AnyPath, metavar="DIR",
+                        help="a prepared directory")
     parser.add_argument("--id", required=True,
                         help="the document's id, as in ids.txt and ledger.parquet")
 
@@ -162,7 +168,8 @@ def add_bench(parser: ArgumentParser) -> None:
                         "it needs no --config (default: train)")
     parser.add_argument("--seconds", type=float, default=60.0,
                         help="seconds to measure for, per comparison (default: 60)")
-    parser.add_argument("--out", default="", metavar="FILE", help="write the results as JSON, too")
+    parser.add_argument("--out", default="", type=LocalPath, metavar="FILE",
+                        help="write the results as JSON, too")
 
 
 def bench(arguments: Namespace, overrides: Sequence[str]) -> None:

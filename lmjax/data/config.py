@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmjax.config import at_least, choice, plain
+from lmjax.config import PathText, at_least, build, choice, expand_paths, plain
 from lmjax.data import packing
 from lmjax.data.objectives import ObjectiveConfig
 from lmjax.data.store import canonical
@@ -120,7 +121,7 @@ class DataConfig:
     # By name of a source: the most epochs that a run may take of it; no limit for the others.
     max_epochs: dict[str, float] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    directory: str = ""              # prepared data, local or remote; "": `data` in the workdir
+    directory: PathText = ""         # prepared data, local or remote; "": `data` in the workdir
     seq_len: int = 256               # tokens in a row, of the encoder if there is one
     packing: str = "best_fit"        # best_fit (cuts only overlong documents), concat or none
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -203,6 +204,8 @@ class DataConfig:
 def check_prepared_by(config: DataConfig, manifest: dict[str, Any], directory: str) -> None:
     """Raises a UserError for the first key in which the data was prepared with another setting."""
     got, expected = manifest["config"], config.prepared_by()
+    with contextlib.suppress(UserError):  # expanded like the paths of `config`; it may be another's
+        got = expand_paths(build(DataConfig, got)).prepared_by()
     for key in expected:
         if got.get(key) != expected[key]:
             raise UserError(f"data prepared with {key} = {canonical(expected[key])}",

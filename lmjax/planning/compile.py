@@ -37,7 +37,7 @@ SOURCES = (
     *(f"training/{name}.py" for name in ("losses", "program", "recipe", "state", "step")),
     *(f"data/{name}.py" for name in ("augmentation", "config", "denoising", "objectives", "packing",
                                      "rows")),
-    "config.py", "sharding.py", "tree.py", "runtime/chips.py", "planning/compile.py",
+    "config", "sharding.py", "tree.py", "runtime/chips.py", "planning/compile.py",
     "planning/measure.py")
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")  # whose versions decide it too
 

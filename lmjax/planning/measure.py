@@ -27,7 +27,7 @@ from lmjax.runtime.chips import Topology, parse_topology
 from lmjax.runtime.devices import matmul_rate
 from lmjax.sharding import use_layout
 from lmjax.training.program import Program, make_program
-from lmjax.training.recipe import Recipe, build_recipe
+from lmjax.training.recipe import Recipe, recorded_recipe
 from lmjax.tree import num_elements, shard_bytes
 
 PLATFORMS = ("cpu", "gpu", "cuda", "tpu")  # in place of a topology: the devices at hand
@@ -174,7 +174,7 @@ def main(work: str) -> int:
     folder = Path(work)
     request = json.loads((folder / "request.json").read_text())
     try:
-        recipe = build_recipe(request["recipe"])
+        recipe = recorded_recipe(request["recipe"])
         facts, text = measure(recipe, topology_of(request["topology"]))
     except UserError as error:
         (folder / "error.json").write_text(json.dumps([str(part) for part in error.args]))

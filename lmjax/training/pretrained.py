@@ -22,7 +22,7 @@ from lmjax.errors import UserError
 from lmjax.models.model import Model
 from lmjax.nn.module import Params
 from lmjax.training.checkpoint import About, checkpoint_steps, read_about, restore_params
-from lmjax.training.recipe import Recipe, build_recipe
+from lmjax.training.recipe import Recipe, recorded_recipe
 
 
 class Pretrained(NamedTuple):
@@ -66,7 +66,7 @@ def find(path: str | os.PathLike, *, step: int | None = None,
             shape.shape, shape.dtype, sharding=sharding), model.shapes, shardings)
         return restore_params(where, shapes, name=name)
 
-    return Pretrained(str(where), build_recipe(about["recipe"]), _tokenizer(about), about, read)
+    return Pretrained(str(where), recorded_recipe(about["recipe"]), _tokenizer(about), about, read)
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
@@ -137,7 +137,7 @@ def _tokenizer(about: About) -> Tokenizer | None:
 
 def _huggingface(path: Path) -> Pretrained:
     found = huggingface.read_directory(path)
-    recipe = build_recipe({"model": plain(found.config),
+    recipe = recorded_recipe({"model": plain(found.config),
                            "data": {"seq_len": found.config.max_positions}})
     about = {
         "recipe": plain(recipe),

@@ -12,7 +12,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lmjax.config import at_least, build, choice, plain
+from lmjax.config import LocalPathText, PathText, at_least, build, choice, expand_paths, plain
+from lmjax.config.paths import is_bucket
 from lmjax.data.config import DataConfig
 from lmjax.data.objectives import OBJECTIVES
 from lmjax.decoding.sampling import Sampling
@@ -43,7 +44,7 @@ class TrainConfig:
     z_loss: float = 0.0  # coefficient of log(Z)^2
     # The model whose weights the run starts from: the directory of a run, of a checkpoint or of a
     # Hugging Face model; "": random weights.
-    init_from: str = ""
+    init_from: PathText = ""
     loss_chunk: int = 0  # positions whose logits exist at a time; 0: all
     log_every: int = 1  # steps per line of metrics.jsonl
 
@@ -81,7 +82,7 @@ class EvalConfig:
 class CheckpointConfig:
     """When checkpoints are written, besides the one after the last step, and which are kept."""
 
-    directory: str = ""  # a directory or a bucket (gs://, s3://); "": WORKDIR/checkpoints
+    directory: PathText = ""  # a directory or a bucket (gs://, s3://); "": WORKDIR/checkpoints
     every: int = 100  # steps between checkpoints
     keep_last: int = 2  # how many of the newest are kept
     keep_every: int = 0  # those at multiples of so many steps are kept as well; 0: none
@@ -95,7 +96,7 @@ class CheckpointConfig:
 
     def path(self, workdir: Path) -> str:
         """Returns where the checkpoints of a run in `workdir` are: a URL or an absolute path."""
-        if "://" in self.directory:
+        if is_bucket(self.directory):
             return self.directory
         return str(Path(self.directory or workdir / "checkpoints").absolute())
 
@@ -127,7 +128,7 @@ class WatchConfig:
     # Steps A:B, both included, that jax.profiler traces into WORKDIR/profile; "": none.
     profile: str = ""
     # A directory for the step's HLO, before and after compilation; "": not written.
-    hlo: str = ""
+    hlo: LocalPathText = ""
     # A run that has not moved for so long ends with the stacks of all threads; 0: never. Setting
     # up, compiling and saving may take half an hour in any case, preparing data a day.
     stall_seconds: float = 0.0
@@ -183,9 +184,20 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
     """Makes a `Recipe` from a config file's dict, strictly.
 
     `model.preset` stands for the keys of that preset. An objective without a name is the family's.
+    Paths are expanded.
 
     Raises:
-      UserError: an unknown key, a wrong type, or values that do not go together.
+      UserError: an unknown key, a wrong type, a path that cannot be meant, or values that do not go
+        together.
+    """
+    return expand_paths(recorded_recipe(mapping))
+
+
+def recorded_recipe(mapping: Mapping[str, Any]) -> Recipe:
+    """Makes a `Recipe` from what a run or a checkpoint has recorded: its paths stay as they are.
+
+    Raises:
+      UserError: as `build_recipe`, but for paths.
     """
     mapping = mapping if isinstance(mapping, Mapping) else plain(mapping)  # a ConfigDict is none
     model = mapping.get("model")

@@ -10,7 +10,7 @@ from lmjax.training.changes import check_schedule
 from lmjax.training.checkpoint import About
 from lmjax.training.checksums import checksums
 from lmjax.training.pretrained import Pretrained, check_start
-from lmjax.training.recipe import build_recipe
+from lmjax.training.recipe import recorded_recipe
 from lmjax.training.run import Log, Run
 from lmjax.training.state import TrainState
 from lmjax.training.workdir import same_run
@@ -77,7 +77,7 @@ def _check(run: Run, about: About) -> None:
     if step > steps:
         raise UserError(f"at least the {step:,} steps that {run.workdir} has done", f"{steps:,}",
                         "raise it, or use another --workdir", where="config.train.steps")
-    check_schedule(build_recipe(about["recipe"]), run.recipe, step)
+    check_schedule(recorded_recipe(about["recipe"]), run.recipe, step)
     saved, row = about["data"]["fingerprint"], about["data"]["next_row"]
     data = run.train_split.fingerprint_of(row)
     if saved != data:

@@ -12,7 +12,7 @@ from lmjax.errors import UserError
 from lmjax.runtime.distributed import agreed
 from lmjax.runtime.files import Busy, lock
 from lmjax.training.changes import blocking_changes
-from lmjax.training.recipe import Recipe, build_recipe
+from lmjax.training.recipe import Recipe, build_recipe, recorded_recipe
 from lmjax.training.run import Log
 
 
@@ -69,8 +69,9 @@ def same_run(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> list
     Raises:
       UserError: other changes, which would make another run.
     """
-    with contextlib.suppress(ValueError):  # a key that no longer exists is told as a change
-        before = plain(build_recipe(before))  # gives newer keys their defaults
+    for build in (recorded_recipe, build_recipe):  # the second expands paths, if they can be
+        with contextlib.suppress(UserError):  # a key that no longer exists is told as a change
+            before = plain(build(before))  # gives newer keys their defaults
     blocking, harmless = blocking_changes(before, now)
     if blocking:
         raise UserError("the config that this run was started with", "; ".join(blocking),

@@ -19,7 +19,7 @@ from lmjax.errors import UserError, first_line
 from lmjax.monitoring.units import human_bytes, human_count
 from lmjax.training.checkpoint import About, checkpoint_steps, read_about
 from lmjax.training.checksums import verify
-from lmjax.training.recipe import Recipe, build_recipe
+from lmjax.training.recipe import Recipe, recorded_recipe
 from lmjax.tree import named_leaves, num_bytes
 
 # Commands by architecture.
@@ -55,7 +55,7 @@ def examine_checkpoint(path: str, whole: bool) -> Diagnosis:
     found = Diagnosis(path, "a checkpoint of lmjax")
     about = _check_checkpoint(found, epath.Path(path), whole)
     if about:
-        found.uses += model_uses(path, build_recipe(about["recipe"]))
+        found.uses += model_uses(path, recorded_recipe(about["recipe"]))
     return found
 
 
@@ -64,7 +64,7 @@ def examine_checkpoints(path: str, whole: bool) -> Diagnosis:
     found = Diagnosis(path, "a directory of checkpoints")
     about = _check_checkpoints(found, path, whole)
     if about:
-        found.uses += model_uses(path, build_recipe(about["recipe"]))
+        found.uses += model_uses(path, recorded_recipe(about["recipe"]))
     return found
 
 
@@ -82,7 +82,7 @@ def examine_run(path: str, whole: bool) -> Diagnosis:
         found.check("data", lambda: _data(recipe, where, about, whole))
     _check_metrics(found, where, about)
     if about:
-        found.uses += model_uses(path, build_recipe(about["recipe"]))
+        found.uses += model_uses(path, recorded_recipe(about["recipe"]))
     found.uses += [f"lmjax report --workdir {path}", f"lmjax data show --workdir {path} --step 1"]
     return found
 
@@ -108,7 +108,7 @@ def _read_recipe(found: Diagnosis, where: Path) -> Recipe | None:
             raise UserError("the run's config.json", "none", "a start with the run's --config "
                             "writes it again", where=str(where))
         try:
-            recipes.append(build_recipe(json.loads(file.read_text())))
+            recipes.append(recorded_recipe(json.loads(file.read_text())))
         except json.JSONDecodeError as error:
             raise UserError("a config as JSON", error, "the file is damaged, move it away to go by "
                             "the checkpoints alone", where=str(file)) from None
@@ -155,7 +155,7 @@ def _check_checkpoint(found: Diagnosis, path: epath.Path, whole: bool) -> About 
 
     def describe() -> str:
         abouts.append(read_about(path))
-        return describe_model(build_recipe(abouts[0]["recipe"]),
+        return describe_model(recorded_recipe(abouts[0]["recipe"]),
                               sum(math.prod(leaf.shape) for leaf in _leaves(path / "params")))
 
     name = f"step {path.name}"

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmjax.config import PathText, paths
 from lmjax.errors import UserError, first_line
 
 STDLIB_SUFFIXES = {".py", ".txt", ".rst", ".md", ".html", ".c", ".h"}
@@ -43,7 +44,7 @@ class SourceConfig:
     uri: str
     weight: float = 1.0       # its share of the training rows, relative to the other sources
     text_field: str = "text"  # the column or key that holds the text (jsonl, parquet, tfds)
-    data_dir: str = ""        # where TensorFlow Datasets keeps its data; "": its own default
+    data_dir: PathText = ""   # where TensorFlow Datasets keeps its data; "": its own default
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name):
@@ -162,7 +163,7 @@ def _problem(source: SourceConfig, expected: str, got: str, fix: str) -> UserErr
 
 def _glob(pattern: str, source: SourceConfig) -> list[tuple[str, str]]:
     """The files that match, sorted: id (the path after the part without wildcards) and path."""
-    pattern = os.path.expanduser(pattern)
+    pattern = paths.expand(pattern, f"source {source.name}", bucket=False)
     if os.path.isdir(pattern):
         raise _problem(source, "files", f"the directory {pattern}",
                        f"write {pattern.rstrip('/')}/**/*")
@@ -266,6 +267,7 @@ def _tfds_builder(rest: str, source: SourceConfig) -> tuple[Any, str]:
     name, _, split = rest.partition("#")
     split = split or "train"
     try:
+        name = paths.expand(name, f"source {source.name}")  # a dataset, or its directory
         if os.path.isdir(name):
             builder = tfds.builder_from_directory(name)
         else:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lmjax.config import at_least, choice
+from lmjax.config import PathText, at_least, choice
 from lmjax.data.hashing import key_of, permute
 from lmjax.data.rows import ramps
 from lmjax.data.tokenizers.base import SPACE, Tokenizer
@@ -44,7 +44,7 @@ class TokenizerConfig:
     seed: int = 0                 # of the sample
     # An existing tokenizer to use instead: a SentencePiece model, or the directory of a run, of a
     # checkpoint, or of a Hugging Face model or tokenizer. vocab_size must be its own.
-    path: str = ""
+    path: PathText = ""
 
     def __post_init__(self) -> None:
         at_least(8, vocab_size=self.vocab_size)
