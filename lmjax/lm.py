@@ -15,6 +15,7 @@ import numpy as np
 
 from lmjax import huggingface
 from lmjax.config import choice, scalar
+from lmjax.config.paths import expand
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.decoding.answers import DecodingOptions, answer
 from lmjax.decoding.attention_maps import attention_maps, draw_attention
@@ -278,7 +279,7 @@ class LM:
         Raises:
           UserError: `out` exists already. A save that fails leaves nothing there.
         """
-        with (new_directory(Path(out)) as part,
+        with (new_directory(Path(expand(out, "out", bucket=False))) as part,
               contextlib.closing(Checkpointer(part / "checkpoints")) as checkpointer):
             state = TrainState(jnp.int32(self.about["step"]), self.params, {}, None)
             checkpointer.save(state, self.about)
@@ -296,7 +297,7 @@ class LM:
           UserError: `out` exists, or no Hugging Face model type computes the same.
         """
         huggingface.write_directory(
-            Path(out), self.model, self.params, self.tokenizer,
+            Path(expand(out, "out", bucket=False)), self.model, self.params, self.tokenizer,
             options=huggingface.ExportOptions(**options), source=self.about.get("huggingface"),
             max_positions=self.recipe.data.seq_len, log=log)
 
@@ -326,7 +327,7 @@ def load(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
     Raises:
       UserError: no checkpoint there, a damaged one, or a model that lmjax does not compute.
     """
-    found = find(path, step=step, ema=ema)
+    found = find(expand(path, "path"), step=step, ema=ema)
     model, layout = _placed(found.recipe)
     params = found.read(model, layout.tree(model.axes, model.shapes))
     return LM(model, params, layout, found.tokenizer, found.recipe, found.about)

@@ -209,7 +209,7 @@ def test_command_line_values_take_the_type_of_their_field():
 
 
 @pytest.mark.parametrize("text, items", [
-    ("Once upon a time, there", ("Once upon a time, there",)), ("one", ("one",)), ("", ()), ("[]", ()),
+    ("a time, there", ("a time, there",)), ("one", ("one",)), ("", ()), ("[]", ()),
     ('["f(a, b)", "[x]"]', ("f(a, b)", "[x]"))])
 def test_tuples_on_the_command_line(text, items):
     recipe = recipe_of(f"sample.prompts={text}")

@@ -1,7 +1,8 @@
 """Paths as users write them: `~`, variables, `file://` and buckets, expanded here and nowhere else.
 
-A path is a local one, or a directory of a bucket (`gs://`, `s3://`). Everything else that looks
-like an address is refused: taken for a local path, it would become a directory named `hdfs:`.
+A path is a local one, or a directory of a bucket (`gs://`). Everything else that looks like an
+address is refused: taken for a local path, it would become a directory named `hdfs:`. Buckets of S3
+are refused as well: neither TensorFlow nor etils opens them without more packages.
 """
 
 import os
@@ -10,11 +11,11 @@ import urllib.parse
 
 from lmjax.errors import UserError
 
-BUCKETS = ("gs", "s3")
+BUCKETS = ("gs",)
 ALIASES = {"gcs": "gs"}
 # Schemes that people write. A name that begins so, like gs:bucket or s3//bucket, is a typing error.
-SCHEMES = (*BUCKETS, *ALIASES, "s3a", "s3n", "az", "abfs", "abfss", "wasb", "wasbs", "hdfs", "hf",
-           "http", "https", "ftp", "sftp", "dbfs", "oss", "file")
+SCHEMES = (*BUCKETS, *ALIASES, "s3", "s3a", "s3n", "az", "abfs", "abfss", "wasb", "wasbs", "hdfs",
+           "hf", "http", "https", "ftp", "sftp", "dbfs", "oss", "file")
 # What stands for "no path" elsewhere. Here the empty string does.
 NOTHING = ("none", "null", "nil", "nan", "true", "false", "undefined")
 # etils, through which checkpoints are written, reads /s3/logs as s3://logs.
@@ -37,7 +38,7 @@ def expand(path: str | os.PathLike[str], where: str, *, bucket: bool = True) -> 
     Args:
       path: what the user wrote; "" stays "". What `expand` has returned stays as it is.
       where: the key or option that it comes from, for errors.
-      bucket: whether gs:// and s3:// are possible here.
+      bucket: whether gs:// is possible here.
 
     Raises:
       UserError: a variable that is not set, an address of another kind, or a path that nobody can
@@ -62,7 +63,8 @@ def expand(path: str | os.PathLike[str], where: str, *, bucket: bool = True) -> 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
     """Whether an expanded path is in a bucket."""
-    return str(path).startswith(tuple(f"{scheme}://" for scheme in BUCKETS))
+    found = ADDRESS.fullmatch(str(path))
+    return found is not None and found[1] in BUCKETS and found[2] == "//" and bool(found[3])
 
 
 def _check_spelling(text: str, where: str) -> None:
@@ -128,7 +130,8 @@ def _check_local(text: str, where: str, bucket: bool) -> None:
 
 
 def _wrong_address(text: str, where: str, bucket: bool) -> UserError:
-    expected = "a local path, gs://BUCKET/DIR or s3://BUCKET/DIR" if bucket else "a local path"
-    fix = "write one of these" if bucket else "use one, or a mounted file system"
+    expected = "a local path or gs://BUCKET/DIR" if bucket else "a local path"
+    fix = ("write one of these (mount a bucket of S3 as a directory)" if bucket
+           else "use one, or a mounted file system")
     name = "" if "://" in text else ", or ./ before a name that really begins so"
     return UserError(expected, repr(text), f"{fix}{name}", where=where)

@@ -82,7 +82,7 @@ class EvalConfig:
 class CheckpointConfig:
     """When checkpoints are written, besides the one after the last step, and which are kept."""
 
-    directory: PathText = ""  # a directory or a bucket (gs://, s3://); "": WORKDIR/checkpoints
+    directory: PathText = ""  # a directory or a bucket (gs://); "": WORKDIR/checkpoints
     every: int = 100  # steps between checkpoints
     keep_last: int = 2  # how many of the newest are kept
     keep_every: int = 0  # those at multiples of so many steps are kept as well; 0: none

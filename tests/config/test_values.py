@@ -93,8 +93,7 @@ def test_groups_and_lists_of_numbers_are_json():
 
 def test_an_override_that_a_later_one_replaces_is_told():
     sources = 'data.sources=[{"name": "a", "uri": "text:b"}]'
-    given = ["train.steps=4", "train.steps=9", "data.sources.0.weight=2", sources,
-             "data.sources.0.text_field=body"]
+    given = ["train.steps=4", "train.steps=9", "data.sources.0.weight=2", sources]
     values = plain(recipe_of(TINY, given))
     assert values["train"]["steps"] == 9 and values["data"]["sources"][0]["weight"] == 1.0
     assert understood(values, given) == [
