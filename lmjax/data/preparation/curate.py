@@ -46,7 +46,7 @@ class Tally:
         self.ledger: dict[str, list] = {"id": [], "rule": [], "by": [], "value": []}
 
     def remove(self, rule: str, name: str, text: str, *, by: str = "", value: float = 0.0,
-               note: str = "") -> None:
+               note: str = "", size: int = 0) -> None:
         """Counts a removed document.
 
         Args:
@@ -56,10 +56,11 @@ class Tally:
           by: the id of the document that stays instead, if any.
           value: what the rule measured.
           note: shown with the example; by default `by` or `value`.
+          size: its bytes, if `text` is only its beginning.
         """
         count = self.removed.setdefault(rule, [0, 0])
         count[0] += 1
-        count[1] += len(text.encode())
+        count[1] += max(size, len(text.encode()))
         for key, item in zip(self.ledger, (name, rule, by, value), strict=True):
             self.ledger[key].append(item)
         note = note or by or f"{value:.3g}"
@@ -77,33 +78,36 @@ class Tally:
 
 
 def ingest(task: tuple[int, list[tuple[str, str]]], source: SourceConfig,
-           folder: str) -> list[Facts]:
+           folder: str, budget: float = 1.0) -> list[Facts]:
     """Reads some files of a source into shards; broken records are counted and left out.
 
     Args:
       task: a number for the names of the shards, and the (id, path) of every file.
       source: that the files belong to.
       folder: for the shards.
+      budget: the share of a file's records that may be broken.
     Returns:
-      the facts of each shard.
+      the facts of each shard, and `lost`: bytes of broken records, as far as they are counted.
     """
     number, files = task
     facts: list[Facts] = []
-    tally, size = Tally(), 0
+    tally, size, lost = Tally(), 0, 0
     columns: dict[str, list[str]] = {"id": [], "text": []}
 
     def flush() -> None:
         file = f"{source.name}-{number:06}-{len(facts):04}.arrow"
-        facts.append(tally.write(folder, file, columns))
+        facts.append(tally.write(folder, file, columns) | {"lost": lost})
 
-    for item in sources.read(source, files):
+    for item in sources.read(source, files, budget):
         if isinstance(item, Broken):
-            tally.remove("broken", item.id, item.raw, note=item.reason)
+            tally.remove("broken", item.id, item.raw, note=item.reason,
+                         size=item.size)
+            lost += item.size
             continue
         length = len(item.data)
         if columns["id"] and size + length > shards.SHARD_BYTES:
             flush()
-            tally, columns, size = Tally(), {"id": [], "text": []}, 0
+            tally, columns, size, lost = Tally(), {"id": [], "text": []}, 0, 0
         columns["id"].append(item.id)
         columns["text"].append(item.data)
         size += length

@@ -61,10 +61,10 @@ def index_sources(config: DecontaminateConfig, rules: Sequence[str], broken_budg
     broken = 0
     for source in config.sources:
         files = [file for unit in sources.units(source, 1 << 60) for file in unit]
-        found = list(sources.read(source, files))
+        found = list(sources.read(source, files, broken_budget))
         bad = [item for item in found if isinstance(item, sources.Broken)]
         sources.check_budget(source, documents=len(found) - len(bad), broken=len(bad),
-                             example=bad[0] if bad else (), budget=broken_budget)
+                             example=bad[0][:2] if bad else (), budget=broken_budget)
         examples += [(source.name, item) for item in found if isinstance(item, sources.Document)]
         broken += len(bad)
     kept_rules = [rule for rule in ("newlines", "control", "nfc") if rule in rules]

@@ -95,13 +95,16 @@ def _ingest(config: DataConfig, engine: Engine) -> Corpus:
         facts, names = [], []
         for source in config.sources:
             work = list(enumerate(sources.units(source, shards.SHARD_BYTES)))
-            read = functools.partial(curate.ingest, source=source, folder=folder)
+            read = functools.partial(curate.ingest, source=source, folder=folder,
+                                     budget=config.broken_budget)
             mine = [fact for found in engine.map(read, work) for fact in found]
             broken = sum(fact["removed"].get("broken", [0])[0] for fact in mine)
             samples = [sample for fact in mine for _, sample in fact["samples"].get("broken", [])]
             example = [samples[0]["id"], samples[0]["note"]] if samples else []
             sources.check_budget(source, documents=sum(fact["documents"] for fact in mine),
-                                 broken=broken, example=example, budget=config.broken_budget)
+                                 broken=broken, example=example, budget=config.broken_budget,
+                                 size=sum(fact["bytes"] for fact in mine),
+                                 lost=sum(fact["lost"] for fact in mine))
             facts += mine
             names += [source.name] * len(mine)
         return merge_facts(facts, names)

@@ -7,30 +7,22 @@ too early is an error.
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import hashlib
-import io
 import json
 import os
 import re
-import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmjax.config import PathText, paths
-from lmjax.errors import UserError, first_line
-
-STDLIB_SUFFIXES = {".py", ".txt", ".rst", ".md", ".html", ".c", ".h"}
-STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
-
-
-class Document(NamedTuple):
-    """One text of a source."""
-
-    id: str    # its name, the same in every run
-    data: str  # the text
+from lmjax.data.text import formats, listing
+from lmjax.data.text.listing import Files
+from lmjax.data.text.records import Broken, Document, Record, text_of
+from lmjax.data.text.streams import readable
+from lmjax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,12 +30,12 @@ class SourceConfig:
     """One source of text."""
 
     name: str  # of its directory in the prepared data; letters, digits, '.', '_' and '-'
-    # builtin:python-stdlib | text:GLOB | jsonl:GLOB (also .gz and .zst) | parquet:GLOB |
-    # tfds:NAME[#SPLIT], where NAME is a dataset or its directory | synthetic[:ROWS].
-    # `**` in a GLOB descends into directories.
+    # builtin:python-stdlib | text:GLOB | jsonl:GLOB | csv:GLOB | tsv:GLOB | parquet:GLOB |
+    # arrow:GLOB | tfds:NAME[#SPLIT], where NAME is a dataset or its directory | synthetic[:ROWS].
+    # `**` in a GLOB descends into directories. Files may be compressed (docs/data.md).
     uri: str
     weight: float = 1.0       # its share of the training rows, relative to the other sources
-    text_field: str = "text"  # the column or key that holds the text (jsonl, parquet, tfds)
+    text_field: str = "text"  # the column or key that holds the text; `a.b`: the key b of a
     data_dir: PathText = ""   # where TensorFlow Datasets keeps its data; "": its own default
 
     def __post_init__(self) -> None:
@@ -69,14 +61,6 @@ def is_synthetic(source: SourceConfig) -> bool:
     return source.uri.partition(":")[0] == "synthetic"
 
 
-class Broken(NamedTuple):
-    """A record that gave no document."""
-
-    id: str      # as the document's would be
-    reason: str
-    raw: str     # the beginning of the record
-
-
 def units(source: SourceConfig, size: int) -> list[list[tuple[str, str]]]:
     """Groups the (id, path) pairs of a source's files into units of work.
 
@@ -88,7 +72,9 @@ def units(source: SourceConfig, size: int) -> list[list[tuple[str, str]]]:
     scheme, _, rest = source.uri.partition(":")
     out: list[list[tuple[str, str]]] = []
     room = 0
-    for name, path in SCHEMES[scheme].files(rest, source):
+    with _named(source):
+        files = SCHEMES[scheme].files(rest, source)
+    for name, path in files:
         length = os.path.getsize(path) if os.path.isfile(path) else size
         if not out or length > room:
             out.append([])
@@ -98,31 +84,51 @@ def units(source: SourceConfig, size: int) -> list[list[tuple[str, str]]]:
     return out
 
 
-def read(source: SourceConfig, files: Sequence[tuple[str, str]]) -> Iterator[Document | Broken]:
+def read(source: SourceConfig, files: Sequence[tuple[str, str]],
+         budget: float = 1.0) -> Iterator[Document | Broken]:
     """The documents and the broken records of some files of a source.
 
+    Args:
+      source: that the files belong to.
+      files: (id, path) of each.
+      budget: the share of a file of records that may be broken. One broken record never is too
+        many in a file that has others.
     Raises (while iterating):
-      UserError: a file cannot be read to its end, or has no text field.
+      UserError: a file cannot be read to its end, has no text field or too many broken records.
     """
     scheme = SCHEMES[source.uri.partition(":")[0]]
     for name, path in files:
-        for where, raw in scheme.read(name, path, source):
-            where = where.replace("\n", "\\n")
-            if isinstance(raw, Broken):
-                yield raw._replace(id=where)
-                continue
-            try:
-                yield Document(where, raw.decode() if isinstance(raw, bytes) else _encodable(raw))
-            except (UnicodeDecodeError, UnicodeEncodeError) as error:
-                start = raw[:200]
-                if isinstance(start, str):
-                    start = start.encode(errors="surrogatepass")
-                yield Broken(where, f"no UTF-8: {error.reason}",
-                             start.decode(errors="backslashreplace"))
+        texts = broken = size = lost = 0
+        example = ("", "")
+        with _named(source):
+            for where, raw in scheme.read(name, path, source):
+                item = _item(where.replace("\n", "\\n"), raw)
+                if isinstance(item, Broken):
+                    broken, lost, example = broken + 1, lost + item.size, (item.id, item.reason)
+                else:
+                    texts, size = texts + 1, size + len(item.data)
+                yield item
+            if broken and not scheme.whole:
+                share = _share((texts, size), (broken, lost))
+                if share > budget and (broken > 1 or share > 0.5):
+                    raise _too_many(f" in {path}", texts + broken, broken, example, budget)
+
+
+def _item(where: str, raw: str | bytes | Broken) -> Document | Broken:
+    if isinstance(raw, Broken):
+        return raw._replace(id=where)
+    try:
+        return Document(where, raw.decode() if isinstance(raw, bytes) else _encodable(raw))
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        start = raw[:200]
+        if isinstance(start, str):
+            start = start.encode(errors="surrogatepass")
+        return Broken(where, f"no UTF-8: {error.reason}", start.decode(errors="backslashreplace"),
+                      len(raw))
 
 
 def check_budget(source: SourceConfig, *, documents: int, broken: int, example: Sequence[str],
-                 budget: float) -> None:
+                 budget: float, size: int = 0, lost: int = 0) -> None:
     """Raises a UserError if a source has no records, or too large a share of broken ones.
 
     Args:
@@ -130,15 +136,27 @@ def check_budget(source: SourceConfig, *, documents: int, broken: int, example: 
       documents: number of its documents.
       broken: number of its broken records.
       example: id and reason of one broken record, if there is one.
-      budget: the share of broken records that is allowed, `data.broken_budget`.
+      budget: the share of broken records, and of lost bytes, that is allowed.
+      size: bytes of its documents.
+      lost: bytes of its broken records, as far as they are counted.
     """
-    total = documents + broken
-    if not total:
-        raise _problem(source, "at least one document", "none", "correct the uri")
-    if broken > budget * total:
-        raise _problem(source, f"at most {budget:.1%} of broken records",
-                       f"{broken} of {total} (such as {example[0]}: {example[1]})",
-                       "repair them, or raise data.broken_budget")
+    with _named(source):
+        if not documents + broken:
+            raise UserError("at least one document", "none", "correct the uri")
+        if _share((documents, size), (broken, lost)) > budget:
+            raise _too_many("", documents + broken, broken, example, budget)
+
+
+def _share(kept: tuple[int, int], broken: tuple[int, int]) -> float:
+    """The larger share that is broken: of records or of bytes."""
+    return max(lost / max(lost + rest, 1) for rest, lost in zip(kept, broken, strict=True))
+
+
+def _too_many(where: str, total: int, broken: int, example: Sequence[str],
+              budget: float) -> UserError:
+    return UserError(f"at most {budget:.1%} of broken records or bytes{where}",
+                     f"{broken} of {total} (such as {example[0]}: {example[1]})",
+                     "repair them, or raise data.broken_budget")
 
 
 def identity(source: SourceConfig) -> str:
@@ -161,101 +179,37 @@ def _problem(source: SourceConfig, expected: str, got: str, fix: str) -> UserErr
     return UserError(expected, got, fix, where=f"source {source.name} ({source.uri})")
 
 
-def _glob(pattern: str, source: SourceConfig) -> list[tuple[str, str]]:
-    """The files that match, sorted: id (the path after the part without wildcards) and path."""
-    pattern = paths.expand(pattern, f"source {source.name}", bucket=False)
-    if os.path.isdir(pattern):
-        raise _problem(source, "files", f"the directory {pattern}",
-                       f"write {pattern.rstrip('/')}/**/*")
-    base = pattern if os.path.exists(pattern) else re.split(r"[*?\[]", pattern)[0]
-    base = os.path.dirname(base)
-    found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-    files = sorted(path for path in found if os.path.isfile(path))
-    if not files:
-        where = "" if os.path.isdir(base or ".") else f" ({base} does not exist)"
-        raise _problem(source, "files that match", f"none{where}",
-                       "correct the path or the wildcards")
-    return [(_name(os.path.relpath(path, base or ".")), path) for path in files]
-
-
-def _stdlib(rest: str, source: SourceConfig) -> list[tuple[str, str]]:
-    if rest != "python-stdlib":
-        raise _problem(source, "builtin:python-stdlib", f"builtin:{rest}", "correct the uri")
-    root = sysconfig.get_paths()["stdlib"]
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(set(folders) - STDLIB_SKIPPED)
-        files += [os.path.join(folder, n) for n in names
-                  if os.path.splitext(n)[1] in STDLIB_SUFFIXES]
-    return sorted((_name(os.path.relpath(path, root)), path) for path in files)
-
-
-def _name(path: str) -> str:
-    return os.fsencode(path).decode(errors="backslashreplace").replace(os.sep, "/")
-
-
-def _whole(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, bytes]]:
+@contextlib.contextmanager
+def _named(source: SourceConfig) -> Iterator[None]:
+    """Names the source in a `UserError` about one of its files."""
     try:
-        yield name, Path(path).read_bytes()
-    except OSError as error:
-        raise _problem(source, "readable files", str(error), "correct its permissions") from error
+        yield
+    except UserError as error:
+        if error.where:
+            raise
+        raise _problem(source, error.expected, str(error.got), error.fix) from error
 
 
-def _jsonl(name: str, path: str,
-           source: SourceConfig) -> Iterator[tuple[str, str | bytes | Broken]]:
-    for number, line in enumerate(_lines(path, source), 1):
-        if line.strip():
-            where = f"{name}:{number}"
-            try:
-                # -sig: some tools begin files with a byte-order mark.
-                yield where, _field(json.loads(line.decode("utf-8-sig")), source)
-            except UnicodeDecodeError:
-                yield where, line
-            except (ValueError, RecursionError) as error:
-                yield where, Broken("", f"no JSON: {error}",
-                                    line[:200].decode(errors="backslashreplace"))
+def _matching(rest: str, source: SourceConfig) -> Files:
+    return listing.matching(paths.expand(rest, f"source {source.name}", bucket=False))
 
 
-def _lines(path: str, source: SourceConfig) -> Iterator[bytes]:
-    import pyarrow as pa  # its streams notice a truncated .gz or .zst; others just end
-
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1])
-    try:
-        with pa.input_stream(path, compression=compression) as stream:
-            yield from io.BufferedReader(stream, 1 << 20)
-    except OSError as error:
-        raise _problem(source, "a whole file", f"{first_line(error)} in {path}",
-                       "fetch it again") from error
+def _stdlib(rest: str, source: SourceConfig) -> Files:
+    return listing.stdlib(rest)
 
 
-def _field(record: Any, source: SourceConfig) -> str | bytes | Broken:
-    got = record.get(source.text_field) if isinstance(record, dict) else None
-    if isinstance(got, str | bytes):
-        return got
-    keys = sorted(record) if isinstance(record, dict) else type(record).__name__
-    what = "nothing" if got is None else type(got).__name__
-    return Broken("", f"{what} under {source.text_field!r} (it has {keys})", ascii(record)[:200])
+def _as_it_is(name: str, path: str, source: SourceConfig) -> Iterator[Record]:
+    with readable(path):
+        data = Path(path).read_bytes()
+    yield name, data
 
 
-def _parquet(name: str, path: str,
-             source: SourceConfig) -> Iterator[tuple[str, str | bytes | Broken]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _text(name: str, path: str, source: SourceConfig) -> Iterator[Record]:
+    return formats.read_text(name, path)
 
-    try:
-        with pq.ParquetFile(path) as table:
-            if source.text_field not in table.schema_arrow.names:
-                raise _problem(source, f"a column {source.text_field!r}",
-                               f"{table.schema_arrow.names} in {path}", "set text_field")
-            row = 0
-            for batch in table.iter_batches(columns=[source.text_field], batch_size=1024):
-                # As bytes, because Parquet does not check that its strings are UTF-8.
-                for value in batch.column(0).cast(pa.binary()):
-                    yield f"{name}:{row}", _field({source.text_field: value.as_py()}, source)
-                    row += 1
-    except (OSError, pa.ArrowException) as error:
-        raise _problem(source, "a whole Parquet file", f"{first_line(error)} in {path}",
-                       "fetch it again, or use a text column") from error
+
+def _records(kind: str) -> Callable[[str, str, SourceConfig], Iterator[Record]]:
+    return lambda name, path, source: formats.read_records(name, path, source.text_field, kind)
 
 
 def _tfds_builder(rest: str, source: SourceConfig) -> tuple[Any, str]:
@@ -282,12 +236,12 @@ def _tfds_builder(rest: str, source: SourceConfig) -> tuple[Any, str]:
     return builder, split
 
 
-def _tfds_files(rest: str, source: SourceConfig) -> list[tuple[str, str]]:
+def _tfds_files(rest: str, source: SourceConfig) -> Files:
     builder, _ = _tfds_builder(rest, source)
     return [(rest, str(builder.data_dir))]
 
 
-def _tfds(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, str | bytes | Broken]]:
+def _tfds(name: str, path: str, source: SourceConfig) -> Iterator[Record]:
     import tensorflow_datasets as tfds
 
     builder, split = _tfds_builder(name, source)
@@ -295,20 +249,24 @@ def _tfds(name: str, path: str, source: SourceConfig) -> Iterator[tuple[str, str
     in_order = tfds.ReadConfig(interleave_cycle_length=1, shuffle_seed=None)
     records = builder.as_dataset(split=split, shuffle_files=False, read_config=in_order)
     for i, record in enumerate(tfds.as_numpy(records)):
-        yield f"{split}:{i}", _field(record, source)
+        yield f"{split}:{i}", text_of(record, source.text_field)
 
 
 class Scheme(NamedTuple):
     """How to list the files of a source, (id, path) each, and how to read the records of a file."""
 
-    files: Callable[[str, SourceConfig], list[tuple[str, str]]]
-    read: Callable[[str, str, SourceConfig], Iterator[tuple[str, str | bytes | Broken]]]
+    files: Callable[[str, SourceConfig], Files]
+    read: Callable[[str, str, SourceConfig], Iterator[Record]]
+    whole: bool = False  # a file is one record
 
 
 SCHEMES: dict[str, Scheme] = {
-    "builtin": Scheme(_stdlib, _whole),
-    "text": Scheme(_glob, _whole),
-    "jsonl": Scheme(_glob, _jsonl),
-    "parquet": Scheme(_glob, _parquet),
+    "builtin": Scheme(_stdlib, _as_it_is, whole=True),
+    "text": Scheme(_matching, _text, whole=True),
+    "jsonl": Scheme(_matching, _records("json")),
+    "csv": Scheme(_matching, _records("csv")),
+    "tsv": Scheme(_matching, _records("tsv")),
+    "parquet": Scheme(_matching, _records("parquet")),
+    "arrow": Scheme(_matching, _records("arrow")),
     "tfds": Scheme(_tfds_files, _tfds),
 }
