@@ -154,8 +154,8 @@ def _share(kept: tuple[int, int], broken: tuple[int, int]) -> float:
 
 def _too_many(where: str, total: int, broken: int, example: Sequence[str],
               budget: float) -> UserError:
-    return UserError(f"at most {budget:.1%} of broken records or bytes{where}",
-                     f"{broken} of {total} (such as {example[0]}: {example[1]})",
+    return UserError(f"at most {budget:.1%} of broken records",
+                     f"{broken} of {total}{where} (such as {example[0]}: {example[1]})",
                      "repair them, or raise data.broken_budget")
 
 
