@@ -104,7 +104,8 @@ def read(source: SourceConfig, files: Sequence[tuple[str, str]],
             for where, raw in scheme.read(name, path, source):
                 item = _item(where.replace("\n", "\\n"), raw)
                 if isinstance(item, Broken):
-                    broken, lost, example = broken + 1, lost + item.size, (item.id, item.reason)
+                    example = example if broken else (item.id, item.reason)
+                    broken, lost = broken + 1, lost + item.size
                 else:
                     texts, size = texts + 1, size + len(item.data)
                 yield item
@@ -155,8 +156,8 @@ def _share(kept: tuple[int, int], broken: tuple[int, int]) -> float:
 def _too_many(where: str, total: int, broken: int, example: Sequence[str],
               budget: float) -> UserError:
     return UserError(f"at most {budget:.1%} of broken records",
-                     f"{broken} of {total}{where} (such as {example[0]}: {example[1]})",
-                     "repair them, or raise data.broken_budget")
+                     f"{broken} of {total} (such as {example[0]}: {example[1]})",
+                     f"repair them{where}, or raise data.broken_budget")
 
 
 def identity(source: SourceConfig) -> str:

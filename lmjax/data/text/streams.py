@@ -52,8 +52,8 @@ def opened(path: str) -> Iterator[Opened]:
       UserError: the file, or what is done with it inside the block, ends too early or is damaged.
     """
     with readable(path), contextlib.ExitStack() as stack:
-        file = stack.enter_context(io.FileIO(path))
-        stream: io.BufferedReader = io.BufferedReader(file, CHUNK)
+        stream: io.BufferedReader = stack.enter_context(
+            io.BufferedReader(io.FileIO(path), CHUNK))
         kinds: list[str] = []
         while kind := compression(stream.peek(CHUNK), path):
             if len(kinds) == _LAYERS:
