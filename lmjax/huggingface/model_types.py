@@ -13,89 +13,102 @@ have its default. `lmjax.huggingface.schema` explains the other columns: `also`,
 from collections.abc import Mapping
 from typing import Any
 
-from lmjax.huggingface.schema import ModelType, Setting
+from lmjax.huggingface.encoder_decoders import MARIAN, MT5, T5
+from lmjax.huggingface.schema import GATED, TIED, UNGATED, UNTIED, ModelType, Setting, defaults
 from lmjax.huggingface.tables import (
     GEMMA_TABLE,
     GPT2_TABLE,
     LLAMA_TABLE,
     MIXTRAL_TABLE,
     QWEN_MOE_TABLE,
-    T5_TABLE,
-    T5_UNGATED,
     bert_table,
-    marian_table,
     modernbert_table,
 )
 from lmjax.huggingface.weights import Stored
-from lmjax.models.encdec import EncDecConfig
 from lmjax.models.encoder import EncoderConfig
 
-# Their activation -> our MLP, with and without a gate.
-GATED = {
-    "silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
-    "gelu": "geglu_erf"}
-UNGATED = {
-    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
-    "silu": "silu", "swish": "silu"}
+# Decoders: the defaults are those of Llama.
 
-# Decoders
-
+SIZES = (
+    Setting("vocab_size", "vocab_size", 32000),
+    Setting("hidden_size", "embed_dim", 4096),
+    Setting("num_hidden_layers", "num_layers", 32),
+    Setting("num_attention_heads", "num_heads", 32),
+    Setting("intermediate_size", "mlp_dim", 11008),
+    Setting("max_position_embeddings", "max_positions", 2048),
+)
 MODERN = (
-    Setting("vocab_size", "vocab_size"),
-    Setting("hidden_size", "embed_dim"),
-    Setting("num_hidden_layers", "num_layers"),
-    Setting("num_attention_heads", "num_heads"),
+    *SIZES,
     Setting("num_key_value_heads", "num_kv_heads", None, also={None: 0}),
-    Setting("intermediate_size", "mlp_dim"),
-    Setting("max_position_embeddings", "max_positions"),
     Setting("rms_norm_eps", "norm_eps", 1e-6),
     Setting("hidden_act", "mlp", "silu", only=GATED),
+    Setting("head_dim", "head_dim", None, also={None: 0}),
+    UNTIED,
 )
-HEAD_DIM = Setting("head_dim", "head_dim", None, also={None: 0})
-# Both read tie_word_embeddings. Where config.json leaves it out, UNTIED means that the embeddings
-# are not tied, and TIED that they are.
-UNTIED = Setting("tie_word_embeddings", "tie_embeddings", False)
-TIED = UNTIED._replace(default=True)
-NO_ATTENTION_BIAS = Setting("attention_bias", "", False)
+ATTENTION_BIAS = (Setting("attention_bias", "qkv_bias", False),
+                  Setting("attention_bias", "out_bias", False))
+MLP_BIAS = Setting("mlp_bias", "mlp_bias", False)
 WINDOW = Setting("sliding_window", "sliding_window", 4096, also={None: 0})
 
 LLAMA = ModelType(
     "llama", "LlamaForCausalLM",
-    (*MODERN, HEAD_DIM, UNTIED, NO_ATTENTION_BIAS, Setting("mlp_bias", "", False)),
+    (*MODERN, *ATTENTION_BIAS, MLP_BIAS),
     LLAMA_TABLE,
     prefix="model.")
+GRANITE = ModelType(
+    "granite", "GraniteForCausalLM",
+    (*LLAMA.settings,
+     Setting("embedding_multiplier", "embedding_multiplier", 1.0),
+     Setting("residual_multiplier", "residual_multiplier", 1.0),
+     Setting("logits_scaling", "logit_divisor", 1.0),
+     Setting("attention_multiplier", "query_scalar", 1.0, power=-2)),
+    LLAMA_TABLE,
+    prefix="model.")
+MISTRAL_SETTINGS = defaults(
+    MODERN, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072)
 MISTRAL = ModelType(
     "mistral", "MistralForCausalLM",
-    (*MODERN, HEAD_DIM, UNTIED, WINDOW),
+    (*MISTRAL_SETTINGS, WINDOW),
     LLAMA_TABLE,
     prefix="model.",
-    is_local=lambda settings, i: True)
+    is_local=lambda settings, i: True,
+    reads_layer_types=False)
 MIXTRAL = ModelType(
     "mixtral", "MixtralForCausalLM",
-    (*MODERN, HEAD_DIM, UNTIED, WINDOW._replace(default=None),
-     Setting("num_local_experts", "moe.experts", 8),
+    (*defaults(MISTRAL_SETTINGS, rms_norm_eps=1e-5), WINDOW._replace(default=None),
+     Setting("num_local_experts", "moe.experts", 8, alias="num_experts"),
      Setting("num_experts_per_tok", "moe.per_token", 2)),
     MIXTRAL_TABLE,
     prefix="model.",
     rope={"rope_theta": 1e6},
-    is_local=lambda settings, i: True)
+    is_local=lambda settings, i: True,
+    reads_layer_types=False)
 
 
 def qwen_is_local(settings: Mapping[str, Any], i: int) -> bool:
     """Whether layer i of a Qwen model has the window: the later layers have it, if any has."""
-    return bool(settings.get("use_sliding_window")) and i >= settings.get("max_window_layers", 28)
+    return (bool(settings.get("use_sliding_window"))
+            and settings.get("sliding_window", 4096) is not None
+            and i >= settings.get("max_window_layers", 28))
 
 
-QWEN_SETTINGS = (*MODERN, UNTIED, WINDOW)
+def qwen2_moe_is_local(settings: Mapping[str, Any], i: int) -> bool:
+    """Whether layer i of a Qwen2-MoE model has the window: every second of the earlier layers."""
+    return (bool(settings.get("use_sliding_window"))
+            and i % 2 == 0 and i < settings.get("max_window_layers", 28))
+
+
+QWEN_SETTINGS = (
+    *defaults(MODERN, vocab_size=151936, intermediate_size=22016, num_key_value_heads=32,
+              max_position_embeddings=32768), WINDOW)
 QWEN_MOE_SETTINGS = (
-    Setting("num_experts", "moe.experts", alias="num_local_experts"),
-    Setting("num_experts_per_tok", "moe.per_token"),
-    Setting("moe_intermediate_size", "moe.mlp_dim"),
+    Setting("num_experts_per_tok", "moe.per_token", 8),
+    Setting("moe_intermediate_size", "moe.mlp_dim", 768),
     Setting("norm_topk_prob", "moe.normalize", False),
     Setting("decoder_sparse_step", "", 1),
     Setting("mlp_only_layers", "", []),
 )
-# All four: use_sliding_window is neutral only because `qwen_is_local` reads it.
+# All four: use_sliding_window is neutral only because it decides about the window elsewhere.
 QWEN2 = ModelType(
     "qwen2", "Qwen2ForCausalLM",
     QWEN_SETTINGS,
@@ -106,7 +119,7 @@ QWEN2 = ModelType(
     is_local=qwen_is_local)
 QWEN3 = ModelType(
     "qwen3", "Qwen3ForCausalLM",
-    (*QWEN_SETTINGS, HEAD_DIM._replace(default=128), NO_ATTENTION_BIAS),
+    (*defaults(QWEN_SETTINGS, head_dim=128), *ATTENTION_BIAS),
     LLAMA_TABLE,
     fixed={"qk_norm": True},
     prefix="model.",
@@ -114,39 +127,63 @@ QWEN3 = ModelType(
     is_local=qwen_is_local)
 QWEN2_MOE = ModelType(
     "qwen2_moe", "Qwen2MoeForCausalLM",
-    (*QWEN_SETTINGS, *QWEN_MOE_SETTINGS,
-     Setting("shared_expert_intermediate_size", "moe.shared_dim"),
+    (*defaults(QWEN_SETTINGS, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
+               num_attention_heads=16, num_key_value_heads=16),
+     *defaults(QWEN_MOE_SETTINGS, num_experts_per_tok=4, moe_intermediate_size=1408),
+     Setting("num_experts", "moe.experts", 60),
+     Setting("shared_expert_intermediate_size", "moe.shared_dim", 5632),
      Setting("qkv_bias", "qkv_bias", True)),
     QWEN_MOE_TABLE,
     fixed={"moe.shared_gate": True},
     prefix="model.",
     neutral=("use_sliding_window",),
-    is_local=qwen_is_local)
+    is_local=qwen2_moe_is_local)
 QWEN3_MOE = ModelType(
     "qwen3_moe", "Qwen3MoeForCausalLM",
-    (*QWEN_SETTINGS, HEAD_DIM, NO_ATTENTION_BIAS, *QWEN_MOE_SETTINGS),
+    (*defaults(QWEN_SETTINGS, hidden_size=2048, intermediate_size=6144, num_hidden_layers=24,
+               num_key_value_heads=4),
+     *ATTENTION_BIAS, *QWEN_MOE_SETTINGS,
+     Setting("num_experts", "moe.experts", 128, alias="num_local_experts")),
     QWEN_MOE_TABLE,
     fixed={"qk_norm": True},
     prefix="model.",
     neutral=("use_sliding_window",),
-    is_local=qwen_is_local)
+    is_local=lambda settings, i: bool(settings.get("use_sliding_window")),
+    reads_layer_types=False)
 
-GEMMA_SETTINGS = (
-    *(setting for setting in MODERN if setting.ours != "mlp"),
-    Setting("hidden_activation", "mlp", "gelu_pytorch_tanh", only=GATED),
-    HEAD_DIM._replace(default=256),
-    TIED,
-    NO_ATTENTION_BIAS,
-    WINDOW,
-    Setting("query_pre_attn_scalar", "query_scalar", 256),
+GEMMA_ROWS = (
+    *defaults(tuple(row for row in MODERN if row.ours != "mlp"), vocab_size=256000, head_dim=256,
+              max_position_embeddings=8192, tie_word_embeddings=True),
+    *ATTENTION_BIAS,
     Setting("use_bidirectional_attention", "", False),
 )
-GEMMA_FIXED = {"norm": "rmsnorm_1p", "norm_position": "both", "scale_embeddings": True}
+GEMMA_SETTINGS = (
+    *defaults(GEMMA_ROWS, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
+              num_attention_heads=8, num_key_value_heads=4),
+    Setting("hidden_activation", "mlp", "gelu_pytorch_tanh", only=GATED),
+    WINDOW,
+    Setting("query_pre_attn_scalar", "query_scalar", 256, also={None: 0}),
+)
+SOFTCAPS = (
+    Setting("attn_logit_softcapping", "attention_softcap", 50.0, also={None: 0.0}),
+    Setting("final_logit_softcapping", "logit_softcap", 30.0, also={None: 0.0}))
+GEMMA1_FIXED = {"norm": "rmsnorm_1p", "scale_embeddings": True}
+GEMMA_FIXED = GEMMA1_FIXED | {"norm_position": "both"}
+# Gemma 1 was published with "gelu", which its class takes for the approximation by tanh.
+GEMMA1_GATED = GATED | {"gelu": "geglu"}
+GEMMA = ModelType(
+    "gemma", "GemmaForCausalLM",
+    (*defaults(GEMMA_ROWS, hidden_size=3072, intermediate_size=24576, num_hidden_layers=28,
+               num_attention_heads=16, num_key_value_heads=16),
+     # The versions of transformers read one or the other, so both have to say the same.
+     Setting("hidden_act", "mlp", "gelu_pytorch_tanh", only=GEMMA1_GATED),
+     Setting("hidden_activation", "mlp", None, only=GEMMA1_GATED | {None: None})),
+    LLAMA_TABLE,
+    fixed=GEMMA1_FIXED,
+    prefix="model.")
 GEMMA2 = ModelType(
     "gemma2", "Gemma2ForCausalLM",
-    (*GEMMA_SETTINGS,
-     Setting("attn_logit_softcapping", "attention_softcap", 50.0, also={None: 0.0}),
-     Setting("final_logit_softcapping", "logit_softcap", 30.0, also={None: 0.0})),
+    (*GEMMA_SETTINGS, *SOFTCAPS),
     GEMMA_TABLE,
     fixed=GEMMA_FIXED,
     prefix="model.",
@@ -154,9 +191,8 @@ GEMMA2 = ModelType(
     is_local=lambda settings, i: i % 2 == 0)
 GEMMA3 = ModelType(
     "gemma3_text", "Gemma3ForCausalLM",
-    (*GEMMA_SETTINGS,
-     Setting("attn_logit_softcapping", "", None),
-     Setting("final_logit_softcapping", "", None)),
+    (*defaults(GEMMA_SETTINGS, vocab_size=262208, max_position_embeddings=131072),
+     *defaults(SOFTCAPS, attn_logit_softcapping=None, final_logit_softcapping=None)),
     GEMMA_TABLE,
     fixed=GEMMA_FIXED | {"qk_norm": True},
     prefix="model.",
@@ -169,11 +205,11 @@ GEMMA3 = ModelType(
 GPT2 = ModelType(
     "gpt2", "GPT2LMHeadModel",
     (Setting("vocab_size", "vocab_size", 50257),
-     Setting("n_embd", "embed_dim", 768),
-     Setting("n_layer", "num_layers", 12),
-     Setting("n_head", "num_heads", 12),
+     Setting("n_embd", "embed_dim", 768, alias="hidden_size"),
+     Setting("n_layer", "num_layers", 12, alias="num_hidden_layers"),
+     Setting("n_head", "num_heads", 12, alias="num_attention_heads"),
      Setting("n_inner", "mlp_dim", None),
-     Setting("n_positions", "max_positions", 1024),
+     Setting("n_positions", "max_positions", 1024, alias="max_position_embeddings"),
      Setting("layer_norm_epsilon", "norm_eps", 1e-5),
      Setting("activation_function", "mlp", "gelu_new", only=UNGATED),
      TIED,
@@ -221,28 +257,39 @@ BERT = ModelType(
              "pooler": ("bert.pooler.dense.weight", True, False)},
     config=EncoderConfig,
     rope={})
-ROBERTA = ModelType(
-    "roberta", "RobertaForMaskedLM",
-    (*BERT_LIKE,
-     # Theirs counts the two rows before position 0, which `position_offset` adds in ours.
-     Setting("max_position_embeddings", "max_positions", 514, plus=2),
-     Setting("pad_token_id", "", 1)),
-    bert_table("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias",
-               "lm_head.decoder.weight"),
-    untied={"head_bias": Stored("lm_head.decoder.bias")},
-    tied=(("lm_head.bias", "lm_head.decoder.bias"),),
-    fixed=BERT_FIXED | {"position_offset": 2},
-    prefix="roberta.",
-    present={"mlm_head": ("lm_head.dense.weight", True, False),
-             "pooler": ("roberta.pooler.dense.weight", True, False)},
-    config=EncoderConfig,
-    rope={})
+
+
+def roberta(name: str, architecture: str, vocab_size: int) -> ModelType:
+    """RoBERTa, or one of the model types that are RoBERTa with another vocabulary."""
+    return ModelType(
+        name, architecture,
+        (*defaults(BERT_LIKE, vocab_size=vocab_size),
+         # Theirs counts the two rows before position 0, which `position_offset` adds in ours.
+         Setting("max_position_embeddings", "max_positions", 512, plus=2),
+         Setting("pad_token_id", "", 1)),
+        bert_table("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias",
+                   "lm_head.decoder.weight"),
+        untied={"head_bias": Stored("lm_head.decoder.bias")},
+        tied=(("lm_head.bias", "lm_head.decoder.bias"),),
+        # Whatever hidden_act is, the head has gelu.
+        fixed=BERT_FIXED | {"position_offset": 2, "head_activation": "gelu"},
+        prefix="roberta.",
+        present={"mlm_head": ("lm_head.dense.weight", True, False),
+                 "pooler": ("roberta.pooler.dense.weight", True, False)},
+        config=EncoderConfig,
+        rope={})
+
+
+ROBERTA = roberta("roberta", "RobertaForMaskedLM", 50265)
+XLM_ROBERTA = roberta("xlm-roberta", "XLMRobertaForMaskedLM", 30522)
+CAMEMBERT = roberta("camembert", "CamembertForMaskedLM", 30522)
 MODERNBERT = ModelType(
     "modernbert", "ModernBertForMaskedLM",
-    (*(setting for setting in MODERN if setting.ours not in ("num_kv_heads", "norm_eps", "mlp")),
+    (*defaults(SIZES, vocab_size=50368, hidden_size=768, intermediate_size=1152,
+               num_hidden_layers=22, num_attention_heads=12, max_position_embeddings=8192),
      Setting("hidden_activation", "mlp", "gelu", only=GATED),
-     Setting("classifier_activation", "", "gelu"),
-     Setting("rope_scaling", "", None),
+     Setting("classifier_activation", "head_activation", "gelu", only=UNGATED),
+     Setting("rope_scaling", "", None),  # it would scale the local layers, too
      # Theirs: 128 = 64 tokens on each side. Ours: 65 = 64 tokens on a side, and the token itself.
      Setting("local_attention", "sliding_window", 128, times=2, plus=-2),
      Setting("norm_eps", "norm_eps", 1e-5),
@@ -261,68 +308,7 @@ MODERNBERT = ModelType(
     is_local=lambda settings, i: i % settings.get("global_attn_every_n_layers", 3) != 0,
     rope={"global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0})
 
-# Encoder-decoders
-
-T5 = ModelType(
-    "t5", "T5ForConditionalGeneration",
-    (Setting("vocab_size", "vocab_size"),
-     Setting("d_model", "embed_dim"),
-     Setting("d_kv", "head_dim"),
-     Setting("d_ff", "mlp_dim"),
-     Setting("num_layers", "num_encoder_layers"),
-     Setting("num_decoder_layers", "num_layers", None),
-     Setting("num_heads", "num_heads"),
-     Setting("relative_attention_num_buckets", "relative_buckets", 32),
-     Setting("relative_attention_max_distance", "relative_distance", 128),
-     Setting("layer_norm_epsilon", "norm_eps", 1e-6),
-     Setting("feed_forward_proj", "mlp", "relu",
-             only={"relu": "relu", "gated-gelu": "geglu", "gated-silu": "swiglu"}),
-     Setting("is_encoder_decoder", "", True),
-     Setting("scale_decoder_outputs", "scale_output", None)),
-    T5_TABLE,
-    ungated=T5_UNGATED,
-    fixed={"positions": "relative", "query_scalar": 1.0},
-    shared=(("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),),
-    # In some files, although T5's cross-attention has no position bias.
-    ignore=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
-    neutral=("dense_act_fn", "is_gated_act",
-             "tie_word_embeddings",  # read where scale_decoder_outputs is missing
-             "n_positions"),
-    present={"tie_embeddings": ("lm_head.weight", False, True)},
-    config=EncDecConfig,
-    rope={})
-# Where two settings have the same field of ours, such as the heads and the MLP of the two halves, a
-# model in which they differ is refused.
-MARIAN = ModelType(
-    "marian", "MarianMTModel",
-    (Setting("vocab_size", "vocab_size"),
-     Setting("decoder_vocab_size", "vocab_size", None),
-     Setting("d_model", "embed_dim"),
-     Setting("encoder_layers", "num_encoder_layers"),
-     Setting("decoder_layers", "num_layers"),
-     Setting("encoder_attention_heads", "num_heads"),
-     Setting("decoder_attention_heads", "num_heads"),
-     Setting("encoder_ffn_dim", "mlp_dim"),
-     Setting("decoder_ffn_dim", "mlp_dim"),
-     Setting("max_position_embeddings", "max_positions"),
-     Setting("activation_function", "mlp", "gelu", only=UNGATED),
-     Setting("scale_embedding", "scale_embeddings", False),
-     TIED,
-     Setting("is_encoder_decoder", "", True),
-     Setting("share_encoder_decoder_embeddings", "", True)),
-    marian_table(),
-    fixed={"positions": "sinusoidal", "norm": "layernorm", "norm_eps": 1e-5,
-           "norm_position": "post", "use_bias": True},
-    prefix="model.",
-    shared=(("model.shared.weight", "model.encoder.embed_tokens.weight",
-             "model.decoder.embed_tokens.weight"),),
-    neutral=("activation_dropout", "classif_dropout", "decoder_layerdrop", "encoder_layerdrop",
-             "extra_pos_embeddings", "init_std", "num_hidden_layers", "static_position_embeddings"),
-    present={"output_bias": ("final_logits_bias", True, False)},
-    config=EncDecConfig,
-    rope={})
-
 # An export without --model-type takes the first of these that can express the whole model.
 MODEL_TYPES = {model_type.name: model_type for model_type in (
-    LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, QWEN2_MOE, GEMMA2, GEMMA3, GPT2,
-    BERT, ROBERTA, MODERNBERT, T5, MARIAN)}
+    LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, QWEN2_MOE, GEMMA, GEMMA2, GEMMA3, GRANITE,
+    GPT2, BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, MODERNBERT, T5, MT5, MARIAN)}

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 from lmjax.huggingface.weights import Table
 from lmjax.models.decoder import DecoderConfig
 
-REQUIRED = object()  # the default of a setting that config.json must hold
-
 
 class Setting(NamedTuple):
     """One setting of config.json."""
@@ -21,14 +19,16 @@ class Setting(NamedTuple):
     # The field of our config that it sets; "moe.experts" is a field of a group. "" means that no
     # field stands for it: it must be `default` or null, because lmjax computes nothing else.
     ours: str
-    default: Any = REQUIRED  # their value, if config.json leaves the setting out
+    default: Any = None  # that of their class, for a config.json that leaves the setting out
     # Two ways to translate values, theirs -> ours. `only` lists all values: any other is refused.
     # `also` lists exceptions: any other value is the same in both.
     only: Mapping[Any, Any] | None = None
     also: Mapping[Any, Any] | None = None
     times: int = 1  # for integers: theirs = ours * times + plus
     plus: int = 0
-    alias: str = ""  # another name that config.json may have for it; exports use `theirs`
+    # Another name that their class knows for it; exports use `theirs`. Two that differ are refused.
+    alias: str = ""
+    power: float = 0.0  # not 0: ours = theirs ** power
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,18 @@ class ModelType:
     config: type = DecoderConfig
     # (config.json, i) -> whether layer i is local, if config.json has no layer_types.
     is_local: Callable[[Mapping[str, Any], int], bool] | None = None
+    # Whether the class reads layer_types; if not, `is_local` says all, and a list that contradicts
+    # it is refused.
+    reads_layer_types: bool = True
+    # config.json -> settings that follow from others, which config.json must not contradict.
+    implied: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    scaling: bool = True  # whether the class has the RoPE scalings that lmjax has
     # The settings of the global and the local RoPE theta with their defaults; empty without RoPE.
     rope: Mapping[str, float] = field(default_factory=lambda: {"rope_theta": 10_000.0})
 
 
+# Settings that any class of transformers may read, with the values that lmjax computes with.
+ONLY: dict[str, tuple[Any, ...]] = {"is_causal": (True,), "partial_rotary_factor": (1.0, None)}
 # Settings of every model type that are never refused. They change nothing about what a model
 # computes from ids and weights outside training, or other code than the rows reads them: the
 # layers' kinds (layer_types, max_window_layers) and RoPE (rope_theta, rope_scaling and others).
@@ -83,3 +91,20 @@ NEUTRAL = frozenset("""
     num_return_sequences no_repeat_ngram_size repetition_penalty temperature top_k top_p typical_p
     diversity_penalty bad_words_ids forced_bos_token_id forced_eos_token_id
 """.split())
+
+# Their activation -> our MLP, with and without a gate.
+GATED = {
+    "silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
+    "gelu": "geglu_erf"}
+UNGATED = {
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
+    "silu": "silu", "swish": "silu"}
+# Both read tie_word_embeddings. Where config.json leaves it out, UNTIED means that the embeddings
+# are not tied, and TIED that they are.
+UNTIED = Setting("tie_word_embeddings", "tie_embeddings", False)
+TIED = UNTIED._replace(default=True)
+
+
+def defaults(rows: tuple[Setting, ...], **values: Any) -> tuple[Setting, ...]:
+    """`rows` with the defaults of another class."""
+    return tuple(row._replace(default=values.get(row.theirs, row.default)) for row in rows)

@@ -4,31 +4,24 @@ config.json is read as plain JSON: nothing in it is run.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lmjax.config import build
 from lmjax.errors import UserError
 from lmjax.huggingface.model_types import MODEL_TYPES
-from lmjax.huggingface.schema import NEUTRAL, REQUIRED, ModelType, Setting
+from lmjax.huggingface.rope import ORIGINAL, read_rope, write_rope
+from lmjax.huggingface.schema import NEUTRAL, ONLY, ModelType, Setting
+from lmjax.models.decoder import DecoderConfig
 from lmjax.models.encdec import EncDecConfig
+from lmjax.models.encoder import EncoderConfig
 from lmjax.models.model import ModelConfig
 
 Settings = Mapping[str, Any]
 # Fields of our config that do not change what a trained model computes.
 FREE = ("dropout", "init_std", "embedding_std", "attention", "scan_layers", "remat")
 LAYER_TYPES = {"sliding_attention": "local", "full_attention": "global"}  # theirs -> ours
-# Their settings of RoPE scaling -> fields of ours.
-SCALING = {
-    "factor": "factor", "original_max_position_embeddings": "original_positions",
-    "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
-    "beta_fast": "beta_fast", "beta_slow": "beta_slow", "attention_factor": "attention_factor"}
-# Kind of RoPE scaling -> the settings that it reads, besides attention_factor.
-SCALING_KEYS = {
-    "linear": ("factor",),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor",
-               "high_freq_factor")}
 
 
 def model_type_of(settings: Settings, where: str) -> ModelType:
@@ -123,7 +116,9 @@ def difference(a: ModelConfig, b: ModelConfig) -> tuple[str, Any, Any] | None:
     a, b = _resolved(a), _resolved(b)
     for field in dataclasses.fields(a):
         mine, other = getattr(a, field.name), getattr(b, field.name)
-        if field.name not in FREE and mine != other:
+        same = mine == other or (  # a float that was converted twice
+            isinstance(mine, float) and math.isclose(mine, other, rel_tol=1e-12))
+        if field.name not in FREE and not same:
             return field.name, mine, other
     return None
 
@@ -135,11 +130,11 @@ def _fields(model_type: ModelType, settings: Settings, where: str,
             present: Mapping[str, Any]) -> dict[str, Any]:
     """The nested fields of our config, as `lmjax.config.build` takes them."""
     _refuse_unknown(model_type, settings, where)
+    if "use_sliding_window" in model_type.neutral and not settings.get("use_sliding_window"):
+        settings = {**settings, "sliding_window": None}
     fields = {**model_type.fixed, **present}
     for row in model_type.settings:
-        value = settings.get(row.theirs, settings.get(row.alias, row.default))
-        if value is REQUIRED:
-            raise UserError(f"a value for {row.theirs}", "none", "fetch config.json again", where)
+        value = _value(row, settings, where)
         if row.ours:
             ours = _ours(row, value, where)
             # Two settings of theirs may give one field of ours.
@@ -155,7 +150,7 @@ def _fields(model_type: ModelType, settings: Settings, where: str,
     elif any(kind != "full_attention" for kind in settings.get("layer_types") or ()):
         raise _not_computed("layer_types of 'full_attention'", repr(settings["layer_types"]), where)
     if model_type.rope:
-        fields |= _read_rope(settings, model_type, where)
+        fields |= read_rope(settings, model_type, where)
     nested: dict[str, Any] = {}
     for name, value in fields.items():
         group, _, leaf = name.rpartition(".")
@@ -164,7 +159,16 @@ def _fields(model_type: ModelType, settings: Settings, where: str,
 
 
 def _refuse_unknown(model_type: ModelType, settings: Settings, where: str) -> None:
-    known = NEUTRAL.union(model_type.neutral, model_type.rope,
+    implied = model_type.implied(settings) if model_type.implied else {}
+    for name, expected in implied.items():
+        if settings.get(name, expected) != expected:
+            raise UserError(f"{name}={expected!r}, as other settings say", repr(settings[name]),
+                            "remove the one that is wrong", where)
+    for name, values in ONLY.items():
+        if settings.get(name, values[0]) not in values:
+            raise _not_computed(f"{name}={values[0]}", repr(settings[name]), where)
+    known = NEUTRAL.union(model_type.neutral, model_type.rope, implied, ONLY,
+                          (ORIGINAL,) if model_type.rope else (),
                           (row.theirs for row in model_type.settings),
                           (row.alias for row in model_type.settings))
     for name, value in settings.items():
@@ -178,12 +182,28 @@ def _not_computed(expected: str, got: str, where: str, fix: str = "without it") 
     return UserError(expected, f"{got}, which lmjax cannot compute", f"take a model {fix}", where)
 
 
+def _value(row: Setting, settings: Settings, where: str) -> Any:
+    """What config.json says of a setting, or the default of its class."""
+    given = [name for name in (row.theirs, row.alias) if name in settings]
+    if len(given) == 2 and settings[row.theirs] != settings[row.alias]:
+        raise UserError(f"{row.alias}={settings[row.theirs]!r}, another name of {row.theirs}",
+                        repr(settings[row.alias]), "remove the one that is wrong", where)
+    return settings[given[0]] if given else row.default
+
+
 def _ours(row: Setting, value: Any, where: str) -> Any:
     if row.only is not None:
         if value not in row.only:
             raise _not_computed(f"{row.theirs} to be one of {', '.join(map(repr, row.only))}",
                                 repr(value), where, "with one of them")
         return row.only[value]
+    if row.also and value not in row.also and value in row.also.values():
+        # Our field says "none" with this value, theirs computes with it.
+        raise _not_computed(f"{row.theirs} of null or above 0", repr(value), where)
+    if row.power:
+        if not value > 0:
+            raise _not_computed(f"{row.theirs} above 0", repr(value), where, "with another")
+        return float(value) ** row.power
     if isinstance(value, int) and (row.times, row.plus) != (1, 0):
         return (value - row.plus) // row.times
     return row.also.get(value, value) if row.also else value
@@ -196,66 +216,39 @@ def _fill(fields: dict[str, Any], settings: Settings) -> None:
     if "num_encoder_layers" in fields:
         fields["num_layers"] = fields["num_layers"] or fields["num_encoder_layers"]
         if fields.get("scale_output", True) is None:  # T5
-            fields["scale_output"] = settings.get("tie_word_embeddings", True)
-    if isinstance(fields.get("query_scalar"), int):
-        fields["query_scalar"] = float(fields["query_scalar"])
+            fields["scale_output"] = settings.get("tie_word_embeddings") is not False
+    query_scalar = fields.get("query_scalar")
+    if isinstance(query_scalar, int) and not isinstance(query_scalar, bool):
+        fields["query_scalar"] = float(query_scalar)
 
 
 def _read_layers(fields: dict[str, Any], model_type: ModelType, settings: Settings,
                  where: str) -> None:
     """Sets the window and the pattern of local and global layers."""
     num_layers, listed = fields["num_layers"], settings.get("layer_types")
+    if listed and (set(listed) - set(LAYER_TYPES) or len(listed) != num_layers):
+        raise _not_computed(f"layer_types of {', '.join(LAYER_TYPES)} for {num_layers} layers",
+                            repr(listed), where, "with one of them")
+    assert model_type.is_local is not None
+    # `build` refuses a number of layers that is no integer.
+    kinds = ["local" if model_type.is_local(settings, i) else "global"
+             for i in range(num_layers if isinstance(num_layers, int) else 0)]
+    has_window = bool(fields["sliding_window"])
     if listed:
-        if set(listed) - set(LAYER_TYPES) or len(listed) != num_layers:
-            raise _not_computed(f"layer_types of {', '.join(LAYER_TYPES)} for {num_layers} layers",
-                                repr(listed), where, "with one of them")
-        kinds = [LAYER_TYPES[kind] for kind in listed]
-    else:
-        assert model_type.is_local is not None
-        # `build` refuses a number of layers that is no integer.
-        kinds = ["local" if model_type.is_local(settings, i) else "global"
-                 for i in range(num_layers if isinstance(num_layers, int) else 0)]
-    if "local" not in kinds or not fields["sliding_window"]:
+        named = [LAYER_TYPES[kind] for kind in listed]
+        if not model_type.reads_layer_types and named != kinds and has_window:
+            raise UserError(f"no layer_types, which a {model_type.name} does not read",
+                            repr(listed), "remove it if sliding_window holds for all layers", where)
+        kinds = named if model_type.reads_layer_types else kinds
+    if model_type.reads_layer_types and "local" in kinds and not has_window:
+        raise UserError("a sliding_window for layers of sliding_attention", "none",
+                        "set it, or make all layers full_attention", where)
+    if "local" not in kinds or not has_window:
         fields["sliding_window"] = 0
     elif "global" in kinds:
         period = next(p for p in range(1, len(kinds) + 1)
                       if all(kind == kinds[i % p] for i, kind in enumerate(kinds)))
         fields["layer_pattern"] = kinds[:period]
-
-
-def _read_rope(settings: Settings, model_type: ModelType, where: str) -> dict[str, Any]:
-    """The fields of RoPE, from either form that transformers has used.
-
-    The newer form is `rope_parameters`, which may hold one group per kind of layer. The older one
-    is `rope_scaling` with the thetas as settings of their own.
-    """
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    by_kind = {"full_attention": rope} | {k: v for k, v in rope.items() if isinstance(v, Mapping)}
-    fields: dict[str, Any] = {}
-    names = (("rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention"))
-    for (ours, kind), (theirs, default) in zip(names, model_type.rope.items(), strict=False):
-        theta = by_kind.get(kind, {}).get("rope_theta", settings.get(theirs, default))
-        fields[ours] = theta
-    local = by_kind.get("sliding_attention", {})
-    if local.get("rope_type", "default") != "default":
-        raise _not_computed("rope_type 'default' of sliding_attention", str(local), where)
-    rope = by_kind["full_attention"]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return fields
-    if kind not in SCALING_KEYS:
-        raise _not_computed(f"rope_type to be one of default, {', '.join(SCALING_KEYS)}",
-                            repr(kind), where, "with one of them")
-    known = {*SCALING, "rope_type", "type", "rope_theta"}
-    odd = [name for name, value in rope.items() if name not in known and value is not None]
-    if odd:
-        raise _not_computed(f"rope settings of {', '.join(SCALING)}", f"{odd[0]}={rope[odd[0]]!r}",
-                            where)
-    scaling = {SCALING[name]: rope[name] for name in (*SCALING_KEYS[kind], "attention_factor")
-               if rope.get(name) is not None}
-    if kind == "yarn":
-        scaling.setdefault("original_positions", settings.get("max_position_embeddings"))
-    return fields | {"rope_scaling": {"kind": kind} | scaling}
 
 
 # Writing
@@ -269,30 +262,16 @@ def _write(model_type: ModelType, config: ModelConfig) -> dict[str, Any]:
         settings[row.theirs] = _theirs(row, _get(c, row.ours)) if row.ours else row.default
     if model_type.is_local is not None:
         names = {ours: theirs for theirs, ours in LAYER_TYPES.items()}
-        settings["layer_types"] = [names[kind] for kind in c.layer_pattern]
+        if model_type.reads_layer_types:
+            settings["layer_types"] = [names[kind] for kind in c.layer_pattern]
         if "use_sliding_window" in model_type.neutral:
             settings["use_sliding_window"] = bool(c.sliding_window)
     if model_type.rope:
-        settings |= _write_rope(model_type, c)
+        settings |= write_rope(model_type, c)
     if model_type.name == "t5" and isinstance(c, EncDecConfig):
         # Older versions of transformers read this setting instead of scale_decoder_outputs.
         settings["tie_word_embeddings"] = c.scale_output
     return settings
-
-
-def _write_rope(model_type: ModelType, c: ModelConfig) -> dict[str, Any]:
-    """The settings of RoPE, in the older form, which every version of transformers reads."""
-    thetas = (c.rope_theta, c.local_rope_theta or c.rope_theta)
-    settings = {**dict(zip(model_type.rope, thetas, strict=False)), "rope_scaling": None}
-    scaling = c.rope_scaling
-    if scaling.kind == "none":
-        return settings
-    if scaling.kind not in SCALING_KEYS:
-        raise ValueError(f"rope_scaling.kind={scaling.kind!r}")
-    values = {name: getattr(scaling, SCALING[name]) for name in SCALING_KEYS[scaling.kind]}
-    if scaling.attention_factor:
-        values["attention_factor"] = scaling.attention_factor
-    return settings | {"rope_scaling": {"rope_type": scaling.kind} | values}
 
 
 def _theirs(row: Setting, value: Any) -> Any:
@@ -302,6 +281,8 @@ def _theirs(row: Setting, value: Any) -> Any:
         raise ValueError(f"{row.ours}={value!r}")
     if isinstance(row.default, int) and isinstance(value, float) and value.is_integer():
         return int(value)  # transformers refuses 256.0 for 256
+    if row.power:
+        return value ** (1 / row.power)
     if (row.times, row.plus) != (1, 0):
         return value * row.times + row.plus
     return back.get(value, value)
@@ -334,6 +315,12 @@ def _resolved(config: ModelConfig) -> ModelConfig:
         changes |= dict(relative_buckets=32, relative_distance=128)
     if isinstance(c, EncDecConfig):
         changes |= dict(num_encoder_layers=c.num_encoder_layers or c.num_layers)
+    if isinstance(c, EncoderConfig):
+        changes |= dict(head_activation=c.head_act if c.mlm_head else "gelu")
+    for name in ("qkv_bias", "out_bias", "mlp_bias"):
+        changes[name] = c.use_bias or getattr(c, name)
+    if isinstance(c, DecoderConfig):  # it has no other matrices with a bias
+        changes |= dict(use_bias=False)
     moe = type(c.moe)()
     if c.moe.experts:
         moe = dataclasses.replace(  # the losses matter only in training

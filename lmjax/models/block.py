@@ -67,7 +67,7 @@ class Block(nnx.Module):
         self.mlp_norm = new_norm()
         mlp: dict[str, Any] = dict(kind=c.mlp, init=init, out_init=out_init, rngs=rngs)
         self.mlp = (MoE(c.embed_dim, c.mlp_dim, c.moe, **mlp) if c.moe.experts else
-                    MLP(c.embed_dim, c.mlp_dim, use_bias=c.use_bias, **mlp))
+                    MLP(c.embed_dim, c.mlp_dim, use_bias=c.use_bias or c.mlp_bias, **mlp))
         self.attention_post_norm = new_norm() if both else None
         self.mlp_post_norm = new_norm() if both else None
         self.cross_norm = new_norm() if cross else None
@@ -119,13 +119,18 @@ class Block(nnx.Module):
         """
         if self.config.norm_position == "post":
             y, out = branch(gather_sequence(x))
-            return norm(x + dropout(y, self.config.dropout, key)), out
+            return norm(x + self._branch(y, key)), out
         y = norm(x)
         if norms_stream is not None:
             x = jnp.where(norms_stream, y, x)
         y, out = branch(gather_sequence(y))
         y = y if post_norm is None else post_norm(y)
-        return x + dropout(y, self.config.dropout, key), out
+        return x + self._branch(y, key), out
+
+    def _branch(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
+        """A branch's output as it is added to the residual stream."""
+        y, multiplier = dropout(y, self.config.dropout, key), self.config.residual_multiplier
+        return y if multiplier == 1.0 else y * multiplier
 
 
 def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Attention:
@@ -139,7 +144,7 @@ def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Attenti
     qk_norm = NORMS[c.norm if c.norm.startswith("rms") else "rmsnorm"]
     config = AttentionConfig(
         c.embed_dim, dims.num_heads, dims.num_kv_heads, dims.head_dim,
-        qkv_bias=c.use_bias or c.qkv_bias, out_bias=c.use_bias, scale=scale,
+        qkv_bias=c.use_bias or c.qkv_bias, out_bias=c.use_bias or c.out_bias, scale=scale,
         softcap=c.attention_softcap,
         qk_norm=functools.partial(qk_norm, eps=c.norm_eps) if c.qk_norm else None)
     init = AttentionInit(query_init, normal(c.init_std), residual_init(c.init_std, num_layers))

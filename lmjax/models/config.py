@@ -59,10 +59,14 @@ class TransformerConfig:
     # the residual stream by its output (ModernBERT)
     embedding_norm: str = "none"
     scale_embeddings: bool = False  # multiplies embeddings by sqrt(embed_dim)
+    embedding_multiplier: float = 1.0  # multiplies embeddings (Granite)
+    residual_multiplier: float = 1.0  # multiplies each branch before it is added (Granite)
     # gelu (exact), gelu_tanh, relu, silu; gated: swiglu, geglu (tanh), geglu_erf, reglu
     mlp: str = "swiglu"
     use_bias: bool = False  # in all matrices
     qkv_bias: bool = False  # in the projections to queries, keys and values
+    out_bias: bool = False  # in the output projection of attention
+    mlp_bias: bool = False  # in the matrices of the MLP
     qk_norm: bool = False  # norms each head's queries and keys
     query_scalar: float = 0.0  # scores are divided by its square root; 0: head_dim
     # In a local layer a token sees the last `sliding_window` tokens, itself included; in an encoder
@@ -115,9 +119,10 @@ class TransformerConfig:
 
     def _check_layers(self) -> None:
         """Refuses switches that no layer can combine."""
-        if self.moe.experts and self.use_bias:
-            raise UserError("false with moe.experts", "true", "switch one of them off",
-                            where="use_bias")
+        for key in ("use_bias", "mlp_bias"):
+            if self.moe.experts and getattr(self, key):
+                raise UserError("false with moe.experts", "true", "switch one of them off",
+                                where=key)
         if "local" in self.layer_pattern and not self.sliding_window:
             raise UserError("at least 1 for the local layers of layer_pattern", 0, "set it",
                             where="sliding_window")

@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 
 from lmjax.config import choice
+from lmjax.errors import UserError
 from lmjax.models.cache import Cache
 from lmjax.models.config import TransformerConfig
 from lmjax.models.transformer import TokenInfo, Trunk, embed, token_table
@@ -24,10 +25,13 @@ class DecoderConfig(TransformerConfig):
     """The dimensions and switches of a decoder: those of `TransformerConfig`."""
 
     family: str = "decoder"
+    logit_divisor: float = 1.0  # divides logits (Granite)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("family", self.family, ("decoder",))
+        if self.logit_divisor <= 0:
+            raise UserError("more than 0", self.logit_divisor, "raise it", where="logit_divisor")
 
 
 class Decoder(Trunk):
@@ -40,10 +44,11 @@ class Decoder(Trunk):
     def __init__(self, config: DecoderConfig, kernel: Kernel, rngs: nnx.Rngs):
         # The order of creation decides which random key a parameter gets: the embedding's is first.
         self.embedding = token_table(config, rngs)
+        self.divisor = config.logit_divisor
         super().__init__(config, kernel, rngs, causal=True)
         self.head = None if config.tie_embeddings else token_table(config, rngs)
 
-    def hidden(self, batch: Mapping[str, jax.Array], dtype: Any,
+    def states(self, batch: Mapping[str, jax.Array], dtype: Any,
                key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
         """Computes the hidden states of a batch.
 
@@ -61,16 +66,21 @@ class Decoder(Trunk):
         x_BTD, _, routing = self(x_BTD, info, key=key)
         return x_BTD, routing
 
-    # `Model.encode` returns the states before any head. An encoder's masked-LM head changes the
-    # hidden states; a decoder's head is only the unembedding, so here both are the same.
-    states = hidden
+    def hidden(self, batch: Mapping[str, jax.Array], dtype: Any,
+               key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
+        """`states` divided by `logit_divisor`: ready for the unembedding."""
+        x_BTD, routing = self.states(batch, dtype, key)
+        return self._scaled(x_BTD), routing
 
     def step(self, tokens_BT: jax.Array, info: TokenInfo, cache: Cache,
              dtype: Any) -> tuple[jax.Array, Cache]:
         """The hidden states [B, T, D] of the next T tokens of each row, and the new cache."""
         x_BTD = embed(self.config, self.embedding, tokens_BT, dtype)
         x_BTD, layers, _ = self(x_BTD, info, cache=cache.layers)
-        return x_BTD, cache._replace(layers=layers)
+        return self._scaled(x_BTD), cache._replace(layers=layers)
+
+    def _scaled(self, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if self.divisor == 1.0 else x_BTD / self.divisor
 
     @property
     def unembedding(self) -> tuple[jax.Array, jax.Array | None]:

@@ -28,12 +28,19 @@ class EncoderConfig(TransformerConfig):
     family: str = "encoder"
     token_types: int = 0  # kinds of segments, each with an embedding for its tokens; 0: none
     mlm_head: bool = True  # a matrix, an activation, a norm and a bias before the vocabulary
+    head_activation: str = ""  # of the MLM head; "": the MLP's
     pooler: bool = False  # tanh of a matrix times the state of the first token (BERT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("family", self.family, ("encoder",))
+        choice("head_activation", self.head_activation, ("", *ACTIVATIONS))
         at_least(0, token_types=self.token_types)
+
+    @property
+    def head_act(self) -> str:
+        """The name of the MLM head's activation."""
+        return self.head_activation or MLP_KINDS[self.mlp][0]
 
 
 class Encoder(Trunk):
@@ -56,6 +63,7 @@ class Encoder(Trunk):
         self.head = None if c.tie_embeddings else token_table(c, rngs)
         self.head_bias = param(rngs, zeros, (c.vocab_size,), ("norm",)) if c.mlm_head else None
         self.pooler = square(True) if c.pooler else None
+        self.activation = ACTIVATIONS[c.head_act]
 
     def states(self, batch: Mapping[str, jax.Array], dtype: Any,
                key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
@@ -81,8 +89,7 @@ class Encoder(Trunk):
         """`states` after the MLM head's matrix, activation and norm: ready for the unembedding."""
         x_BTD, routing = self.states(batch, dtype, key)
         if self.transform is not None and self.transform_norm is not None:
-            activation = ACTIVATIONS[MLP_KINDS[self.config.mlp][0]]
-            x_BTD = self.transform_norm(activation(self.transform(x_BTD)))
+            x_BTD = self.transform_norm(self.activation(self.transform(x_BTD)))
         return x_BTD, routing
 
     def pooled(self, x_BTD: jax.Array) -> jax.Array:

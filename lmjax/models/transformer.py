@@ -180,6 +180,8 @@ def embed(config: TransformerConfig, table: Embedding, tokens_BT: jax.Array,
           dtype: Any) -> jax.Array:
     """The embeddings [B, T, D] of token ids, in `dtype`, scaled if the config says so."""
     x_BTD = table(tokens_BT, dtype)
+    if config.embedding_multiplier != 1.0:
+        x_BTD = x_BTD * config.embedding_multiplier
     if not config.scale_embeddings:
         return x_BTD
     return x_BTD * jnp.asarray(config.embed_dim ** 0.5, dtype)  # the factor is rounded, as Gemma's

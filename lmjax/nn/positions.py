@@ -92,7 +92,8 @@ def _yarn(s: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
 
     low = max(math.floor(dimension(s.beta_fast)), 0)
     high = min(math.ceil(dimension(s.beta_slow)), head_dim - 1)
-    scaled = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    # The ends cross where beta_fast is below beta_slow, or few rows come before the scaling.
+    scaled = np.clip((np.arange(head_dim // 2) - low) / ((high - low) or 0.001), 0, 1)
     return scaled * plain / s.factor + (1 - scaled) * plain
 
 

@@ -55,7 +55,7 @@ BAD = {
                    "expected model_type to be one of llama, .* got 'mamba'"),
     "code": (lambda f: edit(f, auto_map={"AutoModel": "modeling.Evil"}),
              "expected a model that needs no code of its"),
-    "switch": (lambda f: edit(f, attention_bias=True), "expected attention_bias=False, got True"),
+    "switch": (lambda f: edit(f, is_causal=False), "expected is_causal=True, got False"),
     "unknown": (lambda f: edit(f, quantization_config={"bits": 4}),
                 "got quantization_config={'bits': 4}"),
     "activation": (lambda f: edit(f, hidden_act="tanh"),
@@ -63,7 +63,7 @@ BAD = {
     "rope": (lambda f: edit(f, rope_scaling={"rope_type": "longrope", "factor": 2}),
              "expected rope_type to be one of .* got 'longrope'"),
     "no size": (lambda f: edit(f, hidden_size="gone"),
-                "expected a value for hidden_size, got none"),
+                rf"expected tensor {EMBED} \[64, 4096\], got \[64, 16\]"),
     "bad size": (lambda f: edit(f, hidden_size="wide"),
                  "embed_dim: expected an integer, got 'wide'"),
     "tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(train_tokenizer(

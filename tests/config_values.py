@@ -1,0 +1,130 @@
+"""Small, whole config.json files of every model type, and values that are worth trying in them."""
+
+V = 96
+MODERN = dict(
+    vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=48, hidden_act="silu", rms_norm_eps=1e-5,
+    tie_word_embeddings=False, attention_dropout=0.0, bos_token_id=1, eos_token_id=2)
+LLAMA = MODERN | dict(rope_theta=500.0, attention_bias=False, mlp_bias=False, head_dim=8)
+QWEN = MODERN | dict(rope_theta=500.0, use_sliding_window=False, sliding_window=4,
+                     max_window_layers=1)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True,
+               decoder_sparse_step=1, mlp_only_layers=[])
+GEMMA = {name: LLAMA[name] for name in LLAMA if name not in ("mlp_bias", "hidden_act")} | dict(
+    hidden_activation="gelu_pytorch_tanh", head_dim=16, query_pre_attn_scalar=20, sliding_window=4,
+    tie_word_embeddings=True)
+BERT = dict(
+    vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=48, hidden_act="gelu", layer_norm_eps=1e-6, type_vocab_size=2,
+    pad_token_id=0, tie_word_embeddings=True, position_embedding_type="absolute")
+ROBERTA = BERT | dict(pad_token_id=1, max_position_embeddings=50)
+T5 = dict(
+    vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=3, num_heads=4,
+    relative_attention_num_buckets=8, relative_attention_max_distance=12, layer_norm_epsilon=1e-5,
+    feed_forward_proj="relu", is_encoder_decoder=True, pad_token_id=0, decoder_start_token_id=0,
+    tie_word_embeddings=True)
+# model type -> a whole config.json
+BASES = {
+    "llama": LLAMA,
+    "mistral": MODERN | dict(rope_theta=500.0, sliding_window=4, head_dim=8),
+    "mixtral": MODERN | dict(rope_theta=500.0, sliding_window=None, num_local_experts=4,
+                             num_experts_per_tok=2),
+    "qwen2": QWEN,
+    "qwen3": QWEN | dict(head_dim=16, attention_bias=False),
+    "qwen2_moe": QWEN | EXPERTS | dict(shared_expert_intermediate_size=40, qkv_bias=True),
+    "qwen3_moe": QWEN | EXPERTS | dict(head_dim=16, attention_bias=False),
+    "gemma": {name: value for name, value in GEMMA.items() if name not in (
+        "hidden_activation", "query_pre_attn_scalar", "sliding_window")} | dict(hidden_act="gelu"),
+    "gemma2": GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma3_text": GEMMA | dict(sliding_window_pattern=2, rope_local_base_freq=50.0),
+    "phi3": MODERN | dict(rope_theta=500.0, sliding_window=4, original_max_position_embeddings=48,
+                          resid_pdrop=0.0, embd_pdrop=0.0, pad_token_id=0),
+    "granite": {name: value for name, value in LLAMA.items() if name != "head_dim"} | dict(
+        embedding_multiplier=6.0, logits_scaling=2.0, residual_multiplier=0.5,
+        attention_multiplier=0.2),
+    "gpt2": dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_inner=48, n_positions=48,
+                 activation_function="gelu_new", layer_norm_epsilon=1e-4, tie_word_embeddings=True,
+                 scale_attn_weights=True),
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "modernbert": dict(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=48, hidden_activation="gelu", norm_eps=1e-4,
+        global_attn_every_n_layers=2, local_attention=6, global_rope_theta=500.0,
+        local_rope_theta=50.0, pad_token_id=0, classifier_activation="gelu", norm_bias=False,
+        attention_bias=False, mlp_bias=False, decoder_bias=True, classifier_bias=False,
+        tie_word_embeddings=True),
+    "t5": T5,
+    "mt5": T5 | dict(feed_forward_proj="gated-gelu"),
+    "marian": dict(
+        vocab_size=V, decoder_vocab_size=V, d_model=32, encoder_layers=2, decoder_layers=3,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, max_position_embeddings=48, pad_token_id=0, eos_token_id=2,
+        decoder_start_token_id=0, activation_function="swish", scale_embedding=True,
+        static_position_embeddings=True, share_encoder_decoder_embeddings=True,
+        num_hidden_layers=2, tie_word_embeddings=True),
+}
+# Other names that transformers' classes know for one key (their attribute_map).
+OTHER_NAMES = {
+    "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings", "d_model": "hidden_size", "d_kv": "head_dim",
+    "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+    "encoder_attention_heads": "num_attention_heads", "encoder_layers": "num_hidden_layers",
+    "num_experts": "num_local_experts", "num_local_experts": "num_experts"}
+ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "quick_gelu",
+               "gelu_fast", "tanh", "gelu_python"]
+PROJECTIONS = ["relu", "gelu", "silu", "gelu_new", "gated-gelu", "gated-silu", "gated-relu",
+               "gated-gelu_new", "gated", "relu-gated"]
+# Values worth trying: (a pattern of keys, values)
+VALUES = [
+    (r"hidden_act.*|activation_function|dense_act_fn|classifier_activation", ACTIVATIONS),
+    (r"feed_forward_proj", PROJECTIONS),
+    (r".*(eps|epsilon)", [1e-12, 1e-6, 1e-5, 1e-3, 0.1, 0, 0.0, "1e-5"]),
+    (r"(max_|n_)position.*|original_max_position_embeddings", [16, 24, 48, 50, 64, 4096]),
+    (r"sliding_window|local_attention", [1, 2, 3, 5, 8, 4096, 0, None]),
+    (r"sliding_window_pattern|_sliding_window_pattern|global_attn_every_n_layers|max_window_layers",
+     [0, 1, 2, 3, 6, 28]),
+    (r".*rope_theta|rope_local_base_freq", [10.0, 100, 500.0, 10000.0, 1e6, None]),
+    (r"head_dim|d_kv", [4, 8, 16, None]),
+    (r"num_key_value_heads", [1, 2, 4, None]),
+    (r"num_attention_heads|n_head|num_heads", [2, 4, 8]),
+    (r"(attn|final)_logit_softcapping", [None, 0.0, 1.0, 5.0, 50.0]),
+    (r"query_pre_attn_scalar", [4, 16, 20.5, 256]),
+    (r".*_multiplier|logits_scaling", [1, 1.0, 0.25, 3.0, 0.0, -1.0]),
+    (r"n_inner|intermediate_size|d_ff", [None, 40, 48, 128]),
+    (r"pad_token_id", [None, -1, 0, 1, 2]),
+    (r"num_experts_per_tok", [1, 2, 3, 4, 5]),
+    (r"position_embedding_type", ["absolute", "relative_key", None]),
+    (r"partial_rotary_factor", [1.0, 0.5, None]),
+    (r"type_vocab_size", [0, 1, 2]),
+    (r"layer_types", [None, []]),
+    (r"decoder_sparse_step", [1, 2, 0]),
+    (r"mlp_only_layers", [[], [0], None]),
+    (r"attention_dropout|attn_pdrop", [0.0, 0.1]),
+    (r"tie_word_embeddings|.*_bias|is_gated_act|use_.*|is_causal|scale_.*|is_decoder|norm_topk_prob"
+     r"|add_cross_attention|share_.*|is_encoder_decoder", [True, False, None]),
+    (r"dtype|torch_dtype", ["float32", "bfloat16", "auto"]),
+]
+# Keys that configs on the hub have, for one class or another, and that newer versions write.
+STRANGE = dict(
+    unsloth_fixed=True, unsloth_version="2025.1", _attn_implementation_autoset=True,
+    use_mrope=False, rope_interleaved=False, is_llama_config=True, pretraining_tp=2,
+    output_past=True, reference_compile=None, sep_token_id=2, auto_map={}, quantization_config=None,
+    tokenizer_class="X", gradient_checkpointing=False, problem_type=None, use_cache=True,
+    use_sliding_window=True, is_causal=False, partial_rotary_factor=0.5, attention_chunk_size=4,
+    embedding_size=16, per_layer_config={"0": {"rms_norm_eps": 0.5}}, layer_types=None,
+    dense_act_fn="silu", is_gated_act=True, mlp_bias=True, attention_bias=True, qkv_bias=False,
+    hidden_act="relu", hidden_activation="relu", n_inner=40, head_dim=4,
+    scale_decoder_outputs=False, normalize_before=True, add_final_layer_norm=True, dtype="float32",
+
+    rope_local_base_freq=30.0, global_rope_theta=30.0, original_max_position_embeddings=16,
+    use_bidirectional_attention=True,
+    chunk_size_feed_forward=2, pruned_heads={}, torchscript=False, tie_encoder_decoder=False,
+    max_length=20, prefix=None, return_dict=True, num_local_experts=4, intermediate_size=40,
+    attention_multiplier=0.5, logits_scaling=3.0, resid_pdrop=0.1, embd_pdrop=0.1,
+    name_or_path="x", _commit_hash="0", use_bfloat16=False, tf_legacy_loss=False,
+    output_attentions=False, cache_implementation="hybrid", sliding_window_size=4,
+    vocab_size=V, layer_norm_eps=0.1, rms_norm_eps=0.1, norm_eps=0.1, layer_norm_epsilon=0.1)
+KINDS = ["default", "linear", "yarn", "llama3", "dynamic", "longrope", "proportional", "odd"]

@@ -1,0 +1,91 @@
+"""config.json files that strangers have, compared with transformers: never another model."""
+
+import collections
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed, so nothing is compared with it: "
+                    "pip install lmjax[oracle]")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed, so "
+                                   "nothing is compared with it: pip install lmjax[oracle]")
+
+from config_fuzz import compare, mutated  # noqa: E402
+from config_values import BASES  # noqa: E402
+
+from lmjax.huggingface.model_types import MODEL_TYPES  # noqa: E402
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+# (model type, changes, outcome): what was computed as another model than transformers computes.
+CASES = [
+    ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 9.0}}},
+     "refused"),
+    ("mistral", {"rope_parameters": {"sliding_attention": {"rope_theta": 9.0}}}, "refused"),
+    ("qwen2", {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 9.0}}, "refused"),
+    ("llama", {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, "agree"),
+    ("llama", {"rope_scaling": YARN | {"attention_factor": 0.0}}, "refused"),
+    ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "refused"),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "agree"),
+    ("roberta", {"hidden_act": "relu"}, "agree"),
+    ("modernbert", {"hidden_activation": "silu"}, "agree"),
+    ("modernbert", {"classifier_activation": "relu"}, "agree"),
+    ("t5", {"dense_act_fn": "silu"}, "refused"),
+    ("t5", {"is_gated_act": True}, "refused"),
+    ("t5", {"feed_forward_proj": "gated-relu"}, "agree"),
+    ("mistral", {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+     "refused"),
+    ("qwen3_moe", {"use_sliding_window": True, "max_window_layers": 28}, "agree"),
+    ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 28}, "agree"),
+    ("gpt2", {"hidden_size": 64}, "refused"),
+    ("llama", {"is_causal": False}, "refused"),
+    ("llama", {"attention_bias": True, "mlp_bias": True}, "agree"),
+    ("gemma", {}, "agree"), ("granite", {}, "agree"), ("mt5", {}, "agree"),
+    ("xlm-roberta", {}, "agree"), ("camembert", {}, "agree")]
+QUICK = (0, 5, 7, 10, 13, 20)
+
+
+@pytest.mark.parametrize("model_type, changes, outcome", [
+    pytest.param(*case, marks=[] if i in QUICK else pytest.mark.long, id=f"{i}-{case[0]}")
+    for i, case in enumerate(CASES)])
+def test_a_config_is_computed_as_by_transformers_or_refused(model_type, changes, outcome):
+    raw = {**BASES[model_type], **changes, "model_type": model_type}
+    assert compare(raw)[0] == outcome, compare(raw)
+
+
+def test_every_model_type_has_a_base():
+    assert MODEL_TYPES.keys() <= BASES.keys()
+
+
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_the_defaults_are_those_of_the_class(name):
+    model_type = MODEL_TYPES[name]
+    theirs = getattr(transformers, model_type.architecture).config_class()
+    derived = {"head_dim", "num_decoder_layers", "num_key_value_heads", "scale_decoder_outputs",
+               "decoder_vocab_size", "rope_scaling"}  # null in the class, until it is filled in
+    for row in model_type.settings:
+        if hasattr(theirs, row.theirs) and row.theirs not in derived:
+            value = getattr(theirs, row.theirs)
+            window_is_off = row.theirs == "sliding_window" and not value
+            assert window_is_off or value in (row.default, None), row.theirs
+
+
+def outcomes(seeds):
+    """Counts the outcomes; fails on the first that is silent or without a word."""
+    counts = collections.Counter()
+    for seed in seeds:
+        raw = mutated(seed)
+        outcome, detail = compare(raw)
+        assert outcome not in ("SILENT", "TRACEBACK"), (seed, outcome, detail, raw)
+        counts[outcome] += 1
+    return counts
+
+
+@pytest.mark.long
+def test_some_mutated_configs_are_never_another_model():
+    assert outcomes(range(40))["agree"] > 5
+
+
+@pytest.mark.slow
+def test_five_thousand_mutated_configs_are_never_another_model():
+    counts = outcomes(range(5000))
+    print(dict(counts))
+    assert counts["refused"] < 0.35 * 5000
