@@ -31,7 +31,8 @@ def check(command: list[str], files: Collection[str] | None = None) -> None:
     Args:
       command: the arguments.
       files: the files that the hosts will have, relative to the checkout; by default all that the
-        checkout has. A config with an absolute path belongs to the hosts and is not looked for.
+        checkout has. A config with an absolute path, or one that the hosts expand (~ and $NAME),
+        belongs to the hosts and is not looked for.
 
     Raises:
       UserError: lmjax would refuse the command.
@@ -46,9 +47,10 @@ def check(command: list[str], files: Collection[str] | None = None) -> None:
     for flag, value in {"--config": "FILE", "--workdir": "DIR"}.items():
         if name == "train" and not option(command, flag):
             raise UserError(f"a {value.lower()} for train", "none", f"write {flag} {value}", flag)
-    config = str(pathlib.PurePath(option(command, "--config").partition(":")[0]))
-    if config == "." or config.startswith("/"):
+    written = option(command, "--config")
+    if not written or written.startswith(("/", "~", "file:")) or "$" in written:
         return
+    config = str(pathlib.PurePath(written.partition(":")[0]))
     if files is None:
         found, kind = (ROOT / config).is_file(), "of this checkout"
     else:

@@ -1,4 +1,4 @@
-"""The token store: TensorStore (zarr3) arrays and a JSON manifest, on local disk, gs:// or s3://.
+"""The token store: TensorStore (zarr3) arrays and a JSON manifest, on local disk or in gs://.
 
     manifest.json  tokenizer.model  baselines.json
     <source>/<split>/tokens/  <source>/<split>/offsets/  <source>/<split>/ids.txt
@@ -34,13 +34,12 @@ CACHE_BYTES = 256 << 20  # limit of an open array's cache of chunks
 
 
 def kvstore(path: str) -> dict[str, str]:
-    """TensorStore's address of a directory: a local path, gs://bucket/dir or s3://bucket/dir."""
-    for scheme, driver in (("gs://", "gcs"), ("s3://", "s3")):
-        if path.startswith(scheme):
-            bucket, _, rest = path.removeprefix(scheme).partition("/")
-            return {"driver": driver, "bucket": bucket, "path": rest.rstrip("/") + "/"}
+    """TensorStore's address of a directory: a local path or gs://bucket/dir."""
+    if path.startswith("gs://"):
+        bucket, _, rest = path.removeprefix("gs://").partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": rest.rstrip("/") + "/"}
     if is_remote(path):
-        raise UserError("a local path, gs:// or s3://", path, "use one of those",
+        raise UserError("a local path or gs://BUCKET/DIR", path, "use one of those",
                         where="data.directory")
     return {"driver": "file", "path": str(epath.Path(path).expanduser().absolute()) + "/"}
 

@@ -140,10 +140,13 @@ def test_a_command_that_lmjax_would_refuse_is_not_started(cloud, launcher, comma
 
 @pytest.mark.parametrize("command", [
     "train --config=configs/synthetic.py:tiny --workdir=/runs/a --config.train.steps=3",
-    "train --config /mine.py --workdir /b/a", "report --workdir /runs/a", "bench data"])
+    "train --config /mine.py --workdir /b/a", "report --workdir /runs/a", "bench data",
+    *(pytest.param(f"train --config {config} --workdir ~/a", marks=pytest.mark.long) for config in (
+        "~/mine.py:tiny", "$HOME/mine.py", "${CONFIGS}/mine.py", "file:///mine.py"))])
 def test_a_command_that_lmjax_takes_is_started(cloud, command):
     cloud.env |= {"LMJAX_PYTHON": sys.executable, "LMJAX_VENV": str(cloud.home / "venv")}
-    assert command in cloud.run("slurm", "--dry-run", "--", *command.split())
+    printed = cloud.run("slurm", "--dry-run", "--", *command.split())
+    assert command in printed.replace("\\", "")  # without the shell's quotes
 
 
 @pytest.mark.parametrize("name, flag", [

@@ -68,7 +68,7 @@ def test_a_step_for_tpu_costs_what_it_did(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize("embed, kinds", [("fsdp", {"all-reduce"}),
-                                          ("data,fsdp", {"all-gather", "reduce-scatter"})])
+                                          ('["data","fsdp"]', {"all-gather", "reduce-scatter"})])
 def test_slices_sum_gradients_and_gather_only_weights_that_they_split(embed, kinds, tmp_path,
                                                                       monkeypatch, capsys):
     """Each of n = 2 chips with the same shard sends it once (2 (n-1)/n of it), in bfloat16."""

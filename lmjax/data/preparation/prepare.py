@@ -2,8 +2,7 @@
 
 The folders of the stages are in `.NAME.partial` next to the prepared directory NAME. NAME appears
 only when it is complete. Preparing that was interrupted continues after the last finished stage.
-For gs:// and s3:// the stages are in a temporary directory of this machine, and the manifest is
-copied last.
+For gs:// the stages are in a temporary directory of this machine, and the manifest is copied last.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def prepare(config: DataConfig, out: str, *,
 
     Args:
       config: the data config; its sources must not be synthetic.
-      out: the directory to make: local, gs:// or s3://.
+      out: the directory to make: local or gs://.
       make_tokenizer: makes the tokenizer from its config and the training texts. The default trains
         one or reads a SentencePiece model; `training.pretrained.make_tokenizer` also reads the
         directories of runs and Hugging Face models.
