@@ -27,7 +27,7 @@ from lmjax.decoding.inputs import (
     check_text,
     check_texts,
 )
-from lmjax.decoding.reading import make_reader, rows_of
+from lmjax.decoding.reading import check_told, make_reader, rows_of
 from lmjax.decoding.scoring import batches, continuations, likelihoods, states
 from lmjax.decoding.speculative import Draft
 from lmjax.errors import UserError
@@ -84,7 +84,7 @@ class LM:
             self._reader = make_reader(tokenizer, model.config.family, recipe.data,
                                        about.get("huggingface"))
             self._generator = Generator(
-                model, layout, eos_id=tokenizer.eos_id,
+                model, layout, end_ids=self._reader.end_ids, banned_ids=self._reader.banned_ids,
                 vocab_size=self._reader.names.vocab_size, start_id=self._reader.start_id)
         whole = {"out_shardings": layout.replicated}
         self._score = jit_on(layout, functools.partial(likelihoods, model), **whole)
@@ -182,6 +182,8 @@ class LM:
         drafting = Draft(draft.model, draft.params) if draft else None
         decoding = DecodingOptions(draft=drafting, **options)
         prompts = check_ids(prompts, self.model.config, "prompts")
+        if "huggingface" in self.about:
+            check_told(self.about["huggingface"])
         if draft and draft.need_tokenizer().hash != tokenizer.hash:
             raise UserError("a model with the same tokenizer", "another",
                             "train one on the same prepared data", "draft")

@@ -242,7 +242,7 @@ def test_padding_of_the_vocabulary_is_never_drawn(lm):
     assert (drawn(PADDED) >= KNOWN).mean() > 0.1  # with the padding in the vocabulary
     ids = drawn(KNOWN)
     assert ids.max() < KNOWN and len(np.unique(ids)) > KNOWN / 2
-    assert lm._generator.vocab_size == lm.tokenizer.vocab_size == KNOWN
+    assert lm._generator.ids.vocab_size == lm.tokenizer.vocab_size == KNOWN
 
 
 def test_the_loss_of_a_run_is_that_of_its_logits(run):

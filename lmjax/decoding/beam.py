@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.config import at_least
-from lmjax.decoding.generate import Generator, Prompts, jit_on, known, padded, prefill, size
+from lmjax.decoding.generate import (
+    Generator,
+    Prompts,
+    TokenIds,
+    drawable,
+    is_one_of,
+    jit_on,
+    padded,
+    prefill,
+    size,
+)
 from lmjax.models.cache import Cache
 from lmjax.models.model import Model
 from lmjax.nn.module import Params
@@ -47,26 +57,25 @@ def beam_search(generator: Generator, params: Params, prompts: Sequence[Sequence
     generator.check(prompts, max_tokens)
     batch = padded(prompts)
     slots = size(batch.tokens.shape[1] + max_tokens, 32)
-    search = _compiled(generator.model, generator.layout, generator.eos_id, generator.vocab_size,
-                       generator.start_id, slots, num_beams)
+    search = _compiled(generator.model, generator.layout, generator.ids, slots, num_beams)
     best = np.asarray(search(params, batch, np.int32(max_tokens), np.float32(length_penalty)))
-    return [row[: _length(row, generator.eos_id)].tolist() for row in best[: len(prompts)]]
+    return [row[: _length(row, generator.ids.end)].tolist() for row in best[: len(prompts)]]
 
 
-def _length(row: np.ndarray, eos_id: int) -> int:
-    ends = np.flatnonzero((row < 0) | (row == eos_id))
+def _length(row: np.ndarray, end_ids: Sequence[int]) -> int:
+    ends = np.flatnonzero((row < 0) | np.isin(row, end_ids))
     return int(ends[0]) if len(ends) else len(row)
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int, start_id: int,
-              slots: int, N: int) -> Callable[..., jax.Array]:
+def _compiled(model: Model, layout: Layout | None, ids: TokenIds, slots: int,
+              N: int) -> Callable[..., jax.Array]:
     """(params, prompts, max_tokens, length penalty) -> the best answers, int32 [B, slots]."""
 
     def begin(params: Params, prompts: Prompts) -> _Beams:
         B = prompts.tokens.shape[0]
         rows = jnp.repeat(jnp.arange(B), N)
-        logits, cache, _ = prefill(model, params, prompts, slots, start_id)
+        logits, cache, _ = prefill(model, params, prompts, slots, ids.start)
         empty = jnp.full((B, N, slots), -1, jnp.int32)
         # All beams of a row begin alike, so only the first one may be extended.
         scores = jnp.where(jnp.arange(N).reshape(1, N) > 0, NEVER, jnp.zeros((B, N)))
@@ -81,7 +90,7 @@ def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int,
             return (s.step < max_tokens) & jnp.any(s.open_B)
 
         def body(s: _Beams) -> _Beams:
-            chosen = _extend(s, vocab_size, eos_id, max_tokens, penalty)
+            chosen = _extend(s, ids, max_tokens, penalty)
             rows = (jnp.arange(B)[:, None] * N + chosen.origin_BN).reshape(-1)
             last = jax.lax.dynamic_index_in_dim(chosen.running_BNS, s.step, 2, keepdims=False)
             logits, cache = model.step(params, last.reshape(-1, 1), _rows(s.cache, rows))
@@ -107,20 +116,25 @@ class _Chosen(NamedTuple):
     done_scores_BN: jax.Array
 
 
-def _extend(s: _Beams, vocab_size: int, eos_id: int, max_tokens: jax.Array,
-            penalty: jax.Array) -> _Chosen:
-    """Sorts the 2N best continuations into finished beams and the N best that run on."""
+def _extend(s: _Beams, ids: TokenIds, max_tokens: jax.Array, penalty: jax.Array) -> _Chosen:
+    """Sorts the M best continuations into finished beams and the N best that run on.
+
+    M is so large that N of them do not end: each beam may be extended by every end token.
+    """
     B, N, V = s.logits_BNV.shape
-    log_p = jax.nn.log_softmax(known(s.logits_BNV.reshape(-1, V), vocab_size), axis=-1)
+    # Banned tokens keep their share of the probability, as in transformers.
+    known = drawable(s.logits_BNV.reshape(-1, V), ids._replace(banned=()))
+    log_p = drawable(jax.nn.log_softmax(known, axis=-1), ids)
     totals = log_p.reshape(B, N, V) + s.scores_BN[:, :, None]
-    scores, index = jax.lax.top_k(totals.reshape(B, -1), 2 * N)
+    M = max(2, 1 + len(ids.end)) * N
+    scores, index = jax.lax.top_k(totals.reshape(B, -1), M)
     origin, token = index // V, (index % V).astype(jnp.int32)
     sequences = jnp.take_along_axis(s.running_BNS, origin[:, :, None], axis=1)
     sequences = sequences.at[:, :, s.step].set(token)
-    ends = (token == eos_id) | (s.step + 1 >= max_tokens)
+    ends = is_one_of(token, ids.end) | (s.step + 1 >= max_tokens)
     run_scores, run = jax.lax.top_k(jnp.where(ends, scores + NEVER, scores), N)
     # Only an end among the N best continuations counts: the others would not have been beams.
-    counts = ends & (jnp.arange(2 * N).reshape(1, -1) < N) & s.open_B[:, None]
+    counts = ends & (jnp.arange(M).reshape(1, -1) < N) & s.open_B[:, None]
     finished = jnp.where(counts, scores / (s.step + 1).astype(jnp.float32)**penalty, NEVER)
     done_scores, done = jax.lax.top_k(jnp.concatenate([s.done_scores_BN, finished], axis=1), N)
     merged = jnp.concatenate([s.done_BNS, sequences], axis=1)

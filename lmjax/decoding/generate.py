@@ -46,6 +46,15 @@ class Prompts(NamedTuple):
     unused: np.ndarray | jax.Array  # bool [B]: rows without a prompt
 
 
+class TokenIds(NamedTuple):
+    """The ids that generation treats in a way of their own; part of a compiled program's key."""
+
+    vocab_size: int  # of the tokenizer; the model's table may have more rows, which are never drawn
+    end: tuple[int, ...] = ()  # each of them ends an answer
+    start: int = 0  # with which an encoder-decoder's answer begins, whose encoder reads the prompt
+    banned: tuple[int, ...] = ()  # never drawn
+
+
 class Generator:
     """Continues prompts with a model.
 
@@ -53,17 +62,20 @@ class Generator:
     tokens and the slots of the cache, each rounded up by `size`.
     """
 
-    def __init__(self, model: Model, layout: Layout | None = None, *, eos_id: int = -1,
+    def __init__(self, model: Model, layout: Layout | None = None, *,
+                 end_ids: Sequence[int] = (), banned_ids: Sequence[int] = (),
                  vocab_size: int = 0, start_id: int = 0):
         """
         Args:
-          eos_id: the token that ends an answer; -1: none.
+          end_ids: the tokens that end an answer.
+          banned_ids: tokens that are never drawn.
           vocab_size: of the tokenizer; the model's table may have more rows, whose ids are never
             drawn. 0: the model's.
           start_id: with which an encoder-decoder's answer begins, whose encoder reads the prompt.
         """
-        self.model, self.eos_id, self.start_id = model, eos_id, start_id
-        self.vocab_size = vocab_size or model.config.vocab_size
+        self.model = model
+        self.ids = TokenIds(vocab_size or model.config.vocab_size, tuple(end_ids), start_id,
+                            tuple(banned_ids))
         # The mesh may not divide so few rows, so only the weights are split.
         self.layout = layout and dataclasses.replace(
             layout, rules={**layout.rules, "batch": (), "seq": (), "stream_seq": ()})
@@ -85,8 +97,7 @@ class Generator:
         self.check(prompts, max_tokens, sampling)
         batch = padded(prompts)
         lay_out, start, advance = _compiled(
-            self.model, self.layout, self.eos_id, self.vocab_size, self.start_id,
-            size(batch.tokens.shape[1] + max_tokens, 32))
+            self.model, self.layout, self.ids, size(batch.tokens.shape[1] + max_tokens, 32))
         params = lay_out(params)
         settings = np.int32(seed % 2**31), jax.tree.map(np.asarray, sampling)
         state, done = start(params, batch, *settings), 0
@@ -177,10 +188,16 @@ def row_keys(seed: jax.Array, rows: int, step: jax.Array) -> jax.Array:
         jnp.arange(rows))
 
 
-def known(logits_BV: jax.Array, vocab_size: int) -> jax.Array:
-    """The logits, with -inf for ids that the tokenizer does not have."""
-    is_known = jnp.arange(logits_BV.shape[-1]).reshape(1, -1) < vocab_size
-    return jnp.where(is_known, logits_BV, -jnp.inf)
+def drawable(logits_BV: jax.Array, ids: TokenIds) -> jax.Array:
+    """The logits, with -inf for ids that are banned or that the tokenizer does not have."""
+    id_1V = jnp.arange(logits_BV.shape[-1]).reshape(1, -1)
+    never = (id_1V >= ids.vocab_size) | is_one_of(id_1V, ids.banned)
+    return jnp.where(never, -jnp.inf, logits_BV)
+
+
+def is_one_of(tokens: jax.Array, ids: Sequence[int]) -> jax.Array:
+    """Whether each token is one of `ids`, bool of the tokens' shape."""
+    return jnp.isin(tokens, jnp.asarray(ids, jnp.int32))
 
 
 def jit_on(layout: Layout | None, fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -193,9 +210,8 @@ def jit_on(layout: Layout | None, fn: Callable[..., Any], **options: Any) -> Cal
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int, start_id: int,
-              slots: int) -> tuple[Callable[[Params], Params], Callable[..., State],
-                                   Callable[..., State]]:
+def _compiled(model: Model, layout: Layout | None, ids: TokenIds, slots: int) -> tuple[
+        Callable[[Params], Params], Callable[..., State], Callable[..., State]]:
     """The compiled functions (lay_out, start, advance).
 
     lay_out(params): the parameters that the other two take. start(params, prompts, seed,
@@ -205,12 +221,12 @@ def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int,
 
     def draw(logits: jax.Array, seen: jax.Array, step: jax.Array, seed: jax.Array,
              sampling: Sampling) -> jax.Array:
-        logits = penalise(known(logits, vocab_size), seen, sampling.repetition_penalty)
+        logits = penalise(drawable(logits, ids), seen, sampling.repetition_penalty)
         return sample(logits, row_keys(seed, logits.shape[0], step), sampling)
 
     def start(params: Params, prompts: Prompts, seed: jax.Array, sampling: Sampling) -> State:
         B = prompts.tokens.shape[0]
-        logits, cache, seen = prefill(model, params, prompts, slots, start_id)
+        logits, cache, seen = prefill(model, params, prompts, slots, ids.start)
         last = draw(logits, seen, jnp.int32(0), seed, sampling)
         return State(jnp.int32(0), last, jnp.zeros((B, slots), jnp.int32),
                      jnp.zeros(B, jnp.int32), jnp.asarray(prompts.unused), seen, cache)
@@ -221,7 +237,7 @@ def _compiled(model: Model, layout: Layout | None, eos_id: int, vocab_size: int,
             return (s.step < until) & ~jnp.all(s.ended)
 
         def body(s: State) -> State:
-            ended = s.ended | (s.last == eos_id)
+            ended = s.ended | is_one_of(s.last, ids.end)
             answers = s.answers.at[:, s.step].set(jnp.where(ended, 0, s.last))
             seen = jax.vmap(lambda row, token: row.at[token].set(True))(s.seen, s.last)
             logits, cache = model.step(params, s.last[:, None], s.cache)

@@ -9,6 +9,7 @@ from lmjax.data.config import DataConfig
 from lmjax.data.objectives import Objective
 from lmjax.data.rows import ENCODER, START_ID, Rows, fill_rows
 from lmjax.data.tokenizers import NamedIds, Tokenizer
+from lmjax.errors import UserError
 from lmjax.models.model import Model
 
 
@@ -19,6 +20,8 @@ class Reader(NamedTuple):
     prefix: tuple[int, ...]  # ids before a text
     suffix: tuple[int, ...]  # ids after a text
     start_id: int  # the id with which an encoder-decoder's answer begins
+    end_ids: tuple[int, ...]  # each of them ends an answer
+    banned_ids: tuple[int, ...] = ()  # never part of an answer
 
     def ids(self, text: str, room: int | None = None, *, end: bool = True) -> list[int]:
         """The ids that the model reads for a text.
@@ -47,13 +50,79 @@ def make_reader(tokenizer: Tokenizer, family: str, data: DataConfig,
     """
     names, prefix, suffix = NamedIds(tokenizer), tokenizer.prefix, tokenizer.suffix
     if imported:
-        told = [imported[part].get("decoder_start_token_id") for part in ("generation", "settings")]
-        start_id = next((i for i in told if i is not None), tokenizer.pad_id)
-        return Reader(names, prefix, suffix, start_id)
+        ids = told_ids(imported, tokenizer)
+        return Reader(names, prefix, suffix, ids.start, ids.end, ids.banned)
+    end_ids = (tokenizer.eos_id,)
     if family != "encdec":
-        return Reader(names, prefix, suffix, START_ID)
+        return Reader(names, prefix, suffix, START_ID, end_ids)
     objective = Objective(data.objective, seq_len=data.seq_len, vocab_size=tokenizer.vocab_size)
-    return Reader(NamedIds(tokenizer, objective.extra), (), (tokenizer.eos_id,), START_ID)
+    return Reader(NamedIds(tokenizer, objective.extra), (), (tokenizer.eos_id,), START_ID, end_ids)
+
+
+class ToldIds(NamedTuple):
+    """The ids that an imported model's files name for its answers."""
+
+    start: int  # begins an encoder-decoder's answer
+    end: tuple[int, ...]
+    banned: tuple[int, ...]
+
+
+def told_ids(imported: Mapping[str, Any], tokenizer: Tokenizer) -> ToldIds:
+    """Reads the ids of answers from a directory's files.
+
+    generation_config.json decides, as in transformers. config.json names what is missing there; the
+    tokenizer does if neither file speaks of it.
+
+    Args:
+      imported: `HFModel.source`.
+      tokenizer: that of the directory.
+    """
+    generation, settings = imported["generation"], imported["settings"]
+
+    def first(*keys: str) -> Any:
+        told = (part.get(key) for key in keys for part in (generation, settings))
+        return next((value for value in told if value is not None), None)
+
+    start, end = first("decoder_start_token_id", "bos_token_id"), first("eos_token_id")
+    if end is None:
+        end = tokenizer.eos_id
+    if "eos_token_id" in generation and generation["eos_token_id"] is None:
+        end = []  # as in transformers, nothing ends an answer but its length
+    end = tuple(end if isinstance(end, list) else [end])
+    rules = generation or settings  # transformers reads the others in one of the files
+    banned = list(rules.get("suppress_tokens") or ())
+    for word in rules.get("bad_words_ids") or ():
+        if len(word) == 1 and word[0] not in end:
+            banned += word
+    return ToldIds(tokenizer.pad_id if start is None else start, end, tuple(sorted(set(banned))))
+
+
+# Settings of transformers that decide tokens of an answer, and that lmjax does not follow. Without
+# forced_eos_token_id an answer only has its own last token where max_tokens cuts it.
+NOT_FOLLOWED = ("forced_bos_token_id", "begin_suppress_tokens", "forced_decoder_ids",
+                "sequence_bias")
+
+
+def check_told(imported: Mapping[str, Any]) -> None:
+    """Refuses to generate where a directory's files ask for tokens that lmjax would not give.
+
+    Args:
+      imported: `HFModel.source`.
+
+    Raises:
+      UserError: forced tokens, forbidden sequences, or an id that is no number.
+    """
+    rules = imported["generation"] or imported["settings"]
+    file = "generation_config.json" if imported["generation"] else "config.json"
+    odd = {key: rules[key] for key in NOT_FOLLOWED if rules.get(key) not in (None, [], {})}
+    words = [word for word in rules.get("bad_words_ids") or () if len(word) > 1]
+    odd |= {"bad_words_ids": words} if words else {}
+    start = rules.get("decoder_start_token_id")
+    odd |= {} if isinstance(start, int | None) else {"decoder_start_token_id": start}
+    if odd:
+        key, value = next(iter(odd.items()))
+        raise UserError(f"no {key} in {file}, which lmjax does not follow", repr(value)[:60],
+                        "set it to null there to generate without it", where=file)
 
 
 def rows_of(model: Model, pieces: Sequence[Sequence[int]], rows: int, length: int,

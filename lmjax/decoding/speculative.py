@@ -18,8 +18,10 @@ from lmjax.config import at_least
 from lmjax.decoding.generate import (
     Generator,
     Prompts,
+    TokenIds,
+    drawable,
+    is_one_of,
     jit_on,
-    known,
     padded,
     prefill,
     row_keys,
@@ -65,19 +67,19 @@ def speculate(generator: Generator, params: Params, draft: Draft,
     """
     at_least(1, propose=draft.propose)
     for model in (generator.model, draft.model):
-        if model.config.vocab_size < generator.vocab_size:
-            raise UserError(f"a model of {generator.vocab_size} tokens",
+        if model.config.vocab_size < generator.ids.vocab_size:
+            raise UserError(f"a model of {generator.ids.vocab_size} tokens",
                             f"one of {model.config.vocab_size}",
                             "use one trained with the same tokenizer", where="draft")
     if sampling.repetition_penalty != 1:
         raise UserError("1 with a draft model", sampling.repetition_penalty,
                         "leave one of them out", where="repetition_penalty")
     longest = generator.check(prompts, max_tokens + draft.propose, sampling)
-    Generator(draft.model, eos_id=-1).check(prompts, max_tokens + draft.propose)
+    Generator(draft.model).check(prompts, max_tokens + draft.propose)
     batch = padded(prompts)
     slots = size(max(longest, batch.tokens.shape[1]) + max_tokens + draft.propose + 1, 32)
-    run = _compiled(generator.model, draft.model, generator.layout, generator.eos_id,
-                    generator.vocab_size, generator.start_id, slots, draft.propose)
+    run = _compiled(generator.model, draft.model, generator.layout, generator.ids, slots,
+                    draft.propose)
     answers, ends, gained = map(np.asarray, run(
         (params, draft.params), batch, np.int32(max_tokens), np.int32(seed % 2**31),
         jax.tree.map(np.asarray, sampling)))
@@ -112,15 +114,14 @@ def verify(p_BKV: jax.Array, q_BKV: jax.Array, proposed_BK: jax.Array,
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(model: Model, draft: Model, layout: Layout | None, eos_id: int, vocab_size: int,
-              start_id: int, slots: int,
+def _compiled(model: Model, draft: Model, layout: Layout | None, ids: TokenIds, slots: int,
               K: int) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """((params, the draft's), prompts, max_tokens, seed, sampling) -> (answers, lengths, gain)."""
 
     def draw(logits_BV: jax.Array, step: jax.Array, seed: jax.Array,
              sampling: Sampling) -> tuple[jax.Array, jax.Array]:
         """The next token of each row, and the probabilities that it was drawn from."""
-        wanted = adjust(known(logits_BV, vocab_size), sampling)
+        wanted = adjust(drawable(logits_BV, ids), sampling)
         keys = row_keys(seed, len(wanted), step)
         token = jax.vmap(jax.random.categorical)(keys, wanted)
         return token.astype(jnp.int32), jax.nn.softmax(wanted, axis=-1)
@@ -136,12 +137,12 @@ def _compiled(model: Model, draft: Model, layout: Layout | None, eos_id: int, vo
                 draft, small, s, K, lambda logits, k: draw(logits, step + k, seed, sampling))
             fed = jnp.concatenate([s.last[:, None], proposed_BK], axis=1)
             logits, cache = model.extend(large, fed, s.cache)
-            flat = known(logits.reshape(-1, logits.shape[-1]), vocab_size)
+            flat = drawable(logits.reshape(-1, logits.shape[-1]), ids)
             p_BKV = jax.nn.softmax(adjust(flat, sampling), axis=-1).reshape(logits.shape)
             count, after = verify(p_BKV, q_BKV, proposed_BK, row_keys(seed, B, step + K))
             # The answer grows by `last` and the kept proposals; `after` is the next `last`.
             block = jnp.where(jnp.arange(K + 1).reshape(1, -1) <= count[:, None], fed, -1)
-            ends, ended = _until_eos(block, s, eos_id)
+            ends, ended = _until_end(block, s, ids.end)
             answers = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
                 s.answers, block, s.ends)
             slot = s.cache.slot + count + 1
@@ -150,8 +151,8 @@ def _compiled(model: Model, draft: Model, layout: Layout | None, eos_id: int, vo
                           cache._replace(slot=slot), draft_cache._replace(slot=slot))
 
         # Refused tokens are taken back, which a ring of a window's tokens does not allow.
-        logits, cache, _ = prefill(model, large, prompts, slots, start_id, rings=False)
-        _, draft_cache, _ = prefill(draft, small, prompts, slots, start_id, rings=False)
+        logits, cache, _ = prefill(model, large, prompts, slots, ids.start, rings=False)
+        _, draft_cache, _ = prefill(draft, small, prompts, slots, ids.start, rings=False)
         last, _ = draw(logits, jnp.int32(0), seed, sampling)
         zeros = jnp.zeros(B, jnp.int32)
         s = _State(jnp.int32(0), last, jnp.zeros((B, slots), jnp.int32), zeros,
@@ -177,8 +178,9 @@ def _propose(draft: Model, params: Params, s: _State, K: int,
     return jnp.stack(proposed, axis=1), jnp.stack(q, axis=1), cache
 
 
-def _until_eos(block: jax.Array, s: _State, eos_id: int) -> tuple[jax.Array, jax.Array]:
+def _until_end(block: jax.Array, s: _State,
+               end_ids: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     """(the new lengths of the answers, which rows have ended) after `block`, -1 after its end."""
-    is_eos = (block == eos_id) & (block >= 0)
-    real = (jnp.cumsum(is_eos, axis=1) == 0) & (block >= 0)
-    return s.ends + jnp.where(s.ended, 0, jnp.sum(real, axis=1)), s.ended | jnp.any(is_eos, axis=1)
+    is_end = is_one_of(block, end_ids) & (block >= 0)
+    real = (jnp.cumsum(is_end, axis=1) == 0) & (block >= 0)
+    return s.ends + jnp.where(s.ended, 0, jnp.sum(real, axis=1)), s.ended | jnp.any(is_end, axis=1)

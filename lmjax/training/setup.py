@@ -108,7 +108,8 @@ def _open(recipe: Recipe, workdir: Path, directory: str, log: Log) -> Run:
                            fields=train_split.fields)
     _check_memory(program.spec)
     generator = None if tokenizer is None else Generator(
-        program.model, program.layout, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
+        program.model, program.layout, end_ids=[tokenizer.eos_id],
+        vocab_size=tokenizer.vocab_size)
     checkpointer = Checkpointer(recipe.checkpoint.path(workdir), log=log,
                                 keep_last=recipe.checkpoint.keep_last,
                                 keep_every=recipe.checkpoint.keep_every)

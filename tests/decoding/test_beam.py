@@ -41,15 +41,20 @@ def test_beams_are_those_of_transformers(penalty):
     model, params = tiny_decoder()
     torch = pytest.importorskip("torch", reason=f"torch {MISSING}")
     lengths = set()
-    for eos in (3, 11):
-        got = beam_search(Generator(model, eos_id=eos), params, PROMPTS, max_tokens=7,
-                          num_beams=3, length_penalty=penalty)
+    for eos, banned in ((3, []), (11, []), ([3, 11], [9, 20])):
+        end_ids = eos if isinstance(eos, list) else [eos]
+        got = beam_search(Generator(model, end_ids=end_ids, banned_ids=banned), params, PROMPTS,
+                          max_tokens=7, num_beams=3, length_penalty=penalty)
         for prompt, answer in zip(PROMPTS, got, strict=True):
             out = exported().generate(
                 torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
                 max_new_tokens=7, num_beams=3, do_sample=False, length_penalty=penalty,
-                pad_token_id=0, eos_token_id=eos, early_stopping=False)
-            assert [answer] == until(eos, [out[0, len(prompt):].tolist()])
+                pad_token_id=0, eos_token_id=eos, early_stopping=False,
+                suppress_tokens=banned or None)
+            expected = out[0, len(prompt):].tolist()
+            for end in end_ids:
+                [expected] = until(end, [expected])
+            assert answer == expected
             lengths.add(len(answer))
     assert len(lengths) > 1 or penalty > 2
 
@@ -63,7 +68,7 @@ def test_an_encoder_decoder_answers_as_that_of_transformers(tmp_path):
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "t5").eval()
     lm = lmjax.load(tmp_path / "t5")
-    generator = Generator(lm.model, eos_id=1)
+    generator = Generator(lm.model, end_ids=[1])
     ids, mask = np.zeros((2, 4, 7), np.int64)
     for row, prompt in enumerate(PROMPTS):
         ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1

@@ -66,9 +66,9 @@ def test_a_prompt_is_read_like_a_training_row(lm, tokenizer, monkeypatch):
         patched.setattr(lm, "generate_ids", asked.append)
         lm.generate([lm._reader.names.decode(source[:-1])])
     assert asked == [[source]] and source[-1] == tokenizer.eos_id and max(source) >= KNOWN
-    assert row["tokens"][0, 0] == generator.start_id == START_ID
-    assert KNOWN <= row["targets"][0, 0] < generator.vocab_size
-    assert generator.vocab_size == objective.vocab_size < lm.model.config.vocab_size
+    assert row["tokens"][0, 0] == generator.ids.start == START_ID
+    assert KNOWN <= row["targets"][0, 0] < generator.ids.vocab_size
+    assert generator.ids.vocab_size == objective.vocab_size < lm.model.config.vocab_size
 
 
 def test_answers_are_the_likeliest_sentinels_and_tokens(lm, tokenizer):
@@ -130,7 +130,7 @@ def test_an_export_is_what_transformers_computes(lm, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("settings, generation, start_id", [
-    ({}, {}, START_ID),
+    ({}, {}, 1),  # BOS, as in transformers
     pytest.param({"decoder_start_token_id": 5}, {}, 5, marks=pytest.mark.long),
     ({"decoder_start_token_id": 5}, {"decoder_start_token_id": 7}, 7)])
 def test_an_import_begins_and_reads_as_its_own_files_say(lm, tokenizer, tmp_path, settings,
@@ -141,6 +141,6 @@ def test_an_import_begins_and_reads_as_its_own_files_say(lm, tokenizer, tmp_path
         del told["decoder_start_token_id"]
         (tmp_path / "hf" / name).write_text(json.dumps(told | keys))
     found = lmjax.load(tmp_path / "hf")
-    assert (found._generator.start_id, found._generator.vocab_size) == (start_id, KNOWN)
+    assert (found._generator.ids.start, found._generator.ids.vocab_size) == (start_id, KNOWN)
     ids = [*tokenizer.prefix, *tokenizer.encode(TEXT), *tokenizer.suffix]
     assert found._reader.ids(TEXT) == ids

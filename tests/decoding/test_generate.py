@@ -66,8 +66,9 @@ def test_the_end_of_text_token_ends_a_row_and_is_left_out():
     eos = free[1][4]
     expected = until(eos, free)
     assert len({len(answer) for answer in expected}) > 1  # rows end at different times
-    assert Generator(model, eos_id=eos)(params, PROMPTS, max_tokens=9, sampling=GREEDY) == expected
-    first = Generator(model, eos_id=free[0][0])
+    ended = Generator(model, end_ids=[eos])
+    assert ended(params, PROMPTS, max_tokens=9, sampling=GREEDY) == expected
+    first = Generator(model, end_ids=[free[0][0]])
     assert first(params, PROMPTS[:1], max_tokens=9, sampling=GREEDY) == [[]]
 
 
@@ -84,7 +85,7 @@ def test_the_loop_stops_when_all_rows_have_ended(monkeypatch):
     unused = greedy_answer(model, params, [0], 15)  # the answer of a row of padding
     twos = ((first, greedy_answer(model, params, [first], 2)) for first in range(1, V))
     prompt, eos = next(([first], answer[1]) for first, answer in twos if answer[1] not in unused)
-    answers = Generator(model, eos_id=eos)(params, [prompt] * 3, max_tokens=15, sampling=GREEDY)
+    answers = Generator(model, end_ids=[eos])(params, [prompt] * 3, max_tokens=15, sampling=GREEDY)
     jax.effects_barrier()
     assert max(map(len, answers)) <= 1 and len(steps) <= 4 < 15
 

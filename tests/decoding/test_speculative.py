@@ -29,7 +29,7 @@ def test_speculation_does_not_change_greedy_answers():
     expected = [greedy_answer(model, params, prompt, 9) for prompt in PROMPTS]
     eos = expected[1][4]
     assert any(eos not in answer for answer in expected)  # some rows end, some go on
-    answers, gained = speculate(Generator(model, eos_id=eos), params, draft, PROMPTS,
+    answers, gained = speculate(Generator(model, end_ids=[eos]), params, draft, PROMPTS,
                                 max_tokens=9, sampling=GREEDY)
     assert answers == until(eos, expected) and 1 <= gained < 4
 
