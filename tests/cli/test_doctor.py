@@ -1,5 +1,7 @@
 """What the doctor says of paths: those that are whole, and those with a fault made here."""
 
+import gzip
+import json
 import pathlib
 import shutil
 import tarfile
@@ -7,6 +9,7 @@ import tarfile
 import jax
 import jax.numpy as jnp
 import pytest
+import safetensors.numpy
 
 import lmjax
 from lmjax.cli.doctor.diagnosis import BAD, GOOD, NOTE
@@ -21,6 +24,9 @@ def folder(tmp_path):
     """A corpus (docs/), the data prepared from it (data/), and a run at step 5 of 8 (run/)."""
     with tarfile.open(ROOT / "tests/fixtures/version_0.1.0.tar.gz") as tar:
         tar.extractall(tmp_path, filter="data")
+    # Its run ended at step 8; of its checkpoints only that of step 5 is kept.
+    saved = {"directory": str(tmp_path / "run/checkpoints"), "step": 5, "evaluated": 5}
+    (tmp_path / "run/saved.json").write_text(json.dumps(saved))
     return tmp_path
 
 
@@ -114,3 +120,54 @@ def test_exit_codes_and_quick(folder, capsys, monkeypatch):
     flip(largest(folder / "run/checkpoints/5/params"))
     assert main(["doctor", "run"]) == 2
     assert "expected" in capsys.readouterr().out
+
+
+def test_checkpoints_that_are_gone_are_missed(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    shutil.move(folder / "run/checkpoints", folder / "elsewhere")
+    (folder / "run/checkpoints").mkdir()
+    [line] = texts(diagnose("run"), BAD)
+    assert line.startswith("saved.json: ") and "checkpoint of step 5" in line
+
+
+def test_a_corpus_and_the_file_that_would_be_lost(tmp_path):
+    rows = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(3))
+    (tmp_path / "a.jsonl").write_text(rows)
+    (tmp_path / "b.txt.data").write_bytes(gzip.compress(rows.encode()))  # told by its content
+    found = diagnose(f"jsonl:{tmp_path}/*")
+    assert not found.is_bad and any("json, compressed with gzip" in x for x in texts(found, GOOD))
+    (tmp_path / "c.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    for path in (f"jsonl:{tmp_path}/*", str(tmp_path), str(tmp_path / "c.jsonl")):
+        [line] = texts(diagnose(path), BAD)
+        assert "c.jsonl" in line
+
+
+def test_files_of_hugging_face(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    [line] = texts(diagnose(str(tmp_path)), BAD)
+    assert "model.safetensors" in line
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    found = diagnose(str(tmp_path / "model.gguf"))
+    assert found.kind == "a GGUF file" and "does not read yet" in texts(found, BAD)[0]
+
+
+@pytest.mark.long
+def test_a_hugging_face_directory_whole_and_poisoned(folder, tmp_path):
+    lm = lmjax.load(folder / "run/checkpoints/5")
+    lm.export(tmp_path / "good", log=lambda line: None)
+    found = diagnose(str(tmp_path / "good"))
+    assert not found.is_bad and "model_type" in found.kind and found.uses
+    file = tmp_path / "good/model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    next(iter(tensors.values())).flat[0] = float("nan")
+    safetensors.numpy.save_file(tensors, file)
+    [line] = texts(diagnose(str(tmp_path / "good")), BAD)
+    assert line.startswith("weights: ") and "NaN or infinity" in line
+
+
+def test_recipes_are_not_run_and_addresses_are_told(tmp_path):
+    (tmp_path / "x.py").write_text("def get_config():\n    raise RuntimeError\n")
+    assert "a recipe" in diagnose(str(tmp_path / "x.py")).kind
+    assert "s3://" in texts(diagnose("s3://bucket/run"), BAD)[0]
+    (tmp_path / "empty").mkdir()
+    assert diagnose(str(tmp_path / "empty")).kind == "an empty directory"

@@ -1,4 +1,4 @@
-"""The doctor's look at prepared data and corpora."""
+"""The doctor's look at prepared data."""
 
 import functools
 import os

@@ -5,8 +5,27 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lmjax.cli.doctor import data, models, runs
-from lmjax.cli.doctor.diagnosis import BAD, Diagnosis
+from lmjax.cli.doctor import corpora, data, models, runs
+from lmjax.cli.doctor.diagnosis import BAD, NOTE, Diagnosis, Finding
+from lmjax.config.paths import expand
+from lmjax.errors import UserError
+
+
+def is_recipe(path: str) -> bool:
+    """Whether `path` is a Python file with a get_config()."""
+    if not (path.endswith(".py") and os.path.isfile(path)):
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return "def get_config(" in file.read()
+
+
+def examine_recipe(path: str, whole: bool) -> Diagnosis:
+    """Says what a recipe is for. It is not run: it is a program."""
+    found = Diagnosis(path, "a recipe: a Python file with get_config()")
+    found.add(NOTE, "content", "not run; `lmjax plan` builds its config and tells of mistakes")
+    found.uses += [f"lmjax train --config {path} --workdir DIR",
+                   f"lmjax plan --config {path} --topology cpu"]
+    return found
 
 
 class Kind(NamedTuple):
@@ -18,12 +37,15 @@ class Kind(NamedTuple):
 
 # In the order in which they are tried: the first row that recognises a path examines it.
 KINDS = (
+    Kind(corpora.is_source, corpora.examine_source),
     Kind(data.is_prepared, data.examine_prepared),
     Kind(data.is_unfinished, data.examine_unfinished),
     Kind(runs.is_checkpoint, runs.examine_checkpoint),
     Kind(runs.is_run, runs.examine_run),
     Kind(runs.is_checkpoints, runs.examine_checkpoints),
-    Kind(models.is_model, models.examine_model),
+    Kind(models.is_huggingface, models.examine_huggingface),
+    Kind(is_recipe, examine_recipe),
+    Kind(corpora.is_corpus, corpora.examine_corpus),
 )
 
 
@@ -31,9 +53,14 @@ def diagnose(path: str, *, whole: bool = True) -> Diagnosis:
     """Says what `path` is.
 
     Args:
-      path: a local path, a bucket, or a source of text such as jsonl:books/*.jsonl.
+      path: a local path, a bucket, a model's name on the hub, or a source of text such as
+        jsonl:books/*.jsonl.
       whole: whether to read weights and tokens to their end.
     """
+    try:
+        path = path if corpora.is_source(path) else expand(path, "PATH")
+    except UserError as error:
+        return Diagnosis(path, "no path that lmjax takes", [Finding(BAD, "path", str(error))])
     for kind in KINDS:
         if kind.recognises(path):
             return kind.examine(path, whole)
@@ -51,11 +78,10 @@ def _unknown(path: str) -> Diagnosis:
         found.add(BAD, "path", f"the last part that exists is {parent}"
                   + f"; similar names there: {', '.join(near)}" * bool(near))
     elif os.path.isdir(path):
-        names = sorted(os.listdir(path))
-        found = Diagnosis(path, "a directory that holds nothing lmjax knows")
-        found.add(BAD, "files", ", ".join(names[:8]) + ", ..." * (len(names) > 8) or "none")
+        found = Diagnosis(path, "an empty directory")
+        found.add(NOTE, "files", "none; a run or prepared data may be made here")
     else:
-        found = Diagnosis(path, "a file that lmjax does not know")
-        found.add(BAD, "content", f"{os.path.getsize(path):,} bytes")
+        found = Diagnosis(path, "neither a file nor a directory")
+        found.add(BAD, "path", "nothing can be read from it")
     return found
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lmjax import huggingface
-from lmjax.cli.doctor.diagnosis import NOTE, Diagnosis
+from lmjax.cli.doctor.diagnosis import BAD, GOOD, NOTE, Diagnosis
 from lmjax.cli.doctor.runs import describe_model, model_uses, not_finite
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.errors import UserError
@@ -19,32 +19,53 @@ from lmjax.tree import num_elements
 PROBES = ("The Quick Brown Fox", " two  spaces ", "a\nb\n", "naïve café", "日本語", "\t1,234.5")
 
 
-def is_model(path: str) -> bool:
-    """Whether `path` is the directory of a Hugging Face model."""
-    return "://" not in path and huggingface.is_hf_directory(Path(path))
+def is_huggingface(path: str) -> bool:
+    """Whether `path` is something of Hugging Face: a model, a cache, a name in it, a file."""
+    return "://" not in path and bool(huggingface.identify(path).kind)
 
 
-def examine_model(path: str, whole: bool) -> Diagnosis:
-    """Examines a Hugging Face directory."""
-    found = Diagnosis(path, "a Hugging Face model directory")
-    models: list[huggingface.HFModel] = []
-
-    def files() -> str:
-        models.append(huggingface.read_directory(Path(path)))
-        return _weights(models[0].entries)
-
-    if not found.check("files", files):
+def examine_huggingface(path: str, whole: bool) -> Diagnosis:
+    """Examines something of Hugging Face."""
+    place = huggingface.identify(path)
+    if place.kind == "tokenizer":
+        return _examine_tokenizer(path)
+    kinds = {"model": "a Hugging Face model directory",
+             "hub cache": f"a model in the hub's cache, {place.path}",
+             "weights file": "a file of weights"}
+    found = Diagnosis(path, kinds.get(place.kind, f"a {place.kind}"))
+    if place.fault:
+        found.add(BAD, "files", str(place.fault))
         return found
-    model = models[0]
-    settings = model.source["settings"]
-    found.kind += f" of model_type {settings['model_type']}"
-    if found.check("weights", lambda: _load(path) if whole else "not read (--quick)"):
-        found.uses += model_uses(path, find(path).recipe)
+    model = huggingface.read_directory(place.path)
+    found.kind += f" of model_type {model.source['settings']['model_type']}"
+    found.add(GOOD, "files", _weights(model.entries))
+    if found.check("weights", lambda: _load(place.path) if whole else "not read (--quick)"):
+        found.uses += model_uses(path, find(place.path).recipe)
     if model.tokenizer is None:
-        found.add(NOTE, "tokenizer", "none; lmjax.load(path).logits(ids) works on ids")
+        found.add(NOTE, "tokenizer", "none that lmjax reads; lmjax.load(path).logits(ids) works")
     else:
         _describe_tokenizer(found, model.tokenizer)
     _note_ids(found, model.source)
+    return found
+
+
+def _examine_tokenizer(path: str) -> Diagnosis:
+    found = Diagnosis(path, "a directory with a tokenizer and no model")
+    tokenizers: list[Tokenizer] = []
+
+    def read() -> str:
+        tokenizer = huggingface.read_tokenizer(Path(path))
+        if tokenizer is None:
+            raise UserError("tokenizer.json or tokenizer.model", "neither", "convert it with "
+                            "transformers' save_pretrained", path)
+        tokenizers.append(tokenizer)
+        return "read"
+
+    if found.check("files", read):
+        _describe_tokenizer(found, tokenizers[0])
+        found.uses.append("lmjax prepare --config FILE --out DIR "
+                          f"--config.data.tokenizer.path={path} "
+                          f"--config.data.tokenizer.vocab_size={tokenizers[0].vocab_size}")
     return found
 
 
@@ -56,14 +77,14 @@ def _weights(entries: Mapping[str, Entry]) -> str:
             f"{human_bytes(size)}")
 
 
-def _load(path: str) -> str:
+def _load(path: Path) -> str:
     """Loads the model as every command would, and looks for values that are not finite."""
     lm = load(path)
     bad = not_finite(lm.params)
     if bad:
         raise UserError("finite weights", f"NaN or infinity in {bad[0]}"
                         + f" and {len(bad) - 1} more" * (len(bad) > 1),
-                        "fetch them again, or take an earlier checkpoint", where=path)
+                        "fetch them again, or take an earlier checkpoint", where=str(path))
     return describe_model(lm.recipe, num_elements(lm.params))
 
 

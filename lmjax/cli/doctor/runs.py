@@ -20,6 +20,7 @@ from lmjax.monitoring.units import human_bytes, human_count
 from lmjax.training.checkpoint import About, checkpoint_steps, read_about
 from lmjax.training.checksums import verify
 from lmjax.training.recipe import Recipe, recorded_recipe
+from lmjax.training.saved import find_saved
 from lmjax.tree import named_leaves, num_bytes
 
 # Commands by architecture.
@@ -46,8 +47,8 @@ def is_checkpoints(path: str) -> bool:
 def is_run(path: str) -> bool:
     """Whether `path` is the directory of a run, even of one that has lost some of its files."""
     where = Path(path)
-    return (where / "checkpoints").is_dir() or (where / "run.json").is_file() or (
-        (where / "metrics.jsonl").is_file())
+    files = ("run.json", "metrics.jsonl", "saved.json")
+    return (where / "checkpoints").is_dir() or any((where / name).is_file() for name in files)
 
 
 def examine_checkpoint(path: str, whole: bool) -> Diagnosis:
@@ -74,6 +75,7 @@ def examine_run(path: str, whole: bool) -> Diagnosis:
     recipe = _read_recipe(found, where)
     directory = recipe.checkpoint.path(where) if recipe else str(where / "checkpoints")
     about = _check_checkpoints(found, directory, whole)
+    found.check("saved.json", lambda: _check_saved(recipe, where))
     if recipe is None:
         return found
     found.kind = (f"a run of lmjax, at step {about['step'] if about else 0:,} "
@@ -139,6 +141,14 @@ def _check_checkpoints(found: Diagnosis, directory: str, whole: bool) -> About |
     if older:
         found.add(NOTE, "checkpoints", f"older ones, not examined: {', '.join(map(str, older))}")
     return newest
+
+
+def _check_saved(recipe: Recipe | None, where: Path) -> str:
+    """Compares what the run remembers of its checkpoints with those that are there."""
+    if recipe is None:
+        return "not compared, for want of a config"
+    step = find_saved(recipe, where).step
+    return f"the newest checkpoint, of step {step}, is there" if step else "nothing saved yet"
 
 
 def _unfinished(where: epath.Path) -> list[str]:
