@@ -3,6 +3,7 @@
     lmjax bench --config configs/bench.py
     lmjax bench --config configs/bench.py:gpt2
     lmjax bench generate --config configs/bench.py:gpt2-small
+    lmjax bench score --config configs/bench.py:gpt2-small
 
 The data is synthetic, so that the benchmark runs anywhere. `configs/bench.py:gpt2` has learned
 positions, LayerNorm, biases and GELU instead of RoPE, RMSNorm and SwiGLU.

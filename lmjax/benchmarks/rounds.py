@@ -25,8 +25,14 @@ class Turn(NamedTuple):
     unit: str = "run"  # what a unit of work is called
 
 
-def in_turn(turns: Sequence[Turn], seconds: float) -> dict[str, list[float]]:
+def in_turn(turns: Sequence[Turn], seconds: float,
+            clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
     """Runs all turns, round after round: for `seconds`, but at least three rounds.
+
+    Args:
+      turns: what to run.
+      seconds: how long, by the clock on the wall.
+      clock: what times a turn, such as `time.process_time`.
 
     Returns:
       by name the seconds per unit of work in each round. Turns of one name are averaged.
@@ -37,9 +43,9 @@ def in_turn(turns: Sequence[Turn], seconds: float) -> dict[str, list[float]]:
         rounds += 1
         found: dict[str, list[float]] = {}
         for name, run, amount, unit in turns:
-            at = time.perf_counter()
+            at = clock()
             run()
-            found.setdefault(name, []).append((time.perf_counter() - at) / amount)
+            found.setdefault(name, []).append((clock() - at) / amount)
             print(f"\rround {rounds}: {name}: {found[name][-1]:.3f} s/{unit}        ", end="",
                   file=sys.stderr, flush=True)
         for name, values in found.items():

@@ -48,24 +48,27 @@ def add_generate(parser: ArgumentParser) -> None:
 
 def generate(arguments: Namespace, overrides: Sequence[str]) -> None:
     """Prints each prompt with its continuation."""
+    from lmjax.decoding.answers import DecodingOptions
+    from lmjax.decoding.inputs import check_texts
     from lmjax.lm import load
 
-    lm = load(arguments.checkpoint)
+    prompts = check_texts(arguments.prompt, "--prompt")
     options = {name: getattr(arguments, name) for name in GENERATE_OPTIONS}
+    if arguments.stream:
+        if len(prompts) > 1:
+            raise UserError("one --prompt", len(prompts), "leave --stream out", where="--stream")
+        options["stream"] = lambda row, text: print(text, end="", flush=True)
+    DecodingOptions(**options)  # refuses a wrong option before the model is loaded
+    lm = load(arguments.checkpoint)
     if arguments.draft:
         options["draft"] = load(arguments.draft)
-    if not arguments.stream:
-        for prompt, answer in zip(arguments.prompt, lm.generate(arguments.prompt, **options),
-                                  strict=True):
-            print(prompt + answer)
+    if arguments.stream:
+        print(prompts[0], end="", flush=True)
+        lm.generate(prompts, **options)
+        print()
         return
-    if len(arguments.prompt) > 1:
-        raise UserError("one --prompt", len(arguments.prompt), "leave --stream out",
-                        where="--stream")
-    print(arguments.prompt[0], end="", flush=True)
-    lm.generate(arguments.prompt, stream=lambda row, text: print(text, end="", flush=True),
-                **options)
-    print()
+    for prompt, answer in zip(prompts, lm.generate(prompts, **options), strict=True):
+        print(prompt + answer)
 
 
 def add_score(parser: ArgumentParser) -> None:
@@ -78,18 +81,22 @@ def score(arguments: Namespace, overrides: Sequence[str]) -> None:
     """Prints bits per byte, perplexity and the number of tokens of each file."""
     from lmjax.lm import load
 
+    texts = [_read(path) for path in arguments.file]  # before the model, which takes longer
     lm = load(arguments.checkpoint)
-    for path in arguments.file:
-        try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
-        except UnicodeDecodeError as error:
-            raise UserError("UTF-8 text", error, "convert it, for example with `iconv -t UTF-8`",
-                            where=path) from None
+    for path, text in zip(arguments.file, texts, strict=True):
         found = lm.score([text])[0]
         unit = "bits/byte" + " of decoded text" * found.of_decoded_text
         print(f"{path}: {found.bits_per_byte:.4f} {unit}, perplexity {found.perplexity:.2f}, "
               f"{found.tokens} tokens")
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise UserError("UTF-8 text", error, "convert it, for example with `iconv -t UTF-8`",
+                        where=path) from None
 
 
 def add_eval(parser: ArgumentParser) -> None:

@@ -163,8 +163,10 @@ def report(arguments: Namespace, overrides: Sequence[str]) -> None:
 def add_bench(parser: ArgumentParser) -> None:
     """Adds the arguments of `lmjax bench`."""
     _add_config(parser, required=False)
-    parser.add_argument("what", nargs="?", choices=("train", "generate", "data"), default="train",
-                        help="data: the stages of `lmjax prepare` and the rows of training; "
+    parser.add_argument("what", nargs="?", default="train",
+                        choices=("train", "generate", "score", "data"),
+                        help="score: likelihoods of texts beside their logits; "
+                        "data: the stages of `lmjax prepare` and the rows of training; "
                         "it needs no --config (default: train)")
     parser.add_argument("--seconds", type=float, default=60.0,
                         help="seconds to measure for, per comparison (default: 60)")
@@ -173,7 +175,7 @@ def add_bench(parser: ArgumentParser) -> None:
 
 
 def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
-    """Measures training, generation or data preparation."""
+    """Measures training, generation, scoring or data preparation."""
     options = {"seconds": arguments.seconds, "out": arguments.out}
     if not arguments.seconds > 0:
         raise UserError("more than 0", arguments.seconds, "leave it out for 60", where="--seconds")
@@ -181,6 +183,10 @@ def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
         from lmjax.benchmarks.generate import bench_generate
 
         bench_generate(_recipe(arguments, overrides), **options)
+    elif arguments.what == "score":
+        from lmjax.benchmarks.score import bench_score
+
+        bench_score(_recipe(arguments, overrides), **options)
     elif arguments.what == "data":
         from lmjax.benchmarks.data import bench_data
 
