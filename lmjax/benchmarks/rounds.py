@@ -57,4 +57,5 @@ def in_turn(turns: Sequence[Turn], seconds: float,
 def write_report(report: Report, out: str) -> None:
     """Writes the figures of a benchmark to the file `out` as JSON, unless it is ""."""
     if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps(report, indent=2) + "\n")

@@ -7,9 +7,11 @@ imports it are imported in the function that runs, so that `lmjax --help` answer
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from lmjax.cli.arguments import AnyPath, LocalPath
 from lmjax.errors import UserError
+from lmjax.runtime.files import check_new, check_writable
 
 GENERATE_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
                     "seed", "stop", "num_beams", "length_penalty")  # those of `LM.generate`
@@ -113,6 +115,8 @@ def add_eval(parser: ArgumentParser) -> None:
 
 def evaluate(arguments: Namespace, overrides: Sequence[str]) -> None:
     """Prints the results of lm-eval's tasks as JSON."""
+    if arguments.out:
+        check_writable(arguments.out, "--out", file=True)
     from lmjax.lm import load
     from lmjax.lm_eval import evaluate_tasks
 
@@ -122,8 +126,9 @@ def evaluate(arguments: Namespace, overrides: Sequence[str]) -> None:
     text = json.dumps(results, indent=2)
     print(text)
     if arguments.out:
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        out = Path(arguments.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n", encoding="utf-8")
 
 
 def add_import_hf(parser: ArgumentParser) -> None:
@@ -136,6 +141,7 @@ def add_import_hf(parser: ArgumentParser) -> None:
 
 def import_hf(arguments: Namespace, overrides: Sequence[str]) -> None:
     """Writes a checkpoint from a Hugging Face directory."""
+    check_new(Path(arguments.out))
     from lmjax.lm import load
 
     load(arguments.checkpoint).save(arguments.out)
@@ -157,6 +163,7 @@ def add_export_hf(parser: ArgumentParser) -> None:
 
 def export_hf(arguments: Namespace, overrides: Sequence[str]) -> None:
     """Writes a Hugging Face directory from a checkpoint."""
+    check_new(Path(arguments.out))
     from lmjax.lm import load
 
     load(arguments.checkpoint).export(arguments.out, model_type=arguments.model_type,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lmjax.cli.arguments import AnyPath, LocalPath
 from lmjax.cli.errors import explain
 from lmjax.errors import UserError
+from lmjax.runtime.files import check_writable
 
 if TYPE_CHECKING:
     from lmjax.training.recipe import Recipe
@@ -179,6 +180,8 @@ def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
     options = {"seconds": arguments.seconds, "out": arguments.out}
     if not arguments.seconds > 0:
         raise UserError("more than 0", arguments.seconds, "leave it out for 60", where="--seconds")
+    if arguments.out:
+        check_writable(arguments.out, "--out", file=True)
     if arguments.what == "generate":
         from lmjax.benchmarks.generate import bench_generate
 

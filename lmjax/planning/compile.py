@@ -27,6 +27,7 @@ from lmjax.errors import UserError, first_line
 from lmjax.planning.kernels import StepFacts
 from lmjax.planning.measure import versions
 from lmjax.runtime.chips import FLAGS, Topology, tpu_compiler
+from lmjax.runtime.files import cache_directory
 from lmjax.training.recipe import Recipe
 
 Log = Callable[[str], None]
@@ -39,12 +40,8 @@ SOURCES = (
                                      "rows")),
     "config", "sharding.py", "tree.py", "runtime/chips.py", "planning/compile.py",
     "planning/measure.py")
+CACHE = "LMJAX_PLAN_CACHE"  # the variable with the directory; ~/.cache/lmjax/plan without it
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")  # whose versions decide it too
-
-
-def cache_directory() -> Path:
-    """LMJAX_PLAN_CACHE, or ~/.cache/lmjax/plan."""
-    return Path(os.environ.get("LMJAX_PLAN_CACHE") or Path.home() / ".cache" / "lmjax" / "plan")
 
 
 def compiled(recipe: Recipe, topology: Topology | str, log: Log) -> tuple[StepFacts, str]:
@@ -63,14 +60,16 @@ def compiled(recipe: Recipe, topology: Topology | str, log: Log) -> tuple[StepFa
         raise UserError("the TPU compiler", "no libtpu", "install it with pip install "
                         "'lmjax[tpu]', from a checkout -e '.[tpu]' (it needs no TPU)",
                         where=f"--topology {topology}")
-    home = cache_directory() / _key(request)
-    if on_tpu and (home / "result.json").exists():
+    cache = cache_directory("plan", os.environ.get(CACHE, ""), CACHE) if on_tpu else None
+    home = cache / _key(request) if cache else None
+    if home and (home / "result.json").exists():
         return _read(home)
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home.parent) as work:
+    if cache:
+        cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as work:
         (Path(work) / "request.json").write_text(json.dumps(request))
         _run_child(work, topology, flags, log)
-        if on_tpu:
+        if home:
             shutil.rmtree(home, ignore_errors=True)
             shutil.copytree(work, f"{work}.done")
             os.replace(f"{work}.done", home)

@@ -18,6 +18,7 @@ from lmjax.planning.plots import draw
 from lmjax.planning.search import ranked, same_tokens, search
 from lmjax.planning.table import table
 from lmjax.runtime.chips import GIB, Topology, parse_topology
+from lmjax.runtime.files import check_writable
 from lmjax.training.recipe import Recipe
 
 
@@ -33,14 +34,15 @@ def plan(recipe: Recipe, topology: str, *, out: str = "", tokens: float = 0.0, f
       find: search for the best mesh, remat policy and batch size first.
 
     Raises:
-      UserError: an unknown topology, negative `tokens`, an `out` that is a file, a mesh that does
-        not fit the topology, a step that does not fit into a chip's memory, or no TPU compiler.
+      UserError: an unknown topology, negative `tokens`, an `out` that cannot be written, a mesh
+        that does not fit the topology, a step that does not fit into a chip's memory, or no TPU
+        compiler.
     """
     where, searched = topology_of(topology), None
     if not 0 <= tokens < math.inf:
         raise UserError("0 or more", f"{tokens:g}", "name a budget such as 2e12", where="--tokens")
     if out:
-        _make_folder(out)
+        check_writable(out, "--out")
     if find:
         if not isinstance(where, Topology):
             raise UserError("a TPU topology to search on", topology, "name one", where="--search")
@@ -58,20 +60,12 @@ def plan(recipe: Recipe, topology: str, *, out: str = "", tokens: float = 0.0, f
     print(table(recipe, facts, estimate, tokens))
     if out:
         folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "plan.json").write_text(json.dumps(report, indent=2) + "\n")
         (folder / "plan.svg").write_text(draw(estimate))
         (folder / "step.hlo.gz").write_bytes(gzip.compress(text.encode(), 5))
         log(f"written: {folder}/plan.json, plan.svg, step.hlo.gz")
     return report
-
-
-def _make_folder(out: str) -> None:
-    """Makes the directory of --out, before a compilation that may take minutes."""
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        got = "a file" if Path(out).is_file() else (error.strerror or "an error").lower()
-        raise UserError("a directory", f"{got}: {out}", "name another", where="--out") from None
 
 
 def does_not_fit(facts: StepFacts) -> UserError:

@@ -3,22 +3,27 @@
 import os
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+from lmjax.runtime.files import cache_directory
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that the next process need not compile them.
 
-    The folder is JAX_COMPILATION_CACHE_DIR, or ~/.cache/lmjax/xla. A program is kept if it took at
-    least JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS to compile, or 0.2 seconds.
+    The folder is JAX_COMPILATION_CACHE_DIR, or ~/.cache/lmjax/xla. If it cannot be written, nothing
+    is kept. A program is kept if it took at least JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS to
+    compile, or 0.2 seconds.
     """
     # JAX declares its options while it is imported, where mypy does not see them.
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        folder = Path.home() / ".cache" / "lmjax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if "://" not in (given or ""):
+        folder = cache_directory("xla", given or "", CACHE)
+        jax.config.update("jax_compilation_cache_dir", str(folder) if folder else None)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

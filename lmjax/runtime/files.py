@@ -1,4 +1,4 @@
-"""Files and directories: locks, whole writes, directories made in one piece, full disks."""
+"""Files and directories: what can be written, locks, whole writes, new directories, full disks."""
 
 import contextlib
 import errno
@@ -6,6 +6,9 @@ import fcntl
 import os
 import re
 import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,94 @@ from lmjax.errors import UserError
 
 # How TensorStore and NumPy word a full disk.
 FULL = r"No space left|RESOURCE_EXHAUSTED|^\d+ requested and \d+ written"
+
+
+def check_writable(path: str | os.PathLike[str], where: str, *, file: bool = False) -> None:
+    """Refuses a path that cannot be written, before the work whose result goes there.
+
+    What is missing counts as writable if it can be made. Nothing is made or changed.
+
+    Args:
+      path: a local path, or the address of a bucket, which is not checked.
+      where: the key or option that it comes from, for errors.
+      file: whether a file goes there. By default it is a directory with files in it.
+
+    Raises:
+      UserError: a file or a broken link is in the way, or the system does not let this process
+        write.
+    """
+    if "://" in os.fspath(path):
+        return
+    for place in (Path(path), *Path(path).parents):
+        try:
+            _try_to_write(place, file and place == Path(path))
+            return
+        except OSError as error:
+            is_missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+            if is_missing and not os.path.lexists(place):
+                continue  # it will be made, if the directory above it can be written
+            raise _not_writable(place, error, "file" if file else "directory", where) from error
+
+
+def _try_to_write(place: Path, is_file: bool) -> None:
+    """Opens a file, or makes one without a name in a directory: permissions do not tell it all."""
+    mode = os.stat(place).st_mode
+    if is_file and stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not is_file and not stat.S_ISDIR(mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not is_file:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    elif stat.S_ISREG(mode):  # a pipe would wait for its reader
+        with place.open("ab"):
+            pass
+
+
+def _not_writable(place: Path, error: OSError, kind: str, where: str) -> UserError:
+    got = f"{place}, which is not ({(error.strerror or str(error)).lower()})"
+    fix = "correct its permissions, or choose another path"
+    if isinstance(error, NotADirectoryError | IsADirectoryError):
+        got = f"the {'file' if isinstance(error, NotADirectoryError) else 'directory'} {place}"
+        fix = "move it away, or choose another path"
+    elif isinstance(error, FileNotFoundError) and place.is_symlink():
+        got = f"the link {place}, which leads nowhere"
+        fix = "make what it points to (is a mount missing?), or remove it"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "make room, or choose another path"
+    return UserError(f"a {kind} that can be written", got, fix, where=where)
+
+
+def check_new(out: Path) -> None:
+    """Refuses a directory of `--out` that exists already or cannot be made.
+
+    Raises:
+      UserError: something is there, if only a link, or an error of `check_writable`.
+    """
+    if os.path.lexists(out):
+        raise UserError("a directory that does not exist yet", out, "choose another",
+                        where="--out")
+    check_writable(out.parent, "--out")
+
+
+def cache_directory(name: str, given: str, where: str) -> Path | None:
+    """Finds the directory of a cache: `given`, or ~/.cache/lmjax/NAME if that is "".
+
+    Returns:
+      The directory; None if it cannot be written, which a line on stderr tells.
+    """
+    try:
+        folder = Path(given) if given else Path.home() / ".cache" / "lmjax" / name
+        check_writable(folder, where)
+    except RuntimeError:  # neither HOME nor an entry in /etc/passwd
+        error = UserError("a home directory for the cache", "none", "set HOME or this variable",
+                          where=where)
+    except UserError as found:
+        error = found
+    else:
+        return folder
+    print(f"going on without a cache: {error}", file=sys.stderr, flush=True)
+    return None
 
 
 class Busy(UserError):
@@ -98,16 +189,15 @@ def new_directory(out: Path) -> Iterator[Path]:
     If the block fails, the directory is removed.
 
     Raises:
-      UserError: `out` exists already.
+      UserError: an error of `check_new`.
       Busy: another process makes `out`.
     """
     out = out.expanduser().absolute()
     part = out.with_name(f".{out.name}.part")
+    check_new(out)
     descriptor = claim(part, out)
     try:
-        if out.exists():
-            raise UserError("a directory that does not exist yet", out, "choose another",
-                            where="--out")
+        check_new(out)  # another process may have made it since
         _empty(part)  # a killed process may have left files
         yield part
         part.rename(out)

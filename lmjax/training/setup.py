@@ -32,7 +32,7 @@ from lmjax.training.resume import begin
 from lmjax.training.run import Log, Run
 from lmjax.training.saved import Saved, find_saved, keep_records
 from lmjax.training.state import StateSpec
-from lmjax.training.workdir import check_recipe
+from lmjax.training.workdir import check_places, check_recipe
 from lmjax.tree import shard_bytes
 
 At = Callable[[int, str], None]  # (step, what begins there), as `Watchdog.at`
@@ -47,6 +47,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log,
         are then as they were.
     """
     at(0, "setting up")
+    check_places(recipe, workdir)
     _check_before_data(recipe)
     check_recipe(recipe, workdir, log)
     saved = Saved(**agreed(lambda: dataclasses.asdict(find_saved(recipe, workdir))))

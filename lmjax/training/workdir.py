@@ -9,8 +9,8 @@ from typing import Any
 
 from lmjax.config import plain
 from lmjax.errors import UserError
-from lmjax.runtime.distributed import agreed
-from lmjax.runtime.files import Busy, lock
+from lmjax.runtime.distributed import agreed, process
+from lmjax.runtime.files import Busy, check_writable, lock
 from lmjax.training.changes import blocking_changes
 from lmjax.training.recipe import Recipe, build_recipe, recorded_recipe
 from lmjax.training.run import Log
@@ -21,15 +21,14 @@ def claimed(workdir: Path) -> Iterator[None]:
     """Makes the directory if it is missing and holds it for this run.
 
     Raises:
-      UserError: it is not a local directory.
+      UserError: it is not a local directory, or it cannot be written.
       Busy: another process trains in it.
     """
     if ":/" in str(workdir):
         raise UserError("a local directory", workdir, "keep the run local or on a mounted file "
                         "system (data.directory and checkpoint.directory may be in a bucket)",
                         where="--workdir")
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError("a directory", f"the file {workdir}", "choose another", where="--workdir")
+    check_writable(workdir, "--workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     busy = Busy("a directory that no run is using", "one that another process trains in",
                 "wait for it or use another --workdir", where=str(workdir))
@@ -41,6 +40,21 @@ def claimed(workdir: Path) -> Iterator[None]:
     finally:
         for descriptor in held:
             os.close(descriptor)
+
+
+def check_places(recipe: Recipe, workdir: Path) -> None:
+    """Refuses directories that the run cannot write, before data is prepared for hours.
+
+    `prepare` checks the directory of the data, if there is something to prepare.
+
+    Raises:
+      UserError: an error of `check_writable`.
+    """
+    check_writable(recipe.checkpoint.path(workdir), "config.checkpoint.directory")
+    if recipe.watch.profile:
+        check_writable(workdir / "profile", "config.watch.profile")
+    if recipe.watch.hlo and process() == 0:  # which writes it
+        check_writable(recipe.watch.hlo, "config.watch.hlo")
 
 
 def check_recipe(recipe: Recipe, workdir: Path, log: Log) -> None:

@@ -32,7 +32,7 @@ from lmjax.data.text import sources
 from lmjax.data.text.clean import check_installed
 from lmjax.data.tokenizers import Tokenizer, TokenizerFactory, sentencepiece_tokenizer
 from lmjax.errors import UserError
-from lmjax.runtime.files import claim, when_full
+from lmjax.runtime.files import check_writable, claim, when_full
 
 
 def to_stderr(line: str) -> None:
@@ -142,7 +142,9 @@ def _manifest(config: DataConfig, tokenizer: Tokenizer, entries: dict[str, Any])
 @contextlib.contextmanager
 def _workspace(out: str) -> Iterator[str]:
     """Yields the folder of the stages, locked for this process; removes it once `out` is made."""
-    out = out if store.is_remote(out) else _local(out)
+    if not store.is_remote(out):
+        check_writable(out, out)  # before links are followed: one may lead nowhere
+        out = _local(out)
     full = when_full(UserError(
         "room for the prepared data", "a full disk", "free some space and start again (finished "
         "stages are kept), or use another directory", where=out))
@@ -153,6 +155,10 @@ def _workspace(out: str) -> Iterator[str]:
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError("a prepared directory, an empty one or none", "something else",
                         "use another directory, or move that away", where=out)
+    if os.path.ismount(out):  # the finished directory is renamed, which cannot replace it
+        raise UserError("a directory that can be replaced", "a mount point",
+                        f"use one below it, such as {out}/prepared", where=out)
+    check_writable(os.path.dirname(out), out)
     folder = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.partial")
     lock = claim(folder, out)
     try:
@@ -164,7 +170,8 @@ def _workspace(out: str) -> Iterator[str]:
 
 
 def _local(out: str) -> str:
-    return os.path.abspath(os.path.expanduser(out))
+    """The absolute path of `out`, without links: a link to an empty directory is followed."""
+    return os.path.realpath(os.path.expanduser(out))
 
 
 def _publish(folder: str, out: str) -> None:
