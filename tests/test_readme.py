@@ -56,7 +56,8 @@ if args[0] == "bench":
 sys.exit(main(args))
 """
 # tests/launch/test_installation.py and tests/benchmarks run these, or a test machine cannot.
-ELSEWHERE = ("./launch/local", "./launch/test", "pip install", "lmjax bench generate")
+ELSEWHERE = ("./launch/local", "./launch/test", "pip install", "lmjax bench generate",
+             "lmjax bench score")
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:
