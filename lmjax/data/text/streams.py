@@ -17,6 +17,7 @@ from lmjax.data.text.records import MOST_BYTES
 from lmjax.errors import UserError, first_line
 
 CHUNK = 1 << 20
+PIECE = 1 << 17  # read at once: it stays in the processor's cache, and its memory is used again
 _SKIPPABLE = bytes.fromhex("2a4d18")  # the end of the magic of frames that hold no data
 _LAYERS = 3  # of compression, one around the other: servers compress what is compressed
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
@@ -153,7 +154,7 @@ def lines(stream: io.BufferedReader) -> Iterator[tuple[bytes, int]]:
     end = b"\r" if b"\r" in head[:-1] and b"\n" not in head else b"\n"
     parts: list[bytes] = []
     size = 0
-    while block := stream.read(CHUNK):
+    while block := stream.read(PIECE):
         first, *others = block.split(end)
         size += len(first)
         parts.append(first)
@@ -240,7 +241,7 @@ def _zstd(stream: BinaryIO) -> _Pieces:
         done = 0
         try:
             arrow = _arrow("zstd")(stream)
-            while block := arrow.read(CHUNK):
+            while block := arrow.read(PIECE):
                 done += len(block)
                 yield block
             return
