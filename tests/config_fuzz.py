@@ -162,7 +162,10 @@ def _tokens():
 
 
 def theirs(raw):
-    """(tensors, logits) of transformers' model, with weights that depend on their names alone."""
+    """(tensors, logits, error of rounding) of transformers' model.
+
+    Its weights depend on their names alone. The error is that of its float32 logits.
+    """
     import torch
     import transformers
 
@@ -173,19 +176,20 @@ def theirs(raw):
             transformers.logging.set_verbosity_error()
             cls = getattr(transformers, model_type.architecture)
             config = cls.config_class.from_dict(json.loads(json.dumps(raw)))
-            config._attn_implementation = "eager"
+            config._attn_implementation = config._experts_implementation = "eager"
             if max(_sizes(config)) > 600:
                 raise Broken("too large")
             model = cls(config).float().eval()
             tensors = _weights(model)
             logits = _logits(model, torch)
+            rounding = np.abs(logits - _logits(model.double(), torch)).max()
     except Broken:
         raise
     except Exception as error:  # whatever it says, it does not load
         raise Broken(f"{type(error).__name__}: {error}") from None
     if not np.isfinite(logits).all():
         raise Broken("no finite logits")
-    return tensors, logits
+    return tensors, logits, rounding
 
 
 def _sizes(config):
@@ -273,9 +277,9 @@ def compare(raw):
     load weights that transformers does not; TRACEBACK: we fail without a word.
     """
     try:
-        tensors, expected = theirs(raw)
+        tensors, expected, rounding = theirs(raw)
     except Broken as error:
-        tensors, expected = None, str(error)
+        tensors, expected, rounding = None, str(error), 0.0
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             save(Path(folder), raw, tensors or _base_tensors(raw["model_type"]))
@@ -289,8 +293,10 @@ def compare(raw):
         return "theirs fails", expected
     real = _batch("encdec" if got.shape[-1] and raw.get("is_encoder_decoder") else "")[
         "segment_ids"].astype(bool)
-    off = np.abs(got - expected)[real].max() / np.abs(expected[real]).max()
-    return ("agree" if off <= 1e-4 else "SILENT"), f"off by {off:.2g}"
+    off, scale = np.abs(got - expected)[real].max(), np.abs(expected[real]).max()
+    # Wide layers of large weights are not exact in float32, theirs neither.
+    same = off <= max(1e-4 * scale, min(3 * rounding, 1e-3 * scale))
+    return ("agree" if same else "SILENT"), f"off by {off / scale:.2g}"
 
 
 @functools.cache

@@ -13,7 +13,12 @@ from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.errors import UserError
 from lmjax.huggingface.model_types import MODEL_TYPES
-from lmjax.huggingface.settings import model_type_of, read_settings, write_settings
+from lmjax.huggingface.settings import (
+    kept_settings,
+    model_type_of,
+    read_settings,
+    write_settings,
+)
 from lmjax.huggingface.stored import BUFFERS, one_of_each, plain_names, rows_for
 from lmjax.huggingface.tensors import (
     DTYPE_CODES,
@@ -132,8 +137,8 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
       params: its parameters, float32.
       tokenizer: its tokenizer, if it has one.
       options: how it is written.
-      source: `HFModel.source`, if the model was imported. Settings that lmjax does not use are
-        written as they were read.
+      source: `HFModel.source`, if the model was imported. Settings that change nothing about what
+        the model computes are written as they were read.
       max_positions: length of the rows that the model was trained on, in tokens.
       log: prints a line for the user.
 
@@ -149,8 +154,7 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
         config = dataclasses.replace(config, max_positions=max(given, max_positions))
     ours = write_settings(config, options.model_type or source["settings"].get("model_type", ""))
     model_type = MODEL_TYPES[ours["model_type"]]
-    kept = {name: value for name, value in source["settings"].items()
-            if name not in ("rope_parameters", "dtype")}
+    kept = kept_settings(source["settings"], model_type)
     ids = {}
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}

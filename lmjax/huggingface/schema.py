@@ -89,7 +89,20 @@ NEUTRAL = frozenset("""
     transformers.js_config
     do_sample early_stopping length_penalty max_length min_length num_beam_groups num_beams
     num_return_sequences no_repeat_ngram_size repetition_penalty temperature top_k top_p typical_p
-    diversity_penalty bad_words_ids forced_bos_token_id forced_eos_token_id
+    diversity_penalty bad_words_ids forced_bos_token_id forced_eos_token_id suppress_tokens
+    begin_suppress_tokens
+""".split())
+# Settings that nothing in transformers reads for these model types, or nothing before tokens are
+# drawn. They are passed over whatever they say, and named in one line.
+PASSED_OVER = frozenset("""
+    unsloth_fixed unsloth_version name_or_path base_model_name_or_path attn_implementation
+    use_flash_attn use_flash_attention use_flash_attention_2 fp16 bf16 use_bfloat16 xla_device
+    tf_legacy_loss keys_to_ignore_at_inference pad_to_multiple_of neftune_noise_alpha seq_length
+    max_seq_len max_seq_length model_max_length tokenizer_model_max_length tokenizer_padding_side
+    eos_token mask_token mask_token_id pad_token eos_token_ids sentence_transformers language
+    license prefix embedding_size n_special output_scores return_dict_in_generate
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty remove_invalid_values
+    num_assistant_tokens max_new_tokens
 """.split())
 
 # Their activation -> our MLP, with and without a gate.

@@ -12,7 +12,7 @@ from lmjax.config import build
 from lmjax.errors import UserError
 from lmjax.huggingface.model_types import MODEL_TYPES
 from lmjax.huggingface.rope import ORIGINAL, read_rope, write_rope
-from lmjax.huggingface.schema import NEUTRAL, ONLY, ModelType, Setting
+from lmjax.huggingface.schema import NEUTRAL, ONLY, PASSED_OVER, ModelType, Setting
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.encdec import EncDecConfig
 from lmjax.models.encoder import EncoderConfig
@@ -21,6 +21,8 @@ from lmjax.models.model import ModelConfig
 Settings = Mapping[str, Any]
 # Fields of our config that do not change what a trained model computes.
 FREE = ("dropout", "init_std", "embedding_std", "attention", "scan_layers", "remat")
+# Settings of `NEUTRAL` that tell what a model is, where its class reads them.
+WRITTEN_ANEW = {"layer_types", "rope_theta", "rope_scaling", "rope_parameters", "dtype"}
 LAYER_TYPES = {"sliding_attention": "local", "full_attention": "global"}  # theirs -> ours
 
 
@@ -62,6 +64,23 @@ def read_settings(settings: Settings, where: str,
     except (TypeError, AttributeError, ZeroDivisionError) as error:  # a list for a number, say
         raise UserError("settings as transformers writes them", f"one of another kind ({error})",
                         "fetch it again", where) from None
+
+
+def passed_over(settings: Settings) -> list[str]:
+    """The settings of a config.json that `read_settings` passes over and that say something."""
+    model_type = MODEL_TYPES[settings["model_type"]]
+    implied = model_type.implied(settings) if model_type.implied else {}
+    return [name for name in _unknown(model_type, settings, implied) if _is_harmless(name)]
+
+
+def kept_settings(settings: Settings, model_type: ModelType) -> dict[str, Any]:
+    """The settings of an imported config.json that an export repeats.
+
+    They change nothing that the model computes. Settings that say what it is are written anew: a
+    list of layers or another name of a size that was left beside them could contradict them.
+    """
+    kept = NEUTRAL.union(model_type.neutral) - WRITTEN_ANEW
+    return {name: value for name, value in settings.items() if name in kept or _is_harmless(name)}
 
 
 def _build(model_type: ModelType, fields: Settings, where: str) -> ModelConfig:
@@ -167,15 +186,26 @@ def _refuse_unknown(model_type: ModelType, settings: Settings, where: str) -> No
     for name, values in ONLY.items():
         if settings.get(name, values[0]) not in values:
             raise _not_computed(f"{name}={values[0]}", repr(settings[name]), where)
+    for name, value in _unknown(model_type, settings, implied).items():
+        if not _is_harmless(name):
+            raise UserError("settings that lmjax computes with", f"{name}={value!r}",
+                            "remove it if it does not change what the model computes", where)
+
+
+def _unknown(model_type: ModelType, settings: Settings, implied: Settings) -> Settings:
+    """The settings that the model type does not know and that say something."""
     known = NEUTRAL.union(model_type.neutral, model_type.rope, implied, ONLY,
                           (ORIGINAL,) if model_type.rope else (),
                           (row.theirs for row in model_type.settings),
                           (row.alias for row in model_type.settings))
-    for name, value in settings.items():
-        # An empty setting, or one that is switched off, does nothing. Any other may do something.
-        if name not in known and value not in (None, False, [], {}, ""):
-            raise UserError("settings that lmjax computes with", f"{name}={value!r}",
-                            "remove it if it does not change what the model computes", where)
+    # An empty setting, or one that is switched off, does nothing. Any other may do something.
+    return {name: value for name, value in settings.items()
+            if name not in known and value not in (None, False, [], {}, "")}
+
+
+def _is_harmless(name: str) -> bool:
+    """Whether no class reads a setting: a name with a leading underscore is the writer's own."""
+    return name in PASSED_OVER or name.startswith("_")
 
 
 def _not_computed(expected: str, got: str, where: str, fix: str = "without it") -> UserError:

@@ -5,7 +5,9 @@ before anything is compiled.
 """
 
 import base64
+import functools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -137,6 +139,10 @@ def _tokenizer(about: About) -> Tokenizer | None:
 
 def _huggingface(path: Path) -> Pretrained:
     found = huggingface.read_directory(path)
+    unread = huggingface.passed_over(found.source["settings"])
+    if unread:
+        _tell(f"{path}/config.json: passes over {', '.join(unread)}, which change nothing that the "
+              "model computes")
     recipe = recorded_recipe({"model": plain(found.config),
                            "data": {"seq_len": found.config.max_positions}})
     about = {
@@ -149,6 +155,11 @@ def _huggingface(path: Path) -> Pretrained:
     }
     return Pretrained(str(path), recipe, found.tokenizer, about,
                       lambda model, shardings: huggingface.read_params(found, model, shardings))
+
+
+@functools.cache  # a command may look at one directory several times
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _checkpoint(path: str | os.PathLike, step: int | None) -> epath.Path:

@@ -35,6 +35,8 @@ GEMMA = LLAMA | dict(
 T5 = dict(
     vocab_size=V, d_model=D, d_kv=16, d_ff=F, num_layers=LAYERS, num_decoder_layers=3, num_heads=4,
     relative_attention_num_buckets=8, relative_attention_max_distance=12)
+ROBERTA = COMMON | dict(
+    max_position_embeddings=POSITIONS + 2, type_vocab_size=1, pad_token_id=1)
 MODERNBERT = COMMON | dict(num_hidden_layers=4, local_attention=8, pad_token_id=0)
 MARIAN = dict(
     vocab_size=V, d_model=D, encoder_layers=LAYERS, decoder_layers=3, encoder_attention_heads=4,
@@ -59,6 +61,10 @@ MODELS = {
         "llama3", low_freq_factor=1.0, high_freq_factor=4.0,
         original_max_position_embeddings=16)),
     "llama-yarn": ("LlamaForCausalLM", LLAMA | rope("yarn", original_max_position_embeddings=16)),
+    "llama-biases": ("LlamaForCausalLM", LLAMA | dict(attention_bias=True, mlp_bias=True)),
+    "granite": ("GraniteForCausalLM", LLAMA | dict(
+        embedding_multiplier=6.0, logits_scaling=2.0, residual_multiplier=0.5,
+        attention_multiplier=0.2)),
     "mistral": ("MistralForCausalLM", LLAMA | dict(sliding_window=4)),
     "qwen2": ("Qwen2ForCausalLM", LLAMA | dict(
         use_sliding_window=True, sliding_window=5, max_window_layers=1)),
@@ -67,6 +73,7 @@ MODELS = {
     "qwen3-moe": ("Qwen3MoeForCausalLM", LLAMA | EXPERTS | dict(head_dim=16, norm_topk_prob=True)),
     "qwen2-moe": ("Qwen2MoeForCausalLM", LLAMA | EXPERTS | dict(
         shared_expert_intermediate_size=40)),
+    "gemma": ("GemmaForCausalLM", LLAMA | dict(head_dim=16, tie_word_embeddings=True)),
     "gemma2": ("Gemma2ForCausalLM", GEMMA | dict(
         attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
     "gemma3": ("Gemma3ForCausalLM", GEMMA | dict(
@@ -75,8 +82,9 @@ MODELS = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}})),
     "bert": ("BertForMaskedLM", COMMON),
     "bert-pooler": ("BertModel", COMMON),
-    "roberta": ("RobertaForMaskedLM", COMMON | dict(
-        max_position_embeddings=POSITIONS + 2, type_vocab_size=1, pad_token_id=1)),
+    "roberta": ("RobertaForMaskedLM", ROBERTA),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", ROBERTA),
+    "camembert": ("CamembertForMaskedLM", ROBERTA),
     "modernbert": ("ModernBertForMaskedLM", MODERNBERT | dict(rope_parameters={
         "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}})),
@@ -87,6 +95,7 @@ MODELS = {
     "t5": ("T5ForConditionalGeneration", T5),
     "t5-gated": ("T5ForConditionalGeneration", T5 | dict(
         feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+    "mt5": ("MT5ForConditionalGeneration", T5),
 }
 BARE = {"bert-pooler": "bert.", "modernbert-bare": "model."}  # models without a head: their prefix
 
@@ -233,6 +242,39 @@ def test_an_export_has_the_positions_of_training(trained, settings, positions, t
     source = {"settings": settings, "generation": {}, "dtype": "float32"}
     write(tmp_path / "out", max_positions=trained, source=source if settings else None)
     assert settings_of(tmp_path / "out")["max_position_embeddings"] == positions
+
+
+@pytest.mark.parametrize("model_type, changes, left", [
+    ("mistral", {"layer_types": ["full_attention"] * 3, "is_causal": True}, {}),
+    ("llama", {"layer_types": ["full_attention"] * 2, "rope_parameters": {"rope_theta": 5.0},
+               "original_max_position_embeddings": 8, "sliding_window": 4}, {}),
+    ("qwen2", {"layer_types": ["full_attention"] * 3, "max_window_layers": 1,
+               "unsloth_fixed": True},
+     {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+      "max_window_layers": 1, "unsloth_fixed": True})])
+def test_an_export_contradicts_nothing_that_it_writes(model_type, changes, left, tmp_path):
+    """What an imported config.json says of the model is written anew, the rest is kept."""
+    keys = {"mistral": dict(sliding_window=5), "llama": {}, "qwen2": dict(
+        sliding_window=5, qkv_bias=True, layer_pattern=("global", "local", "local"))}[model_type]
+    source = {"settings": {"model_type": model_type, "resid_pdrop": 0.1, **changes},
+              "generation": {}, "dtype": "float32"}
+    write(tmp_path / "out", replace(CONFIG, **keys), source=source)
+    written = settings_of(tmp_path / "out")
+    known = {row.theirs for row in MODEL_TYPES[model_type].settings}
+    assert {name: written[name] for name in changes if name in written and name not in known} == (
+        left)
+    assert written["resid_pdrop"] == 0.1
+
+
+def test_what_is_passed_over_is_told_in_one_line(tmp_path, capsys):
+    write(tmp_path / "out", source={
+        "settings": {"model_type": "llama", "unsloth_fixed": True, "_autoset": True, "fp16": False},
+        "generation": {}, "dtype": "float32"})
+    for _ in range(2):
+        lmjax.load(tmp_path / "out")
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == (f"{tmp_path}/out/config.json: passes over unsloth_fixed, _autoset, which "
+                    "change nothing that the model computes")
 
 
 def test_a_model_that_no_model_type_can_express_is_not_exported(tmp_path):

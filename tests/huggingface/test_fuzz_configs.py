@@ -1,7 +1,9 @@
 """config.json files that strangers have, compared with transformers: never another model."""
 
 import collections
+import json
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed, so nothing is compared with it: "
@@ -9,10 +11,12 @@ pytest.importorskip("torch", reason="torch is not installed, so nothing is compa
 transformers = pytest.importorskip("transformers", reason="transformers is not installed, so "
                                    "nothing is compared with it: pip install lmjax[oracle]")
 
-from config_fuzz import compare, mutated  # noqa: E402
-from config_values import BASES  # noqa: E402
+from config_fuzz import compare, mutated, theirs  # noqa: E402
+from config_values import BASES, STRANGE  # noqa: E402
 
 from lmjax.huggingface.model_types import MODEL_TYPES  # noqa: E402
+from lmjax.huggingface.schema import PASSED_OVER  # noqa: E402
+from lmjax.huggingface.settings import difference, passed_over, read_settings  # noqa: E402
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 # (model type, changes, outcome): what was computed as another model than transformers computes.
@@ -37,10 +41,12 @@ CASES = [
     ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 28}, "agree"),
     ("gpt2", {"hidden_size": 64}, "refused"),
     ("llama", {"is_causal": False}, "refused"),
+    ("llama", {"transformers_weights": "other.safetensors"}, "refused"),
+    ("llama", {"sliding_window": 4}, "refused"),  # its class does not read it, its cache does
     ("llama", {"attention_bias": True, "mlp_bias": True}, "agree"),
     ("gemma", {}, "agree"), ("granite", {}, "agree"), ("mt5", {}, "agree"),
     ("xlm-roberta", {}, "agree"), ("camembert", {}, "agree")]
-QUICK = (0, 5, 7, 10, 13, 20)
+QUICK = (0, 5, 7, 10, 13, 22)
 
 
 @pytest.mark.parametrize("model_type, changes, outcome", [
@@ -66,6 +72,25 @@ def test_the_defaults_are_those_of_the_class(name):
             value = getattr(theirs, row.theirs)
             window_is_off = row.theirs == "sliding_window" and not value
             assert window_is_off or value in (row.default, None), row.theirs
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "llama" else
+                                               pytest.mark.long) for name in MODEL_TYPES])
+def test_no_class_reads_what_is_passed_over(name):
+    base = {**BASES[name], "model_type": name}
+    extra = {key: STRANGE.get(key) or 7 for key in PASSED_OVER} | {
+        "_attn_implementation_autoset": True, "_of_its_own": [1]}
+    assert not passed_over(base) and set(passed_over(base | extra)) == extra.keys()
+    assert read_settings(base | extra, "config.json") == read_settings(base, "config.json")
+    np.testing.assert_array_equal(theirs(base | extra)[1], theirs(base)[1])
+
+
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_a_config_as_this_version_writes_it_in_full(name):
+    cls = getattr(transformers, MODEL_TYPES[name].architecture).config_class
+    full = json.loads(json.dumps(cls.from_dict(BASES[name]).to_dict()))
+    base = BASES[name] | {"model_type": name}
+    assert not difference(read_settings(full, "full"), read_settings(base, "base"))
 
 
 def outcomes(seeds):
