@@ -16,6 +16,7 @@ import numpy as np
 from lmjax import huggingface
 from lmjax.config import choice, scalar
 from lmjax.config.paths import expand
+from lmjax.data.reading import Reader, check_told, make_reader
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.decoding.answers import DecodingOptions, answer
 from lmjax.decoding.attention_maps import attention_maps, draw_attention
@@ -27,7 +28,7 @@ from lmjax.decoding.inputs import (
     check_text,
     check_texts,
 )
-from lmjax.decoding.reading import check_told, make_reader, rows_of
+from lmjax.decoding.reading import rows_of
 from lmjax.decoding.scoring import batches, continuations, likelihoods, states
 from lmjax.decoding.speculative import Draft
 from lmjax.errors import UserError
@@ -81,11 +82,13 @@ class LM:
         self.model, self.params, self.layout = model, params, layout
         self.tokenizer, self.recipe, self.about = tokenizer, recipe, about
         if tokenizer is not None:
-            self._reader = make_reader(tokenizer, model.config.family, recipe.data,
-                                       about.get("huggingface"))
+            self._reader: Reader = make_reader(tokenizer, model.config.family, recipe.data,
+                                               about.get("huggingface"))
+            # A decoder reads [MASK] and never writes it; an encoder-decoder writes sentinels.
+            written = self._reader.names if model.config.family == "encdec" else tokenizer
             self._generator = Generator(
                 model, layout, end_ids=self._reader.end_ids, banned_ids=self._reader.banned_ids,
-                vocab_size=self._reader.names.vocab_size, start_id=self._reader.start_id)
+                vocab_size=written.vocab_size, start_id=self._reader.start_id)
         whole = {"out_shardings": layout.replicated}
         self._score = jit_on(layout, functools.partial(likelihoods, model), **whole)
         self._states = jit_on(layout, functools.partial(states, model), **whole)
@@ -299,7 +302,8 @@ class LM:
           UserError: `out` exists, or no Hugging Face model type computes the same.
         """
         huggingface.write_directory(
-            Path(expand(out, "out", bucket=False)), self.model, self.params, self.tokenizer,
+            Path(expand(out, "out", bucket=False)), self.model, self.params,
+            None if self.tokenizer is None else self._reader,
             options=huggingface.ExportOptions(**options), source=self.about.get("huggingface"),
             max_positions=self.recipe.data.seq_len, log=log)
 

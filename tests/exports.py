@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from lmjax import huggingface
+from lmjax.data.config import DataConfig
+from lmjax.data.reading import make_reader
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
 
@@ -24,3 +26,9 @@ def write(folder, config=CONFIG, *, max_positions=0, source=None, **options):
 
 def settings_of(folder):
     return json.loads((folder / "config.json").read_text())
+
+
+def reader(tokenizer, family="decoder", *, imported=False):
+    """How a model with this tokenizer reads, trained here or imported."""
+    source = {"settings": {}, "generation": {}} if imported else None
+    return make_reader(tokenizer, family, DataConfig(), source)

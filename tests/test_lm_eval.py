@@ -11,6 +11,8 @@ import pytest
 import lmjax
 from lmjax import huggingface
 from lmjax.cli.main import main
+from lmjax.data.config import DataConfig
+from lmjax.data.reading import make_reader
 from lmjax.data.tokenizers import TokenizerConfig, train_tokenizer
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
@@ -71,7 +73,8 @@ def folder(tmp_path_factory):
                            max_positions=64, init_std=0.3)
     model = build_model(config, vocab_size=0, platform="cpu", dtype=jnp.float32)
     huggingface.write_directory(made / "hf", model, jax.jit(model.init)(jax.random.key(0)),
-                                tokenizer, log=lambda line: None)
+                                make_reader(tokenizer, "decoder", DataConfig(), None),
+                                log=lambda line: None)
     return made
 
 

@@ -28,6 +28,7 @@ from lmjax.data.hashing import fold, uniform
 from lmjax.data.rows import DECODER, Draw, Pieces, Rows, empty, fill_rows, ramps, segments, starts
 from lmjax.errors import UserError
 
+MASK = "[MASK]"  # the name of the id that hides a token
 Specials = tuple[int, int]  # the ids of BOS and EOS
 # Whether each token begins outside a word, and whether it ends outside one; bool [V] each.
 WordTables = tuple[np.ndarray, np.ndarray]
@@ -105,7 +106,7 @@ class Objective:
             self.longest, self.cost = made.longest, made.cost
             self.fields, self.extra = made.fields, made.extra
         elif config.name == "masked_lm" or config.augment.share * config.augment.mask:
-            self.extra = ("[MASK]",)
+            self.extra = (MASK,)
         if config.name == "prefix_lm":
             self.fields["bidirectional"] = seq_len
         if config.augment.share:
@@ -176,7 +177,7 @@ def masked_rows(objective: Objective, p: Pieces, rows: int, specials: Specials,
     random = fold(key_T[at], within_T[at], Draw.RANDOM_TOKEN) % np.uint64(objective.base)
     is_random = how < c.mask_share + c.random_share
     seen_T = token_T.copy()
-    seen_T[at] = np.where(how < c.mask_share, objective.id_of("[MASK]"),
+    seen_T[at] = np.where(how < c.mask_share, objective.id_of(MASK),
                           np.where(is_random, random.astype(np.int32), token_T[at]))
     columns = {"tokens": seen_T, "targets": token_T, "positions": within_T, "loss_mask": hidden_T,
                "segment_ids": np.repeat(segments(p.place_P), p.length_P)}

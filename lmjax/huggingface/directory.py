@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.data.rows import START_ID
+from lmjax.data.reading import Reader
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.errors import UserError
 from lmjax.huggingface.model_types import MODEL_TYPES
@@ -29,7 +29,7 @@ from lmjax.huggingface.tensors import (
     write_json,
     write_tensors,
 )
-from lmjax.huggingface.tokenizer_export import write_tokenizer
+from lmjax.huggingface.tokenizer_export import pad_of, write_tokenizer
 from lmjax.huggingface.tokenizers import read_tokenizer
 from lmjax.huggingface.weights import (
     check_tensors,
@@ -122,7 +122,7 @@ def read_params(found: HFModel, model: Model, shardings: Params) -> Params:
     return read_tree(found.entries, model.shapes, shardings, table)
 
 
-def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenizer | None, *,
+def write_directory(out: Path, model: Model, params: Params, reader: Reader | None, *,
                     options: ExportOptions = AS_IT_IS,
                     source: Mapping[str, Any] | None = None, max_positions: int = 0,
                     log: Callable[[str], None] = print) -> None:
@@ -135,7 +135,7 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
       out: the directory, which must not exist yet.
       model: the model.
       params: its parameters, float32.
-      tokenizer: its tokenizer, if it has one.
+      reader: how it reads a text, if it has a tokenizer.
       options: how it is written.
       source: `HFModel.source`, if the model was imported. Settings that change nothing about what
         the model computes are written as they were read.
@@ -155,22 +155,40 @@ def write_directory(out: Path, model: Model, params: Params, tokenizer: Tokenize
     ours = write_settings(config, options.model_type or source["settings"].get("model_type", ""))
     model_type = MODEL_TYPES[ours["model_type"]]
     kept = kept_settings(source["settings"], model_type)
-    ids = {}
-    if tokenizer is not None:
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    if config.family == "encdec" and not source["settings"]:  # as our objectives have them
-        ids |= {"pad_token_id": START_ID, "decoder_start_token_id": START_ID}
+    # An imported model keeps its own special ids, also where a file leaves them to the class.
+    ids = {} if reader is None or source["settings"] else _special_ids(reader, config.family, ours)
+    generation = source["generation"] or (ids and {**ids, "do_sample": True})
     with new_directory(out) as part:
         write_json(part / "config.json", {**ids, **kept, **ours, "torch_dtype": dtype})
-        write_json(part / "generation_config.json",
-                   source["generation"] or {**ids, "do_sample": True})
+        if generation:
+            write_json(part / "generation_config.json", generation)
         table = rows_for(model_type, model.config)
         write_tensors(part, tensor_shapes(model.shapes, table), tensor_getter(params, table),
                       dtype=dtype, max_shard_bytes=options.max_shard_bytes)
-        if tokenizer is not None:
-            write_tokenizer(part, tokenizer, log=log)
+        if reader is not None:
+            write_tokenizer(part, reader, generates=config.family == "decoder", log=log)
         _check_written(part, model, params, dtype)
     log(f"{out}: a {model_type.architecture} in {dtype}; read back, it has equal logits")
+
+
+def _special_ids(reader: Reader, family: str, settings: Mapping[str, Any]) -> dict[str, int]:
+    """The ids of special tokens that config.json and generation_config.json name, if trained here.
+
+    Raises:
+      UserError: the model type counts positions by a padding id that is another token.
+    """
+    tokenizer = reader.names.tokenizer
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+           "pad_token_id": pad_of(tokenizer)}
+    if family == "encdec":
+        ids["decoder_start_token_id"] = reader.start_id
+    pad = settings.get("pad_token_id", ids["pad_token_id"])
+    if pad != ids["pad_token_id"]:
+        raise UserError(f"a tokenizer whose padding token is {pad}, by which transformers counts "
+                        f"the positions of {settings['model_type']}", ids["pad_token_id"],
+                        "train with such a tokenizer, or a model with position_offset=0",
+                        "model_type")
+    return ids
 
 
 def _check_vocabulary(tokenizer: Tokenizer, rows: int, path: Path) -> None:

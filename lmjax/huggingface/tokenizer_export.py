@@ -1,12 +1,24 @@
 """Tokenizers as files of a Hugging Face directory, SentencePiece models converted for it."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmjax.data.tokenizers import HF_FILES, SPACE, SentencePieceTokenizer, Tokenizer
+import numpy as np
+
+from lmjax.data.objectives import MASK
+from lmjax.data.reading import Reader
+from lmjax.data.tokenizers import (
+    HF_FILES,
+    SPACE,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    tokenizer_settings,
+)
 from lmjax.huggingface.tensors import write_json
-from lmjax.huggingface.tokenizers import SENTENCEPIECE, adds_space
+from lmjax.huggingface.tokenizers import ADDED, SENTENCEPIECE, adds_space
 
 # A converted tokenizer is written only if it splits all of these as the original does.
 PROBES = (
@@ -19,38 +31,113 @@ PROBES = (
 )
 
 
-def write_tokenizer(path: Path, tokenizer: Tokenizer, *,
+def write_tokenizer(path: Path, reader: Reader, *, generates: bool = True,
                     log: Callable[[str], None] = print) -> None:
-    """Writes a tokenizer into a directory.
+    """Writes a tokenizer into a directory, so that it reads a text as the model does.
 
-    An imported tokenizer is written as it was read, with the other files of its directory. A
-    SentencePiece model of ours becomes tokenizer.model, and also tokenizer.json if that splits all
-    of `PROBES` the same way.
+    An imported tokenizer is written as it was read, with the other files of its directory, if that
+    says what the model reads. A SentencePiece model of ours becomes tokenizer.model, and also
+    tokenizer.json if that splits all of `PROBES` the same way.
+
+    Args:
+      path: the directory.
+      reader: the tokenizer, the ids around a text, and names for the ids after the tokenizer's.
+      generates: whether the model continues a text, so that padding must stand before it.
+      log: prints a line for the user.
     """
+    tokenizer = reader.names.tokenizer
     for name, raw in tokenizer.files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(raw)
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        return
-    (path / SENTENCEPIECE).write_bytes(tokenizer.model)
-    if tokenizer.files:
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        (path / SENTENCEPIECE).write_bytes(tokenizer.model)
+    as_told = not reader.names.names and (
+        (reader.prefix, reader.suffix) == (tokenizer.prefix, tokenizer.suffix))
+    if tokenizer.files and as_told:
         return
     try:
-        converted, why = _converted(tokenizer)
+        made, why = _rules(tokenizer)
     except ImportError:
-        converted = None
-        why = "the package tokenizers is not installed: pip install lmjax[hf]"
-    if converted is None:
+        made, why = None, "the package tokenizers is not installed: pip install lmjax[hf]"
+    if made is None:
         log(f"tokenizer.json is left out, use tokenizer.model: {why}")
+        if not as_told:
+            _tell_ends(path, reader, log)
         return
-    converted.save(str(path / HF_FILES[0]))
-    write_json(path / HF_FILES[1], {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "bos_token": converted.id_to_token(tokenizer.bos_id),
-        "eos_token": converted.id_to_token(tokenizer.eos_id)})
-    log(f"tokenizer.json splits {len(PROBES)} probes as tokenizer.model does; only tokenizer.json "
-        "reads U+2581 as a space")
+    _put_around(made, reader, log)
+    made.save(str(path / HF_FILES[0]))
+    write_json(path / HF_FILES[1], _described(made, tokenizer, reader.names.names, generates))
+    for name in (HF_FILES[2], ADDED):  # the two files above say all of it
+        (path / name).unlink(missing_ok=True)
+    if not tokenizer.files:
+        log(f"tokenizer.json splits {len(PROBES)} probes as tokenizer.model does; only "
+            "tokenizer.json reads U+2581 as a space")
+
+
+def pad_of(tokenizer: Tokenizer) -> int:
+    """The id that pads batches outside: the tokenizer's, or EOS if that id stands for text."""
+    is_text = tokenizer.surface(np.array([tokenizer.pad_id]))[0]
+    return tokenizer.eos_id if is_text else tokenizer.pad_id
+
+
+def _rules(tokenizer: Tokenizer) -> tuple[Any, str]:
+    """The tokenizer as a `tokenizers.Tokenizer`, or (None, reason)."""
+    import tokenizers
+
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizers.Tokenizer.from_str(tokenizer.to_json()), ""
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    if HF_FILES[0] in tokenizer.files:
+        return tokenizers.Tokenizer.from_str(tokenizer.files[HF_FILES[0]].decode()), ""
+    return _converted(tokenizer)
+
+
+def _put_around(made: Any, reader: Reader, log: Callable[[str], None]) -> None:
+    """Gives `made` the names of further ids, and the ids before and after a text."""
+    from tokenizers import AddedToken, processors
+
+    # transformers drops special tokens from an answer, and lmjax writes sentinels and modes.
+    for i, name in enumerate(reader.names.names, start=reader.names.tokenizer.vocab_size):
+        if made.token_to_id(name) is None:
+            made.add_tokens([AddedToken(name, special=name == MASK, normalized=False)])
+        if made.token_to_id(name) != i:
+            log(f"tokenizer.json reads {name} as id {made.token_to_id(name)}, which it had before; "
+                f"the model was trained with {i}: give the model ids, not this name")
+    ends = {i: made.id_to_token(i) for i in (*reader.prefix, *reader.suffix)}
+    before, after = ([ends[i] for i in part] for part in (reader.prefix, reader.suffix))
+    made.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after], pair=[*before, "$A", *after, "$B", *after],
+        special_tokens=[(name, i) for i, name in ends.items()])
+
+
+def _described(made: Any, tokenizer: Tokenizer, names: Sequence[str],
+               generates: bool) -> dict[str, Any]:
+    """tokenizer_config.json: which tokens are special, and how batches are padded."""
+    kept = {key: value for key, value in tokenizer_settings(tokenizer.files).items()
+            if key not in ("added_tokens_decoder", "add_bos_token", "add_eos_token", "extra_ids")}
+    model = json.loads(made.to_str())["model"]
+    unknown = model.get("unk_token")
+    if model.get("unk_id") is not None:
+        unknown = model["vocab"][model["unk_id"]][0]
+    roles = {"bos_token": made.id_to_token(tokenizer.bos_id),
+             "eos_token": made.id_to_token(tokenizer.eos_id),
+             "pad_token": made.id_to_token(pad_of(tokenizer))}
+    roles |= {"unk_token": unknown} if unknown else {}
+    roles |= {"mask_token": MASK} if MASK in names else {}
+    return {**kept, **roles, "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "left" if generates else "right"}
+
+
+def _tell_ends(path: Path, reader: Reader, log: Callable[[str], None]) -> None:
+    """Says beside a lone tokenizer.model what stands around a text; names have no place there."""
+    settings = tokenizer_settings(reader.names.tokenizer.files)
+    write_json(path / HF_FILES[1], settings | {
+        "add_bos_token": bool(reader.prefix), "add_eos_token": bool(reader.suffix)})
+    if names := reader.names.names:
+        log(f"tokenizer.model has no names for the {len(names)} ids of the objective ({names[0]} "
+            f"is {reader.names.tokenizer.vocab_size}): give the model ids in place of names")
 
 
 def _converted(tokenizer: SentencePieceTokenizer) -> tuple[Any, str]:
@@ -60,7 +147,7 @@ def _converted(tokenizer: SentencePieceTokenizer) -> tuple[Any, str]:
     (None, reason) otherwise.
     """
     import tokenizers
-    from tokenizers import AddedToken, decoders, normalizers, processors
+    from tokenizers import AddedToken, decoders, normalizers
 
     if adds_space(tokenizer):
         return None, "its model adds a space before a text"
@@ -69,15 +156,13 @@ def _converted(tokenizer: SentencePieceTokenizer) -> tuple[Any, str]:
     out.normalizer = normalizers.Replace(" ", SPACE)
     out.decoder = decoders.Sequence([
         decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    control = [piece.text for piece in pieces if piece.kind == "control"]
+    # transformers reads the name of the unknown token as that token, as those of control tokens.
+    control = [piece.text for piece in pieces if piece.kind in ("control", "unknown")]
     out.add_special_tokens([AddedToken(text, normalized=False) for text in control])
     # SentencePiece does not say which pieces are user symbols. lmjax's models have one: the
     # newline, so that no piece spans lines.
     out.add_tokens([
         AddedToken(piece.text, normalized=False) for piece in pieces if piece.text == "\n"])
-    bos = out.id_to_token(tokenizer.bos_id)
-    out.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
     for text in PROBES:
         # `tokenizers` reads the name of a control token as that token, lmjax as plain text.
         if not any(name in text for name in control):

@@ -141,6 +141,6 @@ def test_an_import_begins_and_reads_as_its_own_files_say(lm, tokenizer, tmp_path
         del told["decoder_start_token_id"]
         (tmp_path / "hf" / name).write_text(json.dumps(told | keys))
     found = lmjax.load(tmp_path / "hf")
-    assert (found._generator.ids.start, found._generator.ids.vocab_size) == (start_id, KNOWN)
-    ids = [*tokenizer.prefix, *tokenizer.encode(TEXT), *tokenizer.suffix]
-    assert found._reader.ids(TEXT) == ids
+    ids = found._generator.ids
+    assert (ids.start, ids.vocab_size) == (start_id, KNOWN + SENTINELS)
+    assert found._reader.ids(TEXT) == [*tokenizer.encode(TEXT), tokenizer.eos_id]

@@ -8,8 +8,9 @@ import pytest
 
 import lmjax
 from lmjax import huggingface
+from lmjax.data.config import DataConfig
+from lmjax.data.reading import make_reader, told_ids
 from lmjax.data.tokenizers import TokenizerConfig, train_tokenizer
-from lmjax.decoding.reading import told_ids
 from lmjax.decoding.sampling import Sampling
 from lmjax.errors import UserError
 from lmjax.models.decoder import DecoderConfig
@@ -33,7 +34,9 @@ def directory(tokenizer, tmp_path):
                            vocab_size=KNOWN, init_std=0.4)
     model = build_model(config, vocab_size=0, platform="cpu", dtype=jnp.float32)
     params = jax.jit(model.init)(jax.random.key(0))
-    huggingface.write_directory(tmp_path / "hf", model, params, tokenizer, log=lambda line: None)
+    huggingface.write_directory(tmp_path / "hf", model, params,
+                                make_reader(tokenizer, "decoder", DataConfig(), None),
+                                log=lambda line: None)
     return tmp_path / "hf"
 
 

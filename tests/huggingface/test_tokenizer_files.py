@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from exports import reader
 
 from lmjax.data.config import DataConfig
 from lmjax.data.preparation.prepare import prepare
@@ -171,7 +172,7 @@ def test_ids_beyond_the_table_do_not_exist(make, rows, tmp_path):
     assert max(fewer.encode(" ".join(map(chr, range(33, 127))))) < fewer.vocab_size
     out = tmp_path / "out"
     out.mkdir()
-    write_tokenizer(out, read)
+    write_tokenizer(out, reader(read, imported=True))
     name = "tokenizer.json"
     assert (out / name).read_bytes() == (tmp_path / name).read_bytes()
 
@@ -250,7 +251,7 @@ def model():
 
 
 def test_of_two_tokenizers_tokenizer_json_decides(model, tmp_path):
-    write_tokenizer(tmp_path, model, log=lambda line: None)
+    write_tokenizer(tmp_path, reader(model), log=lambda line: None)
     assert isinstance(read_tokenizer(tmp_path), SentencePieceTokenizer)  # both say the same
     made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     made.add_tokens(["<|im_start|>"])
@@ -289,7 +290,8 @@ def test_all_files_of_the_directory_come_back_byte_for_byte(model, tmp_path):
         for name, raw in mine.items():
             (path / name).parent.mkdir(exist_ok=True)
             (path / name).write_bytes(raw)
-        write_tokenizer(out, tokenizer_from_bytes(read_tokenizer(path).to_bytes()))
+        kept = tokenizer_from_bytes(read_tokenizer(path).to_bytes())
+        write_tokenizer(out, reader(kept, imported=True))
         assert {str(p.relative_to(out)): p.read_bytes()
                 for p in out.rglob("*") if p.is_file()} == mine
 

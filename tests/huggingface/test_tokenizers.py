@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from exports import reader
 
 from lmjax.data import store
 from lmjax.data.config import DataConfig
@@ -55,7 +56,7 @@ def byte_level(tmp_path_factory):
 
 def test_ours_as_tokenizer_json_splits_every_text_the_same(ours, tmp_path):
     said = []
-    write_tokenizer(tmp_path, ours, log=said.append)
+    write_tokenizer(tmp_path, reader(ours), log=said.append)
     theirs = HuggingFaceTokenizer.from_files(
         {path.name: path.read_bytes() for path in tmp_path.glob("*.json")})
     assert "as tokenizer.model does" in said[0]
@@ -72,7 +73,7 @@ def test_ours_as_tokenizer_json_splits_every_text_the_same(ours, tmp_path):
 def test_transformers_reads_what_we_write(ours, tmp_path):
     transformers = pytest.importorskip(
         "transformers", reason="not installed: pip install lmjax[oracle]")
-    write_tokenizer(tmp_path, ours, log=lambda line: None)
+    write_tokenizer(tmp_path, reader(ours), log=lambda line: None)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in [*TEXTS[:3], *UNSEEN]:
         assert theirs.encode(text) == [ours.bos_id, *ours.encode(text)]
@@ -83,7 +84,7 @@ def test_a_tokenizer_that_cannot_be_converted_is_said_to_be(tmp_path):
     """Their unigram model reads the name of a byte's token in a text as that token."""
     ours = train_tokenizer(TokenizerConfig(vocab_size=300, model="unigram"), TEXTS)
     said = []
-    write_tokenizer(tmp_path, ours, log=said.append)
+    write_tokenizer(tmp_path, reader(ours), log=said.append)
     assert "tokenizer.json is left out, use tokenizer.model: it would split '<0x41>'" in said[0]
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.model"]
     assert read_tokenizer(tmp_path).to_bytes() == ours.to_bytes()
@@ -103,7 +104,7 @@ def test_theirs_with_our_interface(byte_level, tmp_path):
     assert isinstance(again, HuggingFaceTokenizer)
     assert again.encode(texts[0]) == theirs.encode(texts[0])
     assert again.hash == theirs.hash
-    write_tokenizer(tmp_path, again)
+    write_tokenizer(tmp_path, reader(again, imported=True))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_text() == (byte_level / name).read_text()
     made = make_tokenizer(TokenizerConfig(path=str(byte_level), vocab_size=theirs.vocab_size), [])

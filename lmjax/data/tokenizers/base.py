@@ -147,7 +147,8 @@ class NamedIds:
 
     def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """The text of `ids` where they follow `before`."""
-        return self.decode(ids) if self.names else self.tokenizer.continuation(before, ids)
+        named = any(i >= self.tokenizer.vocab_size for i in (*before, *ids))
+        return self.decode(ids) if named else self.tokenizer.continuation(before, ids)
 
 
 def word_tables(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

@@ -86,6 +86,10 @@ class HuggingFaceTokenizer(Tokenizer):
                             for name, text in decides["files"].items()}
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
+    def to_json(self) -> str:
+        """One tokenizer.json with all that the files say, and only the ids that the model has."""
+        return self._hf.to_str()
+
     def names(self) -> set[str]:
         """All pieces of the vocabulary, with the added tokens."""
         return set(self._hf.get_vocab(with_added_tokens=True))
