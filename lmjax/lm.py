@@ -73,6 +73,7 @@ class LM:
       params: its parameters, float32, on the devices of this process.
       layout: how the parameters are split over these devices.
       tokenizer: None for a model of synthetic data.
+      reader: turns texts into ids as in the model's training; only with a tokenizer.
       recipe: of the run that trained it.
       about: what its checkpoint says of itself: step, versions, data position.
     """
@@ -82,13 +83,13 @@ class LM:
         self.model, self.params, self.layout = model, params, layout
         self.tokenizer, self.recipe, self.about = tokenizer, recipe, about
         if tokenizer is not None:
-            self._reader: Reader = make_reader(tokenizer, model.config.family, recipe.data,
+            self.reader: Reader = make_reader(tokenizer, model.config.family, recipe.data,
                                                about.get("huggingface"))
             # A decoder reads [MASK] and never writes it; an encoder-decoder writes sentinels.
-            written = self._reader.names if model.config.family == "encdec" else tokenizer
+            written = self.reader.names if model.config.family == "encdec" else tokenizer
             self._generator = Generator(
-                model, layout, end_ids=self._reader.end_ids, banned_ids=self._reader.banned_ids,
-                vocab_size=written.vocab_size, start_id=self._reader.start_id)
+                model, layout, end_ids=self.reader.end_ids, banned_ids=self.reader.banned_ids,
+                vocab_size=written.vocab_size, start_id=self.reader.start_id)
         whole = {"out_shardings": layout.replicated}
         self._score = jit_on(layout, functools.partial(likelihoods, model), **whole)
         self._states = jit_on(layout, functools.partial(states, model), **whole)
@@ -173,7 +174,7 @@ class LM:
         """
         self.need_tokenizer()
         whole = self.model.config.family == "encdec"
-        ids = [self._reader.ids(prompt, end=whole) for prompt in check_texts(prompts, "prompts")]
+        ids = [self.reader.ids(prompt, end=whole) for prompt in check_texts(prompts, "prompts")]
         return self.generate_ids(ids, **options)
 
     def generate_ids(self, prompts: Sequence[Sequence[int]], *, draft: "LM | None" = None,
@@ -190,7 +191,7 @@ class LM:
         if draft and draft.need_tokenizer().hash != tokenizer.hash:
             raise UserError("a model with the same tokenizer", "another",
                             "train one on the same prepared data", "draft")
-        return answer(self._generator, self.params, self._reader.names, prompts, decoding)
+        return answer(self._generator, self.params, self.reader.names, prompts, decoding)
 
     def embed(self, texts: Sequence[str], *, pooling: str = "mean",
               normalize: bool = True) -> np.ndarray:
@@ -210,8 +211,8 @@ class LM:
         choice("pooling", pooling, tuple(POOLING))
         texts = check_texts(texts, "texts")
         self.need_tokenizer()
-        room = self.recipe.data.seq_len - len(self._reader.prefix) - len(self._reader.suffix)
-        rows = check_ids([self._reader.ids(text, room) for text in texts], self.model.config,
+        room = self.recipe.data.seq_len - len(self.reader.prefix) - len(self.reader.suffix)
+        rows = check_ids([self.reader.ids(text, room) for text in texts], self.model.config,
                          "texts")
         out = np.zeros((len(rows), self.model.config.embed_dim), np.float32)
         pieces = [[*row, 0] for row in rows]
@@ -244,13 +245,13 @@ class LM:
             raise UserError(f"{-layers} to {layers - 1}", layer, "count from 0, or back from -1",
                             "layer")
         self.need_tokenizer()
-        [ids] = check_ids([self._reader.ids(text)], self.model.config, "text")
+        [ids] = check_ids([self.reader.ids(text)], self.model.config, "text")
         check_positions(self.model.config, len(ids), "text")
         rows = rows_of(self.model, [[*ids, 0]], 1, len(ids), [len(ids)])
         batch = {name: jnp.asarray(x[:, : len(ids)]) for name, x in rows.items()}
         params = jax.device_put(self.params, jax.devices()[0])
         maps = attention_maps(self.model, params, batch)[:, 0]
-        tokens = [self._reader.names.decode([i]) or f"[{i}]" for i in ids]
+        tokens = [self.reader.names.decode([i]) or f"[{i}]" for i in ids]
         if picture:
             draw_attention(maps, tokens, Path(picture), layer=layer)
         return maps, tokens
@@ -303,7 +304,7 @@ class LM:
         """
         huggingface.write_directory(
             Path(expand(out, "out", bucket=False)), self.model, self.params,
-            None if self.tokenizer is None else self._reader,
+            None if self.tokenizer is None else self.reader,
             options=huggingface.ExportOptions(**options), source=self.about.get("huggingface"),
             max_positions=self.recipe.data.seq_len, log=log)
 

@@ -47,9 +47,9 @@ class EvalModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None,
                    **kwargs: Any) -> list[int]:
-        """Returns token ids, by default after the tokens that the tokenizer puts before a text."""
+        """Returns token ids, by default after those that begin a text in the model's training."""
         ids = self.tokens.encode(string)
-        return ids if add_special_tokens is False else [*self.tokens.prefix, *ids]
+        return ids if add_special_tokens is False else [*self.lm.reader.prefix, *ids]
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]],
                               **kwargs: Any) -> list[tuple[float, bool]]:
@@ -70,7 +70,8 @@ class EvalModel(TemplateLM):
         windows = []
         for i, request in enumerate(requests):
             # BOS is the first token's context: no model was trained to predict it.
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            # As `lm.score`: names of special tokens are plain text in a document.
+            ids = self.tokens.encode_batch([request.args[0]])[0].tolist()
             rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             windows += [(i, *make_disjoint_window(window)) for window in rolling]
         sums = [0.0] * len(requests)
@@ -102,8 +103,10 @@ class EvalModel(TemplateLM):
                             "lower it in the task's generation_kwargs", where="max_gen_toks")
         until = settings.get("until") or []
         temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
+        whole = self.lm.model.config.family == "encdec"
         return self.lm.generate_ids(
-            [self.tok_encode(context)[-(self.max_length - count) :] for context in contexts],
+            [self.lm.reader.ids(context, end=whole)[-(self.max_length - count) :]
+             for context in contexts],
             max_tokens=count, temperature=float(temperature),
             stop=[text for text in ([until] if isinstance(until, str) else until) if text])
 

@@ -135,6 +135,7 @@ def test_a_missing_checkpoint_is_refused(run, tmp_path, capsys):
             (run, 3, r"expected checkpoint 3, got \[2, 4\]; pass")):
         with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {words}"):
             lmjax.load(path, step=step)
+    (tmp_path / "text").write_text("text")
     assert cli.main(["score", str(tmp_path), str(tmp_path / "text")]) == 2
     assert "expected a checkpoint, got none" in capsys.readouterr().err
 

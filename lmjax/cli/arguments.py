@@ -1,4 +1,4 @@
-"""The arguments of a command: paths are expanded, overrides split off, slips of the pen refused."""
+"""The arguments of a command: expands paths, separates overrides, refuses typing errors."""
 
 import difflib
 from argparse import ArgumentParser, Namespace
@@ -29,7 +29,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Namespace, list[
       UserError: an unknown option, an option given twice, an override without a value, or an error
         of `paths.expand`.
     """
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word.startswith(PREFIX) and "=" not in word:
             value = "VALUE" if following.startswith("--") or not following else following
             raise UserError(f"{word}=VALUE", "no '='", f"write {word}={value.lstrip('=')}",

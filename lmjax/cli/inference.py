@@ -94,7 +94,7 @@ def score(arguments: Namespace, overrides: Sequence[str]) -> None:
 
 def _read(path: str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", newline="") as file:  # line ends as they are
             return file.read()
     except UnicodeDecodeError as error:
         raise UserError("UTF-8 text", error, "convert it, for example with `iconv -t UTF-8`",

@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_error(message: str, code: int = 2) -> int:
     """Prints the line of an error and returns its exit code."""
-    print(f"lmjax: error: {message}", file=sys.stderr)
+    sys.stderr.write(f"lmjax: error: {message}\n")  # whole, as other processes may write too
     return code
 
 

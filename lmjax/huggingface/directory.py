@@ -30,7 +30,7 @@ from lmjax.huggingface.tensors import (
     write_tensors,
 )
 from lmjax.huggingface.tokenizer_export import pad_of, write_tokenizer
-from lmjax.huggingface.tokenizers import read_tokenizer
+from lmjax.huggingface.tokenizers import check_vocabulary, read_tokenizer
 from lmjax.huggingface.weights import (
     check_tensors,
     read_tree,
@@ -40,11 +40,6 @@ from lmjax.huggingface.weights import (
 from lmjax.models.model import Model, ModelConfig, build_model
 from lmjax.nn.module import Params
 from lmjax.runtime.files import new_directory
-
-# An embedding may have this share of its rows, or 128, more than the tokenizer has tokens:
-# padding that makes its size round.
-MAX_PADDING = 0.05
-MIN_PADDING = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +91,7 @@ def read_directory(path: Path) -> HFModel:
     entries, config = one_of_each(entries, model_type, config, str(path))
     tokenizer = read_tokenizer(path)
     if tokenizer is not None:
-        _check_vocabulary(tokenizer, config.vocab_size, path)
+        check_vocabulary(tokenizer, config.vocab_size, path)
     codes = {entry.dtype for entry in entries.values()} & set(STORED_DTYPES)
     generation = path / "generation_config.json"
     source = {
@@ -189,13 +184,6 @@ def _special_ids(reader: Reader, family: str, settings: Mapping[str, Any]) -> di
                         "train with such a tokenizer, or a model with position_offset=0",
                         "model_type")
     return ids
-
-
-def _check_vocabulary(tokenizer: Tokenizer, rows: int, path: Path) -> None:
-    size = tokenizer.vocab_size
-    if abs(rows - size) > max(MIN_PADDING, MAX_PADDING * rows):
-        raise UserError(f"a tokenizer for an embedding of {rows} rows", f"one of {size} tokens",
-                        "they belong to different models", str(path))
 
 
 def _check_written(path: Path, model: Model, params: Params, dtype: str) -> None:

@@ -20,7 +20,7 @@ from lmjax.data.tokenizers import (
     named_tokens,
     tokenizer_settings,
 )
-from lmjax.errors import UserError
+from lmjax.errors import UserError, first_line
 from lmjax.huggingface.tensors import read_json
 
 SENTENCEPIECE = "tokenizer.model"
@@ -34,6 +34,10 @@ UNREAD = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiec
           "source.spm")
 WRITE_JSON = ("write tokenizer.json: python -c \"from transformers import AutoTokenizer as A; "
               "A.from_pretrained('{0}').save_pretrained('{0}')\"")
+# An embedding may have this share of its rows, or 128, more than the tokenizer has tokens:
+# padding that makes its size round.
+MAX_PADDING = 0.05
+MIN_PADDING = 128
 
 
 def read_tokenizer(path: Path) -> Tokenizer | None:
@@ -63,15 +67,29 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
             return sentencepiece
         if not whole:
             return None
-        added = _added(files, path)
-        made = HuggingFaceTokenizer.from_files(files, rows=_rows(path), added=added)
+        added, rows = _added(files, path), _rows(path)
+        made = HuggingFaceTokenizer.from_files(files, added=added)
+        if 0 < rows < made.vocab_size:
+            check_vocabulary(made, rows, path)
+            made = HuggingFaceTokenizer.from_files(files, rows=rows, added=added)
         _check_ends(made, path)
     except UserError as error:
         file = HF_FILES[0] if whole else SENTENCEPIECE
         known = str(path) in error.where
         raise error if known else UserError(
             error.expected, error.got, error.fix, where=str(path / file)) from None
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError("files of a tokenizer as transformers writes them", first_line(error),
+                        f"fetch {', '.join(files)} again", where=str(path)) from None
     return made
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int, path: Path) -> None:
+    """Refuses a tokenizer whose size is far from the number of rows of the embedding."""
+    size = tokenizer.vocab_size
+    if abs(rows - size) > max(MIN_PADDING, MAX_PADDING * rows):
+        raise UserError(f"a tokenizer for an embedding of {rows} rows", f"one of {size} tokens",
+                        "they belong to different models", str(path))
 
 
 def why_unread(path: Path) -> tuple[str, str]:

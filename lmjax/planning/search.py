@@ -180,7 +180,7 @@ def _overrides(recipe: Recipe) -> tuple[str, ...]:
 
 
 def what_would_fit(recipe: Recipe) -> str:
-    """The fewest devices of each generation that hold the state, with remat=full and few rows.
+    """The fewest chips of each generation that hold the state, with remat=full and few rows.
 
     As few rows as the mesh allows: one per `mesh.tensor` devices.
     """
@@ -201,7 +201,8 @@ def what_would_fit(recipe: Recipe) -> str:
         if guess(shrunk, where).memory < where.chip.hbm:
             slices = f"{where.slices} slices of " if where.slices > 1 else ""
             split = f" with mesh.tensor={tensor}" if tensor > 1 else ""
-            found[where.chip] = f"{slices}{per_slice} {where.chip.name}{split}"
+            chips = per_slice // where.chip.devices
+            found[where.chip] = f"{slices}{chips} {where.chip.name}{split}"
     if not found:
         return "lower data.seq_len or model.embed_dim, or add mesh.context"
     return (f"by the analytic model {', '.join(found.values())} would do, with model.remat=full "

@@ -34,8 +34,8 @@ class Chip:
 
 
 # tpu7x: a chip has 2307 TFLOP/s, 192 GiB, links of 600 GB/s in each direction and 100 Gb/s between
-# slices; a device is charged for half of each. Its clock is not published: 2.2 GHz is assumed, at
-# which four matrix units of 256 x 256 reach the peak, as many as 1.75 GHz asks for on v6e.
+# slices; a device is charged for half of each. Its clock is not published. 2.2 GHz is assumed:
+# at that clock four matrix units of 256 x 256 reach the published peak, as on v6e at 1.75 GHz.
 CHIPS = {chip.name: chip for chip in (
     Chip("v4", 31.75 * GIB, 275e12, 1.05e9, 270e9, 6.25e9, dims=3, cores=2, alone=4),
     Chip("v5e", 15.75 * GIB, 197e12, 1.50e9, 180e9, 3.125e9, dims=2, cores=1, alone=8),

@@ -133,7 +133,8 @@ def fail(code: int, line: str) -> NoReturn:
     if _store() is not None:
         _write(f"{_FAILURE}/first", [code, line])
         time.sleep(2 * FAREWELL_SECONDS)  # the thread of `together` usually ends this process
-    print(f"lmjax: error: {line}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"lmjax: error: {line}\n")
+    sys.stderr.flush()
     os._exit(code)
 
 
@@ -147,7 +148,8 @@ def _end_with_others(done: threading.Event) -> None:
         if not failures:
             continue
         code, line = json.loads(failures[0][1])
-        print(f"lmjax: error: {line}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"lmjax: error: {line}\n")
+        sys.stderr.flush()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _store().key_value_set(f"{_HEARD}/{process()}", "")
             if process() == 0:

@@ -31,6 +31,7 @@ from lmjax.training.state import StateSpec, TrainState
 from lmjax.tree import named_leaves, num_bytes
 
 FORMAT = 1
+COMMITTED = "commit_success.txt"  # Orbax writes it when a checkpoint is complete
 AGAIN = "make room and run the same command again, it goes on from the last complete one"
 About = dict[str, Any]
 T = TypeVar("T")
@@ -106,7 +107,8 @@ class Checkpointer:
           spec: the shapes and shardings of the state.
           check: raises if the checkpoint that this `about` describes must not be restored. Called
             before any array is read.
-          abandon: the newest step, if all may be set aside where every one is damaged.
+          abandon: if every checkpoint is damaged and none is newer than this step, all are set
+            aside instead of raising.
 
         Returns:
           (state, about), or None if there is no checkpoint at all, or all were set aside.
@@ -125,8 +127,9 @@ class Checkpointer:
                 continue
             for bad in damaged:
                 self._set_aside(bad)
+            self._newest = step
             return found
-        if damaged and max(damaged) != abandon:
+        if damaged and max(damaged) > abandon:
             raise UserError("a readable checkpoint", f"{len(damaged)} damaged, the newest with: "
                             f"{damaged[max(damaged)]}", "restore one from a backup, start in "
                             "another --workdir, or give them up and begin at step 0 with "
@@ -146,7 +149,7 @@ class Checkpointer:
         """Tells `completed` of the checkpoint that was on its way, if it has become complete."""
         if self._saving and not self.manager.is_saving_in_progress():
             step, self._saving = self._saving, 0
-            if step in checkpoint_steps(self.directory):
+            if self._is_complete(step):
                 self._newest = step
                 self.completed(step)
 
@@ -169,6 +172,9 @@ class Checkpointer:
         _attempt(lambda: verify(trees, about["checksums"]))
         return _state(spec.shapes, step, trees), about
 
+    def _is_complete(self, step: int) -> bool:
+        return (self.directory / str(step) / COMMITTED).exists()
+
     def _set_aside(self, step: int) -> None:
         def rename() -> None:
             names = [f"damaged-{step}", *(f"damaged-{step}.{i}" for i in range(1, 1000))]
@@ -180,7 +186,7 @@ class Checkpointer:
 
     def _check_room(self, size: int, step: int) -> None:
         """Refuses a checkpoint that a local disk may not hold; compressed it may need less."""
-        if self._newest and self._newest not in checkpoint_steps(self.directory):
+        if self._newest and not self._is_complete(self._newest):
             raise FileNotFoundError(
                 f"{self.directory}: expected the checkpoint of step {self._newest}, which this run "
                 f"has saved, got none before saving step {step}; bring the directory or its mount "
@@ -245,7 +251,7 @@ def checkpoint_steps(directory: str | os.PathLike) -> list[int]:
     if not path.is_dir():
         return []
     return sorted(int(p.name) for p in path.iterdir()
-                  if p.name.isdigit() and (p / "commit_success.txt").exists())
+                  if p.name.isdigit() and (p / COMMITTED).exists())
 
 
 def when_disk_full(directory: epath.Path) -> contextlib.AbstractContextManager[None]:

@@ -87,7 +87,7 @@ class CheckpointConfig:
     keep_last: int = 2  # how many of the newest are kept
     keep_every: int = 0  # those at multiples of so many steps are kept as well; 0: none
     # The step of a lost checkpoint that is given up: the run goes on from the newest that is left,
-    # or begins anew. It means nothing while that checkpoint is there, or after a later one.
+    # or begins anew. Ignored while that checkpoint, or a later one, is there.
     abandon: int = 0
 
     def __post_init__(self) -> None:

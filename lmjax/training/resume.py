@@ -12,6 +12,7 @@ from lmjax.training.checksums import checksums
 from lmjax.training.pretrained import Pretrained, check_start
 from lmjax.training.recipe import recorded_recipe
 from lmjax.training.run import Log, Run
+from lmjax.training.saved import given_up
 from lmjax.training.state import TrainState
 from lmjax.training.workdir import same_run
 
@@ -35,7 +36,7 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
     """
     began = time.monotonic()
     found = run.checkpointer.restore(run.spec, lambda about: _check(run, about),
-                                     run.recipe.checkpoint.abandon)
+                                     given_up(run.recipe, run.saved))
     if found is None:
         if source:
             check_start(source, run.model, run.tokenizer)
@@ -50,7 +51,7 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
     run.state, about = found
     run.start = about["step"]
     # A step is saved before it is evaluated, and the evaluation may have failed or been stopped.
-    run.unfinished = about.get("unfinished", False) and run.saved.evaluated != run.start
+    run.unfinished = about.get("unfinished", False) and run.saved.evaluated < run.start
     run.about |= {key: about[key] for key in STARTED_FROM if key in about}
     data, step, size = about["data"], run.start, run.recipe.train.batch_size
     # `Steps` lists the changes of batch size. The steps up to this one keep their batch sizes; the

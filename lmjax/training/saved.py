@@ -9,10 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from lmjax.errors import UserError, first_line
 from lmjax.monitoring.jsonl import read_jsonl
 from lmjax.runtime.files import write_whole
-from lmjax.training.checkpoint import checkpoint_steps, read_about
+from lmjax.training.checkpoint import checkpoint_steps
 from lmjax.training.recipe import Recipe
 
 FILE = "saved.json"
@@ -24,7 +26,8 @@ class Saved:
 
     directory: str = ""  # of the checkpoints
     step: int = 0  # of the newest complete checkpoint; 0: none
-    evaluated: int = 0  # the newest saved step whose evaluation and samples are complete
+    evaluated: int = 0  # the newest step whose evaluation and samples are complete
+    abandoned: int = 0  # the last step that `checkpoint.abandon` gave up: it does so only once
 
     def write(self, workdir: Path, **changed: Any) -> None:
         """Changes these fields and writes the file."""
@@ -36,8 +39,8 @@ class Saved:
 def read_saved(workdir: Path, directory: str) -> Saved:
     """Returns what a run has saved.
 
-    Before there was a saved.json, the run's events told of checkpoints that were begun. The last of
-    them may never have become complete: then its directory lies there without a commit file.
+    Runs older than saved.json are judged by the events of timing.jsonl. An event `checkpoint` says
+    only that a save began; a directory without a commit file is an unfinished save.
 
     Args:
       workdir: the run's directory.
@@ -55,13 +58,13 @@ def read_saved(workdir: Path, directory: str) -> Saved:
                             "move the file away to go by timing.jsonl", where=str(file)) from None
     steps = [0]
     for row in read_jsonl(workdir / "timing.jsonl"):
-        if row.get("event") == "start":  # nothing was there to resume from
-            steps = [0]
-        elif row.get("event") in ("checkpoint", "resume"):
+        if row.get("event") in ("start", "resume"):  # nothing newer was there
+            steps = [0, row["step"]]
+        elif row.get("event") == "checkpoint":
             steps.append(row["step"])
     newest = max(steps)
-    if (Path(directory) / str(newest)).exists() and newest not in checkpoint_steps(directory):
-        newest = max(step for step in steps if step != newest)
+    if (epath.Path(directory) / str(newest)).exists() and newest not in checkpoint_steps(directory):
+        newest = max((step for step in steps if step != newest), default=0)
     return Saved(directory, newest)
 
 
@@ -74,7 +77,7 @@ def find_saved(recipe: Recipe, workdir: Path) -> Saved:
     directory = recipe.checkpoint.path(workdir)
     saved = read_saved(workdir, directory)
     newest = max(checkpoint_steps(directory), default=0)
-    if newest >= saved.step or recipe.checkpoint.abandon == saved.step:
+    if newest >= saved.step or given_up(recipe, saved) == saved.step:
         return saved
     fix = f"bring it back to there from {saved.directory} (is a mount missing?)"
     if saved.directory == directory:
@@ -84,7 +87,15 @@ def find_saved(recipe: Recipe, workdir: Path) -> Saved:
     raise UserError(f"the checkpoint of step {saved.step}, the newest that this run has saved",
                     f"none after step {newest}" if newest else "no checkpoint",
                     f"{fix}, or give it up and go on from step {newest} with "
-                    f"--config.checkpoint.abandon={saved.step}", where=directory)
+                    f"--config.checkpoint.abandon={saved.step}"
+                    + " (and saved.json moved away, for it was given up once before)"
+                    * (saved.abandoned == saved.step), where=directory)
+
+
+def given_up(recipe: Recipe, saved: Saved) -> int:
+    """Returns the step that `checkpoint.abandon` gives up; 0 if it has been given up before."""
+    abandon = recipe.checkpoint.abandon
+    return 0 if abandon == saved.abandoned else abandon
 
 
 def keep_records(workdir: Path, step: int) -> Path:
@@ -95,46 +106,3 @@ def keep_records(workdir: Path, step: int) -> Path:
     for file in workdir.glob("*.jsonl"):
         shutil.copy2(file, folder)
     return folder
-
-
-@dataclasses.dataclass
-class RunStatus:
-    """What a directory tells of its run, without reading any array."""
-
-    directory: str  # of the checkpoints
-    saved: list[int]  # steps of the complete checkpoints, oldest first
-    reached: int  # the newest step that the records know; a kill loses those after the last saved
-    steps: int  # train.steps; 0 if no config is left
-    problems: list[str]  # why it is not whole; empty if it is
-
-
-def run_status(workdir: Path) -> RunStatus | None:
-    """Returns the status of the run in `workdir`; None if it is not the directory of a run.
-
-    The checksums of the arrays are not computed; that of each checkpoint's record is.
-    """
-    config, problems = workdir / "config.json", []
-    default = workdir / "checkpoints"
-    if not (config.exists() or (workdir / FILE).exists() or checkpoint_steps(default)):
-        return None
-    recipe: dict[str, Any] = {}
-    try:
-        recipe = json.loads(config.read_text())
-    except (OSError, ValueError) as error:
-        problems.append(f"config.json: {first_line(error)}")
-    directory = recipe.get("checkpoint", {}).get("directory") or str(default.absolute())
-    found = checkpoint_steps(directory)
-    reached = 0
-    try:
-        reached = max((row["step"] for row in read_jsonl(workdir / "metrics.jsonl")), default=0)
-        saved = read_saved(workdir, directory)
-        if max(found, default=0) < saved.step:
-            problems.append(f"the checkpoint of step {saved.step} is not in {directory}")
-    except UserError as error:
-        problems.append(str(error))
-    for step in found:
-        try:
-            read_about(f"{directory}/{step}")
-        except UserError as error:
-            problems.append(str(error))
-    return RunStatus(directory, found, reached, recipe.get("train", {}).get("steps", 0), problems)

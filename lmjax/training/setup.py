@@ -30,7 +30,7 @@ from lmjax.training.program import Program, make_model, make_program
 from lmjax.training.recipe import Recipe
 from lmjax.training.resume import begin
 from lmjax.training.run import Log, Run
-from lmjax.training.saved import Saved, find_saved, keep_records
+from lmjax.training.saved import Saved, find_saved, given_up, keep_records
 from lmjax.training.state import StateSpec
 from lmjax.training.workdir import check_places, check_recipe
 from lmjax.tree import shard_bytes
@@ -68,12 +68,14 @@ def set_up(recipe: Recipe, workdir: Path, log: Log,
 
 def _remember(run: Run, log: Log) -> None:
     """Brings saved.json up to date with what was restored; keeps the records that will be cut."""
-    abandoned = run.start < run.saved.step == run.recipe.checkpoint.abandon
-    if abandoned and jax.process_index() == 0:
+    saved = run.saved
+    gave_up = run.start < saved.step and given_up(run.recipe, saved) >= saved.step
+    if gave_up and jax.process_index() == 0:
         log(f"gave up the checkpoint of step {run.saved.step}; its records are in "
             f"{keep_records(run.workdir, run.saved.step)}")
-    evaluated = run.start if run.saved.evaluated == run.start else 0
-    run.saved = Saved(run.recipe.checkpoint.path(run.workdir), run.start, evaluated)
+    run.saved = Saved(run.recipe.checkpoint.path(run.workdir), run.start,
+                      min(saved.evaluated, run.start),
+                      run.recipe.checkpoint.abandon if gave_up else saved.abandoned)
     run.note()
     run.checkpointer.completed = lambda step: run.note(step=step)
 
@@ -87,8 +89,10 @@ def _check_before_data(recipe: Recipe) -> None:
 
 def _source(recipe: Recipe, workdir: Path) -> Pretrained | None:
     """Finds the model to start from, unless the run has a checkpoint that it will go on from."""
-    if not recipe.train.init_from or not recipe.checkpoint.abandon and agreed(
-            lambda: checkpoint_steps(recipe.checkpoint.path(workdir))):
+    abandon = recipe.checkpoint.abandon
+    if not recipe.train.init_from or agreed(
+            lambda: any(step > abandon for step in
+                        checkpoint_steps(recipe.checkpoint.path(workdir)))):
         return None
     return find(recipe.train.init_from)
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pathlib
 import shutil
 import tarfile
@@ -93,6 +94,23 @@ def test_prepared_data_whole_and_damaged(folder):
     flip(largest(folder / "data/docs/train/tokens"))
     [line] = texts(diagnose(str(folder / "data")), BAD)
     assert line.startswith("docs/train: ") and "expected the array of sha256" in line
+
+
+def test_a_loss_that_is_not_finite_and_lines_that_are_no_objects(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with (folder / "run/metrics.jsonl").open("a") as file:
+        file.write('5\n{"step": 6, "loss": "nan"}\n')
+    [line] = texts(diagnose("run"), BAD)
+    assert line.startswith("metrics: ") and "1 with a loss that is not finite" in line
+    assert "1 that are no JSON objects" in line
+
+
+def test_links_to_nothing_and_pipes_of_a_directory_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "c.txt")
+    assert [line.rpartition("/")[2] for line in texts(diagnose(str(tmp_path)), BAD)] == [
+        "b.txt is a link to nothing", "c.txt is no file"]
 
 
 def test_a_run_without_its_config(folder):

@@ -82,3 +82,9 @@ def test_every_command_has_a_help_page(name, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])
     assert ended.value.code == 0 and f"usage: lmjax {name}" in capsys.readouterr().out
+
+
+def test_without_a_command_the_usage_is_printed(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    assert stopped.value.code == 2 and "usage: lmjax" in capsys.readouterr().err

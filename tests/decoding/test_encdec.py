@@ -64,7 +64,7 @@ def test_a_prompt_is_read_like_a_training_row(lm, tokenizer, monkeypatch):
     asked, generator = [], lm._generator
     with monkeypatch.context() as patched:
         patched.setattr(lm, "generate_ids", asked.append)
-        lm.generate([lm._reader.names.decode(source[:-1])])
+        lm.generate([lm.reader.names.decode(source[:-1])])
     assert asked == [[source]] and source[-1] == tokenizer.eos_id and max(source) >= KNOWN
     assert row["tokens"][0, 0] == generator.ids.start == START_ID
     assert KNOWN <= row["targets"][0, 0] < generator.ids.vocab_size
@@ -79,7 +79,7 @@ def test_answers_are_the_likeliest_sentinels_and_tokens(lm, tokenizer):
         last = logits(lm.params, batch_of(source, padded))[0, len(target) - 1]
         target.append(int(last[: KNOWN + SENTINELS].argmax()))
     ends = [*target[1:], tokenizer.eos_id].index(tokenizer.eos_id)
-    expected = lm._reader.names.decode(target[1 : 1 + ends])
+    expected = lm.reader.names.decode(target[1 : 1 + ends])
     rows = [TEXT] * 8  # always as many rows, so that one program serves all calls
     assert lm.generate(rows, temperature=0, max_tokens=7) == [expected] * 8
 
@@ -143,4 +143,4 @@ def test_an_import_begins_and_reads_as_its_own_files_say(lm, tokenizer, tmp_path
     found = lmjax.load(tmp_path / "hf")
     ids = found._generator.ids
     assert (ids.start, ids.vocab_size) == (start_id, KNOWN + SENTINELS)
-    assert found._reader.ids(TEXT) == [*tokenizer.encode(TEXT), tokenizer.eos_id]
+    assert found.reader.ids(TEXT) == [*tokenizer.encode(TEXT), tokenizer.eos_id]

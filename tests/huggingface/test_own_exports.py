@@ -100,11 +100,11 @@ def test_a_text_is_read_and_answered_the_same_everywhere(keys, objective, foreig
     lm.export(out, log=lambda line: None)
     again, outside = lmjax.load(out), transformers.AutoTokenizer.from_pretrained(out)
     for text in TEXTS:
-        ids = lm._reader.ids(text)
-        assert outside(text).input_ids == ids == again._reader.ids(text), text
+        ids = lm.reader.ids(text)
+        assert outside(text).input_ids == ids == again.reader.ids(text), text
     for role in ("pad", "eos", "bos"):
         assert getattr(outside, f"{role}_token_id") == settings_of(out)[f"{role}_token_id"]
-    if "[MASK]" in lm._reader.names.names:
+    if "[MASK]" in lm.reader.names.names:
         assert outside.mask_token_id == lm.tokenizer.vocab_size
     told = json.loads((out / "generation_config.json").read_text())
     told.pop("do_sample")
@@ -127,11 +127,11 @@ def test_a_text_is_read_and_answered_the_same_everywhere(keys, objective, foreig
         eos = lm.tokenizer.eos_id
         expected = [[*row, eos][: [*row, eos].index(eos)] for row in answers[:, given:].tolist()]
         for model in (lm, again):
-            prompts = [model._reader.ids(text) for text in TEXTS]
+            prompts = [model.reader.ids(text) for text in TEXTS]
             got = model._generator(model.params, prompts, max_tokens=8, sampling=GREEDY)
             assert got == expected
-            for ids in map(model._reader.names.encode, TEXTS):
-                assert (model._reader.names.decode(ids)
+            for ids in map(model.reader.names.encode, TEXTS):
+                assert (model.reader.names.decode(ids)
                         == outside.decode(ids, skip_special_tokens=True))
 
 
@@ -148,7 +148,7 @@ def test_a_text_is_read_as_training_reads_it(keys, objective, foreign, ours, the
         pieces = Pieces(stored, np.array([0]), count, np.array([0]), np.array([5], np.uint64))
         row = made.rows(pieces, 1, (tokenizer.bos_id, tokenizer.eos_id))
         seen = row["targets" if objective else "tokens"]  # hidden tokens are in the targets
-        assert lm._reader.ids(text) == seen[row["segment_ids"] > 0].tolist()
+        assert lm.reader.ids(text) == seen[row["segment_ids"] > 0].tolist()
 
 
 @pytest.mark.long
@@ -159,7 +159,7 @@ def test_a_lone_sentencepiece_model_says_what_stands_around_a_text(tmp_path):
         lm.export(tmp_path / name, log=said.append)
         assert not (tmp_path / name / "tokenizer.json").exists()
         assert any("has no names for the" in line for line in said)
-        assert lmjax.load(tmp_path / name)._reader.ids("a café") == lm._reader.ids("a café")
+        assert lmjax.load(tmp_path / name).reader.ids("a café") == lm.reader.ids("a café")
 
 
 @pytest.mark.long

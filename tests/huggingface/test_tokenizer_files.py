@@ -177,6 +177,37 @@ def test_ids_beyond_the_table_do_not_exist(make, rows, tmp_path):
     assert (out / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
+def test_added_tokens_without_a_row_do_not_exist_either(tmp_path):
+    byte_level(tmp_path)
+    size = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size()
+    added = {"<pad>": size, "<image>": size + 1}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    for rows in (size, size + 1, size + 2):
+        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": rows}))
+        read = tokenizer_from_bytes(read_tokenizer(tmp_path).to_bytes())
+        assert read.vocab_size == rows
+        assert max(read.encode("a<pad>b<image>")) < rows
+
+
+def test_a_tokenizer_of_another_model_is_refused_and_not_cut(tmp_path):
+    byte_level(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100}))
+    with pytest.raises(UserError, match="expected a tokenizer for an embedding of 100 rows"):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("added_tokens.json", "version https://git-lfs.github.com/spec/v1"),
+    ("added_tokens.json", "[]"), ("special_tokens_map.json", "[]"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": [')])
+def test_damaged_files_beside_tokenizer_json_are_refused_in_one_line(name, content, tmp_path):
+    byte_level(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="expected .*, got .*; ") as raised:
+        read_tokenizer(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_named_end_without_a_row_is_refused(tmp_path):
     byte_level(tmp_path)
     made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

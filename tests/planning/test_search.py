@@ -158,10 +158,9 @@ def test_what_would_fit_exists(config):
     named = re.findall(r"(?:(\d+) slices of )?(\d+) ((?:v|tpu)\w+)",
                        what_would_fit(recipe_of(config=f"configs/{config}.py")))
     assert [name for *_, name in named] == list(CHIPS)
-    for slices, devices, name in named:
-        cores = CHIPS[name].cores // CHIPS[name].devices
-        where = parse_topology(f"{slices or 1}x{name}-{int(devices) * cores}")
-        assert where.devices == int(slices or 1) * int(devices)
+    for slices, chips, name in named:
+        where = parse_topology(f"{slices or 1}x{name}-{int(chips) * CHIPS[name].cores}")
+        assert where.chips == int(slices or 1) * int(chips)
 
 
 def test_search_says_what_would_fit():

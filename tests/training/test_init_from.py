@@ -126,7 +126,7 @@ def test_other_text_is_read_with_the_tokenizer_of_the_source(kind, texts, tmp_pa
     assert run_here(tmp_path / "run", *options, f"train.init_from={where}",
                     f"data.tokenizer.path={where}", config=TEXT) == 0
     after = lmjax.load(tmp_path / "run")
-    assert after.tokenizer.to_bytes() == lm.tokenizer.to_bytes()
+    assert after.tokenizer.hash == lm.tokenizer.hash
     batch = open_splits(after.recipe.data, str(tmp_path / "run" / "data"))[0].rows(np.arange(8))
     sums = jax.jit(next_token_loss(lm.model))(lm.params, batch, None)
     first = lines(tmp_path / "run")[0]["loss"]

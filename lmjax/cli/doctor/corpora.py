@@ -1,7 +1,9 @@
 """The doctor's look at text to train on: files, directories, and sources such as jsonl:*.jsonl."""
 
 import collections
+import json
 import os
+import shlex
 from collections.abc import Sequence
 
 from lmjax.cli.doctor.diagnosis import BAD, GOOD, NOTE, Diagnosis
@@ -25,7 +27,8 @@ def is_source(path: str) -> bool:
 
 def is_corpus(path: str) -> bool:
     """Whether `path` is a file, or a directory that holds files, itself or in its folders."""
-    return os.path.isfile(path) or (os.path.isdir(path) and any(_files(path)))
+    return os.path.isfile(path) or (os.path.isdir(path) and any(names for _, _, names in
+                                                                os.walk(path)))
 
 
 def examine_source(path: str, whole: bool) -> Diagnosis:
@@ -67,6 +70,11 @@ def _files(folder: str) -> list[str]:
 def _add_files(found: Diagnosis, paths: Sequence[str], whole: bool) -> list[str]:
     """Adds a finding per format and per problem; returns the formats."""
     limit = LOOKED_AT if whole else LOOKED_AT_QUICKLY
+    for path in paths:
+        if not os.path.isfile(path):
+            what = "a link to nothing" if os.path.islink(path) else "no file"
+            found.add(BAD, "files", f"{path} is {what}")
+    paths = [path for path in paths if os.path.isfile(path)]
     files = {path: describe_file(path, limit=limit) for path in paths[:MOST_FILES]}
     kinds = collections.Counter(map(_format, files.values()))
     for kind, count in kinds.most_common():
@@ -93,5 +101,5 @@ def _records(file: CorpusFile) -> str:
 
 
 def _uses(uri: str) -> list[str]:
-    sources = f'[{{"name": "mine", "uri": "{uri}"}}]'
-    return [f"lmjax prepare --config FILE --out DIR --config.data.sources='{sources}'"]
+    sources = json.dumps([{"name": "mine", "uri": uri}], ensure_ascii=False)
+    return [f"lmjax prepare --config FILE --out DIR --config.data.sources={shlex.quote(sources)}"]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lmjax.cli.doctor import corpora, data, models, runs
 from lmjax.cli.doctor.diagnosis import BAD, NOTE, Diagnosis, Finding
-from lmjax.config.paths import expand
+from lmjax.config.paths import expand, is_bucket
 from lmjax.errors import UserError
 
 
@@ -69,7 +69,10 @@ def diagnose(path: str, *, whole: bool = True) -> Diagnosis:
 
 def _unknown(path: str) -> Diagnosis:
     """Says what there is instead of something that lmjax knows."""
-    if not os.path.lexists(path):
+    if is_bucket(path):
+        found = Diagnosis(path, "no run, checkpoint or prepared data")
+        found.add(BAD, "path", "there is none, or the bucket cannot be reached from here")
+    elif not os.path.lexists(path):
         found = Diagnosis(path, "not there")
         parent = os.path.dirname(os.path.abspath(path))
         while not os.path.isdir(parent):

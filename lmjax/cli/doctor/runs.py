@@ -3,12 +3,12 @@
 import contextlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from orbax.checkpoint import StandardCheckpointHandler
 from orbax.checkpoint.args import StandardRestore
@@ -30,6 +30,7 @@ USES = {
     "encoder": ("lmjax.load('{}').embed(texts)",),
     "encdec": ("lmjax generate {} --prompt 'Once upon a time'",),
 }
+LOSSES = ("loss", "eval/loss", "eval_ema/loss")  # in metrics.jsonl; NaN stands there as "nan"
 MODEL_USES = ("lmjax export-hf {} --out DIR",
               "lmjax train --config FILE --workdir DIR --config.train.init_from={}")
 
@@ -83,8 +84,9 @@ def examine_run(path: str, whole: bool) -> Diagnosis:
     if not recipe.data.synthetic:
         found.check("data", lambda: _data(recipe, where, about, whole))
     _check_metrics(found, where, about)
-    if about:
-        found.uses += model_uses(path, recorded_recipe(about["recipe"]))
+    if about:  # a run's directory stands for its model only with the checkpoints in it
+        found.uses += model_uses(directory if recipe.checkpoint.directory else path,
+                                 recorded_recipe(about["recipe"]))
     found.uses += [f"lmjax report --workdir {path}", f"lmjax data show --workdir {path} --step 1"]
     return found
 
@@ -134,8 +136,7 @@ def _check_checkpoints(found: Diagnosis, directory: str, whole: bool) -> About |
         return None
     newest: About | None = None
     for step in reversed(steps):
-        newest = newest or _check_checkpoint(found, where / str(step), whole)
-        if newest:
+        if newest := _check_checkpoint(found, where / str(step), whole):
             break
     older = [step for step in steps if newest and step < newest["step"]]
     if older:
@@ -179,8 +180,8 @@ def _check_checkpoint(found: Diagnosis, path: epath.Path, whole: bool) -> About 
 
 
 def _shapes(path: epath.Path) -> Any:
-    """The tree of an item's arrays, as `ShapeDtypeStruct`s on one device of this process."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    """The tree of an item's arrays, as `ShapeDtypeStruct`s in the host's memory."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with contextlib.closing(StandardCheckpointHandler()) as handler:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
                                                               sharding=device),
@@ -194,7 +195,11 @@ def _leaves(path: epath.Path) -> list[Any]:
         raise _damaged(path, error) from None
 
 
-def _damaged(path: epath.Path, error: Exception) -> UserError:
+def _damaged(path: epath.Path, error: Exception) -> Exception:
+    """Returns the error of a damaged checkpoint, or `error` if it says nothing about that."""
+    if isinstance(error, MemoryError | OSError) or re.search(
+            "Out of memory|RESOURCE_EXHAUSTED", str(error)):
+        return error
     return UserError("readable arrays", first_line(error), "the checkpoint is damaged, take "
                      "another one", where=str(path))
 
@@ -212,7 +217,8 @@ def _verify(path: epath.Path, about: About) -> str:
         odd += [f"{item}/{name}" for name in not_finite(tree)]
         size += num_bytes(tree)
     if odd:
-        raise UserError("finite numbers", f"NaN or infinity in {odd[0]} and {len(odd) - 1} more",
+        raise UserError("finite numbers", f"NaN or infinity in {odd[0]}"
+                        + f" and {len(odd) - 1} more" * (len(odd) > 1),
                         "take an earlier checkpoint", where=str(path))
     count = sum(map(len, about["checksums"].values()))
     return f"{count} arrays ({human_bytes(size)}), all with the checksums that were saved"
@@ -245,16 +251,18 @@ def _check_metrics(found: Diagnosis, where: Path, about: About | None) -> None:
         if about and about["step"]:
             found.add(BAD, "metrics", f"{file} is missing; `lmjax report` has no curves to draw")
         return
-    lines: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     broken = 0
     for line in file.read_text(errors="replace").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            broken += 1
-    last = max((entry.get("step", 0) for entry in lines), default=0)
-    bad = sum(not np.isfinite(entry.get("loss", 0.0) or 0.0) for entry in lines)
-    level = BAD if bad else NOTE if broken else GOOD
-    found.add(level, "metrics", f"{len(lines):,} lines up to step {last:,}"
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
+                continue
+        broken += 1
+    last = max((row.get("step", 0) for row in rows), default=0)
+    bad = sum(any(str(row.get(name)) in ("nan", "inf", "-inf") for name in LOSSES) for row in rows)
+    found.add(BAD if bad else NOTE if broken else GOOD, "metrics",
+              f"{len(rows):,} lines up to step {last:,}"
               + f", {bad} with a loss that is not finite" * bool(bad)
-              + f", {broken} that are no JSON and are passed over" * bool(broken))
+              + f", {broken} that are no JSON objects and are passed over" * bool(broken))

@@ -107,12 +107,16 @@ def read(source: SourceConfig, files: Sequence[tuple[str, str]],
                     example = example if broken else (item.id, item.reason)
                     broken, lost = broken + 1, lost + item.size
                 else:
-                    texts, size = texts + 1, size + len(item.data)
+                    texts, size = texts + 1, size + _bytes_of(item.data)
                 yield item
             if broken and not scheme.whole:
                 share = _share((texts, size), (broken, lost))
                 if share > budget and (broken > 1 or share > 0.5):
                     raise _too_many(f" in {path}", texts + broken, broken, example, budget)
+
+
+def _bytes_of(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _item(where: str, raw: str | bytes | Broken) -> Document | Broken:

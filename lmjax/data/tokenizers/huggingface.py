@@ -76,6 +76,8 @@ class HuggingFaceTokenizer(Tokenizer):
         whole = cls(json.dumps(made_of).encode())
         if not 0 < rows < whole.vocab_size:
             return whole
+        if added:  # they come last
+            made_of["added"] = made_of["added"][:max(rows - whole.vocab_size + len(added), 0)]
         return cls(json.dumps({**made_of, "rows": rows}).encode())
 
     @functools.cached_property
