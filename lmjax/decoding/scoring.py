@@ -64,8 +64,9 @@ def likelihoods(model: Model, params: Params, batch: Batch, count: jax.Array, at
         top_C1 = jnp.max(logits_CV, axis=1, keepdims=True)
         log_z = top_C1[:, 0] + jnp.log(jnp.sum(jnp.exp(logits_CV - top_C1), axis=1))
         found = target_C - log_z, target_C >= top_C1[:, 0]  # an argmax would take another pass
-        return tuple(lax.dynamic_update_slice_in_dim(x, part, i * C, 0)  # type: ignore[return-value]
-                     for x, part in zip(out, found, strict=True))
+        log_p_M, best_M = (lax.dynamic_update_slice_in_dim(x, part, i * C, 0)
+                           for x, part in zip(out, found, strict=True))
+        return log_p_M, best_M
 
     empty = jnp.zeros(len(at_M), jnp.float32), jnp.zeros(len(at_M), jnp.bool_)
     return lax.fori_loop(0, (scored + C - 1) // C, chunk, empty)

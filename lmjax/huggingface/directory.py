@@ -75,7 +75,9 @@ def is_hf_directory(path: Path) -> bool:
 
 
 def read_directory(path: Path) -> HFModel:
-    """Reads everything except the weights' values, and checks that the files fit each other.
+    """Reads everything except most of the weights, and checks that the files fit each other.
+
+    Of the weights it reads only the tensors that a file may hold under two names.
 
     Raises:
       UserError: config.json asks for something that lmjax does not compute, a weight file is

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lmjax.data.tokenizers import HF_FILES
 from lmjax.errors import UserError
-from lmjax.huggingface.directory import is_hf_directory, read_directory
+from lmjax.huggingface.directory import HFModel, is_hf_directory, read_directory
 from lmjax.huggingface.tokenizers import SENTENCEPIECE
 
 NAME = r"[\w.-]+(/[\w.-]+)?"  # a model's name on the hub: org/name, or name alone
@@ -20,20 +20,27 @@ class Place(NamedTuple):
     kind: str  # "model", "hub cache", "weights file", "GGUF file", "adapter", "tokenizer" or ""
     path: Path  # what lmjax reads: of a hub's cache, its snapshot
     fault: UserError | None  # why lmjax cannot read a model there; None if it can
+    model: HFModel | None  # what was read of it
+
+
+def kind_of(path: str | os.PathLike) -> str:
+    """Says what of Hugging Face `path` is (`Place.kind`), by names alone; "" if nothing of it."""
+    return _kind(Path(path).expanduser()) or ("hub cache" if _is_cached(path) else "")
 
 
 def identify(path: str | os.PathLike) -> Place:
-    """Says what of Hugging Face `path` is, and whether its files are whole. Reads no weights."""
-    given = Path(path).expanduser()
-    kind, found = _kind(given), given
+    """Says what of Hugging Face `path` is, and whether its files are whole.
+
+    Of the weights it reads only the tensors that a file may hold under two names.
+    """
+    kind, found, model = kind_of(path), Path(path).expanduser(), None
     try:
         found = locate(path)
-        kind = kind or ("hub cache" if found != given else "")
         if kind and kind != "tokenizer":
-            read_directory(found)
+            model = read_directory(found)
     except UserError as error:
-        return Place(kind, found, error)
-    return Place(kind, found, None)
+        return Place(kind, found, error, None)
+    return Place(kind, found, None, model)
 
 
 def locate(path: str | os.PathLike) -> Path:
@@ -44,10 +51,7 @@ def locate(path: str | os.PathLike) -> Path:
     Raises:
       UserError: the path is a GGUF file, an adapter, or a part of something that must be whole.
     """
-    where = Path(path).expanduser()
-    if not where.exists() and re.fullmatch(NAME, str(path)):
-        cached = _cache() / (CACHED + str(path).replace("/", "--"))
-        where = cached if cached.is_dir() else where
+    where = _cached(path) if _is_cached(path) else Path(path).expanduser()
     if (where / "snapshots").is_dir():
         where = _snapshot(where)
     kind = _kind(where)
@@ -79,6 +83,17 @@ def _kind(path: Path) -> str:
         return "model"
     has_tokenizer = any((path / name).is_file() for name in (SENTENCEPIECE, HF_FILES[0]))
     return "tokenizer" if has_tokenizer and not (path / "config.json").exists() else ""
+
+
+def _is_cached(path: str | os.PathLike) -> bool:
+    """Whether `path` is the name of a model in the hub's cache."""
+    return (not Path(path).expanduser().exists() and re.fullmatch(NAME, str(path)) is not None
+            and _cached(path).is_dir())
+
+
+def _cached(name: str | os.PathLike) -> Path:
+    """Where the hub's cache keeps the model of this name."""
+    return _cache() / (CACHED + str(name).replace("/", "--"))
 
 
 def _cache() -> Path:

@@ -22,7 +22,9 @@ def doctor(arguments: Namespace, overrides: Sequence[str]) -> int:
 
     bad = False
     for i, path in enumerate(arguments.path):
+        if i:
+            print()
         found = diagnose(path, whole=not arguments.quick)
-        print(f"{chr(10) if i else ''}{found}", flush=True)
+        print(found, flush=True)
         bad |= found.is_bad
     return 2 if bad else 0

@@ -21,7 +21,7 @@ PROBES = ("The Quick Brown Fox", " two  spaces ", "a\nb\n", "naïve café", "日
 
 def is_huggingface(path: str) -> bool:
     """Whether `path` is something of Hugging Face: a model, a cache, a name in it, a file."""
-    return "://" not in path and bool(huggingface.identify(path).kind)
+    return "://" not in path and bool(huggingface.kind_of(path))
 
 
 def examine_huggingface(path: str, whole: bool) -> Diagnosis:
@@ -33,10 +33,10 @@ def examine_huggingface(path: str, whole: bool) -> Diagnosis:
              "hub cache": f"a model in the hub's cache, {place.path}",
              "weights file": "a file of weights"}
     found = Diagnosis(path, kinds.get(place.kind, f"a {place.kind}"))
-    if place.fault:
+    if place.model is None:
         found.add(BAD, "files", str(place.fault))
         return found
-    model = huggingface.read_directory(place.path)
+    model = place.model
     found.kind += f" of model_type {model.source['settings']['model_type']}"
     found.add(GOOD, "files", _weights(model.entries))
     if found.check("weights", lambda: _load(place.path) if whole else "not read (--quick)"):
