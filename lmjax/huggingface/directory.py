@@ -53,6 +53,7 @@ class HFModel:
     # What a checkpoint of ours remembers about the import: config.json ("settings"),
     # generation_config.json ("generation") and the weights' "dtype".
     source: dict[str, Any]
+    untied: bool  # config.json ties the head to the embedding, and the files hold two that differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,7 @@ def read_directory(path: Path) -> HFModel:
     present = {field: stored if name in entries else absent
                for field, (name, stored, absent) in model_type.present.items()}
     config = read_settings(settings, where, present)
+    tied = config.tie_embeddings
     entries, config = one_of_each(entries, model_type, config, str(path))
     tokenizer = read_tokenizer(path)
     if tokenizer is not None:
@@ -100,7 +102,7 @@ def read_directory(path: Path) -> HFModel:
         "settings": settings,
         "dtype": next((name for name, code in DTYPE_CODES.items() if codes == {code}), "float32"),
         "generation": read_json(generation) if generation.exists() else {}}
-    return HFModel(path, config, entries, tokenizer, source)
+    return HFModel(path, config, entries, tokenizer, source, tied and not config.tie_embeddings)
 
 
 def read_params(found: HFModel, model: Model, shardings: Params) -> Params:

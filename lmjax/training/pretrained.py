@@ -143,6 +143,9 @@ def _huggingface(path: Path) -> Pretrained:
     if unread:
         _tell(f"{path}/config.json: passes over {', '.join(unread)}, which change nothing that the "
               "model computes")
+    if found.untied:
+        _tell(f"{path}: the head differs from the embedding that config.json ties it to; it is "
+              "loaded untied, as transformers does")
     recipe = recorded_recipe({"model": plain(found.config),
                            "data": {"seq_len": found.config.max_positions}})
     about = {
