@@ -28,8 +28,9 @@ FLOORS: tuple[tuple[str, str, tuple[Room, ...]], ...] = (
         Room("lm", "a trained model as an object", 6, (12,)),
         Room("planning", "what a run would take on a TPU", 6))),
     ("training", "#cdebdd", (
-        Room("training", "recipe, program, step, state, checkpoint, loop", 8, (7, 10, 11)),
-        Room("training/optim", "optimizers and schedules", 4, (10,)))),
+        Room("training", "recipe, step, checkpoint, loop", 5, (7, 10, 11)),
+        Room("training/optim", "optimizers and schedules", 4, (10,)),
+        Room("tasks", "losses, heads, metrics", 3))),
     ("use", "#e2efc4", (
         Room("decoding", "text out of a model", 6, (12,)),
         Room("huggingface", "weights and tokenizers in and out", 6))),

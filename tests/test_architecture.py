@@ -24,6 +24,7 @@ ROOMS = (
     "lm",                # wholes: a trained model as an object
     "training",          # training: recipe, program, step, state, checkpoints, loop
     "training.optim",    # training: optimizers and their schedules
+    "tasks",             # training: examples, heads, losses and metrics of fine-tuning
     "decoding",          # use: text out of a model
     "huggingface",       # use: weights and tokenizers in and out
     "models",            # parts: one file per architecture

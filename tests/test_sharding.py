@@ -14,10 +14,10 @@ from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
 from lmjax.nn import ops, positions
 from lmjax.sharding import MESH_AXES, RULES, MeshConfig, constrain, make_layout, use_layout
+from lmjax.tasks.losses import next_token_loss
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.table import make_optimizer
 from lmjax.training.state import state_spec
-from lmjax.training.step import next_token_loss
 from lmjax.tree import named_leaves
 
 MESHES = {

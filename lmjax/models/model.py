@@ -75,7 +75,7 @@ class Model:
         return Hidden(x_BTD, table_VD, bias_V, routing)
 
     def logits(self, params: Params, batch: Batch) -> jax.Array:
-        """The float32 logits [B, T, V]; the losses of `training.losses` need not hold them all."""
+        """The float32 logits [B, T, V]; the losses of `nn.losses` need not hold them all."""
         return self._logits(*self.hidden(params, batch)[:3])
 
     def unembed(self, params: Params, x_BTD: jax.Array) -> jax.Array:

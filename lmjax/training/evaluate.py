@@ -8,8 +8,8 @@ import jax
 from lmjax.data.pipeline import Split
 from lmjax.errors import UserError
 from lmjax.models.model import Batch
+from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
-from lmjax.training.losses import Loss
 
 
 def evaluate(eval_step: Callable[[Params, Batch], Loss], params: Params, batches: Iterable[Batch],

@@ -8,15 +8,16 @@ import jax
 from lmjax.data.rows import dtype_of
 from lmjax.errors import UserError
 from lmjax.models.model import Batch, Model, build_model
+from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
 from lmjax.nn.quantized import check_matmul_dtype, matmuls_in
 from lmjax.sharding import Layout, make_layout
-from lmjax.training.losses import Loss
+from lmjax.tasks.losses import LossFn, next_token_loss
 from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.optim.table import make_optimizer
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import StateSpec, state_spec
-from lmjax.training.step import LossFn, make_eval_step, make_train_step, next_token_loss
+from lmjax.training.step import make_eval_step, make_train_step
 
 
 class Program(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.flops import embedding_parameters, flops_per_token
 from lmjax.models.model import build_model
-from lmjax.training.step import next_token_loss
+from lmjax.tasks.losses import next_token_loss
 from lmjax.tree import named_leaves, num_elements
 
 V, D, H, F, LAYERS, T = 48, 32, 4, 56, 2, 10

@@ -17,7 +17,7 @@ from lmjax.models.encdec import EncDecConfig
 from lmjax.models.encoder import EncoderConfig
 from lmjax.models.model import build_model
 from lmjax.sharding import MeshConfig, make_layout, use_layout
-from lmjax.training.step import next_token_loss
+from lmjax.tasks.losses import next_token_loss
 from lmjax.tree import named_leaves, num_elements
 
 T, LENGTHS = 20, np.array([20, 13])

@@ -19,14 +19,15 @@ from lmjax.nn.layers import (
     dropout,
     residual_init,
 )
+from lmjax.nn.losses import Loss
 from lmjax.nn.module import functional, normal
 from lmjax.sharding import MeshConfig, make_layout
-from lmjax.training.losses import Loss
+from lmjax.tasks.losses import next_token_loss
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.optim.table import make_optimizer
 from lmjax.training.state import state_spec
-from lmjax.training.step import make_train_step, next_token_loss
+from lmjax.training.step import make_train_step
 
 RNG = np.random.default_rng(0)
 

@@ -10,15 +10,16 @@ import pytest
 from lmjax.config import build
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
+from lmjax.nn.losses import Loss, with_experts
 from lmjax.nn.module import functional, normal
 from lmjax.nn.moe import MoE, MoEConfig, block_rows, sort_into_blocks
 from lmjax.sharding import MeshConfig, make_layout
-from lmjax.training.losses import Loss, with_experts
+from lmjax.tasks.losses import next_token_loss
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.optim.table import make_optimizer
 from lmjax.training.state import state_spec
-from lmjax.training.step import make_train_step, next_token_loss
+from lmjax.training.step import make_train_step
 
 B, T, D, F, E = 2, 9, 8, 12, 4
 REAL = np.arange(T) < np.array([[9], [6]])

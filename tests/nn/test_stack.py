@@ -13,7 +13,7 @@ from lmjax.config import build
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
 from lmjax.nn.stack import REMAT
-from lmjax.training.step import next_token_loss
+from lmjax.tasks.losses import next_token_loss
 
 # Results that are compared to the last bits are compiled as users' programs are, with the newer
 # emitters where conftest.py chooses the older ones.

@@ -26,10 +26,10 @@ from lmjax.config import load
 from lmjax.data.pipeline import open_splits
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
+from lmjax.tasks.losses import next_token_loss
 from lmjax.training.checkpoint import checkpoint_steps, read_about
 from lmjax.training.checksums import checksums
 from lmjax.training.recipe import build_recipe
-from lmjax.training.step import next_token_loss
 
 pytestmark = pytest.mark.long
 

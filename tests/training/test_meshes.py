@@ -16,8 +16,9 @@ from lmjax.models.model import FAMILY_MODULES, build_model
 from lmjax.planning.costs import step_costs
 from lmjax.planning.hlo import parse
 from lmjax.sharding import MESH_AXES, MeshConfig, make_layout
+from lmjax.tasks.losses import next_token_loss
 from lmjax.training.state import state_spec
-from lmjax.training.step import make_train_step, next_token_loss
+from lmjax.training.step import make_train_step
 from lmjax.tree import named_leaves
 
 pytestmark = pytest.mark.long

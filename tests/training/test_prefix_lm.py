@@ -20,7 +20,7 @@ from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
 from lmjax.nn.attention import AttentionMask
 from lmjax.nn.moe import MoEConfig
-from lmjax.training.step import next_token_loss
+from lmjax.tasks.losses import next_token_loss
 
 GREEDY = Sampling(temperature=0.0)
 

@@ -11,13 +11,14 @@ import pytest
 
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
+from lmjax.nn.losses import Loss, cross_entropy
 from lmjax.sharding import MeshConfig, make_layout, use_layout
-from lmjax.training.losses import Loss, cross_entropy
+from lmjax.tasks.losses import next_token_loss
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.optim.table import make_optimizer
 from lmjax.training.state import state_spec
-from lmjax.training.step import make_eval_step, make_train_step, next_token_loss
+from lmjax.training.step import make_eval_step, make_train_step
 
 B, T, D, V = 3, 12, 8, 37
 Z = 0.1  # the coefficient of log(Z)^2
