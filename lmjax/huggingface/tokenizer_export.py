@@ -17,8 +17,9 @@ from lmjax.data.tokenizers import (
     Tokenizer,
     tokenizer_settings,
 )
+from lmjax.huggingface.added import ADDED
 from lmjax.huggingface.tensors import write_json
-from lmjax.huggingface.tokenizers import ADDED, SENTENCEPIECE, adds_space
+from lmjax.huggingface.tokenizers import SENTENCEPIECE, adds_space
 
 # A converted tokenizer is written only if it splits all of these as the original does.
 PROBES = (

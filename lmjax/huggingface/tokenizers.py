@@ -5,6 +5,7 @@ tokenizer.json says the same, as in the directories that lmjax writes.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,13 @@ from lmjax.data.tokenizers import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
-    name_of,
     named_tokens,
-    tokenizer_settings,
 )
 from lmjax.errors import UserError, first_line
+from lmjax.huggingface.added import ADDED, added_tokens, named_contents, stated_tokens
 from lmjax.huggingface.tensors import read_json
 
 SENTENCEPIECE = "tokenizer.model"
-ADDED = "added_tokens.json"
 # What belongs to a tokenizer: kept at import and written at export, byte for byte.
 FILES = (*HF_FILES, SENTENCEPIECE, ADDED, "chat_template.*", "chat_templates/*",
          "additional_chat_templates/*", "vocab.json", "merges.txt", "vocab.txt", "*.spm",
@@ -67,11 +66,12 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
             return sentencepiece
         if not whole:
             return None
-        added, rows = _added(files, path), _rows(path)
-        made = HuggingFaceTokenizer.from_files(files, added=added)
+        config = _config(path)
+        (added, names), rows = added_tokens(files, config, str(path)), _rows(config)
+        made = HuggingFaceTokenizer.from_files(files, added=added, names=names)
         if 0 < rows < made.vocab_size:
             check_vocabulary(made, rows, path)
-            made = HuggingFaceTokenizer.from_files(files, rows=rows, added=added)
+            made = HuggingFaceTokenizer.from_files(files, rows=rows, added=added, names=names)
         _check_ends(made, path)
     except UserError as error:
         file = HF_FILES[0] if whole else SENTENCEPIECE
@@ -105,11 +105,14 @@ def adds_space(tokenizer: Tokenizer) -> bool:
     return tokenizer.surface(np.array(tokenizer.encode("a")))[0] != b"a"
 
 
-def _rows(path: Path) -> int:
-    """The rows of the table of the model in this directory; 0 if it is not known."""
+def _config(path: Path) -> dict[str, Any]:
     config = path / "config.json"
-    settings = read_json(config) if config.is_file() else {}
-    size = settings.get("vocab_size", (settings.get("text_config") or {}).get("vocab_size"))
+    return read_json(config) if config.is_file() else {}
+
+
+def _rows(config: Mapping[str, Any]) -> int:
+    """The rows of the table of the model with this config.json; 0 if it is not known."""
+    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     return size if isinstance(size, int) else 0
 
 
@@ -132,40 +135,12 @@ def _same(tokenizer: SentencePieceTokenizer) -> bool:
             and {token["content"] for token in added} <= set(pieces) and plain == ["\n"])
 
 
-def _stated(files: dict[str, bytes]) -> dict[int, tuple[str, bool]]:
-    """The added tokens that other files than tokenizer.json state: (name, is special) by id."""
-    settings = tokenizer_settings(files)
-    if "added_tokens_decoder" in settings:
-        return {int(i): (str(name_of(token)), bool(token.get("special")))
-                for i, token in settings["added_tokens_decoder"].items()}
-    special = {name_of(token) for key, token in settings.items() if key.endswith("_token")}
-    return {int(i): (name, name in special)
-            for name, i in json.loads(files.get(ADDED, b"{}")).items()}
-
-
-def _added(files: dict[str, bytes], path: Path) -> list[tuple[str, bool]]:
-    """The tokens that other files add to tokenizer.json, in order, as `transformers` adds them."""
-    try:
-        rules = json.loads(files[HF_FILES[0]])
-        vocab = rules["model"]["vocab"]
-        ids = ({piece: i for i, (piece, _) in enumerate(vocab)} if isinstance(vocab, list)
-               else dict(vocab))
-        ids |= {token["content"]: token["id"] for token in rules["added_tokens"]}
-    except (ValueError, KeyError, TypeError):
-        return []  # reading the tokenizer says what is wrong
-    new = [(i, *token) for i, token in sorted(_stated(files).items()) if token[0] not in ids]
-    for place, (i, name, _) in enumerate(new, start=max(ids.values(), default=-1) + 1):
-        if i != place:
-            raise UserError(f"{name!r} as id {place:,}, the next one of {HF_FILES[0]}",
-                            f"id {i:,} in {ADDED} or {HF_FILES[1]}",
-                            "fetch the files of one version", where=str(path))
-    return [(name, special) for _, name, special in new]
-
-
 def _check_alone(tokenizer: SentencePieceTokenizer, path: Path) -> None:
     """Refuses what files beside a lone tokenizer.model say and the model does not."""
     pieces, files = tokenizer.pieces(), dict(tokenizer.files)
-    extra = [name for i, (name, _) in _stated(files).items() if pieces[i : i + 1] != [name]]
+    extra = [token["content"] for i, token in stated_tokens(files).items()
+             if pieces[i : i + 1] != [token["content"]]]
+    extra += [name for name in named_contents(files) if name not in pieces]
     named = named_tokens(files)
     extra += [str(named[role]) for role, i in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id))
               if named[role] not in (None, pieces[i])]

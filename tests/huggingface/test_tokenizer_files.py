@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from exports import reader
+from hub_tokenizers import NAMES, SPECIAL, TEXTS, byte_level, llama, save, unigram, word_piece
 
 from lmjax.data.config import DataConfig
 from lmjax.data.preparation.prepare import prepare
@@ -26,78 +27,6 @@ from lmjax.training.pretrained import make_tokenizer
 
 tokenizers = pytest.importorskip(
     "tokenizers", reason="tokenizers is not installed: pip install lmjax[hf]")
-SPECIAL = ["<s>", "</s>", "<unk>", "[MASK]", "<|endoftext|>"]
-TEXTS = [f"The cat {i} sat on the mat.\nA dog ran." for i in range(12)]
-NAMES = ["".join(("a ", name, " b", name, "c")) for name in SPECIAL]
-
-
-def _save(folder, made, **settings):
-    made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<s>", "eos_token": "</s>", **settings}))
-    return folder
-
-
-def _bytes(extra=()):
-    return {piece: i for i, piece in enumerate(
-        [*SPECIAL, *(f"<0x{b:02X}>" for b in range(256)), *extra])}
-
-
-def llama(folder):
-    """As Llama 2's and Mistral's: a space is put before a text and taken away again."""
-    from tokenizers import AddedToken, decoders, models, normalizers, processors
-
-    made = tokenizers.Tokenizer(models.BPE(
-        _bytes(["▁", *map(chr, range(33, 127)), "▁T", "▁c"]), [("▁", "T"), ("▁", "c")],
-        unk_token="<unk>", byte_fallback=True))
-    made.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
-                                      decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    made.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL])
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)])
-    return _save(folder, made)
-
-
-def unigram(folder):
-    """As T5's: the names of the special tokens are pieces of the vocabulary."""
-    from tokenizers import decoders, models, pre_tokenizers
-
-    pieces = [*SPECIAL, "▁", *map(chr, range(33, 127)), "\n"]
-    made = tokenizers.Tokenizer(models.Unigram(
-        [(piece, 0.0 if piece in SPECIAL else -5.0) for piece in pieces], unk_id=2))
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.decoder = decoders.Metaspace()
-    made.add_special_tokens(SPECIAL)
-    return _save(folder, made)
-
-
-def word_piece(folder):
-    """As BERT's: lower case, and white space is lost."""
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-
-    made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer(lowercase=True)
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.decoder = decoders.WordPiece()
-    made.train_from_iterator([*TEXTS, *NAMES], trainers.WordPieceTrainer(
-        vocab_size=90, special_tokens=["[UNK]", "[CLS]", "[SEP]", *SPECIAL], show_progress=False))
-    return _save(folder, made, bos_token=None, eos_token=None, cls_token="[CLS]",
-                 sep_token="[SEP]")
-
-
-def byte_level(folder):
-    """As GPT-2's."""
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.train_from_iterator(TEXTS, trainers.BpeTrainer(
-        vocab_size=280, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return _save(folder, made)
 
 
 def _prepared(folder, texts, path):
@@ -213,7 +142,7 @@ def test_a_named_end_without_a_row_is_refused(tmp_path):
     made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     size = made.get_vocab_size()
     made.add_special_tokens(["<|im_end|>"])
-    _save(tmp_path, made, eos_token="<|im_end|>")
+    save(tmp_path, made, eos_token="<|im_end|>")
     assert read_tokenizer(tmp_path).eos_id == size
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
     with pytest.raises(UserError, match="expected an id for eos_token, got '<|im_end|>'"):
@@ -228,7 +157,7 @@ def test_tokenizer_json_decides_what_stands_around_a_text(settings, tmp_path):
         "transformers", reason="not installed: pip install lmjax[oracle]")
     llama(tmp_path)
     made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    _save(tmp_path, made, tokenizer_class="PreTrainedTokenizerFast", **settings)
+    save(tmp_path, made, tokenizer_class="PreTrainedTokenizerFast", **settings)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     read = read_tokenizer(tmp_path)
     assert [*read.prefix, *read.encode("a b"), *read.suffix] == theirs("a b")["input_ids"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from lmjax.errors import UserError
@@ -54,9 +55,10 @@ def name_of(token: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def named_tokens(files: Mapping[str, bytes]) -> dict[str, str | None]:
-    """The names that a directory's files give to the tokens of `ROLES`."""
-    settings = tokenizer_settings(files)
+def named_tokens(files: Mapping[str, bytes],
+                 names: Mapping[str, str] = MappingProxyType({})) -> dict[str, str | None]:
+    """The names that a directory's files, or else `names`, give to the tokens of `ROLES`."""
+    settings = {**names, **tokenizer_settings(files)}
     return {role: name_of(settings.get(f"{role}_token")) for role in ROLES}
 
 

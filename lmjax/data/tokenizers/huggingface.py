@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,18 @@ from lmjax.data.tokenizers.files import HF_FILES, join_files, named_tokens, spli
 from lmjax.data.tokenizers.rules import drop_rows, hide_names
 from lmjax.errors import UserError
 
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer made of a few JSON files; their own rules give `prefix` and `suffix`.
 
     Args:
       model: UTF-8 of a JSON object: `kind` is "huggingface"; `files` has the text of `HF_FILES`
-        and `others` the remaining files of the directory; `added`, if there are any, the tokens
-        [name, is special] that other files add to tokenizer.json; `rows`, if it is smaller than
-        the vocabulary, the number of ids that the model has: later ones do not exist.
+        and `others` the remaining files of the directory. Where there are any: `added` has the
+        tokens that other files add to tokenizer.json or give other flags, `names` the special
+        tokens that no file names. `rows`, if it is smaller than the vocabulary, is the number of
+        ids that the model has: later ones do not exist.
     Raises:
       UserError: the JSON is not a tokenizer, it names neither a BOS nor an EOS token, or the
         package `tokenizers` is not installed.
@@ -35,9 +39,11 @@ class HuggingFaceTokenizer(Tokenizer):
             self._made_of: dict[str, Any] = json.loads(model)
             self.files = join_files(self._made_of)
             self._rules: dict[str, Any] = json.loads(self.files[HF_FILES[0]])
+            if added := self._made_of.get("added"):
+                self._rules = _with_added(self._rules, added)
             if rows := self._made_of.get("rows"):
                 self._rules = drop_rows(self._rules, rows)
-            named = named_tokens(self.files)
+            named = named_tokens(self.files, self._made_of.get("names", {}))
             self._hf = self._build(self._rules)
         except ImportError:
             raise UserError("the package tokenizers, which reads tokenizer.json", "none",
@@ -62,22 +68,22 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], *, rows: int = 0,
-                   added: Sequence[tuple[str, bool]] = ()) -> HuggingFaceTokenizer:
+                   added: Sequence[Mapping[str, Any]] = (),
+                   names: Mapping[str, str] = MappingProxyType({})) -> HuggingFaceTokenizer:
         """Makes a tokenizer of the files of a directory, by their paths in it.
 
         Args:
           files: of them, `HF_FILES[0]` must be there.
           rows: number of ids that the model has; 0: all that the tokenizer has.
-          added: (name, is special) of each token that follows those of tokenizer.json.
+          added: tokens that are added to tokenizer.json, as that writes them, without ids.
+          names: special tokens that no file names, such as {"eos_token": "</s>"}.
         """
         made_of: dict[str, Any] = {"kind": "huggingface", **split_files(files)}
-        if added:
-            made_of["added"] = [list(token) for token in added]
+        made_of |= {"added": [*map(_brief, added)]} if added else {}
+        made_of |= {"names": dict(names)} if names else {}
         whole = cls(json.dumps(made_of).encode())
         if not 0 < rows < whole.vocab_size:
             return whole
-        if added:  # they come last
-            made_of["added"] = made_of["added"][:max(rows - whole.vocab_size + len(added), 0)]
         return cls(json.dumps({**made_of, "rows": rows}).encode())
 
     @functools.cached_property
@@ -120,8 +126,6 @@ class HuggingFaceTokenizer(Tokenizer):
         import tokenizers
 
         made = tokenizers.Tokenizer.from_str(json.dumps(rules))
-        for name, special in self._made_of.get("added", ()):
-            made.add_tokens([tokenizers.AddedToken(name, special=special, normalized=not special)])
         made.no_truncation()
         made.no_padding()
         return made
@@ -164,3 +168,29 @@ class HuggingFaceTokenizer(Tokenizer):
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return (piece.replace(SPACE, " ") + space).encode()
+
+
+def _with_added(rules: dict[str, Any], added: Sequence[Any]) -> dict[str, Any]:
+    """Returns rules with more tokens, or other flags of theirs; a new one gets the next id."""
+    from tokenizers import AddedToken, Tokenizer
+
+    made = Tokenizer.from_str(json.dumps(rules))
+    made.add_tokens([AddedToken(**_whole(token)) for token in added])
+    return {**rules, "added_tokens": [
+        {"id": i, "content": token.content, **{flag: getattr(token, flag) for flag in FLAGS}}
+        for i, token in sorted(made.get_added_tokens_decoder().items())]}
+
+
+def _whole(token: Mapping[str, Any] | Sequence[Any]) -> Mapping[str, Any]:
+    """A token with all its flags, from its brief form (name, is special)."""
+    if isinstance(token, Mapping):
+        return token
+    name, special = token
+    return {**dict.fromkeys(FLAGS, False), "content": name, "special": special,
+            "normalized": not special}
+
+
+def _brief(token: Mapping[str, Any]) -> Mapping[str, Any] | list[Any]:
+    """A token's brief form, if that says all, so that the hash stays that of older versions."""
+    brief = [token["content"], token["special"]]
+    return brief if _whole(brief) == token else dict(token)
