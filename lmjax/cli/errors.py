@@ -5,7 +5,7 @@ import re
 import socket
 
 from lmjax.errors import UserError
-from lmjax.runtime.files import Busy
+from lmjax.runtime.files import Busy, of_the_system
 
 # Errors of files that trying again will not mend: exception classes, error numbers, the fix.
 LASTING = (
@@ -13,6 +13,8 @@ LASTING = (
      (errno.ENAMETOOLONG, errno.ELOOP), "check the path"),
     ((PermissionError,), (errno.EROFS,), "correct its permissions, or write elsewhere"),
     ((), (errno.ENOSPC, errno.EDQUOT), "make room"),
+    ((), (errno.EFBIG,), "raise the limit of a file's size (ulimit -f)"),
+    ((), (errno.EMFILE,), "raise the limit of open files (ulimit -n)"),
 )
 NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror)
 # an OSError raised by lmjax, whose message is complete
@@ -27,6 +29,7 @@ def explain(error: BaseException) -> tuple[int, str]:
       The code (2: cannot run as asked; 1: a fault, or an error that the next try may not meet; 130:
       interrupted) and the line.
     """
+    error = of_the_system(error)
     message = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and message.startswith("RESOURCE_EXHAUSTED"):
         return 2, str(UserError(
@@ -46,6 +49,7 @@ def is_transient(error: BaseException) -> bool:
 
     True if a network, disk or mount failed, or if another process works in the same place.
     """
+    error = of_the_system(error)
     cause = error.__cause__
     # A reader that names its file raises a UserError from the system's error.
     if isinstance(error, UserError) and isinstance(cause, OSError) and cause.errno:

@@ -1,10 +1,12 @@
 """The `lmjax` command: the table of its subcommands, and `main`, which runs one of them."""
 
 import argparse
+import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from lmjax.cli import inference, runs
 from lmjax.cli.arguments import parse
@@ -68,9 +70,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     | value of LMJAX_STOPPED_CODE | training was asked to stop, and has saved a checkpoint |
 
     LMJAX_STOPPED_CODE is an environment variable; the code is 0 if it is not set.
+
+    Args:
+      argv: the arguments. By default those of this process, which then ends at once if the code is
+        not 0.
     """
+    if argv is not None:
+        return _run(argv)
     try:
-        arguments, overrides = parse(_parser(), sys.argv[1:] if argv is None else argv)
+        code = _run(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        _end_process(code)
+    return code
+
+
+def _end_process(code: int) -> NoReturn:
+    """Ends the process without waiting for its other threads, which may be stuck after a failure.
+
+    Orbax, for example, leaves threads that wait minutes for a directory that could not be made.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed file
+            stream.flush()
+    os._exit(code)
+
+
+def _run(argv: Sequence[str]) -> int:
+    """Runs a command and returns its exit code; a fault is raised."""
+    try:
+        arguments, overrides = parse(_parser(), argv)
         _set_environment()
         command = COMMANDS[arguments.command]
         if command.needs_jax:

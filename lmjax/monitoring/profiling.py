@@ -1,10 +1,11 @@
 """A look into the step: traces of chosen steps by JAX's profiler, and the step's HLO."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from lmjax.errors import first_line
 
 
 class Profiler:
@@ -36,7 +37,7 @@ class Profiler:
             jax.profiler.start_trace(str(self._folder))
             self._on = True
 
-    def after(self, step: int, result: Any) -> bool:
+    def after(self, step: int, result: Any) -> str:
         """Ends the trace if `step`, which was just dispatched, is the last one of it.
 
         Args:
@@ -44,20 +45,26 @@ class Profiler:
           result: the step's output. The trace ends when it is computed.
 
         Returns:
-          Whether the trace has ended.
+          A line that says where the trace is, or why there is none; "" if it has not ended.
         """
         if not (self._on and step >= self._last):
-            return False
+            return ""
         jax.block_until_ready(result)
-        self.close()
-        return True
+        return self.close()
 
-    def close(self) -> None:
-        """Ends a trace that is still going on."""
-        if self._on:
-            self._on = False
-            with contextlib.suppress(RuntimeError):  # someone else has stopped the profiler
-                jax.profiler.stop_trace()
+    def close(self) -> str:
+        """Ends a trace that is still going on; returns the line of `after`.
+
+        A trace that cannot be written ends no run.
+        """
+        if not self._on:
+            return ""
+        self._on = False
+        try:
+            jax.profiler.stop_trace()
+        except (RuntimeError, OSError) as error:  # a full disk, or someone has stopped the profiler
+            return f"watch.profile: expected a trace in {self._folder}, got {first_line(error)}"
+        return f"the trace is in {self._folder}"
 
 
 def write_hlo(folder: str, lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> None:

@@ -24,6 +24,7 @@ from lmjax.runtime import cluster
 T = TypeVar("T")
 Explain = Callable[[BaseException], tuple[int, str]]  # the exit code and the line of an error
 WEEK_MS = 7 * 24 * 3600 * 1000  # longer than any preparation; a failure elsewhere ends a wait early
+THREADS = "lmjax-"  # how the names of lmjax's threads begin
 LOOK_SECONDS = 0.5  # between looks at whether a process has failed
 FAREWELL_SECONDS = 5.0  # how long process 0 waits until the others have heard of a failure
 # Keys of the store.
@@ -38,6 +39,7 @@ def together(explain: Explain) -> Iterator[None]:
 
     After an error, every process prints the line of the first error and exits with its code. This
     takes seconds, whatever the processes wait for. A process without others just runs the block.
+    An error that nobody catches in a thread of lmjax counts as one of the process.
 
     Args:
       explain: gives the exit code and the line of an error.
@@ -45,11 +47,39 @@ def together(explain: Explain) -> Iterator[None]:
     Raises:
       UserError: `cluster.join` cannot tell who takes part.
     """
-    if not cluster.join():
+    with _watching_threads(explain):
+        if not cluster.join():
+            yield
+            return
+        with _watching_others(explain):
+            yield
+
+
+@contextlib.contextmanager
+def _watching_threads(explain: Explain) -> Iterator[None]:
+    """Ends all processes if a thread of lmjax, such as the watchdog's, ends with an exception."""
+    before = threading.excepthook
+
+    def ended(thread: threading.ExceptHookArgs) -> None:
+        name = thread.thread.name if thread.thread else ""
+        if name.startswith(THREADS) and thread.exc_value is not None:
+            traceback.print_exception(thread.exc_value)
+            code, line = explain(thread.exc_value)
+            fail(code, f"process {process()}, thread {name}: {line}")
+        before(thread)
+
+    threading.excepthook = ended
+    try:
         yield
-        return
+    finally:
+        threading.excepthook = before
+
+
+@contextlib.contextmanager
+def _watching_others(explain: Explain) -> Iterator[None]:
+    """Runs the block of `together` in a process that has others."""
     done = threading.Event()
-    watcher = threading.Thread(target=_end_with_others, args=(done,), name="lmjax-others",
+    watcher = threading.Thread(target=_end_with_others, args=(done,), name=f"{THREADS}others",
                                daemon=True)
     watcher.start()
     try:

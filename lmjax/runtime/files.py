@@ -12,9 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lmjax.errors import UserError
+from lmjax.errors import UserError, first_line
 
-# How TensorStore and NumPy word a full disk.
+# How TensorStore words an error of the system, and how NumPy and buckets word a full disk.
+CODE = re.compile(r"\[os_error_code='(\d+)'\]")
 FULL = r"No space left|RESOURCE_EXHAUSTED|^\d+ requested and \d+ written"
 
 
@@ -167,6 +168,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
+def of_the_system(error: BaseException) -> BaseException:
+    """Returns the OSError that TensorStore has put into words; any other error as it is."""
+    found = CODE.search(str(error))
+    if not found or isinstance(error, (OSError, UserError)):
+        return error
+    number = int(found[1])
+    return OSError(number, f"{os.strerror(number)} ({first_line(error)})")
+
+
 @contextlib.contextmanager
 def when_full(error_to_raise: Exception) -> Iterator[None]:
     """Raises `error_to_raise` if the block meets a full disk.
@@ -176,8 +186,9 @@ def when_full(error_to_raise: Exception) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if full or re.search(FULL, str(error)):
+        found = of_the_system(error)
+        if (found.errno in (errno.ENOSPC, errno.EDQUOT) if isinstance(found, OSError)
+                else re.search(FULL, str(error))):
             raise error_to_raise from error
         raise
 

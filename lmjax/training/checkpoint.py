@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -33,6 +34,8 @@ from lmjax.tree import named_leaves, num_bytes
 FORMAT = 1
 COMMITTED = "commit_success.txt"  # Orbax writes it when a checkpoint is complete
 AGAIN = "make room and run the same command again, it goes on from the last complete one"
+# Files of Orbax that log an exception of a save's thread once per thread, each with a traceback.
+ORBAX_SAVES = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
 About = dict[str, Any]
 T = TypeVar("T")
 
@@ -61,6 +64,7 @@ class Checkpointer:
                             where=str(directory))
         self.completed: Callable[[int], None] = lambda step: None
         self._saving = 0  # the step whose checkpoint is on its way; 0: none
+        logging.getLogger("absl").addFilter(_is_not_raised)
         self._newest = 0  # the newest step whose checkpoint this start has seen complete
         keep = [policies.LatestN(keep_last)]
         if keep_every:
@@ -146,9 +150,15 @@ class Checkpointer:
         self.note()
 
     def note(self) -> None:
-        """Tells `completed` of the checkpoint that was on its way, if it has become complete."""
+        """Tells `completed` of the checkpoint that was on its way, if it has become complete.
+
+        Raises:
+          OSError: it could not be written.
+        """
         if self._saving and not self.manager.is_saving_in_progress():
             step, self._saving = self._saving, 0
+            with when_disk_full(self.directory):  # the thread's error, now and not at the next save
+                self.manager.wait_until_finished()
             if self._is_complete(step):
                 self._newest = step
                 self.completed(step)
@@ -262,6 +272,11 @@ def when_disk_full(directory: epath.Path) -> contextlib.AbstractContextManager[N
 
 class _Damaged(Exception):
     """A checkpoint cannot be read, or its arrays are not those that were saved."""
+
+
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    """Whether a line of the log tells more than an error of a background save, raised anyway."""
+    return record.exc_info is None or record.filename not in ORBAX_SAVES
 
 
 def _attempt(read: Callable[[], T]) -> T:

@@ -134,8 +134,8 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
             records.log_step(*on_its_way)
         on_its_way = step + 1, metrics
         run.checkpointer.note()
-        if profiler.after(step + 1, metrics):
-            records.progress.log(f"step {step + 1}: the trace is in {run.workdir / 'profile'}")
+        if traced := profiler.after(step + 1, metrics):
+            records.progress.log(f"step {step + 1}: {traced}")
 
     if on_its_way:
         records.log_step(*on_its_way)
