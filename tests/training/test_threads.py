@@ -96,7 +96,7 @@ def test_a_save_that_fails_is_known_at_the_next_step(tmp_path):
     (errno.EIO, 1, "check the disk"), (errno.ESTALE, 1, "check the disk")])
 def test_the_systems_error_is_known_in_the_words_of_a_library(number, code, fix):
     """TensorStore raises ValueError, and calls too many open files an exhausted resource."""
-    error = ValueError(f'RESOURCE_EXHAUSTED: Error writing local file "/x/y": Failed to open: "/x": '
+    error = ValueError('RESOURCE_EXHAUSTED: Error writing local file "/x/y": Failed to open: "/x": '
                        f"{os.strerror(number)} [os_error_code='{number}']")
     found, line = explain(error)
     assert found == code and fix in line and os.strerror(number) in line and "/x/y" in line
