@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,6 +109,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
         elif a != b:
             out.append(f"{name}: {json.dumps(a)} -> {json.dumps(b)}")
     return out
+
+
+def pattern(key: str, value: str) -> None:
+    """Raises a UserError if `value` is no regular expression."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise UserError("a regular expression", f"{value!r} ({error})", "correct it",
+                        where=key) from None
 
 
 def choice(key: str, value: str, options: Sequence[str] | Mapping[str, Any]) -> None:

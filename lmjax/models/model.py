@@ -69,7 +69,7 @@ class Model:
             inputs (see `hidden` in `decoder`, `encoder` and `encdec`).
           key: turns dropout on.
         """
-        model = self.functional.bind(self._cast(params))
+        model = self.functional.bind(self.cast(params))
         x_BTD, routing = model.hidden(batch, self.dtype, key)
         table_VD, bias_V = model.unembedding
         return Hidden(x_BTD, table_VD, bias_V, routing)
@@ -80,7 +80,7 @@ class Model:
 
     def unembed(self, params: Params, x_BTD: jax.Array) -> jax.Array:
         """The float32 logits [B, T, V] of hidden states, for some of the positions of `hidden`."""
-        return self._logits(x_BTD, *self.functional.bind(self._cast(params)).unembedding)
+        return self._logits(x_BTD, *self.functional.bind(self.cast(params)).unembedding)
 
     def encode(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """The last hidden states before any head, and the pooler's output if there is a pooler.
@@ -88,7 +88,7 @@ class Model:
         Returns:
           ([B, T, D], [B, D] or None); the states of an encoder-decoder are its encoder's.
         """
-        model = self.functional.bind(self._cast(params))
+        model = self.functional.bind(self.cast(params))
         x_BTD, _ = model.states(batch, self.dtype)
         has_pooler = isinstance(self.config, EncoderConfig) and self.config.pooler
         return x_BTD, model.pooled(x_BTD) if has_pooler else None
@@ -115,7 +115,7 @@ class Model:
         if params is None or batch is None:
             raise UserError("params and a batch of encoder tokens for an encoder-decoder", "none",
                             "pass both", where="init_cache")
-        model = self.functional.bind(self._cast(params))
+        model = self.functional.bind(self.cast(params))
         return cache._replace(source=model.source(batch, self.dtype))
 
     def step(self, params: Params, tokens_BT: jax.Array, cache: Cache,
@@ -128,7 +128,7 @@ class Model:
           at_B: int32 [B], the index (of T) of that token; default: the last. Later tokens are
             padding and never enter the cache, so rows of different lengths can be fed together.
         """
-        model, T = self.functional.bind(self._cast(params)), tokens_BT.shape[1]
+        model, T = self.functional.bind(self.cast(params)), tokens_BT.shape[1]
         at_B = jnp.full(tokens_BT.shape[:1], T - 1, jnp.int32) if at_B is None else at_B
         x_BTD, cache = self._feed(model, tokens_BT, cache, at_B, prompt=self.prefix_lm and T > 1)
         x_B1D = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
@@ -137,7 +137,7 @@ class Model:
     def extend(self, params: Params, tokens_BT: jax.Array,
                cache: Cache) -> tuple[jax.Array, Cache]:
         """Feeds T more tokens of each row and returns the logits [B, T, V] after all of them."""
-        model = self.functional.bind(self._cast(params))
+        model = self.functional.bind(self.cast(params))
         x_BTD, cache = self._feed(model, tokens_BT, cache, None, prompt=False)
         return self._logits(x_BTD, *model.unembedding), cache
 
@@ -171,13 +171,13 @@ class Model:
         That is the compute dtype, and on a CPU one array per layer (`Unstacked`). All methods that
         take parameters take this form, too.
         """
-        params = self._cast(params)
+        params = self.cast(params)
         if platform() != "cpu":
             return params
         return jax.tree.map(lambda p, axes: Unstacked(p) if axes[0] == "layers" else p, params,
                             self.axes)
 
-    def _cast(self, params: Params) -> Params:
+    def cast(self, params: Params) -> Params:
         """Casts matrices once, before any layer gathers them; norms and biases stay float32."""
         def cast(p: Any, axes: tuple[str, ...]) -> Any:
             return p if "norm" in axes or is_unstacked(p) else p.astype(self.dtype)

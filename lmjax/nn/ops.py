@@ -102,16 +102,34 @@ def _matmul(x: jax.Array, w: jax.Array, axes: Sides, num_in: int,
     return quantized.dot(x, w, dims, (low.values, low.values)) if low else dot(x, w, dims)
 
 
-def _matmul_forward(x: jax.Array, w: jax.Array, axes: Sides, num_in: int,
-                    low: EightBits | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _matmul(x, w, axes, num_in, low), (x, w)
+def _matmul_forward(x: Any, w: Any, axes: Sides, num_in: int,
+                    low: EightBits | None) -> tuple[jax.Array, tuple[Any, Any]]:
+    """x and w are `CustomVJPPrimal`s, which tell whether each has a gradient.
+
+    x is saved for the gradient of w, and w for that of x: a frozen w costs no activations.
+    """
+    saved = x.value if w.perturbed else None, w.value if x.perturbed else None
+    return _matmul(x.value, w.value, axes, num_in, low), saved
 
 
 def _matmul_backward(axes: Sides, num_in: int, low: EightBits | None,
-                     saved: tuple[jax.Array, jax.Array],
-                     g: jax.Array) -> tuple[jax.Array, jax.Array]:
+                     saved: tuple[jax.Array | None, jax.Array | None],
+                     g: Any) -> tuple[jax.Array | None, jax.Array | None]:
+    if isinstance(g, jax.custom_derivatives.SymbolicZero):
+        return None, None
     # Without the barrier, a TPU computes g twice: once for each of the two matmuls.
     (x, w), g = saved, barrier(g, "tpu")
+    d_x = d_w = None
+    if x is not None:
+        d_w = _weight_gradient(x, g, axes, num_in)
+    if w is not None:
+        outs = tuple(range(g.ndim - w.ndim + num_in, g.ndim))
+        dims = ((outs, tuple(range(num_in, w.ndim))), ((), ()))
+        d_x = quantized.dot(g, w, dims, (low.gradients, low.values)) if low else dot(g, w, dims)
+    return d_x, d_w
+
+
+def _weight_gradient(x: jax.Array, g: jax.Array, axes: Sides, num_in: int) -> jax.Array:
     rows = tuple(range(x.ndim - num_in))
 
     def contract(x: jax.Array, g: jax.Array) -> jax.Array:
@@ -120,15 +138,11 @@ def _matmul_backward(axes: Sides, num_in: int, low: EightBits | None,
         return lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=x.dtype)
 
     if len(rows) == 2:
-        d_w = contract_sharded_rows(contract, x, g, ("batch", "seq"), axes)
-    else:
-        d_w = contract(x, g)
-    dims = ((tuple(range(len(rows), g.ndim)), tuple(range(num_in, w.ndim))), ((), ()))
-    d_x = quantized.dot(g, w, dims, (low.gradients, low.values)) if low else dot(g, w, dims)
-    return d_x, d_w
+        return contract_sharded_rows(contract, x, g, ("batch", "seq"), axes)
+    return contract(x, g)
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

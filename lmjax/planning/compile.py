@@ -34,8 +34,8 @@ Log = Callable[[str], None]
 # The files and folders of lmjax/ that decide, together with the config, what a step compiles to:
 # the model, the step, and the arrays of a batch. A change of their text compiles every step anew.
 SOURCES = (
-    "nn", "models", "training/optim",
-    *(f"training/{name}.py" for name in ("losses", "program", "recipe", "state", "step")),
+    "nn", "models", "tasks", "training/optim",
+    *(f"training/{name}.py" for name in ("frozen", "program", "recipe", "state", "step")),
     *(f"data/{name}.py" for name in ("augmentation", "config", "denoising", "objectives", "packing",
                                      "rows")),
     "config", "sharding.py", "tree.py", "runtime/chips.py", "planning/compile.py",

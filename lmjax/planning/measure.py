@@ -136,8 +136,9 @@ def _memory(program: Program, step: jax.stages.Compiled) -> dict[str, int]:
     # The state is donated: only outputs that do not take the place of an input are new.
     outputs = max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
     code = analysis.generated_code_size_in_bytes
-    ours = {"parameters": shard_bytes(shapes.params), "optimizer": shard_bytes(shapes.opt_state),
-            "average": shard_bytes(shapes.ema), "batch": shard_bytes(program.batch)}
+    ours = {kind: shard_bytes(tree) for kind, tree in (
+        ("parameters", shapes.params), ("frozen", shapes.frozen), ("optimizer", shapes.opt_state),
+        ("average", shapes.ema), ("batch", program.batch))}
     return {**ours, "padding": arguments - sum(ours.values()), "arguments": arguments,
             "temporaries": temporaries, "outputs": outputs, "code": code,
             "peak": arguments + temporaries + outputs + code}

@@ -54,7 +54,8 @@ def _at_least(estimate: Estimate) -> str:
 def _memory(estimate: Estimate) -> list[str]:
     memory, limit = estimate.memory, estimate.limit
     rows = {
-        "parameters": memory["parameters"],
+        "trained parameters" if memory["frozen"] else "parameters": memory["parameters"],
+        "frozen parameters": memory["frozen"],
         "optimizer state": memory["optimizer"],
         "average of weights": memory["average"],
         "batch": memory["batch"],

@@ -36,6 +36,9 @@ def announce(run: Run, directory: str, log: Log) -> dict[str, Any]:
     log(f"attention: {model.kernel.name} ({model.kernel_reason})")
     log(f"model: {human_count(parameters)} parameters, {human_count(embedding)} of them in "
         f"embeddings; vocabulary {model.config.vocab_size:,}")
+    if run.spec.frozen is not None:
+        log(f"trained: {human_count(num_elements(run.spec.shapes.params))} parameters; the other "
+            f"{human_count(num_elements(run.spec.shapes.frozen))} are frozen")
     log(f"data: {human_count(train.predictions)} tokens to train on, "
         f"{human_count(heldout.predictions)} held out, {train.bytes / train.predictions:.2f} "
         f"bytes per token ({directory})")

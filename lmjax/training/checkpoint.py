@@ -29,7 +29,7 @@ from lmjax.runtime.distributed import agreed
 from lmjax.runtime.files import when_full
 from lmjax.training.checksums import checksums, verify
 from lmjax.training.state import StateSpec, TrainState
-from lmjax.tree import named_leaves, num_bytes
+from lmjax.tree import named_leaves, num_bytes, split_tree
 
 FORMAT = 1
 COMMITTED = "commit_success.txt"  # Orbax writes it when a checkpoint is complete
@@ -89,7 +89,7 @@ class Checkpointer:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        trees = _trees(state)
+        trees = _trees(state, with_frozen="base" not in about)
         self.wait()  # Orbax saves one step at a time; only after that the free room is known
         agreed(lambda: self._check_room(num_bytes(trees), step))
         about = {**about, "format": FORMAT, "step": step,
@@ -170,7 +170,9 @@ class Checkpointer:
 
     def _read(self, step: int, spec: StateSpec,
               check: Callable[[About], None]) -> tuple[TrainState, About]:
-        path, target = self.directory / str(step), _trees(spec.shapes)
+        path = self.directory / str(step)
+        with_frozen = spec.frozen is not None and not spec.frozen.base
+        target = _trees(spec.shapes, with_frozen)
         about = _attempt(lambda: read_about(path))
         check(about)
         _check_names(path, target, about)
@@ -180,7 +182,7 @@ class Checkpointer:
                 item: _fresh(handler.restore(path / item, args=ocp.args.StandardRestore(shapes)))
                 for item, shapes in target.items()})
         _attempt(lambda: verify(trees, about["checksums"]))
-        return _state(spec.shapes, step, trees), about
+        return _state(spec, step, trees), about
 
     def _is_complete(self, step: int) -> bool:
         return (self.directory / str(step) / COMMITTED).exists()
@@ -310,22 +312,29 @@ def _check_names(path: epath.Path, target: Mapping[str, Any], about: About) -> N
                             where=str(path))
 
 
-def _trees(state: TrainState) -> dict[str, Any]:
+def _trees(state: TrainState, with_frozen: bool) -> dict[str, Any]:
     """Splits a state into the items of a checkpoint.
 
-    Optax's tuples become a flat dict, which can be read without Optax.
+    Frozen parameters lie among the others, unless they are those of a base model, which the
+    checkpoint names. Optax's tuples become a flat dict, which can be read without Optax.
     """
-    trees = {"params": state.params}
+    whole = state.whole if with_frozen else lambda params: params
+    trees = {"params": whole(state.params)}
     if state.opt_state:  # imported weights have none
         trees["opt_state"] = dict(_flat(state.opt_state))
-    return trees if state.ema is None else {**trees, "ema": state.ema}
+    return trees if state.ema is None else {**trees, "ema": whole(state.ema)}
 
 
-def _state(shapes: TrainState, step: int, trees: Mapping[str, Any]) -> TrainState:
+def _state(spec: StateSpec, step: int, trees: Mapping[str, Any]) -> TrainState:
+    """The inverse of `_trees`; frozen parameters of a base model are left out."""
+    shapes, params, ema, frozen = spec.shapes, trees["params"], trees.get("ema"), None
+    if spec.frozen is not None and not spec.frozen.base:
+        frozen, params = split_tree(params, spec.frozen.accepts)
+        ema = ema and split_tree(ema, spec.frozen.accepts)[1]
     leaves = [trees["opt_state"][name] for name, _ in _flat(shapes.opt_state)]
     opt_state = jax.tree.unflatten(jax.tree.structure(shapes.opt_state), leaves)
     placed = jax.device_put(np.int32(step), shapes.step.sharding)
-    return TrainState(placed, trees["params"], opt_state, trees.get("ema"))
+    return TrainState(placed, params, opt_state, ema, frozen)
 
 
 def _flat(opt_state: Any) -> list[tuple[str, Any]]:

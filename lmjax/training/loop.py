@@ -182,8 +182,8 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
                                    run.layout.sharding(("batch", "seq")), most=most)
             try:
                 with contextlib.closing(batches):
-                    found = evaluate(run.program.eval_fn, params, until_stopped(batches),
-                                     run.heldout)
+                    found = evaluate(run.program.eval_fn, state.whole(params),
+                                     until_stopped(batches), run.heldout)
             except _Stopped:
                 return False
             records.writer.eval(step, {f"{name}/{key}": value for key, value in found.items()})
@@ -197,7 +197,8 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
 def _sample(run: Run, records: Records, step: int, state: TrainState) -> None:
     """Continues the recipe's prompts, from the averaged weights if the run keeps them."""
     assert run.generator is not None and run.tokenizer is not None
-    sample, params = run.recipe.sample, state.params if state.ema is None else state.ema
+    sample = run.recipe.sample
+    params = state.whole(state.params if state.ema is None else state.ema)
     with records.timed(step, "sample"):
         answers = run.generator(params, run.prompts, max_tokens=sample.max_tokens, seed=step,
                                 sampling=Sampling(sample.temperature, sample.top_k, sample.top_p))

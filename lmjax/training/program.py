@@ -13,11 +13,13 @@ from lmjax.nn.module import Params
 from lmjax.nn.quantized import check_matmul_dtype, matmuls_in
 from lmjax.sharding import Layout, make_layout
 from lmjax.tasks.losses import LossFn, next_token_loss
+from lmjax.training.frozen import frozen_in
 from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.optim.table import make_optimizer
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import StateSpec, state_spec
 from lmjax.training.step import make_eval_step, make_train_step
+from lmjax.tree import split_tree
 
 
 class Program(NamedTuple):
@@ -50,8 +52,10 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     layout = make_layout(recipe.mesh, devices)
     model = make_model(recipe, layout, vocab_size=vocab_size)
     schedule = make_schedule(recipe.optimizer, train.steps)
-    tx = make_optimizer(recipe.optimizer, train.steps, model.axes)
-    spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0)
+    frozen = frozen_in(recipe, model)
+    trained = model.axes if frozen is None else split_tree(model.axes, frozen.accepts)[1]
+    tx = make_optimizer(recipe.optimizer, train.steps, trained)
+    spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0, frozen=frozen)
     _check_batch(recipe, layout)
     loss_fn = next_token_loss(model, z_loss=train.z_loss, chunk=train.loss_chunk)
     step_fn = make_train_step(_in(train.matmul_dtype, loss_fn), spec, layout, schedule,

@@ -12,7 +12,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lmjax.config import LocalPathText, PathText, at_least, build, choice, expand_paths, plain
+from lmjax.config import (
+    LocalPathText,
+    PathText,
+    at_least,
+    build,
+    choice,
+    expand_paths,
+    pattern,
+    plain,
+)
 from lmjax.config.paths import is_bucket
 from lmjax.data.config import DataConfig
 from lmjax.data.objectives import OBJECTIVES
@@ -45,6 +54,9 @@ class TrainConfig:
     # The model whose weights the run starts from: the directory of a run, of a checkpoint or of a
     # Hugging Face model; "": random weights.
     init_from: PathText = ""
+    # A regular expression: parameters in whose path it is found keep their values and have neither
+    # gradients nor optimizer state, for example ^embedding/|layers/.*norm; "": all are trained.
+    frozen: str = ""
     loss_chunk: int = 0  # positions whose logits exist at a time; 0: all
     log_every: int = 1  # steps per line of metrics.jsonl
 
@@ -54,6 +66,7 @@ class TrainConfig:
         if self.seed >= 1 << 32:
             raise UserError("less than 2^32", self.seed, "lower it", where="seed")
         at_least(0, seed=self.seed, z_loss=self.z_loss, loss_chunk=self.loss_chunk)
+        pattern("frozen", self.frozen)
         choice("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         choice("matmul_dtype", self.matmul_dtype, ("auto", *MATMUL_DTYPES))
         if self.batch_size % self.microbatches:

@@ -96,7 +96,8 @@ def _check(run: Run, about: About) -> None:
 
 def _from_source(run: Run, source: Pretrained, log: Log) -> TrainState:
     """Returns the state before the first step, with the weights of `source`."""
-    params = source.read(run.model, run.spec.shardings.params)
+    shardings = run.spec.shardings
+    params = source.read(run.model, shardings.whole(shardings.params))
     run.about["init_from"] = {"path": source.where, "step": source.about["step"],
                               "checksums": checksums(params)}
     if "huggingface" in source.about:  # an export keeps the settings of the imported model

@@ -1,5 +1,6 @@
 """The state that a train step maps to the next one, and where each array of it lives."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,15 +11,35 @@ from lmjax.models.model import Model
 from lmjax.nn.module import Params
 from lmjax.sharding import Layout
 from lmjax.training.optim.sharding import state_shardings
+from lmjax.tree import join_trees, split_tree
 
 
 class TrainState(NamedTuple):
-    """All that training changes, as trees of arrays; also of their shapes or shardings."""
+    """What a step takes and returns, as trees of arrays; also of their shapes or shardings."""
 
     step: Any  # int32 scalar: steps done
-    params: Params  # float32
+    params: Params  # float32: the trained parameters
     opt_state: Any  # Optax's
     ema: Params | None  # float32: the moving average of `params`; None when off
+    frozen: Params | None = None  # the parameters that no step changes; None: all are trained
+
+    def whole(self, params: Params) -> Params:
+        """The model's parameters: `params`, trained or averaged, together with the frozen ones."""
+        return params if self.frozen is None else join_trees(params, self.frozen)
+
+
+class Frozen(NamedTuple):
+    """Which parameters of a model no step changes."""
+
+    accepts: Callable[[str], bool]  # of a parameter's path
+    # Whether they are those of a base model, which checkpoints name and do not hold. They are then
+    # kept in the dtype in which the model computes.
+    base: bool = False
+
+    def split(self, model: Model, params: Params) -> tuple[Params, Params]:
+        """Splits `params`, all of the model's, into the trained and the frozen ones."""
+        trained, frozen = split_tree(params, self.accepts)[::-1]
+        return trained, split_tree(model.cast(params), self.accepts)[0] if self.base else frozen
 
 
 class StateSpec(NamedTuple):
@@ -27,6 +48,7 @@ class StateSpec(NamedTuple):
     model: Model
     tx: optax.GradientTransformation
     shapes: TrainState  # of `ShapeDtypeStruct`s with shardings
+    frozen: Frozen | None = None  # None: all parameters are trained
 
     @property
     def shardings(self) -> TrainState:
@@ -37,8 +59,7 @@ class StateSpec(NamedTuple):
         """Makes a state with random parameters; each device makes only its own shards."""
 
         def make() -> TrainState:
-            return _init(self.model.init(jax.random.key(seed)), self.tx,
-                         ema=self.shapes.ema is not None)
+            return self._init(self.model.init(jax.random.key(seed)))
 
         return jax.jit(make, out_shardings=self.shardings)()
 
@@ -47,29 +68,46 @@ class StateSpec(NamedTuple):
 
         def make(params: Params) -> TrainState:
             # Copies: arrays that were read from a file may lie in memory that cannot be donated.
-            return _init(jax.tree.map(jnp.copy, params), self.tx, ema=self.shapes.ema is not None)
+            return self._init(jax.tree.map(jnp.copy, params))
 
         return jax.jit(make, out_shardings=self.shardings)(params)
 
+    def _init(self, params: Params) -> TrainState:
+        return _init(self.model, params, self.tx, self.frozen, ema=self.shapes.ema is not None)
 
-def state_spec(model: Model, tx: optax.GradientTransformation, layout: Layout, *,
-               ema: bool) -> StateSpec:
-    """Describes the state of `model` under the optimizer `tx` on `layout`.
+
+def state_spec(model: Model, tx: optax.GradientTransformation, layout: Layout, *, ema: bool,
+               frozen: Frozen | None = None) -> StateSpec:
+    """Describes the state of `model` on `layout`.
+
+    Args:
+      model: the model.
+      tx: the optimizer of its trained parameters.
+      layout: the mesh, and how arrays are placed on it.
+      ema: whether the trained parameters are averaged.
+      frozen: which parameters are not trained; None: all are trained.
 
     Raises:
       UserError: the mesh does not divide an axis of a parameter.
     """
-    shapes = jax.eval_shape(lambda params: _init(params, tx, ema=ema), model.shapes)
+    shapes = jax.eval_shape(lambda params: _init(model, params, tx, frozen, ema=ema), model.shapes)
     params = layout.tree(model.axes, model.shapes)
+    kept = None
+    if frozen is not None:
+        kept, params = split_tree(params, frozen.accepts)
     shardings = TrainState(layout.replicated, params,
-                           state_shardings(tx, model.shapes, params, layout.mesh),
-                           params if ema else None)
+                           state_shardings(tx, shapes.params, params, layout.mesh),
+                           params if ema else None, kept)
     return StateSpec(model, tx, jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes, shardings))
+        shapes, shardings), frozen)
 
 
-def _init(params: Params, tx: optax.GradientTransformation, *, ema: bool) -> TrainState:
+def _init(model: Model, params: Params, tx: optax.GradientTransformation, frozen: Frozen | None, *,
+          ema: bool) -> TrainState:
+    kept = None
+    if frozen is not None:
+        params, kept = frozen.split(model, params)
     # The average is a copy: the step donates the state, and one buffer cannot be donated twice.
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average, kept)

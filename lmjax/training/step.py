@@ -25,20 +25,24 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
                     ema_decay: float = 0.0) -> jax.stages.Wrapped:
     """Returns the jitted step: (state, batch of [B, T] arrays) -> (next state, metrics).
 
-    The state is donated. The gradient is that of the mean over the batch's tokens, however they
-    are split into microbatches. Randomness is keyed by (seed, step, microbatch), so any step can be
+    The state is donated; its frozen parameters have no gradient and stay where they are. The
+    gradient is that of the mean over the batch's tokens, however they are split into microbatches.
+    Randomness is keyed by (seed, step, microbatch), so any step can be
     run again.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def of_trained(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
+            return loss_fn(state.whole(params), batch, key)
+
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if layout.on("layers") and microbatches > 1:  # a pipeline takes them all in one pass
             with use_layout(layout, microbatches):
                 keys = jax.vmap(lambda m: jax.random.fold_in(key, m))(jnp.arange(microbatches))
-                sums, grads = _gradient(loss_fn, state.params, batch, keys, 1)
+                sums, grads = _gradient(of_trained, state.params, batch, keys, 1)
         else:
             with use_layout(layout):
-                sums, grads = _gradient(loss_fn, state.params, batch, key, microbatches)
+                sums, grads = _gradient(of_trained, state.params, batch, key, microbatches)
         weight = jnp.maximum(sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
@@ -52,7 +56,7 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
             "weight": sums.weight,
             **{name: x if x.ndim else x / weight for name, x in sums.extra.items()},
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(spec.shardings, layout.replicated))
 
