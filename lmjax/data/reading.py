@@ -75,7 +75,11 @@ def told_ids(imported: Mapping[str, Any], tokenizer: Tokenizer) -> ToldIds:
     Args:
       imported: `HFModel.source`.
       tokenizer: that of the directory.
+
+    Raises:
+      UserError: an id that ends an answer or is banned from it is no number.
     """
+    _check_types(imported)
     generation, settings = imported["generation"], imported["settings"]
 
     def first(*keys: str) -> Any:
@@ -96,10 +100,15 @@ def told_ids(imported: Mapping[str, Any], tokenizer: Tokenizer) -> ToldIds:
     return ToldIds(tokenizer.pad_id if start is None else start, end, tuple(sorted(set(banned))))
 
 
-# Settings of transformers that decide tokens of an answer, and that lmjax does not follow. Without
-# forced_eos_token_id an answer only has its own last token where max_tokens cuts it.
-NOT_FOLLOWED = ("forced_bos_token_id", "begin_suppress_tokens", "forced_decoder_ids",
-                "sequence_bias")
+# Settings of transformers that decide tokens of an answer, and that lmjax does not follow, with the
+# values that decide nothing. Without forced_eos_token_id an answer only has its own last token
+# where max_tokens cuts it. How tokens are drawn (temperature, beams) is the caller's choice.
+NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
+    "forced_bos_token_id": (), "begin_suppress_tokens": ([],), "forced_decoder_ids": ([],),
+    "sequence_bias": ({}, []), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,), "min_new_tokens": (0,), "exponential_decay_length_penalty": (),
+    "encoder_repetition_penalty": (1.0,), "guidance_scale": (1.0,), "watermarking_config": ({},),
+    "stop_strings": ([], "")}
 
 
 def check_told(imported: Mapping[str, Any]) -> None:
@@ -109,16 +118,41 @@ def check_told(imported: Mapping[str, Any]) -> None:
       imported: `HFModel.source`.
 
     Raises:
-      UserError: forced tokens, forbidden sequences, or an id that is no number.
+      UserError: forced tokens, forbidden sequences, a least length, or a start that is no number.
     """
     rules = imported["generation"] or imported["settings"]
     file = "generation_config.json" if imported["generation"] else "config.json"
-    odd = {key: rules[key] for key in NOT_FOLLOWED if rules.get(key) not in (None, [], {})}
+    odd = {key: rules[key] for key, values in NOT_FOLLOWED.items()
+           if rules.get(key) is not None and rules[key] not in values}
     words = [word for word in rules.get("bad_words_ids") or () if len(word) > 1]
     odd |= {"bad_words_ids": words} if words else {}
-    start = rules.get("decoder_start_token_id")
-    odd |= {} if isinstance(start, int | None) else {"decoder_start_token_id": start}
+    odd |= {key: rules[key] for key in ("decoder_start_token_id", "bos_token_id")
+            if not _is_id(rules.get(key, 0) or 0)}
     if odd:
         key, value = next(iter(odd.items()))
         raise UserError(f"no {key} in {file}, which lmjax does not follow", repr(value)[:60],
                         "set it to null there to generate without it", where=file)
+
+
+def _check_types(imported: Mapping[str, Any]) -> None:
+    """Refuses ids of answers that are of another type than transformers writes."""
+    for file, rules in (("generation_config.json", imported["generation"]),
+                        ("config.json", imported["settings"])):
+        ends, banned, words = (rules.get(key) for key in (
+            "eos_token_id", "suppress_tokens", "bad_words_ids"))
+        for key, value, wanted, right in (
+                ("eos_token_id", ends, "an id or a list of ids", _is_id(ends) or _are_ids(ends)),
+                ("suppress_tokens", banned, "a list of ids", _are_ids(banned)),
+                ("bad_words_ids", words, "a list of lists of ids",
+                 isinstance(words, list) and all(map(_are_ids, words)))):
+            if value is not None and not right:
+                raise UserError(wanted, f"{key}={value!r:.60}", "correct it, or set it to null",
+                                where=file)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_ids(values: Any) -> bool:
+    return isinstance(values, list) and all(map(_is_id, values))

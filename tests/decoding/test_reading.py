@@ -9,7 +9,7 @@ import pytest
 import lmjax
 from lmjax import huggingface
 from lmjax.data.config import DataConfig
-from lmjax.data.reading import make_reader, told_ids
+from lmjax.data.reading import check_told, make_reader, told_ids
 from lmjax.data.tokenizers import TokenizerConfig, train_tokenizer
 from lmjax.decoding.sampling import Sampling
 from lmjax.errors import UserError
@@ -94,7 +94,7 @@ def test_banned_tokens_are_never_drawn(directory):
 
 @pytest.mark.parametrize("keys", [
     {"forced_bos_token_id": 0}, {"begin_suppress_tokens": [5]}, {"bad_words_ids": [[5], [6, 7]]},
-    {"decoder_start_token_id": [5, 6]}])
+    {"decoder_start_token_id": [5, 6]}, {"no_repeat_ngram_size": 3}])
 def test_what_is_not_followed_is_refused_where_it_matters(directory, keys):
     tell(directory, "generation_config.json", **keys)
     lm = lmjax.load(directory)
@@ -102,3 +102,36 @@ def test_what_is_not_followed_is_refused_where_it_matters(directory, keys):
     message = f"generation_config.json: expected no {next(iter(keys))} .*; set it to null"
     with pytest.raises(UserError, match=message):
         lm.generate([TEXT])
+
+
+@pytest.mark.parametrize("keys", [
+    {"no_repeat_ngram_size": 3}, {"min_length": 5}, {"min_new_tokens": 2},
+    {"encoder_no_repeat_ngram_size": 2}, {"guidance_scale": 1.5}, {"stop_strings": ["x"]},
+    {"bos_token_id": "1"}, {"bad_words_ids": [[5, 6]]}, {"forced_bos_token_id": 0}])
+@pytest.mark.parametrize("file", ["generation", "settings"])
+def test_what_would_decide_tokens_of_an_answer_is_refused(file, keys):
+    key = next(iter(keys))
+    with pytest.raises(UserError, match=f"expected no {key} in .*; set it to null"):
+        check_told({"generation": {}, "settings": {}} | {file: keys})
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("keys", [
+    {"eos_token_id": "2"}, {"eos_token_id": [2, "5"]}, {"eos_token_id": 2.5},
+    {"eos_token_id": True}, {"eos_token_id": [[2]]}, {"eos_token_id": {"a": 2}},
+    {"bad_words_ids": [5]}, {"bad_words_ids": "5"}, {"bad_words_ids": [["a"]]},
+    {"suppress_tokens": 5}, {"suppress_tokens": [None]}])
+def test_ids_of_another_type_are_one_line(tokenizer, file, keys):
+    source = {"generation": {}, "settings": {}}
+    source["settings" if file == "config.json" else "generation"] = keys
+    key, value = next(iter(keys.items()))
+    with pytest.raises(UserError, match=f"^{file}: expected .* of ids, got {key}=") as raised:
+        told_ids(source, tokenizer)
+    assert "\n" not in str(raised.value) and repr(value) in str(raised.value)
+
+
+def test_settings_that_decide_nothing_are_passed():
+    check_told({"settings": {}, "generation": {
+        "no_repeat_ngram_size": 0, "min_length": 0, "forced_bos_token_id": None,
+        "encoder_repetition_penalty": 1, "guidance_scale": None, "bad_words_ids": None,
+        "begin_suppress_tokens": [], "temperature": 0.6, "num_beams": 4}})
