@@ -9,10 +9,10 @@ from lmjax.huggingface.directory import (
     write_directory,
 )
 from lmjax.huggingface.places import Place, identify, kind_of, locate
-from lmjax.huggingface.settings import difference, passed_over
+from lmjax.huggingface.settings import decided, difference, passed_over
 from lmjax.huggingface.tokenizers import SENTENCEPIECE, UNREAD, read_tokenizer, why_unread
 
 __all__ = [
-    "SENTENCEPIECE", "UNREAD", "ExportOptions", "HFModel", "Place", "difference", "identify",
-    "is_hf_directory", "kind_of", "locate", "passed_over", "read_directory", "read_params",
-    "read_tokenizer", "why_unread", "write_directory"]
+    "SENTENCEPIECE", "UNREAD", "ExportOptions", "HFModel", "Place", "decided", "difference",
+    "identify", "is_hf_directory", "kind_of", "locate", "passed_over", "read_directory",
+    "read_params", "read_tokenizer", "why_unread", "write_directory"]

@@ -51,6 +51,28 @@ def read_rope(settings: Settings, model_type: ModelType, where: str) -> dict[str
     return fields | _scaling(full, settings, model_type, where)
 
 
+def told_twice(settings: Settings, model_type: ModelType) -> list[str]:
+    """What two places of a config.json that was read say of RoPE differently, and which decides."""
+    scaling, rope = (settings.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+    thetas = [settings.get(name) for name in model_type.rope]
+    if not thetas or not (scaling or rope):
+        return []
+    by_kind = len(thetas) == 2
+    full, local = (rope.get(kind) or {} for kind in KINDS) if by_kind else (rope, {})
+    same = {"rope_type": _kind(scaling), "type": _kind(scaling),
+            "rope_theta": scaling.get("rope_theta", thetas[0])}
+    unread = [key for key, value in full.items() if value != same.get(key, scaling.get(key))]
+    if scaling and unread:
+        out = [f"rope_scaling decides over rope_parameters, whose {unread[0]} differs"]
+    else:
+        out = []
+    for group, theta in ((scaling or full, thetas[0]), (local, thetas[-1])):
+        for name, other in (("rope_theta", theta), ("rope_type", group.get("type"))):
+            if name in group and other not in (None, group[name]):
+                out.append(f"{name}={group[name]!r} decides over {other!r} elsewhere")
+    return out
+
+
 def write_rope(model_type: ModelType, c: ModelConfig) -> dict[str, Any]:
     """The settings of RoPE, in the older form, which every version of transformers reads.
 

@@ -11,7 +11,7 @@ from typing import Any
 from lmjax.config import build
 from lmjax.errors import UserError
 from lmjax.huggingface.model_types import MODEL_TYPES
-from lmjax.huggingface.rope import ORIGINAL, read_rope, write_rope
+from lmjax.huggingface.rope import ORIGINAL, read_rope, told_twice, write_rope
 from lmjax.huggingface.schema import NEUTRAL, ONLY, PASSED_OVER, ModelType, Setting
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.encdec import EncDecConfig
@@ -71,6 +71,11 @@ def passed_over(settings: Settings) -> list[str]:
     model_type = MODEL_TYPES[settings["model_type"]]
     implied = model_type.implied(settings) if model_type.implied else {}
     return [name for name in _unknown(model_type, settings, implied) if _is_harmless(name)]
+
+
+def decided(settings: Settings) -> list[str]:
+    """Which of two places decides, where a config.json that was read says two things of RoPE."""
+    return told_twice(settings, MODEL_TYPES[settings["model_type"]])
 
 
 def kept_settings(settings: Settings, model_type: ModelType) -> dict[str, Any]:

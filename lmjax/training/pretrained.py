@@ -143,6 +143,8 @@ def _huggingface(path: Path) -> Pretrained:
     if unread:
         _tell(f"{path}/config.json: passes over {', '.join(unread)}, which change nothing that the "
               "model computes")
+    for line in huggingface.decided(found.source["settings"]):
+        _tell(f"{path}/config.json: {line}, as in transformers")
     if found.untied:
         _tell(f"{path}: the head differs from the embedding that config.json ties it to; it is "
               "loaded untied, as transformers does")

@@ -16,7 +16,7 @@ from config_values import BASES, STRANGE  # noqa: E402
 
 from lmjax.huggingface.model_types import MODEL_TYPES  # noqa: E402
 from lmjax.huggingface.schema import PASSED_OVER  # noqa: E402
-from lmjax.huggingface.settings import difference, passed_over, read_settings  # noqa: E402
+from lmjax.huggingface.settings import decided, difference, passed_over, read_settings  # noqa: E402
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 # (model type, changes, outcome): what was computed as another model than transformers computes.
@@ -55,6 +55,37 @@ QUICK = (0, 5, 7, 10, 13)
 def test_a_config_is_computed_as_by_transformers_or_refused(model_type, changes, outcome):
     raw = {**BASES[model_type], **changes, "model_type": model_type}
     assert compare(raw)[0] == outcome, compare(raw)
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+# (model type, changes, what is told): two places say two things, and transformers takes one.
+TWICE = [
+    ("llama", {"rope_parameters": {"rope_theta": 9.0}}, "rope_theta=9.0 decides over 500.0"),
+    ("llama", {"rope_scaling": LINEAR | {"rope_theta": 9.0}}, "rope_theta=9.0 decides over 500.0"),
+    ("llama", {"rope_scaling": LINEAR | {"type": "dynamic"}},
+     "rope_type='linear' decides over 'dynamic'"),
+    ("qwen2", {"rope_parameters": LINEAR | {"rope_type": "default", "type": "linear"}},
+     "rope_type='default' decides over 'linear'"),
+    ("mistral", {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"factor": 3.0}},
+     "rope_scaling decides over rope_parameters, whose factor differs"),
+    ("gemma3_text", {"rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 7.0}}},
+     "rope_theta=7.0 decides over 50.0"),
+    ("gemma3_text", {"rope_scaling": LINEAR | {"type": "yarn"}},
+     "rope_type='linear' decides over 'yarn'"),
+    ("gemma2", {"rope_scaling": LINEAR | {"rope_theta": 500.0}}, "")]
+
+
+@pytest.mark.parametrize("model_type, changes, told", [
+    pytest.param(*case, marks=[] if i == 0 else pytest.mark.long, id=f"{i}-{case[0]}")
+    for i, case in enumerate(TWICE)])
+def test_of_two_values_of_rope_the_one_of_transformers_decides_and_is_told(
+        model_type, changes, told):
+    raw = {**BASES[model_type], **changes, "model_type": model_type}
+    assert compare(raw)[0] == "agree", compare(raw)
+    lines = decided(raw)
+    assert len(lines) == bool(told) and (not told or told in lines[0])
 
 
 def test_every_model_type_has_a_base():
