@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -41,7 +42,7 @@ def kvstore(path: str) -> dict[str, str]:
     if is_remote(path):
         raise UserError("a local path or gs://BUCKET/DIR", path, "use one of those",
                         where="data.directory")
-    return {"driver": "file", "path": str(epath.Path(path).expanduser().absolute()) + "/"}
+    return {"driver": "file", "path": os.path.abspath(path) + "/"}
 
 
 def is_remote(path: str) -> bool:

@@ -8,11 +8,11 @@ from lmjax.huggingface.directory import (
     read_params,
     write_directory,
 )
-from lmjax.huggingface.places import Place, identify, kind_of, locate
+from lmjax.huggingface.places import Place, identify, in_cache, kind_of, locate
 from lmjax.huggingface.settings import decided, difference, passed_over
 from lmjax.huggingface.tokenizers import SENTENCEPIECE, UNREAD, read_tokenizer, why_unread
 
 __all__ = [
     "SENTENCEPIECE", "UNREAD", "ExportOptions", "HFModel", "Place", "decided", "difference",
-    "identify", "is_hf_directory", "kind_of", "locate", "passed_over", "read_directory",
-    "read_params", "read_tokenizer", "why_unread", "write_directory"]
+    "identify", "in_cache", "is_hf_directory", "kind_of", "locate", "passed_over",
+    "read_directory", "read_params", "read_tokenizer", "why_unread", "write_directory"]

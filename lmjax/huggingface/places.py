@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
 def kind_of(path: str | os.PathLike) -> str:
     """Says what of Hugging Face `path` is (`Place.kind`), by names alone; "" if nothing of it."""
-    return _kind(Path(path).expanduser()) or ("hub cache" if _is_cached(path) else "")
+    return _kind(Path(path)) or ("hub cache" if _is_cached(path) else "")
 
 
 def identify(path: str | os.PathLike) -> Place:
@@ -33,7 +33,7 @@ def identify(path: str | os.PathLike) -> Place:
 
     Of the weights it reads only the tensors that a file may hold under two names.
     """
-    kind, found, model = kind_of(path), Path(path).expanduser(), None
+    kind, found, model = kind_of(path), Path(path), None
     try:
         found = locate(path)
         if kind and kind != "tokenizer":
@@ -51,9 +51,7 @@ def locate(path: str | os.PathLike) -> Path:
     Raises:
       UserError: the path is a GGUF file, an adapter, or a part of something that must be whole.
     """
-    where = _cached(path) if _is_cached(path) else Path(path).expanduser()
-    if (where / "snapshots").is_dir():
-        where = _snapshot(where)
+    where = in_cache(path)
     kind = _kind(where)
     if kind == "GGUF file":
         raise UserError("a directory with config.json and safetensors", "a GGUF file, which lmjax "
@@ -68,6 +66,16 @@ def locate(path: str | os.PathLike) -> Path:
                             str(where.parent))
         return where.parent
     return where
+
+
+def in_cache(path: str | os.PathLike) -> Path:
+    """Returns the directory of a model in a hub's cache, or of a name in it; else `path`.
+
+    Raises:
+      UserError: the cache does not say which snapshot of the model it means.
+    """
+    where = _cached(path) if _is_cached(path) else Path(path)
+    return _snapshot(where) if (where / "snapshots").is_dir() else where
 
 
 def _kind(path: Path) -> str:
@@ -87,7 +95,7 @@ def _kind(path: Path) -> str:
 
 def _is_cached(path: str | os.PathLike) -> bool:
     """Whether `path` is the name of a model in the hub's cache."""
-    return (not Path(path).expanduser().exists() and re.fullmatch(NAME, str(path)) is not None
+    return (not Path(path).exists() and re.fullmatch(NAME, str(path)) is not None
             and _cached(path).is_dir())
 
 

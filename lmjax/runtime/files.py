@@ -203,7 +203,7 @@ def new_directory(out: Path) -> Iterator[Path]:
       UserError: an error of `check_new`.
       Busy: another process makes `out`.
     """
-    out = out.expanduser().absolute()
+    out = out.absolute()
     part = out.with_name(f".{out.name}.part")
     check_new(out)
     descriptor = claim(part, out)

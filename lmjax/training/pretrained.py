@@ -75,15 +75,18 @@ def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
     """Trains a tokenizer on `texts`, or reads the one at `config.path`, a file or a directory.
 
     `config.path` may be a SentencePiece model, or the directory of a run, of a checkpoint, or of a
-    Hugging Face model or tokenizer.
+    Hugging Face model or tokenizer, or the name of one in the hub's local cache.
 
     Raises:
       UserError: no tokenizer at `path`, another vocabulary size than `vocab_size`, or a vocabulary
         size that the texts do not support.
     """
-    path = epath.Path(config.path).expanduser()
+    path = epath.Path(config.path)
+    if config.path and "://" not in config.path:
+        path = epath.Path(huggingface.in_cache(config.path))
     if config.path and not path.exists():
-        raise UserError("a SentencePiece model, a directory with a tokenizer or a run",
+        raise UserError("a SentencePiece model, a directory with a tokenizer, a run or a name in "
+                        "the hub's cache",
                         f"{config.path!r}, which does not exist",
                         "correct it, or leave it empty to train one", where="data.tokenizer.path")
     if not config.path or not path.is_dir():
@@ -171,7 +174,7 @@ def _checkpoint(path: str | os.PathLike, step: int | None) -> epath.Path:
     """Returns the directory of a checkpoint: `path` itself, or one of the run at `path`."""
     where = epath.Path(path)
     if "://" not in str(path):
-        where = where.expanduser().absolute()  # Orbax takes no relative path
+        where = where.absolute()  # Orbax takes no relative path
     if (where / "about").exists():
         return where
     directory = where / "checkpoints" if (where / "checkpoints").is_dir() else where

@@ -1,15 +1,21 @@
 """Weight files as people have them, compared with transformers: the same outputs, or a refusal."""
 
+import dataclasses
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from exports import settings_of, write
+from exports import CONFIG, settings_of, write
+from hub_tokenizers import llama
 
 import lmjax
 from lmjax import huggingface
+from lmjax.data.store import kvstore
+from lmjax.data.tokenizers import TokenizerConfig
 from lmjax.errors import UserError
+from lmjax.huggingface.tokenizers import read_tokenizer
+from lmjax.training.pretrained import make_tokenizer
 
 V, D, F = 48, 16, 24
 MISSING = "is not installed, so nothing is compared with it: pip install lmjax[oracle]"
@@ -258,6 +264,40 @@ def test_a_model_of_the_hub_cache_is_found(variable, below, small, tmp_path, mon
     (model / "refs" / "main").write_text("gone")
     with pytest.raises(UserError, match="expected refs/main to name a snapshot"):
         lmjax.load(model)
+
+
+def test_a_tokenizer_of_the_hub_cache_is_found_by_its_name(tmp_path, monkeypatch):
+    made = tmp_path / "made"
+    made.mkdir()
+    size = read_tokenizer(llama(made)).vocab_size
+    model = cache(tmp_path, made)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for path in ("org/name", str(model), str(model / "snapshots" / "abc")):
+        config = TokenizerConfig(path=path, vocab_size=size)
+        assert make_tokenizer(config, []).vocab_size == size
+    (model / "refs" / "main").write_text("gone")
+    with pytest.raises(UserError, match="expected refs/main to name a snapshot"):
+        make_tokenizer(TokenizerConfig(path="org/name"), [])
+    with pytest.raises(UserError, match="or a name in the hub's cache, got 'org/other'"):
+        make_tokenizer(TokenizerConfig(path="org/other"), [])
+
+
+@pytest.mark.long
+def test_a_name_that_begins_with_a_tilde_is_no_home(tmp_path, monkeypatch):
+    """`./~x` names a file of this directory, everywhere."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "~model", dataclasses.replace(CONFIG, vocab_size=358))
+    llama(tmp_path / "~model")
+    path = "./~model"
+    assert huggingface.identify(path).kind == "model"
+    lm = lmjax.load(path)
+    lm.export("./~out", log=lambda line: None)
+    assert (tmp_path / "~out" / "config.json").is_file()
+    config = TokenizerConfig(path=path, vocab_size=lm.tokenizer.vocab_size)
+    assert make_tokenizer(config, []).hash == lm.tokenizer.hash
+    lm.save("./~run")
+    lmjax.load("./~run")
+    assert kvstore("./~data")["path"] == f"{tmp_path}/~data/"
 
 
 def renamed(new):

@@ -32,7 +32,7 @@ def sentencepiece_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> To
     """
     if not config.path:
         return train_tokenizer(config, texts)
-    path = epath.Path(config.path).expanduser()
+    path = epath.Path(config.path)
     if not path.exists() or path.is_dir():
         got = "is a directory" if path.is_dir() else "does not exist"
         raise UserError("a SentencePiece model", f"{config.path!r}, which {got}",
