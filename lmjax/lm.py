@@ -83,8 +83,7 @@ class LM:
         self.model, self.params, self.layout = model, params, layout
         self.tokenizer, self.recipe, self.about = tokenizer, recipe, about
         if tokenizer is not None:
-            self.reader: Reader = make_reader(tokenizer, model.config.family, recipe.data,
-                                               about.get("huggingface"))
+            self.reader: Reader = make_reader(tokenizer, model.config.family, recipe.data, about)
             # A decoder reads [MASK] and never writes it; an encoder-decoder writes sentinels.
             written = self.reader.names if model.config.family == "encdec" else tokenizer
             self._generator = Generator(

@@ -30,5 +30,5 @@ def settings_of(folder):
 
 def reader(tokenizer, family="decoder", *, imported=False):
     """How a model with this tokenizer reads, trained here or imported."""
-    source = {"settings": {}, "generation": {}} if imported else None
-    return make_reader(tokenizer, family, DataConfig(), source)
+    about = {"huggingface": {"settings": {}, "generation": {}}} if imported else {}
+    return make_reader(tokenizer, family, DataConfig(), about)

@@ -73,7 +73,7 @@ def folder(tmp_path_factory):
                            max_positions=64, init_std=0.3)
     model = build_model(config, vocab_size=0, platform="cpu", dtype=jnp.float32)
     huggingface.write_directory(made / "hf", model, jax.jit(model.init)(jax.random.key(0)),
-                                make_reader(tokenizer, "decoder", DataConfig(), None),
+                                make_reader(tokenizer, "decoder", DataConfig(), {}),
                                 log=lambda line: None)
     return made
 

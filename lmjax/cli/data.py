@@ -119,11 +119,11 @@ def order(workdir: str | Path, first: int, last: int) -> None:
 def make_reader(config: DataConfig, directory: str) -> Callable[[np.ndarray], str]:
     """Makes the function that turns token ids [n] into text.
 
-    Synthetic tokens become their numbers; ids that the objective adds become their names.
+    Synthetic tokens become their numbers; the objective's ids become their names.
     """
     if config.synthetic:
         return lambda ids: " ".join(map(str, ids))
     tokenizer = prepared_tokenizer(directory)
     objective = Objective(config.objective, seq_len=config.seq_len,
-                          vocab_size=tokenizer.vocab_size)
-    return NamedIds(tokenizer, objective.extra).decode
+                          vocab_size=tokenizer.vocab_size, tokenizer=tokenizer)
+    return NamedIds(tokenizer, objective.ids).decode

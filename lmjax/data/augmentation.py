@@ -46,13 +46,14 @@ class Augmented(NamedTuple):
     real_T: np.ndarray    # 1.0, or 0.0 for an inserted token, which is no target
 
 
-def augment(p: Pieces, config: AugmentConfig, mask_id: int) -> Augmented:
+def augment(p: Pieces, config: AugmentConfig, *, mask_id: int, vocab_size: int) -> Augmented:
     """Makes mistakes in pieces of n predictions, n + 1 tokens. The first and the last token stay.
 
     Args:
       p: pieces of a decoder.
       config: how many mistakes of each kind.
-      mask_id: the id of a hidden token; lower ids are the tokenizer's.
+      mask_id: the id of a hidden token.
+      vocab_size: random tokens are drawn from so many ids.
     """
     count_P = p.length_P + 1
     piece_T = np.repeat(np.arange(len(count_P)), count_P)
@@ -68,7 +69,7 @@ def augment(p: Pieces, config: AugmentConfig, mask_id: int) -> Augmented:
     room_P = np.ceil(p.length_P * config.insert) + np.bincount(piece_T, delete_T, len(count_P))
     before_T = np.cumsum(insert_T) - insert_T
     insert_T &= before_T - before_T[np.cumsum(count_P) - count_P][piece_T] < room_P[piece_T]
-    new_T = (fold(key_T, within_T, Draw.RANDOM_TOKEN) % np.uint64(mask_id)).astype(np.int64)
+    new_T = (fold(key_T, within_T, Draw.RANDOM_TOKEN) % np.uint64(vocab_size)).astype(np.int64)
     seen_T = np.select([mask_T, replace_T], [mask_id, new_T], token_T)
     # An insertion repeats its token's index; the first of the two is the inserted token.
     index = np.repeat(np.arange(len(token_T)), 1 + insert_T.astype(np.int64) - delete_T)

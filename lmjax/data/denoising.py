@@ -7,7 +7,7 @@ Shape legend: P pieces, Q hidden spans of all pieces, N lengths of a piece.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,10 +65,9 @@ class Denoising:
       mixture: the denoisers.
       name: of the objective, for messages.
       seq_len: length of the encoder's rows.
-      sentinels: number of ids for hidden spans.
-      first_id: the first id after the tokenizer's; the modes' and the sentinels' ids begin there.
+      sentinels: the ids for the hidden spans of a piece, in their order.
+      modes: the id of each mode.
     Attributes:
-      extra: names of the ids first_id, first_id + 1, ...: modes, then sentinels.
       longest: tokens of the longest piece.
       cost: room that a piece of n tokens takes in a row of seq_len, int64 [longest + 1].
       fields: row length of each array of a batch.
@@ -76,12 +75,9 @@ class Denoising:
       UserError: seq_len is too short, or a piece has more spans than there are sentinels.
     """
 
-    def __init__(self, mixture: Sequence[Denoiser], *, name: str, seq_len: int, sentinels: int,
-                 first_id: int):
-        self.mixture, self.first_id = mixture, first_id
-        modes = dict.fromkeys(d.mode for d in mixture if d.mode)
-        # T5's order: <extra_id_0> comes last.
-        self.extra = (*modes, *(f"<extra_id_{i}>" for i in reversed(range(sentinels))))
+    def __init__(self, mixture: Sequence[Denoiser], *, name: str, seq_len: int,
+                 sentinels: Sequence[int], modes: Mapping[str, int]):
+        self.mixture, self.sentinels, self.modes = mixture, np.array(sentinels), modes
         length_N = np.arange(1, int(seq_len / (1 - min(d.density for d in mixture))) + 2)
         inputs_N, targets_N, spans_N = (np.zeros_like(length_N) for _ in range(3))
         for d in mixture:  # a row must have room for the denoiser that takes the most
@@ -95,8 +91,8 @@ class Denoising:
             raise UserError(f"at least {inputs_N[0]} for {name}", seq_len, "raise it",
                             where="data.seq_len")
         most = int(spans_N[: self.longest].max())
-        if most > sentinels:
-            raise UserError(f"at least {most}, the spans of a row", sentinels, "raise it",
+        if most > len(sentinels):
+            raise UserError(f"at least {most}, the spans of a row", len(sentinels), "raise it",
                             where="data.objective.sentinels")
         decoder_len = int(targets_N[self.longest - 1])
         # A row is full when either side is: the decoder's share is scaled to the encoder's length.
@@ -114,7 +110,7 @@ class Denoising:
         hidden_P, spans_P = noise_counts(p.length_P, density_P, mean_P)
         kept_Q = random_parts(p.length_P - hidden_P, spans_P, fold(p.key_P, Draw.KEPT_SPANS))
         hidden_Q = random_parts(hidden_P, spans_P, fold(p.key_P, Draw.HIDDEN_SPANS))
-        sentinel_Q = self._id_of("<extra_id_0>") - ramps(np.zeros_like(spans_P), spans_P)
+        sentinel_Q = self.sentinels[ramps(np.zeros_like(spans_P), spans_P)]
         source_Q = _spans_from(p.at_P, kept_Q + hidden_Q, spans_P)
         out = empty(self.fields, rows)
 
@@ -140,16 +136,12 @@ class Denoising:
         out["loss_mask"][...] = out["segment_ids"] > 0
         return out
 
-    def _id_of(self, name: str) -> int:
-        return self.first_id + self.extra.index(name)
-
     def _choose(self, key_P: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Density, mean span and mode (its id, -1 for none) of the denoiser of each piece."""
         shares = np.cumsum([d.weight for d in self.mixture])
         random_P = uniform(fold(key_P, Draw.DENOISER))
         which_P = np.searchsorted(shares[:-1] / shares[-1], random_P, side="right")
-        table = [(d.density, d.mean_span, self._id_of(d.mode) if d.mode else -1)
-                 for d in self.mixture]
+        table = [(d.density, d.mean_span, self.modes.get(d.mode, -1)) for d in self.mixture]
         density_P, mean_P, mode_P = (np.array(column)[which_P]
                                      for column in zip(*table, strict=True))
         return density_P, mean_P, mode_P

@@ -8,7 +8,7 @@
 
 A row is a pure function of its pieces and of one key per piece, which is itself a function of
 (seed, row of the run): the row is the same whenever and wherever it is made. An objective may need
-further ids; they come after the tokenizer's, in the order of `Objective.extra`.
+ids for a mask, sentinels or modes: the tokenizer's own, and where it has none, further ids.
 
 Shape legend: P pieces, T tokens of all pieces, V vocabulary.
 """
@@ -26,9 +26,10 @@ from lmjax.data.augmentation import AugmentConfig, augment
 from lmjax.data.denoising import UL2, Denoiser, Denoising
 from lmjax.data.hashing import fold, uniform
 from lmjax.data.rows import DECODER, Draw, Pieces, Rows, empty, fill_rows, ramps, segments, starts
+from lmjax.data.tokenizers import SPACE, Tokenizer
 from lmjax.errors import UserError
 
-MASK = "[MASK]"  # the name of the id that hides a token
+MASK = "[MASK]"  # the name of the id that hides a token, if the tokenizer has no such token
 Specials = tuple[int, int]  # the ids of BOS and EOS
 # Whether each token begins outside a word, and whether it ends outside one; bool [V] each.
 WordTables = tuple[np.ndarray, np.ndarray]
@@ -46,6 +47,9 @@ class ObjectiveConfig:
     denoisers: tuple[Denoiser, ...] = ()  # span_corruption, ul2: (): T5's one denoiser, UL2's seven
     sentinels: int = 100               # span_corruption, ul2: number of ids for hidden spans
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # causal_lm, prefix_lm
+    # Whether the tokenizer's own mask, sentinels and modes are used. Version 0.1.0 never used them;
+    # its runs go on with false. The fingerprint of the data names the ids, not this switch.
+    own_ids: bool = field(default=True, compare=False)
 
     def __post_init__(self) -> None:
         choice("name", self.name, OBJECTIVES)
@@ -71,6 +75,23 @@ class ObjectiveConfig:
         return self.denoisers or {"span_corruption": (Denoiser(),), "ul2": UL2}.get(self.name, ())
 
     @property
+    def masks(self) -> bool:
+        """Whether rows hold a token that hides another."""
+        return self.name == "masked_lm" or bool(self.augment.share * self.augment.mask)
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The names of the tokens that announce a denoiser."""
+        encdec = self.architecture == "encdec"
+        return tuple(dict.fromkeys(d.mode for d in self.mixture if d.mode and encdec))
+
+    @property
+    def sentinel_names(self) -> tuple[str, ...]:
+        """The names of the tokens that hide the spans of a piece, in their order."""
+        count = self.sentinels if self.architecture == "encdec" else 0
+        return tuple(f"<extra_id_{i}>" for i in range(count))
+
+    @property
     def joins(self) -> bool:
         """Whether a row is as long as its pieces, so that a stream of text can be cut into rows."""
         return self.architecture != "encdec" and not self.augment.share
@@ -83,41 +104,46 @@ class Objective:
       config: which objective.
       seq_len: length of a row that the model (or its encoder) reads.
       vocab_size: number of ids of the tokenizer.
+      tokenizer: of the data; None: none of the ids that the objective needs are its own.
     Attributes:
       fields: row length of each array of a batch; all are int32 but loss_mask, which is float32.
-      extra: names of the ids vocab_size, vocab_size + 1, ... that the objective adds.
-      vocab_size: number of ids, with those.
+      ids: the id of each name that the objective uses: of the mask, or of modes and sentinels.
+      own: the part of them that is the tokenizer's. The others come after its ids.
+      mask_id: the id that hides a token; no row has it if the objective hides none.
+      vocab_size: number of ids, with those after the tokenizer's.
       longest: tokens of the longest piece.
       cost: room that a piece of n tokens takes in a row of seq_len, int64 [longest + 1].
     Raises:
       UserError: seq_len is too short, or a piece has more spans than there are sentinels.
     """
 
-    def __init__(self, config: ObjectiveConfig, *, seq_len: int, vocab_size: int):
+    def __init__(self, config: ObjectiveConfig, *, seq_len: int, vocab_size: int,
+                 tokenizer: Tokenizer | None = None):
         self.config, self.seq_len, self.base = config, seq_len, vocab_size
         self.kind = OBJECTIVES[config.name]
         self.longest, self.cost = seq_len, np.arange(seq_len + 1)
         self.fields = dict.fromkeys(DECODER, seq_len)
-        self.extra: tuple[str, ...] = ()
+        self.own = own_ids(config, tokenizer) if tokenizer and config.own_ids else {}
+        mask = (next(iter(self.own), MASK),) if config.masks else ()
+        # T5's order: <extra_id_0> comes last.
+        names = (*mask, *config.modes, *reversed(config.sentinel_names))
+        new = [name for name in names if name not in self.own]
+        self.ids = self.own | {name: vocab_size + i for i, name in enumerate(new)}
+        self.mask_id = self.ids[mask[0]] if mask else vocab_size
         self.denoising: Denoising | None = None
         if self.kind.architecture == "encdec":
-            made = self.denoising = Denoising(config.mixture, name=config.name, seq_len=seq_len,
-                                              sentinels=config.sentinels, first_id=vocab_size)
-            self.longest, self.cost = made.longest, made.cost
-            self.fields, self.extra = made.fields, made.extra
-        elif config.name == "masked_lm" or config.augment.share * config.augment.mask:
-            self.extra = (MASK,)
+            made = self.denoising = Denoising(
+                config.mixture, name=config.name, seq_len=seq_len,
+                sentinels=[self.ids[name] for name in config.sentinel_names],
+                modes={name: self.ids[name] for name in config.modes})
+            self.longest, self.cost, self.fields = made.longest, made.cost, made.fields
         if config.name == "prefix_lm":
             self.fields["bidirectional"] = seq_len
         if config.augment.share:
             cost = self.cost + np.ceil(self.cost * config.augment.insert).astype(np.int64)
             self.longest = int(np.searchsorted(cost, seq_len, side="right")) - 1
             self.cost = cost[: self.longest + 1]
-        self.vocab_size = vocab_size + len(self.extra)
-
-    def id_of(self, name: str) -> int:
-        """The id of one of the `extra` names."""
-        return self.base + self.extra.index(name)
+        self.vocab_size = vocab_size + len(new)
 
     def rows(self, pieces: Pieces, rows: int, specials: Specials,
              words: WordTables | None = None) -> Rows:
@@ -135,11 +161,26 @@ class Objective:
         return self.kind.rows(self, pieces, rows, specials, words)
 
 
+def own_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> dict[str, int]:
+    """The tokenizer's own ids among those that an objective needs, by name.
+
+    A mode may be called as a piece of text is, so only special tokens count for it.
+    """
+    found = {name: tokenizer.id_of(name, special=True) for name in config.modes}
+    for name in config.sentinel_names:
+        i = tokenizer.id_of(name)
+        found[name] = tokenizer.id_of(SPACE + name) if i is None else i  # mT5's have the space
+    if config.masks and tokenizer.mask_name:
+        found[tokenizer.mask_name] = tokenizer.id_of(tokenizer.mask_name)
+    return {name: i for name, i in found.items() if i is not None}
+
+
 def causal_rows(objective: Objective, p: Pieces, rows: int, specials: Specials,
                 words: WordTables | None) -> Rows:
     """Rows of causal_lm and prefix_lm: each position predicts the next token."""
     c, seq_len = objective.config, objective.seq_len
-    augmented = augment(p, c.augment, objective.base) if c.augment.share else None
+    augmented = augment(p, c.augment, mask_id=objective.mask_id,
+                        vocab_size=objective.base) if c.augment.share else None
     p = augmented.pieces if augmented else p
     out = fill_rows(p.flat, p.at_P, p.length_P, p.place_P, rows, seq_len)
     slot_T = ramps(starts(p.length_P, p.place_P, seq_len), p.length_P)
@@ -177,7 +218,7 @@ def masked_rows(objective: Objective, p: Pieces, rows: int, specials: Specials,
     random = fold(key_T[at], within_T[at], Draw.RANDOM_TOKEN) % np.uint64(objective.base)
     is_random = how < c.mask_share + c.random_share
     seen_T = token_T.copy()
-    seen_T[at] = np.where(how < c.mask_share, objective.id_of(MASK),
+    seen_T[at] = np.where(how < c.mask_share, objective.mask_id,
                           np.where(is_random, random.astype(np.int32), token_T[at]))
     columns = {"tokens": seen_T, "targets": token_T, "positions": within_T, "loss_mask": hidden_T,
                "segment_ids": np.repeat(segments(p.place_P), p.length_P)}

@@ -71,7 +71,11 @@ class PackedRows:
         self.predictions, self.bytes = documents.predictions, documents.bytes
         self.fingerprint = f"{documents.fingerprint}-{method}-{self.seq_len}"
         if objective.config != ObjectiveConfig():
-            self.fingerprint += canonical(plain(objective.config))
+            settings = plain(objective.config)
+            del settings["own_ids"]
+            self.fingerprint += canonical(settings)
+        if objective.own:
+            self.fingerprint += canonical(objective.own)
 
     def rows_at(self, rows: np.ndarray, keys: np.ndarray | None = None) -> Rows:
         """The arrays of a batch.
@@ -237,13 +241,17 @@ def _synthetic(config: DataConfig, source: SourceConfig, split: str) -> RowSourc
 def _stored(config: DataConfig, directory: str, verify: bool) -> Callable[..., RowSource]:
     manifest = read_manifest(directory)
     check_prepared_by(config, manifest, directory)
-    words = word_tables(prepared_tokenizer(directory)) if config.objective.whole_word else None
+    wanted = config.objective
+    is_needed = wanted.masks or wanted.sentinel_names or wanted.whole_word
+    tokenizer = prepared_tokenizer(directory) if is_needed else None
+    words = word_tables(tokenizer) if tokenizer and wanted.whole_word else None
     vocab_size = manifest["tokenizer"]["vocab_size"]
 
     def make(config: DataConfig, source: SourceConfig, split: str) -> PackedRows:
         store = SplitStore(directory, source.name, split, manifest["sources"][source.name][split],
                            memory_limit=config.memory_limit_mib << 20, verify=verify)
-        objective = Objective(config.objective, seq_len=config.seq_len, vocab_size=vocab_size)
+        objective = Objective(config.objective, seq_len=config.seq_len, vocab_size=vocab_size,
+                              tokenizer=tokenizer)
         return PackedRows(store, objective, name=source.name, method=config.packing, words=words)
 
     return make

@@ -13,7 +13,7 @@ from lmjax.errors import UserError
 class Reader(NamedTuple):
     """How texts become ids: as in the model's training, or as the imported files say."""
 
-    names: NamedIds  # the tokenizer, with names for the ids that the objective adds
+    names: NamedIds  # the tokenizer, with names for the ids that the objective uses
     prefix: tuple[int, ...]  # ids before a text
     suffix: tuple[int, ...]  # ids after a text
     start_id: int  # the id with which an encoder-decoder's answer begins
@@ -36,26 +36,29 @@ class Reader(NamedTuple):
 
 
 def make_reader(tokenizer: Tokenizer, family: str, data: DataConfig,
-                imported: Mapping[str, Any] | None) -> Reader:
+                about: Mapping[str, Any]) -> Reader:
     """Makes the reader of a model.
 
     A model that was trained here reads a whole document as its rows had it, whatever the
-    tokenizer's own files put around a text.
+    tokenizer's own files put around a text. One whose weights were imported keeps what its files
+    say, and if it was trained on here, knows the names of the ids that its rows had.
 
     Args:
       tokenizer: the model's.
       family: of the model: decoder, encoder or encdec.
       data: the config of the data that it was trained on.
-      imported: what a Hugging Face directory said of it (`HFModel.source`), if it is imported.
+      about: what its checkpoint says. `huggingface` is there if the weights were imported
+        (`HFModel.source`), and `init_from` as well if a run started from them.
     """
-    if imported:
-        told = told_ids(imported, tokenizer)
-        return Reader(NamedIds(tokenizer), tokenizer.prefix, tokenizer.suffix, told.start,
-                      told.end, told.banned)
-    objective = Objective(data.objective, seq_len=data.seq_len, vocab_size=tokenizer.vocab_size)
+    objective = Objective(data.objective, seq_len=data.seq_len, vocab_size=tokenizer.vocab_size,
+                          tokenizer=tokenizer)
+    if "huggingface" in about:
+        told = told_ids(about["huggingface"], tokenizer)
+        names = NamedIds(tokenizer, objective.ids if "init_from" in about else None)
+        return Reader(names, tokenizer.prefix, tokenizer.suffix, told.start, told.end, told.banned)
     bos, eos = (tokenizer.bos_id,), (tokenizer.eos_id,)
     prefix, suffix = {"decoder": (bos, ()), "encoder": (bos, eos), "encdec": ((), eos)}[family]
-    return Reader(NamedIds(tokenizer, objective.extra), prefix, suffix, START_ID, eos)
+    return Reader(NamedIds(tokenizer, objective.ids), prefix, suffix, START_ID, eos)
 
 
 class ToldIds(NamedTuple):

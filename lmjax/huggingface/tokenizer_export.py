@@ -42,7 +42,7 @@ def write_tokenizer(path: Path, reader: Reader, *, generates: bool = True,
 
     Args:
       path: the directory.
-      reader: the tokenizer, the ids around a text, and names for the ids after the tokenizer's.
+      reader: the tokenizer, the ids around a text, and names of the objective's ids.
       generates: whether the model continues a text, so that padding must stand before it.
       log: prints a line for the user.
     """
@@ -52,7 +52,7 @@ def write_tokenizer(path: Path, reader: Reader, *, generates: bool = True,
         (path / name).write_bytes(raw)
     if isinstance(tokenizer, SentencePieceTokenizer):
         (path / SENTENCEPIECE).write_bytes(tokenizer.model)
-    as_told = not reader.names.names and (
+    as_told = not reader.names.new and (
         (reader.prefix, reader.suffix) == (tokenizer.prefix, tokenizer.suffix))
     if tokenizer.files and as_told:
         return
@@ -67,7 +67,7 @@ def write_tokenizer(path: Path, reader: Reader, *, generates: bool = True,
         return
     _put_around(made, reader, log)
     made.save(str(path / HF_FILES[0]))
-    write_json(path / HF_FILES[1], _described(made, tokenizer, reader.names.names, generates))
+    write_json(path / HF_FILES[1], _described(made, reader, generates))
     for name in (HF_FILES[2], ADDED):  # the two files above say all of it
         (path / name).unlink(missing_ok=True)
     if not tokenizer.files:
@@ -79,6 +79,12 @@ def pad_of(tokenizer: Tokenizer) -> int:
     """The id that pads batches outside: the tokenizer's, or EOS if that id stands for text."""
     is_text = tokenizer.surface(np.array([tokenizer.pad_id]))[0]
     return tokenizer.eos_id if is_text else tokenizer.pad_id
+
+
+def mask_of(reader: Reader) -> str | None:
+    """The name of the mask among the objective's ids."""
+    names = (reader.names.tokenizer.mask_name, MASK)
+    return next((name for name in names if name in reader.names.ids), None)
 
 
 def _rules(tokenizer: Tokenizer) -> tuple[Any, str]:
@@ -94,16 +100,21 @@ def _rules(tokenizer: Tokenizer) -> tuple[Any, str]:
 
 
 def _put_around(made: Any, reader: Reader, log: Callable[[str], None]) -> None:
-    """Gives `made` the names of further ids, and the ids before and after a text."""
+    """Gives `made` the names of the objective's ids, and the ids before and after a text."""
     from tokenizers import AddedToken, processors
 
-    # transformers drops special tokens from an answer, and lmjax writes sentinels and modes.
-    for i, name in enumerate(reader.names.names, start=reader.names.tokenizer.vocab_size):
-        if made.token_to_id(name) is None:
-            made.add_tokens([AddedToken(name, special=name == MASK, normalized=False)])
-        if made.token_to_id(name) != i:
-            log(f"tokenizer.json reads {name} as id {made.token_to_id(name)}, which it had before; "
-                f"the model was trained with {i}: give the model ids, not this name")
+    known, mask = made.get_added_tokens_decoder(), mask_of(reader)
+    for i, name in sorted((i, name) for name, i in reader.names.ids.items()):
+        found = made.token_to_id(name)
+        is_new = found is None and i >= reader.names.tokenizer.vocab_size
+        # A piece of the vocabulary is found anywhere in a text only if it is an added token.
+        if is_new or (found == i and i not in known):
+            # transformers drops special tokens from an answer; lmjax writes sentinels and modes.
+            made.add_tokens([AddedToken(name, special=name == mask, normalized=False)])
+        if i not in made.encode(f"a {name}", add_special_tokens=False).ids:
+            read = "text" if found is None else f"id {found}, which it had before"
+            log(f"tokenizer.json reads {name} as {read}; the model was trained with {i}: give the "
+                "model ids, not this name")
     ends = {i: made.id_to_token(i) for i in (*reader.prefix, *reader.suffix)}
     before, after = ([ends[i] for i in part] for part in (reader.prefix, reader.suffix))
     made.post_processor = processors.TemplateProcessing(
@@ -111,9 +122,9 @@ def _put_around(made: Any, reader: Reader, log: Callable[[str], None]) -> None:
         special_tokens=[(name, i) for i, name in ends.items()])
 
 
-def _described(made: Any, tokenizer: Tokenizer, names: Sequence[str],
-               generates: bool) -> dict[str, Any]:
+def _described(made: Any, reader: Reader, generates: bool) -> dict[str, Any]:
     """tokenizer_config.json: which tokens are special, and how batches are padded."""
+    tokenizer = reader.names.tokenizer
     kept = {key: value for key, value in tokenizer_settings(tokenizer.files).items()
             if key not in ("added_tokens_decoder", "add_bos_token", "add_eos_token", "extra_ids")}
     model = json.loads(made.to_str())["model"]
@@ -124,7 +135,7 @@ def _described(made: Any, tokenizer: Tokenizer, names: Sequence[str],
              "eos_token": made.id_to_token(tokenizer.eos_id),
              "pad_token": made.id_to_token(pad_of(tokenizer))}
     roles |= {"unk_token": unknown} if unknown else {}
-    roles |= {"mask_token": MASK} if MASK in names else {}
+    roles |= {"mask_token": mask} if (mask := mask_of(reader)) else {}
     return {**kept, **roles, "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
@@ -136,7 +147,7 @@ def _tell_ends(path: Path, reader: Reader, log: Callable[[str], None]) -> None:
     settings = tokenizer_settings(reader.names.tokenizer.files)
     write_json(path / HF_FILES[1], settings | {
         "add_bos_token": bool(reader.prefix), "add_eos_token": bool(reader.suffix)})
-    if names := reader.names.names:
+    if names := reader.names.new:
         log(f"tokenizer.model has no names for the {len(names)} ids of the objective ({names[0]} "
             f"is {reader.names.tokenizer.vocab_size}): give the model ids in place of names")
 

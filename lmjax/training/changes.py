@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "mesh.", "eval.", "checkpoint.", "sample.", "watch.",
     "data.directory", "data.memory_limit_mib", "data.curate.workers", "data.curate.memory_mib",
     "data.stages", "data.max_epochs.",
+    "data.objective.own_ids",  # the fingerprint of the data holds the ids that differ by it
     "train.batch_size",  # the rows already trained on stay as they are: `data.order.Steps`
     "train.microbatches", "train.log_every", "train.loss_chunk",
     "train.compute_dtype",  # "auto" may be spelt out; a checkpoint records the dtype itself

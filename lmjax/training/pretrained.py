@@ -19,6 +19,8 @@ import lmjax
 from lmjax import huggingface
 from lmjax.config import plain
 from lmjax.data import tokenizers
+from lmjax.data.reading import told_ids
+from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import HF_FILES, Tokenizer, TokenizerConfig, tokenizer_from_bytes
 from lmjax.errors import UserError
 from lmjax.models.model import Model
@@ -114,7 +116,8 @@ def check_start(found: Pretrained, model: Model, tokenizer: Tokenizer | None) ->
       tokenizer: that of the run's data; None: synthetic data.
 
     Raises:
-      UserError: the models compute different functions, or the tokenizers differ.
+      UserError: the models compute different functions, the tokenizers differ, or answers begin
+        with another id than the rows of a decoder in training.
     """
     difference = huggingface.difference(model.config, found.recipe.model)
     if difference:
@@ -127,6 +130,13 @@ def check_start(found: Pretrained, model: Model, tokenizer: Tokenizer | None) ->
                         f"{found.where} with another ({found.tokenizer.hash[:12]})",
                         f"prepare the data with data.tokenizer.path={found.where}",
                         where="train.init_from")
+    if model.config.family == "encdec" and tokenizer and "huggingface" in found.about:
+        start = told_ids(found.about["huggingface"], tokenizer).start
+        if start != START_ID:
+            raise UserError(f"an encoder-decoder whose answers begin with id {START_ID}, as the "
+                            "rows of training do", f"decoder_start_token_id {start}", "train from "
+                            "random weights, or from a model with that id, such as T5",
+                            where="train.init_from")
 
 
 def tokenizer_text(tokenizer: Tokenizer | None) -> str | None:

@@ -82,10 +82,14 @@ def _check(run: Run, about: About) -> None:
     saved, row = about["data"]["fingerprint"], about["data"]["next_row"]
     data = run.train_split.fingerprint_of(row)
     if saved != data:
+        fix = ("use another --workdir, the data directory of that run, or data.stages that are the "
+               f"same before row {row:,}")
+        own_ids = recorded_recipe(about["recipe"]).data.objective.own_ids
+        if own_ids != run.recipe.data.objective.own_ids:
+            fix = (f"set config.data.objective.own_ids={str(own_ids).lower()}: the tokenizer's own "
+                   f"mask, sentinels and modes were {'' if own_ids else 'not '}used so far")
         raise UserError(f"the data that its checkpoint was trained on ({saved[:12]})",
-                        f"data {data[:12]}", "use another --workdir, the data directory of that "
-                        f"run, or data.stages that are the same before row {row:,}",
-                        where=str(run.workdir))
+                        f"data {data[:12]}", fix, where=str(run.workdir))
     saved, dtype = about["compute_dtype"], run.about["compute_dtype"]
     if saved != dtype:  # for example because "auto" meets another kind of device
         raise UserError(f"to compute in {saved}, as when this run began",

@@ -93,7 +93,7 @@ def test_a_row_of_568_tokens_fills_512_inputs_and_114_targets():
     assert source.num_rows == 20
     assert rows["encoder_tokens"].shape == (20, 512) and rows["targets"].shape == (20, 114)
     assert (rows["encoder_segment_ids"] == 1).all() and (rows["loss_mask"] == 1).all()
-    first, last = source.objective.id_of("<extra_id_0>"), source.objective.id_of("<extra_id_27>")
+    first, last = source.objective.ids["<extra_id_0>"], source.objective.ids["<extra_id_27>"]
     assert (first, last) == (V + 99, V + 72)
     for row in rows["targets"]:
         np.testing.assert_array_equal(row[row >= V], np.arange(first, last - 1, -1))
@@ -101,7 +101,7 @@ def test_a_row_of_568_tokens_fills_512_inputs_and_114_targets():
 
 def restored(inputs, targets, objective):
     """The text that inputs and targets stand for, token by token."""
-    sentinels = {objective.id_of(f"<extra_id_{i}>") for i in range(objective.config.sentinels)}
+    sentinels = {objective.ids[f"<extra_id_{i}>"] for i in range(objective.config.sentinels)}
     assert inputs[-1] == EOS and targets[-1] == EOS
     hidden, current = {}, None
     for token in targets[:-1]:
@@ -172,8 +172,9 @@ def test_ul2_uses_every_denoiser_as_often():
     source, rows = rows_of(ObjectiveConfig("ul2"), 512, Corpus([500] * 1400))
     modes = rows["encoder_tokens"][rows["encoder_positions"] == 0]
     modes = modes[modes > 0]
-    assert source.objective.extra[:3] == ("[NLU]", "[S2S]", "[NLG]")
-    shares = [(modes == source.objective.id_of(name)).mean()
+    ids = source.objective.ids
+    assert [ids[name] for name in ("[NLU]", "[S2S]", "[NLG]")] == [V, V + 1, V + 2]
+    shares = [(modes == source.objective.ids[name]).mean()
               for name in ("[NLU]", "[S2S]", "[NLG]")]
     np.testing.assert_allclose(shares, np.array([2, 1, 4]) / 7, atol=5 * np.sqrt(0.25 / len(modes)))
 
@@ -182,7 +183,7 @@ def test_ul2_uses_every_denoiser_as_often():
 def test_masking_hides_what_bert_hides(method):
     corpus = Corpus(lengths(3000, 150))
     source, rows = rows_of(ObjectiveConfig("masked_lm"), 64, corpus, method)
-    mask = source.objective.id_of("[MASK]")
+    mask = source.objective.ids["[MASK]"]
     assert mask == V and source.vocab_size == V + 1
     told = []
     for row, segment, text in pieces(source):

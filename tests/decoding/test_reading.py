@@ -35,7 +35,7 @@ def directory(tokenizer, tmp_path):
     model = build_model(config, vocab_size=0, platform="cpu", dtype=jnp.float32)
     params = jax.jit(model.init)(jax.random.key(0))
     huggingface.write_directory(tmp_path / "hf", model, params,
-                                make_reader(tokenizer, "decoder", DataConfig(), None),
+                                make_reader(tokenizer, "decoder", DataConfig(), {}),
                                 log=lambda line: None)
     return tmp_path / "hf"
 

@@ -16,8 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from lmjax.data.rows import ramps
+from lmjax.data.tokenizers.files import named_tokens
 
 SPACE = "\u2581"  # the sign that SentencePiece writes for a space
+MASKS = ("[MASK]", "<mask>")  # BERT's and RoBERTa's names for the token that hides others
 
 
 class Tokenizer(abc.ABC):
@@ -113,42 +115,81 @@ class Tokenizer(abc.ABC):
     def _surface_of(self, i: int) -> bytes:
         """The bytes of text that token `i` stands for."""
 
+    @abc.abstractmethod
+    def id_of(self, name: str, *, special: bool = False) -> int | None:
+        """The id of the token with exactly this name; None if there is none.
+
+        Args:
+          name: as the vocabulary writes it.
+          special: whether to look only at tokens that are no pieces of text.
+        """
+
+    @functools.cached_property
+    def mask_name(self) -> str | None:
+        """The name of the tokenizer's own token for hidden tokens; None if it has none."""
+        names = (named_tokens(self.files)["mask"], *MASKS)
+        return next((name for name in names if name and self.id_of(name) is not None), None)
+
 
 class NamedIds:
-    """A tokenizer with names for further ids: names[i] stands for id tokenizer.vocab_size + i.
+    """A tokenizer with names for ids, such as an objective's mask or sentinels.
 
     The names are read in texts and written into decoded texts.
 
     Args:
-      tokenizer: the tokenizer of all lower ids.
-      names: names of the further ids, such as an objective's mask or sentinels.
+      tokenizer: the tokenizer of all ids below its vocab_size.
+      ids: the id of each name, the tokenizer's own or a further one.
     Attributes:
-      vocab_size: number of ids, with the named ones.
+      new: the names of further ids: those from tokenizer.vocab_size on, in order.
+      vocab_size: number of ids, with the further ones.
     """
 
-    def __init__(self, tokenizer: Tokenizer, names: Sequence[str] = ()):
-        self.tokenizer, self.names = tokenizer, names
-        self.vocab_size = tokenizer.vocab_size + len(names)
-        self._ids = {name: tokenizer.vocab_size + i for i, name in enumerate(names)}
-        self._name = re.compile(f"({'|'.join(map(re.escape, names))})")
+    def __init__(self, tokenizer: Tokenizer, ids: Mapping[str, int] | None = None):
+        self.tokenizer, self.ids = tokenizer, dict(ids or {})
+        self._names = {i: name for name, i in self.ids.items()}
+        self.new = tuple(self._names[i] for i in sorted(self._names) if i >= tokenizer.vocab_size)
+        self.vocab_size = tokenizer.vocab_size + len(self.new)
+        # The tokenizer reads its own added tokens, with its own rules for the spaces around them.
+        split = [self._pattern(name, i) for name, i in self.ids.items()
+                 if i not in tokenizer.encode(f"a{name}")]
+        self._name = re.compile(f"({'|'.join(split)})") if split else None
+
+    def _pattern(self, name: str, i: int) -> str:
+        """Matches a name, with the space before it if that belongs to its token, as in mT5."""
+        is_spaced = i == self.tokenizer.id_of(SPACE + name)
+        return " ?" * is_spaced + re.escape(name)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text and of the names in it."""
-        parts = self._name.split(text) if self.names else [text]
-        return [i for part in parts
-                for i in ([self._ids[part]] if part in self._ids else self.tokenizer.encode(part))]
+        parts = self._name.split(text) if self._name else [text]  # every second part is a name
+        named, ids = list(map(self._id_of, parts[1::2])), self.tokenizer.encode(text)
+        if all(ids.count(i) == named.count(i) for i in named):
+            return ids  # no name, or the tokenizer has read them all
+        ids = self.tokenizer.encode(parts[0])
+        for name, after in zip(named, parts[2::2], strict=True):
+            ids += [name, *self.tokenizer.encode(after)]
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, with a name for each further id."""
-        size = self.tokenizer.vocab_size
-        return "".join(
-            "".join(self.names[i - size] for i in run) if named else self.tokenizer.decode(run)
-            for named, run in itertools.groupby(ids, lambda i: i >= size))
+        """The text of token ids, with the name of each id that has one."""
+        return self.continuation((), ids)
 
-    def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+    def continuation(self, before: Sequence[int], ids: Iterable[int]) -> str:
         """The text of `ids` where they follow `before`."""
-        named = any(i >= self.tokenizer.vocab_size for i in (*before, *ids))
-        return self.decode(ids) if named else self.tokenizer.continuation(before, ids)
+        text, seen = "", [i for i in before if i not in self._names]
+        for is_named, run in itertools.groupby(ids, self._names.__contains__):
+            part = [int(i) for i in run]
+            if is_named:
+                text += "".join(self._names[i] for i in part)
+                # Any text: what follows a name is not the beginning, whose space is dropped.
+                seen = seen or self.tokenizer.encode("a")
+            else:
+                text += self.tokenizer.continuation(seen, part)
+                seen += part
+        return text
+
+    def _id_of(self, found: str) -> int:
+        return self.ids[found if found in self.ids else found[1:]]
 
 
 def word_tables(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from lmjax.errors import UserError
 
 # The first file is required; the others name the special tokens.
 HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-ROLES = ("bos", "eos", "pad", "cls", "sep")
+ROLES = ("bos", "eos", "pad", "cls", "sep", "mask")
 
 
 def split_files(files: Mapping[str, bytes]) -> dict[str, dict[str, str]]:

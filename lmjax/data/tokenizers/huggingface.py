@@ -98,6 +98,11 @@ class HuggingFaceTokenizer(Tokenizer):
         """One tokenizer.json with all that the files say, and only the ids that the model has."""
         return self._hf.to_str()
 
+    def id_of(self, name: str, *, special: bool = False) -> int | None:
+        """The id of the token with exactly this name; see `Tokenizer.id_of`."""
+        i: int | None = self._hf.token_to_id(name)
+        return i if i in self._added or not special else None
+
     def names(self) -> set[str]:
         """All pieces of the vocabulary, with the added tokens."""
         return set(self._hf.get_vocab(with_added_tokens=True))
@@ -138,9 +143,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return made
 
     @functools.cached_property
+    def _added(self) -> dict[int, Any]:
+        return dict(self._hf.get_added_tokens_decoder())
+
+    @functools.cached_property
     def _special(self) -> set[int]:
-        added = self._hf.get_added_tokens_decoder()
-        return {i for i, token in added.items() if token.special}
+        return {i for i, token in self._added.items() if token.special}
 
     @functools.cached_property
     def _byte_of(self) -> dict[str, int]:

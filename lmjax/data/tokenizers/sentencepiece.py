@@ -121,6 +121,12 @@ class SentencePieceTokenizer(Tokenizer):
         text = super().decode(ids)
         return text.removeprefix(" ") if self.adds_space else text
 
+    def id_of(self, name: str, *, special: bool = False) -> int | None:
+        """The id of the piece with exactly this name; see `Tokenizer.id_of`."""
+        i: int = self._sp.piece_to_id(name)  # that of the unknown token if there is none
+        found = self._sp.id_to_piece(i) == name and not self._sp.is_unknown(i)
+        return i if found and (self._sp.is_control(i) or not special) else None
+
     @property
     def model(self) -> bytes:
         """The serialised model alone."""
