@@ -80,6 +80,11 @@ class ObjectiveConfig:
         return self.name == "masked_lm" or bool(self.augment.share * self.augment.mask)
 
     @property
+    def marks(self) -> bool:
+        """Whether rows hold ids that are no text: a mask, or modes and sentinels."""
+        return self.masks or self.architecture == "encdec"
+
+    @property
     def modes(self) -> tuple[str, ...]:
         """The names of the tokens that announce a denoiser."""
         encdec = self.architecture == "encdec"

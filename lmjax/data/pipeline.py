@@ -242,8 +242,7 @@ def _stored(config: DataConfig, directory: str, verify: bool) -> Callable[..., R
     manifest = read_manifest(directory)
     check_prepared_by(config, manifest, directory)
     wanted = config.objective
-    is_needed = wanted.masks or wanted.sentinel_names or wanted.whole_word
-    tokenizer = prepared_tokenizer(directory) if is_needed else None
+    tokenizer = prepared_tokenizer(directory) if wanted.marks or wanted.whole_word else None
     words = word_tables(tokenizer) if tokenizer and wanted.whole_word else None
     vocab_size = manifest["tokenizer"]["vocab_size"]
 

@@ -203,31 +203,31 @@ def build_recipe(mapping: Mapping[str, Any]) -> Recipe:
       UserError: an unknown key, a wrong type, a path that cannot be meant, or values that do not go
         together.
     """
-    return expand_paths(_recipe(mapping, own_ids=True))
+    return expand_paths(_recipe(mapping))
 
 
 def recorded_recipe(mapping: Mapping[str, Any]) -> Recipe:
     """Makes a `Recipe` from what a run or a checkpoint has recorded: its paths stay as they are.
 
-    A record of version 0.1.0 does not speak of `data.objective.own_ids`: it is false there.
-
     Raises:
       UserError: as `build_recipe`, but for paths.
     """
-    return _recipe(mapping, own_ids=False)
+    recipe = _recipe(mapping)
+    objective = recipe.data.objective
+    if objective.marks and "own_ids" not in mapping.get("data", {}).get("objective", {}):
+        objective = dataclasses.replace(objective, own_ids=False)  # a record of version 0.1.0
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, objective=objective))
 
 
-def _recipe(mapping: Mapping[str, Any], *, own_ids: bool) -> Recipe:
+def _recipe(mapping: Mapping[str, Any]) -> Recipe:
     mapping = mapping if isinstance(mapping, Mapping) else plain(mapping)  # a ConfigDict is none
     model = mapping.get("model")
-    defaults: dict[str, Any] = {} if own_ids else {"own_ids": False}
     if isinstance(model, Mapping):
         model = with_preset(model)
         mapping = {**mapping, "model": model}
-        family = model.get("family", "")
-        defaults |= {"name": DEFAULT_OBJECTIVES[family]} if family in DEFAULT_OBJECTIVES else {}
-    data = mapping.get("data", {})
-    objective = data.get("objective", {}) if isinstance(data, Mapping) else None
-    if defaults and isinstance(objective, Mapping):
-        mapping = {**mapping, "data": {**data, "objective": {**defaults, **objective}}}
+        data = mapping.get("data", {})
+        objective = data.get("objective", {}) if isinstance(data, Mapping) else None
+        default = DEFAULT_OBJECTIVES.get(model.get("family", ""))
+        if default and isinstance(objective, Mapping):
+            mapping["data"] = {**data, "objective": {"name": default, **objective}}
     return build(Recipe, mapping)
