@@ -321,13 +321,15 @@ class LM:
         return self.tokenizer
 
 
-def load(path: str | os.PathLike, *, step: int | None = None, ema: bool | None = None) -> LM:
+def load(path: str | os.PathLike, *, step: int | str | None = None,
+         ema: bool | None = None) -> LM:
     """Loads a trained model onto the devices of this process, however many there are.
 
     Args:
       path: a run's directory, its `checkpoints` directory, one checkpoint, or a Hugging Face
         directory.
-      step: which checkpoint of a run; by default the newest.
+      step: which checkpoint of a run: a number, or "best" for the best evaluated one (by
+        `eval.metric`); by default the newest.
       ema: whether to take the averaged weights; by default they are taken if the run kept them.
 
     Raises:

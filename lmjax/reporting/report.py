@@ -67,6 +67,7 @@ def _tiles(run: RunRecord) -> str:
         (f"{last(heldout, 'bits_per_byte'):.3f}", f"held-out bits/byte{run.of}", "heldout"),
         (f"{last(heldout, 'loss'):.3f}", "held-out nats/token", "heldout"),
         (f"{last(run.train, 'loss'):.3f}", "training nats/token", "train"),
+        (f"{run.best_step:,}" if run.best_step else "nan", "best step", "heldout"),
         (human_count(float(run.tokens(run.step))), "tokens seen", ""),
         (human_count(run.facts.get("parameters", math.nan)), "parameters", ""),
         (human_count(median(timing, "tokens_per_second")), "tokens/s (median)", ""),
@@ -90,7 +91,8 @@ def _curves(run: RunRecord) -> str:
 
     restarts = [float(run.tokens(event["step"])) for event in run.events
                 if event["event"] == "resume"]
-    marks = [] if run.diverged_at is None else [(float(run.tokens(run.diverged_at)), "not finite")]
+    marks = [(float(run.tokens(step)), label)
+             for step, label in ((run.diverged_at, "not finite"), (run.best_step, "best")) if step]
     cards = ""
     for title, column, unit in (("Loss", "loss", "nats per token"),
                                 ("Bits per byte", "bits_per_byte", f"bits per byte{run.of}")):

@@ -61,9 +61,21 @@ class RunRecord:
         return " of decoded text" if decoded else ""
 
     @property
+    def best_step(self) -> int:
+        """The best evaluated step by the run's metric; 0 if it has none."""
+        return max((int(columns["best_step"][-1]) for columns in self.evals.values()
+                    if "best_step" in columns), default=0)
+
+    @property
+    def ended_early(self) -> dict[str, Any]:
+        """The event with which the run ended before its last step; {} if it did not."""
+        ends = [event for event in self.events if event["event"] == "ended_early"]
+        return ends[-1] if ends and ends[-1]["step"] == self.step else {}
+
+    @property
     def unfinished(self) -> bool:
         """Whether steps are still to come."""
-        return self.step < self.facts.get("steps", self.step)
+        return self.step < self.facts.get("steps", self.step) and not self.ended_early
 
     @property
     def diverged_at(self) -> int | None:

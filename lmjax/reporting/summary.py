@@ -19,7 +19,8 @@ def summarise(run: RunRecord) -> str:
     seen += f" of {_join(sources)}" if sources else ""
     done = (f"{run.step:,} of {facts['steps']:,} steps so far" if run.unfinished
             else f"{run.step:,} steps")
-    return f"{subject} trained for {done} on {seen}. {_reached(run)}{_compared(run)}{_took(run)}"
+    return (f"{subject} trained for {done} on {seen}. {_reached(run)}{_best(run)}{_compared(run)}"
+            f"{_took(run)}")
 
 
 def device_name(run: RunRecord) -> str:
@@ -52,6 +53,20 @@ def _reached(run: RunRecord) -> str:
         return "" if math.isnan(loss) else f"Its training loss is {loss:.3f} nats per token. "
     each = f"{bits:.3f} bits per byte{run.of}, " if math.isfinite(bits) else ""
     return f"On held-out text it reaches {each}a loss of {loss:.3f} nats per token. "
+
+
+def _best(run: RunRecord) -> str:
+    """The best step by the run's metric, and whether the run ended because of it."""
+    metric, step = run.config.get("eval", {}).get("metric"), run.best_step
+    if not (metric and step):
+        return ""
+    columns = next(columns for columns in run.evals.values() if "best_step" in columns)
+    value = columns[metric][columns["step"] == step]  # of a long file not every line is read
+    best = f"Its best step by {metric} is {step:,}" + (f" ({value[-1]:.3f})" if len(value) else "")
+    if not run.ended_early:
+        return f"{best}. "
+    return (f"{best}; it ended early, at step {run.step:,} of {run.facts.get('steps', 0):,}, "
+            f"because {run.ended_early['waited']} evaluations found nothing better. ")
 
 
 def _compared(run: RunRecord) -> str:

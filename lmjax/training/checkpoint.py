@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -54,6 +54,7 @@ class Checkpointer:
 
     Attributes:
       completed: called with the step of each checkpoint that `note` finds complete.
+      kept: the step of a checkpoint that stays, however old; 0: none.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 2, keep_every: int = 0,
@@ -63,10 +64,11 @@ class Checkpointer:
             raise UserError("a directory of checkpoints", "a file", "move it away",
                             where=str(directory))
         self.completed: Callable[[int], None] = lambda step: None
+        self.kept = 0
         self._saving = 0  # the step whose checkpoint is on its way; 0: none
         logging.getLogger("absl").addFilter(_is_not_raised)
         self._newest = 0  # the newest step whose checkpoint this start has seen complete
-        keep = [policies.LatestN(keep_last)]
+        keep = [policies.LatestN(keep_last), _Kept(self)]
         if keep_every:
             keep.append(policies.EveryNSteps(keep_every))
         atomicity = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
@@ -270,6 +272,17 @@ def when_disk_full(directory: epath.Path) -> contextlib.AbstractContextManager[N
     """Raises an OSError that says what to do where the block meets a full disk."""
     return when_full(OSError(errno.ENOSPC, f"{directory}: expected room for a checkpoint, got a "
                              f"full disk; {AGAIN}"))
+
+
+class _Kept:
+    """The preservation policy that keeps the checkpoint of step `checkpointer.kept`."""
+
+    def __init__(self, checkpointer: Checkpointer):
+        self.checkpointer = checkpointer
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns, per checkpoint, whether to keep it."""
+        return [checkpoint.step == self.checkpointer.kept for checkpoint in checkpoints]
 
 
 class _Damaged(Exception):

@@ -4,9 +4,11 @@
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -17,11 +19,10 @@ from lmjax.monitoring.goodput import ACTIVITIES, LEDGER_FILE, account, goodput_l
 from lmjax.monitoring.jsonl import read_jsonl
 from lmjax.monitoring.profiling import Profiler, write_hlo
 from lmjax.monitoring.progress import to_stderr
-from lmjax.monitoring.units import human_count
 from lmjax.monitoring.watchdog import Watchdog
 from lmjax.reporting.report import write_report
 from lmjax.runtime.signals import StopSignal, stop_signal
-from lmjax.training.evaluate import bits_unit, evaluate
+from lmjax.training.evaluate import evaluate
 from lmjax.training.recipe import Recipe
 from lmjax.training.records import Records
 from lmjax.training.run import Log, Run
@@ -50,8 +51,8 @@ def train(recipe: Recipe, workdir: str | Path, log: Log = to_stderr) -> str:
             run = set_up(recipe, workdir, log, watchdog.at)
             start, end = run.start, recipe.train.steps
             with contextlib.closing(run.checkpointer):
-                if start == end and not run.unfinished:
-                    log(f"finished: all {end:,} steps are done; raise train.steps to go on")
+                if (start == end or run.out_of_patience) and not run.unfinished:
+                    log(f"finished: {why_finished(run)}")
                     outcome = "done"
                 else:
                     records = Records(run, start, time.monotonic() - began, watchdog)
@@ -61,6 +62,14 @@ def train(recipe: Recipe, workdir: str | Path, log: Log = to_stderr) -> str:
             log(goodput_line(account(read_jsonl(workdir / LEDGER_FILE))))
             log(f"report: {write_report(workdir)}")
     return outcome
+
+
+def why_finished(run: Run) -> str:
+    """Says why there is nothing to do any more, and how to go on all the same."""
+    if run.start == run.recipe.train.steps:
+        return f"all {run.start:,} steps are done; raise train.steps to go on"
+    return (f"it ended early at step {run.start:,}: {run.best.waited} evaluations found nothing "
+            f"better than {run.best}; raise eval.patience to go on")
 
 
 def run_steps(run: Run, records: Records, stop: StopSignal, start: int, end: int) -> str:
@@ -86,43 +95,27 @@ def run_steps(run: Run, records: Records, stop: StopSignal, start: int, end: int
 def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: Iterator[Batch],
           profiler: Profiler) -> str:
     """The loop itself. Step k is dispatched before the metrics of step k-1 are read."""
-    recipe, state = run.recipe, run.state
+    state = run.state
     assert state is not None
     run.state = None  # the step donates its arrays
     on_its_way = None  # the newest step and its metrics, until they are logged
     saved: int | None = None  # the newest step that this start has saved
     records.restart_clock()
     for step in steps:  # `state` is the state after `step` steps
-        first, final = step == steps.start, step == recipe.train.steps
+        first = step == steps.start
         stopping = not first and stop.due()
-        # After a restart, the first state came from the checkpoint. Its evaluation is done as well,
-        # unless the run is `unfinished`.
-        to_evaluate = not first or run.unfinished
-        evaluates = to_evaluate and (final or _due(recipe.eval.every, step))
-        samples = to_evaluate and run.generator is not None and (
-            final and recipe.sample.every > 0 or _due(recipe.sample.every, step))
-        saves = not first and (final or stopping or _due(recipe.checkpoint.every, step))
-        if on_its_way and (evaluates or samples or saves):  # all of them wait for this step anyway
-            records.log_step(*on_its_way)
-            on_its_way = None
-
-        # Save first: an evaluation that fails loses no training. The next start evaluates again.
-        if saves:
-            _save(run, records, step, state, unfinished=evaluates or samples)
-            saved = step
-        complete = not evaluates or _evaluate(run, records, stop, step, state)
-        if samples and complete:
-            _sample(run, records, step, state)
-        if not (complete or first or saves):
-            _save(run, records, step, state, unfinished=True)
-            saved = step
-        elif complete and (evaluates or samples):
-            records.writer.flush()  # what is noted as done is on the disk
-            run.note(evaluated=step)
-        if evaluates or samples or saves:
+        due = _due_after(run, step, first, stopping)
+        complete = True
+        if any(due):
+            if on_its_way:  # all of them wait for this step anyway
+                records.log_step(*on_its_way)
+                on_its_way = None
+            complete, saves = _between_steps(run, records, stop, step, state, due)
+            saved = step if saves else saved
             records.restart_clock()
-        stopped = not complete or (stopping and not final)
-        if stopped or step == steps[-1]:
+        over = step == steps[-1] or run.out_of_patience
+        stopped = not complete or (stopping and not over)
+        if stopped or over:
             break
 
         # Take a batch and run the next step. While it runs, log the step before it.
@@ -141,6 +134,52 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
         records.log_step(*on_its_way)
     run.state = state
     return _end(run, records, step, saved, stopped)
+
+
+class _Due(NamedTuple):
+    """What is done after a step, before the next one."""
+
+    evaluates: bool
+    samples: bool
+    saves: bool
+    first: bool  # the step is the one that this start goes on from: it is saved already
+
+
+def _due_after(run: Run, step: int, first: bool, stopping: bool) -> _Due:
+    recipe, final = run.recipe, step == run.recipe.train.steps
+    # After a restart, the first state came from the checkpoint. Its evaluation is done as well,
+    # unless the run is `unfinished`.
+    to_evaluate = not first or run.unfinished
+    return _Due(
+        evaluates=to_evaluate and (final or _due(recipe.eval.every, step)),
+        samples=to_evaluate and run.generator is not None and (
+            final and recipe.sample.every > 0 or _due(recipe.sample.every, step)),
+        saves=not first and (final or stopping or _due(recipe.checkpoint.every, step)), first=first)
+
+
+def _between_steps(run: Run, records: Records, stop: StopSignal, step: int, state: TrainState,
+                   due: _Due) -> tuple[bool, bool]:
+    """Does what is due after `step`.
+
+    Returns:
+      Whether evaluation and samples are complete, and whether the step was saved.
+    """
+    # Save first: an evaluation that fails loses no training. The next start evaluates again.
+    if due.saves:
+        _save(run, records, step, state, unfinished=due.evaluates or due.samples)
+    complete = not due.evaluates or _evaluate(run, records, stop, step, state)
+    ends_early = due.evaluates and complete and run.out_of_patience
+    if complete and (due.samples or ends_early and run.generator and run.recipe.sample.every):
+        _sample(run, records, step, state)
+    # An evaluation may also be a reason to save: it is incomplete, the last one, or the best.
+    keeps = run.recipe.checkpoint.keep_best and run.best.step == step
+    saves_now = not (due.saves or due.first) and (not complete or ends_early or keeps)
+    if saves_now:
+        _save(run, records, step, state, unfinished=not complete)
+    if complete and (due.evaluates or due.samples):
+        records.writer.flush()  # what is noted as done is on the disk
+        run.note(evaluated=step)
+    return complete, due.saves or saves_now
 
 
 def _end(run: Run, records: Records, step: int, saved: int | None, stopped: bool) -> str:
@@ -163,9 +202,13 @@ class _Stopped(Exception):
 
 
 def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: TrainState) -> bool:
-    """Evaluates the weights and their moving average; False if a signal stopped it midway."""
-    recipe = run.recipe
-    most = 0 if step == recipe.train.steps else recipe.eval.batches  # 0: the whole held-out set
+    """Evaluates the weights and their moving average; False if a signal stopped it midway.
+
+    After the last step the whole held-out set is evaluated. With a metric, that step is evaluated
+    as the steps before it are, too, so that their values compare.
+    """
+    recipe, groups = run.recipe, {"eval": state.params, "eval_ema": state.ema}
+    judged = "eval" if state.ema is None else "eval_ema"
 
     def until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in records.watchdog.each(batches, step, ACTIVITIES["eval"]):
@@ -174,23 +217,32 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
                 raise _Stopped
             yield batch
 
-    with records.timed(step, "eval"):
-        for name, params in (("eval", state.params), ("eval_ema", state.ema)):
+    def each_group(most: int) -> None:
+        for name, params in groups.items():
             if params is None:
                 continue
             batches = eval_batches(run.heldout, recipe.eval.batch_size or recipe.train.batch_size,
                                    run.layout.sharding(("batch", "seq")), most=most)
-            try:
-                with contextlib.closing(batches):
-                    found = evaluate(run.program.eval_fn, state.whole(params),
-                                     until_stopped(batches), run.heldout)
-            except _Stopped:
-                return False
-            records.writer.eval(step, {f"{name}/{key}": value for key, value in found.items()})
-            records.progress.log(
-                f"step {step}: {name} loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} "
-                f"{bits_unit(run.heldout)}, perplexity {found['perplexity']:.1f} over "
-                f"{human_count(found['tokens'])} tokens")
+            with contextlib.closing(batches):
+                found = evaluate(run.program.eval_fn, state.whole(params),
+                                 until_stopped(batches), run.heldout)
+            if name == judged and recipe.eval.metric:
+                if most == recipe.eval.batches:
+                    run.remember(run.best.after(step, found[recipe.eval.metric]))
+                found["best_step"] = run.best.step
+            records.evaluated(step, name, found)
+
+    with records.timed(step, "eval"):
+        final = step == recipe.train.steps
+        try:
+            if not final or recipe.eval.metric:
+                each_group(recipe.eval.batches)
+            if run.out_of_patience:
+                records.ends_early(step)
+            if (final or run.out_of_patience) and (recipe.eval.batches or not recipe.eval.metric):
+                each_group(0)
+        except _Stopped:
+            return False
     return True
 
 
@@ -209,9 +261,12 @@ def _sample(run: Run, records: Records, step: int, state: TrainState) -> None:
 def _save(run: Run, records: Records, step: int, state: TrainState, unfinished: bool) -> None:
     """Saves the state; if `unfinished`, the next start evaluates and samples the step."""
     records.writer.flush()  # the files hold everything up to this step before the checkpoint counts
-    data = run.data_state(step) | {"tokens": records.tokens}
+    about = {**run.about, "data": run.data_state(step) | {"tokens": records.tokens},
+             "unfinished": unfinished}
+    if run.best.metric:
+        about["best"] = dataclasses.asdict(run.best)
     with records.timed(step, "checkpoint"):
-        run.checkpointer.save(state, {**run.about, "data": data, "unfinished": unfinished})
+        run.checkpointer.save(state, about)
     records.ledger.row()
 
 

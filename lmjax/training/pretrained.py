@@ -25,6 +25,7 @@ from lmjax.data.tokenizers import HF_FILES, Tokenizer, TokenizerConfig, tokenize
 from lmjax.errors import UserError
 from lmjax.models.model import Model
 from lmjax.nn.module import Params
+from lmjax.training.best import best_step
 from lmjax.training.checkpoint import About, checkpoint_steps, read_about, restore_params
 from lmjax.training.recipe import Recipe, recorded_recipe
 
@@ -40,14 +41,14 @@ class Pretrained(NamedTuple):
     read: Callable[[Model, Params], Params]
 
 
-def find(path: str | os.PathLike, *, step: int | None = None,
+def find(path: str | os.PathLike, *, step: int | str | None = None,
          ema: bool | None = None) -> Pretrained:
     """Finds the model at `path`.
 
     Args:
-      path: a run's directory, one checkpoint of a run, a Hugging Face directory, or a model of
-        the hub's local cache (its directory or its name).
-      step: which checkpoint of a run; by default the newest.
+      path: a run's directory, one checkpoint of a run (RUN/checkpoints/best is the best one), a
+        Hugging Face directory, or a model of the hub's local cache (its directory or its name).
+      step: which checkpoint of a run: a number, or "best"; by default the newest.
       ema: whether to take the averaged weights; by default, if the run kept them.
 
     Raises:
@@ -56,6 +57,10 @@ def find(path: str | os.PathLike, *, step: int | None = None,
     if "://" not in str(path):
         path = huggingface.locate(path)
         if huggingface.is_hf_directory(path):
+            if step is not None or ema:
+                raise UserError("a run, which has steps and may have averaged weights",
+                                "a Hugging Face directory", "leave step and ema out",
+                                where=str(path))
             return _huggingface(path)
     where = _checkpoint(path, step)
     about = read_about(where)
@@ -180,15 +185,25 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _checkpoint(path: str | os.PathLike, step: int | None) -> epath.Path:
+def _checkpoint(path: str | os.PathLike, step: int | str | None) -> epath.Path:
     """Returns the directory of a checkpoint: `path` itself, or one of the run at `path`."""
+    if isinstance(step, str) and step != "best":
+        raise UserError('a number, or "best"', repr(step), "write one of these", where="step")
     where = epath.Path(path)
     if "://" not in str(path):
         where = where.absolute()  # Orbax takes no relative path
+    if where.name == "best" and step is None and not where.exists():
+        where, step = where.parent, "best"
     if (where / "about").exists():
+        if step is not None and str(step) != where.name:
+            raise UserError("a run's directory, which has several steps",
+                            f"the checkpoint of step {where.name}", "leave the step out, or pass "
+                            "the run's directory", where=str(where))
         return where
     directory = where / "checkpoints" if (where / "checkpoints").is_dir() else where
     steps = checkpoint_steps(directory)
+    if step == "best":
+        step = best_step(directory, steps)
     if not steps or (step is not None and step not in steps):
         raise UserError("a checkpoint" if step is None else f"checkpoint {step}", steps or "none",
                         "pass a run's directory, or one checkpoint of it", where=str(where))

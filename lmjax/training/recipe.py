@@ -32,6 +32,7 @@ from lmjax.models.model import ModelConfig
 from lmjax.models.presets import with_preset
 from lmjax.nn.quantized import MATMUL_DTYPES
 from lmjax.sharding import MeshConfig
+from lmjax.training.best import HIGHER_IS_BETTER
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.schedules import SCHEDULES
 from lmjax.training.optim.table import OPTIMIZERS
@@ -86,9 +87,22 @@ class EvalConfig:
     every: int = 0  # steps between evaluations; 0: none
     batches: int = 0  # per evaluation; 0: the whole held-out set
     batch_size: int = 0  # 0: that of training
+    # The metric by which steps are better or worse, e.g. loss; "": none. Of the averaged weights,
+    # if the run keeps an average.
+    metric: str = ""
+    patience: int = 0  # evaluations without a better `metric` after which the run ends; 0: never
 
     def __post_init__(self) -> None:
-        at_least(0, every=self.every, batches=self.batches, batch_size=self.batch_size)
+        at_least(0, every=self.every, batches=self.batches, batch_size=self.batch_size,
+                 patience=self.patience)
+        if self.metric:
+            choice("metric", self.metric, HIGHER_IS_BETTER)
+        if self.patience and not self.metric:
+            raise UserError("a metric to be patient with", "none", "set eval.metric=loss, or "
+                            "patience=0", where="patience")
+        if self.metric and not self.every:
+            raise UserError("more than 0, since eval.metric is set", 0,
+                            "set how many steps lie between evaluations", where="every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +113,7 @@ class CheckpointConfig:
     every: int = 100  # steps between checkpoints
     keep_last: int = 2  # how many of the newest are kept
     keep_every: int = 0  # those at multiples of so many steps are kept as well; 0: none
+    keep_best: bool = False  # the best evaluated step, by eval.metric, is saved and kept as well
     # The step of a lost checkpoint that is given up: the run goes on from the newest that is left,
     # or begins anew. Ignored while that checkpoint, or a later one, is there.
     abandon: int = 0
@@ -187,6 +202,9 @@ class Recipe:
         if self.watch.profile and int(self.watch.profile.split(":")[1]) > self.train.steps:
             raise UserError(f"steps up to train.steps={self.train.steps}", self.watch.profile,
                             "lower it or raise train.steps", where="watch.profile")
+        if self.checkpoint.keep_best and not self.eval.metric:
+            raise UserError("false, since eval.metric names no metric", True,
+                            "set eval.metric=loss, for example", where="checkpoint.keep_best")
         chunk = self.train.loss_chunk
         if 0 < chunk < seq_len and seq_len % chunk:
             raise UserError(f"a divisor of data.seq_len={seq_len}", chunk, "change it or set 0",

@@ -4,7 +4,7 @@ import contextlib
 import math
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 
@@ -15,6 +15,7 @@ from lmjax.monitoring.goodput import ACTIVITIES, SLOW_FACTOR, Ledger
 from lmjax.monitoring.metrics import MetricsWriter
 from lmjax.monitoring.progress import Progress
 from lmjax.monitoring.slow_steps import Outliers, SlowStepLog
+from lmjax.monitoring.units import human_count
 from lmjax.monitoring.watchdog import Watchdog
 from lmjax.runtime.chips import peak_flops
 from lmjax.runtime.distributed import late_with, tell_late
@@ -129,6 +130,24 @@ class Records:
                                   "step_seconds": seconds, "tokens_per_second": rate,
                                   "data_wait_share": share, "model_flops_per_second": flops, **mfu})
         self.progress.update(step, values["loss"], bits["bits_per_byte"], rate, share, **mfu)
+
+    def evaluated(self, step: int, name: str, found: Mapping[str, float]) -> None:
+        """Writes the figures of an evaluation; `name` says of what: eval, eval_ema."""
+        self.writer.eval(step, {f"{name}/{key}": value for key, value in found.items()})
+        unit = bits_unit(self.run.heldout)
+        best = f", best at step {found['best_step']:,.0f}" if "best_step" in found else ""
+        self.progress.log(
+            f"step {step}: {name} loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} {unit}, "
+            f"perplexity {found['perplexity']:.1f} over {human_count(found['tokens'])} tokens"
+            f"{best}")
+
+    def ends_early(self, step: int) -> None:
+        """Writes that the run ends at `step`, and why."""
+        best = self.run.best
+        self.writer.event(step, "ended_early", 0.0, metric=best.metric, value=best.value,
+                          best_step=best.step, waited=best.waited)
+        self.progress.log(f"step {step}: ends early: {best.waited} evaluations found nothing "
+                          f"better than {best}")
 
     def _note_slow(self, step: int, seconds: float, waited: float) -> None:
         """Records a step that took unusually long, and which process kept the others waiting."""

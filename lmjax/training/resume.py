@@ -5,7 +5,9 @@ from typing import Any
 
 from lmjax.data.order import Steps
 from lmjax.errors import UserError
+from lmjax.runtime.distributed import agreed
 from lmjax.training.announce import announce_epochs, dtype_reason
+from lmjax.training.best import read_best, restored
 from lmjax.training.changes import check_schedule
 from lmjax.training.checkpoint import About
 from lmjax.training.checksums import checksums
@@ -52,6 +54,7 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
     run.start = about["step"]
     # A step is saved before it is evaluated, and the evaluation may have failed or been stopped.
     run.unfinished = about.get("unfinished", False) and run.saved.evaluated < run.start
+    _restore_best(run, about)
     run.about |= {key: about[key] for key in STARTED_FROM if key in about}
     data, step, size = about["data"], run.start, run.recipe.train.batch_size
     # `Steps` lists the changes of batch size. The steps up to this one keep their batch sizes; the
@@ -63,6 +66,18 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
         log(f"batch size: {before.changes[-1].size} rows up to step {step}, {size} from there on; "
             "the learning rate and other schedules depend only on the step number")
     return announce_epochs(run, log)
+
+
+def _restore_best(run: Run, about: About) -> None:
+    """Restores what the evaluations up to the step `run.start` have found best."""
+    recipe, step = run.recipe, run.start
+    last = agreed(lambda: read_best(run.checkpointer.directory))
+    run.remember(restored(recipe.eval.metric, step, about.get("best", {}), last))
+    due = step == recipe.train.steps or (recipe.eval.every > 0 and step % recipe.eval.every == 0)
+    if recipe.eval.metric and due and run.best.evaluated < step:
+        # best.json is of a later evaluation, which is to be repeated, or it is lost. The outcome of
+        # this step's evaluation is in neither record, so the step is evaluated once more.
+        run.unfinished = about.get("unfinished", False)
 
 
 def _check(run: Run, about: About) -> None:

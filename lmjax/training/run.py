@@ -13,6 +13,7 @@ from lmjax.data.tokenizers import Tokenizer
 from lmjax.decoding.generate import Generator
 from lmjax.models.model import Model
 from lmjax.sharding import Layout
+from lmjax.training.best import Best, write_best
 from lmjax.training.checkpoint import Checkpointer
 from lmjax.training.program import Program
 from lmjax.training.recipe import Recipe
@@ -41,6 +42,7 @@ class Run:
     start: int = 0  # the step that this start goes on from
     tokens: int = 0  # trained on before this start
     unfinished: bool = False  # the step `start` was saved before it was evaluated
+    best: Best = dataclasses.field(default_factory=Best)  # by eval.metric
     saved: Saved = dataclasses.field(default_factory=Saved)  # what saved.json holds
     restore_seconds: float = 0.0  # spent on reading the checkpoint; 0: there was none
     compiled: StepFn | None = None  # the train step, once the loop has started
@@ -57,6 +59,19 @@ class Run:
         """Changes fields of saved.json; process 0 writes them."""
         if jax.process_index() == 0:
             self.saved.write(self.workdir, **changed)
+
+    def remember(self, best: Best) -> None:
+        """Makes `best` the run's best; if the recipe keeps it, its checkpoint stays from now on."""
+        self.best = best
+        if self.recipe.checkpoint.keep_best:
+            self.checkpointer.kept = best.step
+        if best.metric and jax.process_index() == 0:
+            write_best(self.checkpointer.directory, best)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the run ends early: so many evaluations have found nothing better."""
+        return 0 < self.recipe.eval.patience <= self.best.waited
 
     @property
     def layout(self) -> Layout:

@@ -23,6 +23,7 @@ from lmjax.runtime.distributed import agreed
 from lmjax.runtime.files import write_whole
 from lmjax.sharding import make_layout
 from lmjax.training.announce import announce
+from lmjax.training.best import Best
 from lmjax.training.checkpoint import Checkpointer, checkpoint_steps
 from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.pretrained import Pretrained, find, make_tokenizer, tokenizer_text
@@ -120,7 +121,7 @@ def _open(recipe: Recipe, workdir: Path, directory: str, log: Log) -> Run:
                                 keep_every=recipe.checkpoint.keep_every)
     run = Run(recipe, workdir, program, train_split, heldout, tokenizer, generator, checkpointer,
               about=_about(recipe, program, tokenizer),
-              steps=Steps([(0, 0, recipe.train.batch_size)]))
+              steps=Steps([(0, 0, recipe.train.batch_size)]), best=Best(recipe.eval.metric))
     if recipe.sample.every and generator:
         generator.check(run.prompts, recipe.sample.max_tokens)
     return run
