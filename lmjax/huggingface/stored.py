@@ -9,7 +9,7 @@ import numpy as np
 
 from lmjax.errors import UserError
 from lmjax.huggingface.schema import ModelType
-from lmjax.huggingface.tensors import STORED_DTYPES, Entry, read_tensor
+from lmjax.huggingface.tensors import STORED_DTYPES, Entry, equal_tensors, read_tensor
 from lmjax.huggingface.weights import Stored
 from lmjax.models.model import ModelConfig
 from lmjax.nn.layers import MLP_KINDS
@@ -81,7 +81,7 @@ def one_of_each(entries: Entries, model_type: ModelType, config: ModelConfig,
     head = model_type.table["head/table"].theirs
     if is_tied and head in out:
         embedding = model_type.table["embedding/table"].theirs
-        if embedding in out and not _equal(out[head], out[embedding]):
+        if embedding in out and not equal_tensors(out[head], out[embedding]):
             config = dataclasses.replace(config, tie_embeddings=False)
         else:
             out[embedding] = out.pop(head)
@@ -102,7 +102,7 @@ def _merge(entries: dict[str, Entry], group: Sequence[str], kept: str, where: st
     """Replaces the tensors of `group`, which must be equal, by one named `kept`."""
     held = [name for name in group if name in entries]
     for name in held[1:]:
-        if not _equal(entries[held[0]], entries[name]):
+        if not equal_tensors(entries[held[0]], entries[name]):
             raise UserError(f"{name} to equal {held[0]}, with which it is one tensor",
                             "other values", "remove the one that is not used", where)
     if held:
@@ -110,10 +110,6 @@ def _merge(entries: dict[str, Entry], group: Sequence[str], kept: str, where: st
         for name in held:
             del entries[name]
         entries[kept] = found
-
-
-def _equal(a: Entry, b: Entry) -> bool:
-    return a.shape == b.shape and np.array_equal(read_tensor(a), read_tensor(b))
 
 
 def _check_sinusoids(name: str, entry: Entry, dim: int, where: str) -> None:

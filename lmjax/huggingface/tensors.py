@@ -24,6 +24,8 @@ DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf")  # of weight files
 
+CHUNK = 1 << 22  # values of a tensor that are compared at once
+
 
 class Entry(NamedTuple):
     """One stored tensor, as its file's header describes it."""
@@ -65,6 +67,17 @@ def read_tensor(entry: Entry) -> np.ndarray:
     """Reads one whole tensor, in its stored shape and dtype."""
     with _open(entry.file) as opened:
         return opened.get_tensor(entry.name)
+
+
+def equal_tensors(a: Entry, b: Entry) -> bool:
+    """Whether two stored tensors have the same shape and values; holds `CHUNK` values of each."""
+    if a.shape != b.shape or not a.shape:
+        return a.shape == b.shape and np.array_equal(read_tensor(a), read_tensor(b))
+    rows = max(CHUNK // max(math.prod(a.shape[1:]), 1), 1)
+    with _open(a.file) as mine, _open(b.file) as other:
+        parts = mine.get_slice(a.name), other.get_slice(b.name)
+        return all(np.array_equal(*(part[at : min(at + rows, a.shape[0])] for part in parts))
+                   for at in range(0, a.shape[0], rows))
 
 
 def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]],

@@ -14,6 +14,7 @@ from lmjax import huggingface
 from lmjax.data.store import kvstore
 from lmjax.data.tokenizers import TokenizerConfig
 from lmjax.errors import UserError
+from lmjax.huggingface import tensors
 from lmjax.huggingface.tokenizers import read_tokenizer
 from lmjax.training.pretrained import make_tokenizer
 
@@ -199,6 +200,22 @@ def test_tensors_that_contradict_each_other_are_refused(case, directories, tmp_p
     edit(path, change)
     with pytest.raises(UserError, match=message):
         lmjax.load(path)
+
+
+@pytest.mark.parametrize("shape, changed", [
+    ((), False), ((), True), ((0, 3), False), ((7,), False), ((7,), True), ((5, 3), False),
+    ((5, 3), True), ((2, 3, 4), False), ((2, 3, 4), True)])
+def test_stored_tensors_are_compared_in_parts(shape, changed, tmp_path, monkeypatch):
+    from safetensors.numpy import save_file
+
+    monkeypatch.setattr(tensors, "CHUNK", 6)  # values: less than a whole tensor has
+    a = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+    b = a.copy()
+    b.reshape(-1)[-1:] += changed  # the last value
+    save_file({"a": a, "b": b, "c": a.astype(np.float16)}, tmp_path / "model.safetensors")
+    stored = tensors.open_tensors(tmp_path)
+    assert tensors.equal_tensors(stored["a"], stored["b"]) is not changed
+    assert tensors.equal_tensors(stored["a"], stored["c"])  # a type that holds all of its values
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
