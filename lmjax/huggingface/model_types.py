@@ -20,6 +20,7 @@ from lmjax.huggingface.tables import (
     GPT2_TABLE,
     LLAMA_TABLE,
     MIXTRAL_TABLE,
+    PHI3_TABLE,
     QWEN_MOE_TABLE,
     bert_table,
     modernbert_table,
@@ -73,6 +74,17 @@ MISTRAL = ModelType(
     prefix="model.",
     is_local=lambda settings, i: True,
     reads_layer_types=False)
+PHI3 = ModelType(
+    "phi3", "Phi3ForCausalLM",
+    (*defaults(MODERN, vocab_size=32064, hidden_size=3072, intermediate_size=8192,
+               max_position_embeddings=4096, rms_norm_eps=1e-5),
+     WINDOW._replace(default=None)),
+    PHI3_TABLE,
+    prefix="model.",
+    is_local=lambda settings, i: True,
+    reads_layer_types=False,
+    scaling=False,  # its class has longrope, which lmjax does not compute
+    own_code=("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"))
 MIXTRAL = ModelType(
     "mixtral", "MixtralForCausalLM",
     (*defaults(MISTRAL_SETTINGS, rms_norm_eps=1e-5), WINDOW._replace(default=None),
@@ -311,4 +323,4 @@ MODERNBERT = ModelType(
 # An export without --model-type takes the first of these that can express the whole model.
 MODEL_TYPES = {model_type.name: model_type for model_type in (
     LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, QWEN2_MOE, GEMMA, GEMMA2, GEMMA3, GRANITE,
-    GPT2, BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, MODERNBERT, T5, MT5, MARIAN)}
+    PHI3, GPT2, BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, MODERNBERT, T5, MT5, MARIAN)}

@@ -142,6 +142,10 @@ def _kind(group: Settings) -> Any:
 def _scaling(rope: Settings, settings: Settings, model_type: ModelType,
              where: str) -> dict[str, Any]:
     kind = _kind(rope)
+    turned = rope.get("partial_rotary_factor")
+    if turned not in NEUTRAL_VALUES["partial_rotary_factor"]:
+        raise UserError("RoPE over whole heads", f"partial_rotary_factor={turned!r}, which lmjax "
+                        "cannot compute", "take a model without it", where)
     if kind == "default":
         return {}
     kinds = tuple(SCALING_KEYS) if model_type.scaling else ()

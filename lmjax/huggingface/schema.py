@@ -64,6 +64,8 @@ class ModelType:
     reads_layer_types: bool = True
     # config.json -> settings that follow from others, which config.json must not contradict.
     implied: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    # Code that its first repositories point to (auto_map), which transformers has as this class.
+    own_code: tuple[str, ...] = ()
     scaling: bool = True  # whether the class has the RoPE scalings that lmjax has
     # The settings of the global and the local RoPE theta with their defaults; empty without RoPE.
     rope: Mapping[str, float] = field(default_factory=lambda: {"rope_theta": 10_000.0})

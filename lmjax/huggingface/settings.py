@@ -22,7 +22,8 @@ Settings = Mapping[str, Any]
 # Fields of our config that do not change what a trained model computes.
 FREE = ("dropout", "init_std", "embedding_std", "attention", "scan_layers", "remat")
 # Settings of `NEUTRAL` that tell what a model is, where its class reads them.
-WRITTEN_ANEW = {"layer_types", "rope_theta", "rope_scaling", "rope_parameters", "dtype"}
+WRITTEN_ANEW = {"layer_types", "rope_theta", "rope_scaling", "rope_parameters", "dtype",
+                "auto_map"}
 LAYER_TYPES = {"sliding_attention": "local", "full_attention": "global"}  # theirs -> ours
 
 
@@ -33,16 +34,19 @@ def model_type_of(settings: Settings, where: str) -> ModelType:
       UserError: the model needs code of its own, or its `model_type` is not one of `MODEL_TYPES`.
     """
     known = ", ".join(MODEL_TYPES)
-    if settings.get("auto_map"):
+    name = settings.get("model_type")
+    found = MODEL_TYPES[name] if name in tuple(MODEL_TYPES) else None  # a list has no hash
+    code = settings.get("auto_map")
+    own = found.own_code if found and isinstance(code, dict) else ()
+    if code and not (own and {str(value).split("--")[-1] for value in code.values()} <= {*own}):
         raise UserError("a model that needs no code of its own",
                         f"auto_map={settings['auto_map']!r}",
                         "lmjax never runs a repository's code, use a model type that it knows "
                         f"({known})", where)
-    name = settings.get("model_type")
-    if name not in tuple(MODEL_TYPES):  # a tuple: `name` may be a list, which has no hash
+    if found is None:
         raise UserError(f"model_type to be one of {known}", repr(name), "convert it to one of them",
                         where)
-    return MODEL_TYPES[name]
+    return found
 
 
 def read_settings(settings: Settings, where: str,

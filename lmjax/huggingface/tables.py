@@ -52,6 +52,12 @@ LLAMA_TABLE = joined(
     both(f"{BLOCK}mlp_norm", f"{LAYER}.post_attention_layernorm"),
     *(both(f"{BLOCK}mlp/{name}", f"{LAYER}.mlp.{name}_proj", "out,in")
       for name in ("gate", "up", "down")))
+PHI3_TABLE = joined(
+    LLAMA_TABLE,
+    *(both(f"{BLOCK}attention/{name}", f"{LAYER}.self_attn.qkv_proj", "out,in", (i, 3))
+      for i, name in enumerate(("query", "key", "value"))),
+    *(both(f"{BLOCK}mlp/{name}", f"{LAYER}.mlp.gate_up_proj", "out,in", (i, 2))
+      for i, name in enumerate(("gate", "up"))))
 GEMMA_TABLE = joined(
     LLAMA_TABLE,
     both(f"{BLOCK}attention_post_norm", f"{LAYER}.post_attention_layernorm"),

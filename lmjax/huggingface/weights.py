@@ -40,7 +40,8 @@ class Stored(NamedTuple):
     # which are layers and experts: one tensor holds the part of one layer or expert.
     theirs: str
     how: str = ""  # how the parameter lies in the tensor: see the table above
-    # (i, n): share i, from 0, of the n equal shares of a fused tensor's outputs.
+    # (i, n): share i, from 0, of the n shares of a fused tensor's outputs, one after the other. A
+    # share is as large as its parameter: that of the queries may be larger than that of the keys.
     part: tuple[int, int] = (0, 1)
     # The name of layer 0's tensor, if it does not follow `theirs`: ModernBERT stores the attention
     # norm of its first layer as the embedding's norm.
@@ -65,6 +66,7 @@ class _Piece(NamedTuple):
     at: tuple[int, ...]  # index into the parameter's leading dimensions
     shape: tuple[int, ...]  # of the piece
     row: Stored
+    start: int = 0  # where its share of the tensor's outputs begins
 
 
 def tensor_shapes(shapes: Params, table: Table) -> dict[str, tuple[int, ...]]:
@@ -140,7 +142,7 @@ def tensor_getter(params: Params, table: Table) -> Callable[[str], np.ndarray]:
 
     def get(name: str) -> np.ndarray:
         shares = []
-        for piece in sorted(pieces[name], key=lambda piece: piece.row.part):
+        for piece in pieces[name]:
             whole = parameters[piece.path]
             shares.append(_theirs(np.asarray(whole[piece.at] if piece.at else whole), piece))
         if len(shares) == 1:
@@ -150,7 +152,8 @@ def tensor_getter(params: Params, table: Table) -> Callable[[str], np.ndarray]:
 
 
 def _pieces(shapes: Params, table: Table) -> dict[str, list[_Piece]]:
-    """Their tensors, layer by layer, each with the pieces of our parameters that it holds."""
+    """Their tensors, layer by layer, each with the pieces of our parameters that it holds in order.
+    """
     found: list[tuple[str, _Piece]] = []
     for path, shape in named_leaves(shapes):
         if path not in table:
@@ -166,6 +169,11 @@ def _pieces(shapes: Params, table: Table) -> dict[str, list[_Piece]]:
     out: dict[str, list[_Piece]] = {}
     for name, piece in sorted(found, key=lambda item: item[1].at):
         out.setdefault(name, []).append(piece)
+    for name, pieces in out.items():
+        pieces.sort(key=lambda piece: piece.row.part)
+        sizes = [_shape(piece)[piece.row.output_axis] for piece in pieces]
+        starts = itertools.accumulate(sizes[:-1], initial=0)
+        out[name] = [piece._replace(start=at) for piece, at in zip(pieces, starts, strict=True)]
     return out
 
 
@@ -176,24 +184,29 @@ def _matrix(piece: _Piece) -> tuple[int, int]:
     return math.prod(piece.shape[:split]), math.prod(piece.shape[split:])
 
 
-def _their_shape(pieces: Sequence[_Piece]) -> tuple[int, ...]:
-    piece = pieces[0]
+def _shape(piece: _Piece) -> tuple[int, ...]:
+    """The shape of a piece as their tensor holds it."""
     how = piece.row.how
     if how == "flat":
-        shape = [math.prod(piece.shape)]
-    elif how:
-        shape = list(_matrix(piece) if how.startswith("in") else _matrix(piece)[::-1])
-    else:
-        shape = list(piece.shape)
-    shape[piece.row.output_axis] *= piece.row.part[1]
+        return (math.prod(piece.shape),)
+    if not how:
+        return piece.shape
+    return _matrix(piece) if how.startswith("in") else _matrix(piece)[::-1]
+
+
+def _their_shape(pieces: Sequence[_Piece]) -> tuple[int, ...]:
+    """The shape of their tensor, which holds these shares of its outputs."""
+    shape, axis = list(_shape(pieces[-1])), pieces[-1].row.output_axis
+    if shape:
+        shape[axis] += pieces[-1].start
     return tuple(shape)
 
 
 def _ours(x: np.ndarray, piece: _Piece) -> np.ndarray:
     """The piece of our parameter that their tensor `x` holds."""
-    part, parts = piece.row.part
-    if parts > 1:
-        x = np.split(x, parts, axis=piece.row.output_axis)[part]
+    if piece.row.part[1] > 1:
+        axis = piece.row.output_axis
+        x = np.moveaxis(np.moveaxis(x, axis, 0)[piece.start:][:_shape(piece)[axis]], 0, axis)
     return (x.T if piece.row.how.startswith("out") else x).reshape(piece.shape)
 
 

@@ -52,6 +52,9 @@ def rope(kind, **keys):
 # name -> (the class in transformers, its settings)
 MODELS = {
     "gpt2": ("GPT2LMHeadModel", GPT2),
+    # query, key and value have 32, 8 and 8 rows of one matrix
+    "phi3": ("Phi3ForCausalLM", LLAMA | dict(num_key_value_heads=1, sliding_window=5,
+                                             pad_token_id=0)),
     "gpt2-untied-erf": ("GPT2LMHeadModel", GPT2 | dict(
         tie_word_embeddings=False, activation_function="gelu", n_inner=F)),
     "llama": ("LlamaForCausalLM", LLAMA),

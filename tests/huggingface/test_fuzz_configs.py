@@ -44,6 +44,13 @@ CASES = [
     ("llama", {"transformers_weights": "other.safetensors"}, "refused"),
     ("llama", {"sliding_window": 4}, "refused"),  # its class does not read it, its cache does
     ("llama", {"attention_bias": True, "mlp_bias": True}, "agree"),
+    ("phi3", {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config",
+                           "AutoModelForCausalLM": "a/b--modeling_phi3.Phi3ForCausalLM"}}, "agree"),
+    ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Other"}}, "refused"),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+     "refused"),
+    ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.5] * 4,
+                               "long_factor": [2.0] * 4}}, "refused"),
     ("gemma", {}, "agree"), ("granite", {}, "agree"), ("mt5", {}, "agree"),
     ("xlm-roberta", {}, "agree"), ("camembert", {}, "agree")]
 QUICK = (0, 5, 7, 10, 13)
