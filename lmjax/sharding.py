@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "router": (),
     "norm": (),  # scales and biases: too small to be worth an all-gather
     "positions": (),
+    "outputs": (),  # of a task's head
     # activations
     "batch": ("data", "fsdp", "expert"),
     "seq": ("context",),

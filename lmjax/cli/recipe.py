@@ -2,23 +2,28 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lmjax.config import load, plain
 from lmjax.monitoring.progress import to_stderr
 from lmjax.runtime.distributed import process
 from lmjax.training.recipe import Recipe, build_recipe
+from lmjax.training.source import with_source
 
 
-def recipe_of(spec: str, overrides: Sequence[str]) -> Recipe:
+def recipe_of(spec: str, overrides: Sequence[str], workdir: Path | None = None) -> Recipe:
     """Makes the recipe of `--config SPEC --config.KEY=VALUE ...`.
+
+    A task takes what it leaves open of its model from `train.init_from`, or, where that is gone,
+    from what an earlier start recorded in `workdir`.
 
     Process 0 prints how it understood the overrides whose text leaves a doubt.
 
     Raises:
       UserError: an error of `config.load` or `build_recipe`.
     """
-    recipe = build_recipe(load(spec, overrides))
+    recipe = build_recipe(with_source(load(spec, overrides), workdir))
     if process() == 0:
         for line in understood(plain(recipe), overrides):
             to_stderr(line)

@@ -34,7 +34,7 @@ def _add_workdir(parser: ArgumentParser) -> None:
 def _recipe(arguments: Namespace, overrides: Sequence[str]) -> "Recipe":
     from lmjax.cli.recipe import recipe_of
 
-    return recipe_of(arguments.config, overrides)
+    return recipe_of(arguments.config, overrides, getattr(arguments, "workdir", None))
 
 
 def add_train(parser: ArgumentParser) -> None:

@@ -174,14 +174,15 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def _variant(classes: Sequence[Any], value: Any, path: str) -> type:
-    """Chooses a dataclass of a union by the key `family` of `value`; the first if there is none."""
-    by_family, keys = {cls.family: cls for cls in classes}, plain(value)
-    default = classes[0].family
-    family = keys.get("family", default) if isinstance(keys, Mapping) else default
-    if family not in by_family:
-        options = ", ".join(by_family)
-        raise wrong(f"{path}.family", f"one of {options}", family, "choose one of them")
-    return by_family[family]
+    """Chooses a dataclass of a union by the key `family`, or `name`; the first if it is missing."""
+    key = "family" if hasattr(classes[0], "family") else "name"
+    by_key, keys = {getattr(cls, key): cls for cls in classes}, plain(value)
+    default = getattr(classes[0], key)
+    chosen = keys.get(key, default) if isinstance(keys, Mapping) else default
+    if chosen not in by_key:
+        options = ", ".join(filter(None, by_key))
+        raise wrong(f"{path}.{key}", f"one of {options}", chosen, "choose one of them")
+    return by_key[chosen]
 
 
 def _as_list(value: Any, where: str) -> str:

@@ -67,16 +67,22 @@ def eval_batches(split: Split, batch_size: int, sharding: jax.sharding.Sharding,
 
     def host_batch(step: int) -> Rows:
         g = step * batch_size + local
-        rows = empty(split.fields, len(g))
-        inside = g < total
-        chosen = permute(g[inside], total, key_of("eval")) if most else g[inside]
-        for name, values in split.rows(chosen).items() if inside.any() else ():
+        rows, inside = empty(split.fields, len(g)), g < total
+        chosen = eval_rows(split, g, most)
+        for name, values in split.rows(chosen).items() if len(chosen) else ():
             rows[name][inside] = values
         return rows
 
     steps = -(-total // batch_size)
     return _device_batches(split, host_batch, range(min(most or steps, steps)), batch_size,
                            sharding, local)
+
+
+def eval_rows(split: Split, g: np.ndarray, most: int) -> np.ndarray:
+    """The rows of the split that are numbers `g` of an evaluation; none for its padding."""
+    total = split.num_rows()
+    g = g[g < total]
+    return permute(g, total, key_of("eval")) if most and len(g) else g
 
 
 def _local_rows(split: Split, batch_size: int, sharding: jax.sharding.Sharding) -> np.ndarray:

@@ -19,6 +19,9 @@ class Reader(NamedTuple):
     start_id: int  # the id with which an encoder-decoder's answer begins
     end_ids: tuple[int, ...]  # each of them ends an answer
     banned_ids: tuple[int, ...] = ()  # never part of an answer
+    middle: tuple[int, ...] = ()  # ids between two texts
+    second_type: int = 0  # the kind of segment of a second text's tokens
+    causal: bool = False  # whether a token sees only those before it
 
     def ids(self, text: str, room: int | None = None, *, end: bool = True) -> list[int]:
         """The ids that the model reads for a text.
@@ -52,13 +55,16 @@ def make_reader(tokenizer: Tokenizer, family: str, data: DataConfig,
     """
     objective = Objective(data.objective, seq_len=data.seq_len, vocab_size=tokenizer.vocab_size,
                           tokenizer=tokenizer)
+    causal = family == "decoder"
     if "huggingface" in about:
         told = told_ids(about["huggingface"], tokenizer)
         names = NamedIds(tokenizer, objective.ids if "init_from" in about else None)
-        return Reader(names, tokenizer.prefix, tokenizer.suffix, told.start, told.end, told.banned)
+        return Reader(names, tokenizer.prefix, tokenizer.suffix, told.start, told.end, told.banned,
+                      tokenizer.middle, tokenizer.second_type, causal)
     bos, eos = (tokenizer.bos_id,), (tokenizer.eos_id,)
     prefix, suffix = {"decoder": (bos, ()), "encoder": (bos, eos), "encdec": ((), eos)}[family]
-    return Reader(NamedIds(tokenizer, objective.ids), prefix, suffix, START_ID, eos)
+    return Reader(NamedIds(tokenizer, objective.ids), prefix, suffix, START_ID, eos, (), eos, 1,
+                  causal)
 
 
 class ToldIds(NamedTuple):

@@ -65,8 +65,8 @@ def starts(size_P: np.ndarray, place_P: np.ndarray, width: int) -> np.ndarray:
 
 
 def dtype_of(name: str) -> type[np.generic]:
-    """The dtype of an array of a batch: float32 for loss_mask, int32 for all others."""
-    return np.float32 if name == "loss_mask" else np.int32
+    """The dtype of an array of a batch: float32 for loss masks and values, else int32."""
+    return np.float32 if name.endswith(("loss_mask", "values")) else np.int32
 
 
 def empty(fields: dict[str, int], rows: int) -> Rows:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from lmjax.config import at_least, choice
 from lmjax.errors import UserError
+from lmjax.models.heads import HeadConfig
 from lmjax.nn.layers import MLP_KINDS, NORMS
 from lmjax.nn.moe import MoEConfig
 from lmjax.nn.positions import RopeScaling
@@ -79,6 +80,7 @@ class TransformerConfig:
     logit_softcap: float = 0.0  # the same for logits
     tie_embeddings: bool = False  # the token table is also the unembedding
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)  # experts that replace the MLP
+    head: HeadConfig = dataclasses.field(default_factory=HeadConfig)  # of a task; made by it
     dropout: float = 0.0  # of the embeddings and of each residual branch
     init_std: float = 0.02
     embedding_std: float = 0.0  # of the token table at the start; 0: init_std
@@ -132,6 +134,11 @@ class TransformerConfig:
         if self.embedding_norm == "first" and self.norm_position == "post":
             raise UserError("none or own with norm_position=post", "first", "change one",
                             where="embedding_norm")
+
+    @property
+    def output_softcap(self) -> float:
+        """The soft-cap of the logits; a task's head has none."""
+        return 0.0 if self.head.outputs else self.logit_softcap
 
     @property
     def dims(self) -> Dims:

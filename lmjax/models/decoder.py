@@ -15,7 +15,7 @@ from lmjax.config import choice
 from lmjax.errors import UserError
 from lmjax.models.cache import Cache
 from lmjax.models.config import TransformerConfig
-from lmjax.models.transformer import TokenInfo, Trunk, embed, token_table
+from lmjax.models.transformer import TokenInfo, Trunk, embed, task_head, token_table
 from lmjax.nn.kernels.choose import Kernel
 from lmjax.nn.moe import Routing
 
@@ -46,7 +46,9 @@ class Decoder(Trunk):
         self.embedding = token_table(config, rngs)
         self.divisor = config.logit_divisor
         super().__init__(config, kernel, rngs, causal=True)
-        self.head = None if config.tie_embeddings else token_table(config, rngs)
+        self.task_head = task_head(config, rngs)
+        tied = config.tie_embeddings or self.task_head is not None
+        self.head = None if tied else token_table(config, rngs)
 
     def states(self, batch: Mapping[str, jax.Array], dtype: Any,
                key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
@@ -68,8 +70,10 @@ class Decoder(Trunk):
 
     def hidden(self, batch: Mapping[str, jax.Array], dtype: Any,
                key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
-        """`states` divided by `logit_divisor`: ready for the unembedding."""
+        """`states` divided by `logit_divisor`, or after a task's head: for the unembedding."""
         x_BTD, routing = self.states(batch, dtype, key)
+        if self.task_head is not None:
+            return self.task_head(x_BTD, key), routing
         return self._scaled(x_BTD), routing
 
     def step(self, tokens_BT: jax.Array, info: TokenInfo, cache: Cache,
@@ -85,4 +89,6 @@ class Decoder(Trunk):
     @property
     def unembedding(self) -> tuple[jax.Array, jax.Array | None]:
         """The table (V, D) that scores the vocabulary, and the bias (V,) of the scores, if any."""
+        if self.task_head is not None:
+            return self.task_head.unembedding
         return (self.head or self.embedding).table[...], None

@@ -15,7 +15,7 @@ from flax import nnx
 from lmjax.config import at_least, choice
 from lmjax.models.cache import Cache, Source
 from lmjax.models.config import TransformerConfig
-from lmjax.models.transformer import TokenInfo, Trunk, embed, token_table
+from lmjax.models.transformer import TokenInfo, Trunk, embed, task_head, token_table
 from lmjax.nn.kernels.choose import Kernel
 from lmjax.nn.module import param, zeros
 from lmjax.nn.moe import Routing
@@ -48,8 +48,11 @@ class EncDec(nnx.Module):
         self.embedding = token_table(c, rngs)
         self.encoder = Trunk(c, kernel, rngs, causal=False, num_layers=c.num_encoder_layers)
         self.decoder = Trunk(c, kernel, rngs, causal=True, cross=True)
-        self.head = None if c.tie_embeddings else token_table(c, rngs)
-        self.head_bias = param(rngs, zeros, (c.vocab_size,), ("norm",)) if c.output_bias else None
+        task = c.head.outputs > 0
+        self.head = None if c.tie_embeddings or task else token_table(c, rngs)
+        self.head_bias = (param(rngs, zeros, (c.vocab_size,), ("norm",))
+                          if c.output_bias and not task else None)
+        self.task_head = task_head(c, rngs)
 
     def states(self, batch: Mapping[str, jax.Array], dtype: Any,
                key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
@@ -84,8 +87,10 @@ class EncDec(nnx.Module):
         tokens = TokenInfo(batch["positions"], batch["segment_ids"])
         x_BTD, _, routing = self.decoder(x_BTD, tokens, key=keys[1],
                                          source=Source(batch["encoder_segment_ids"], states))
-        return self._scaled(x_BTD), jax.tree.map(lambda *layers: jnp.concatenate(layers),
-                                                 encoder_routing, routing)
+        routings = jax.tree.map(lambda *layers: jnp.concatenate(layers), encoder_routing, routing)
+        if self.task_head is not None:
+            return self.task_head(x_BTD, keys[1]), routings
+        return self._scaled(x_BTD), routings
 
     def source(self, batch: Mapping[str, jax.Array], dtype: Any) -> Source:
         """Runs the encoder and computes its keys and values for every decoder layer, once."""
@@ -106,5 +111,7 @@ class EncDec(nnx.Module):
     @property
     def unembedding(self) -> tuple[jax.Array, jax.Array | None]:
         """The table (V, D) that scores the vocabulary, and the bias (V,) of the scores, if any."""
+        if self.task_head is not None:
+            return self.task_head.unembedding
         bias = None if self.head_bias is None else self.head_bias[...]
         return (self.head or self.embedding).table[...], bias

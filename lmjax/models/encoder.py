@@ -14,7 +14,7 @@ from flax import nnx
 
 from lmjax.config import at_least, choice
 from lmjax.models.config import TransformerConfig
-from lmjax.models.transformer import TokenInfo, Trunk, embed, token_table
+from lmjax.models.transformer import TokenInfo, Trunk, embed, task_head, token_table
 from lmjax.nn.kernels.choose import Kernel
 from lmjax.nn.layers import ACTIVATIONS, MLP_KINDS, NORMS, Dense, Embedding
 from lmjax.nn.module import normal, param, zeros
@@ -57,12 +57,16 @@ class Encoder(Trunk):
         super().__init__(c, kernel, rngs, causal=False)
         self.token_types = (Embedding(c.token_types, c.embed_dim, ("positions", "embed"),
                                       init=init, rngs=rngs) if c.token_types else None)
-        self.transform = square(c.use_bias) if c.mlm_head else None
+        task = c.head.outputs > 0
+        transforms = c.mlm_head and (not task or c.head.kind == "transform")
+        self.transform = square(c.use_bias) if transforms else None
         self.transform_norm = (NORMS[c.norm](c.embed_dim, eps=c.norm_eps, rngs=rngs)
-                               if c.mlm_head else None)
-        self.head = None if c.tie_embeddings else token_table(c, rngs)
-        self.head_bias = param(rngs, zeros, (c.vocab_size,), ("norm",)) if c.mlm_head else None
-        self.pooler = square(True) if c.pooler else None
+                               if transforms else None)
+        self.head = None if c.tie_embeddings or task else token_table(c, rngs)
+        self.head_bias = (param(rngs, zeros, (c.vocab_size,), ("norm",))
+                          if c.mlm_head and not task else None)
+        self.pooler = square(True) if c.pooler and not task else None
+        self.task_head = task_head(c, rngs)
         self.activation = ACTIVATIONS[c.head_act]
 
     def states(self, batch: Mapping[str, jax.Array], dtype: Any,
@@ -86,10 +90,12 @@ class Encoder(Trunk):
 
     def hidden(self, batch: Mapping[str, jax.Array], dtype: Any,
                key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
-        """`states` after the MLM head's matrix, activation and norm: ready for the unembedding."""
+        """`states` after the MLM head's layers or a task's head: ready for the unembedding."""
         x_BTD, routing = self.states(batch, dtype, key)
         if self.transform is not None and self.transform_norm is not None:
             x_BTD = self.transform_norm(self.activation(self.transform(x_BTD)))
+        if self.task_head is not None:
+            x_BTD = self.task_head(x_BTD, key)
         return x_BTD, routing
 
     def pooled(self, x_BTD: jax.Array) -> jax.Array:
@@ -100,5 +106,7 @@ class Encoder(Trunk):
     @property
     def unembedding(self) -> tuple[jax.Array, jax.Array | None]:
         """The table (V, D) that scores the vocabulary, and the bias (V,) of the scores, if any."""
+        if self.task_head is not None:
+            return self.task_head.unembedding
         bias = None if self.head_bias is None else self.head_bias[...]
         return (self.head or self.embedding).table[...], bias

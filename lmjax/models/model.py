@@ -76,7 +76,11 @@ class Model:
 
     def logits(self, params: Params, batch: Batch) -> jax.Array:
         """The float32 logits [B, T, V]; the losses of `nn.losses` need not hold them all."""
-        return self._logits(*self.hidden(params, batch)[:3])
+        return self.logits_of(self.hidden(params, batch))
+
+    def logits_of(self, hidden: Hidden) -> jax.Array:
+        """The float32 logits [B, T, V] of what `hidden` gave."""
+        return self._logits(hidden.x_BTD, hidden.table_VD, hidden.bias_V)
 
     def unembed(self, params: Params, x_BTD: jax.Array) -> jax.Array:
         """The float32 logits [B, T, V] of hidden states, for some of the positions of `hidden`."""
@@ -90,7 +94,8 @@ class Model:
         """
         model = self.functional.bind(self.cast(params))
         x_BTD, _ = model.states(batch, self.dtype)
-        has_pooler = isinstance(self.config, EncoderConfig) and self.config.pooler
+        has_pooler = (isinstance(self.config, EncoderConfig) and self.config.pooler
+                      and not self.config.head.outputs)
         return x_BTD, model.pooled(x_BTD) if has_pooler else None
 
     def init_cache(self, batch_size: int, slots: int, *, params: Params | None = None,
@@ -162,7 +167,7 @@ class Model:
                 bias_V: jax.Array | None) -> jax.Array:
         logits = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
         logits = logits if bias_V is None else logits + bias_V.reshape(1, 1, -1)
-        cap = self.config.logit_softcap
+        cap = self.config.output_softcap
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     def for_decoding(self, params: Params) -> Params:

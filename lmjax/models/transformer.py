@@ -13,6 +13,7 @@ from flax import nnx
 from lmjax.models.block import Block, PerLayer, Shared
 from lmjax.models.cache import Source
 from lmjax.models.config import TransformerConfig
+from lmjax.models.heads import Head
 from lmjax.nn.attention import CacheUpdate, KVCache
 from lmjax.nn.kernels.choose import Kernel, kernel_for_cache, prepare, uses_balanced_rows
 from lmjax.nn.layers import NORMS, Embedding, Norm, dropout
@@ -168,6 +169,13 @@ def _balanced(tokens: TokenInfo) -> TokenInfo:
 
 def _slots(cache: KVCache) -> int:
     return jax.tree.leaves(cache)[0].shape[-2]
+
+
+def task_head(config: TransformerConfig, rngs: nnx.Rngs) -> Head | None:
+    """The head of a task; None for a model that scores its vocabulary."""
+    if not config.head.outputs:
+        return None
+    return Head(config.head, config.embed_dim, init_std=config.init_std, rngs=rngs)
 
 
 def token_table(config: TransformerConfig, rngs: nnx.Rngs) -> Embedding:

@@ -44,14 +44,14 @@ class Progress:
         self._line = ""
         self._shown = True  # whether `_line` is on the terminal
 
-    def update(self, step: int, loss: float, bits_per_byte: float, tokens_per_second: float,
+    def update(self, step: int, loss: float, bits_per_byte: float | None, tokens_per_second: float,
                data_wait_share: float = 0.0, mfu: float | None = None) -> None:
         """Shows the figures of the newest step. It draws at most ten times per second.
 
         Args:
           step: the newest step.
           loss: nats per token.
-          bits_per_byte: bits per byte of text.
+          bits_per_byte: bits per byte of text; None for the examples of a task.
           tokens_per_second: tokens per second.
           data_wait_share: the share of the step, 0 to 1, that was spent waiting for data.
           mfu: model FLOP/s as a share of the peak, 0 to 1; None if the peak is not known.
@@ -63,7 +63,8 @@ class Progress:
         if step > first_step:
             remaining = (now - first_time) / (step - first_step) * (self._total - step)
         done = f"{step:,}/{self._total:,} {step / max(self._total, 1):.0%}"
-        losses = (f"loss {loss:.3f}", f"{bits_per_byte:.3f} {self._unit}")
+        losses = [f"loss {loss:.3f}"]
+        losses += [] if bits_per_byte is None else [f"{bits_per_byte:.3f} {self._unit}"]
         rate = human_count(tokens_per_second)
         left = f"ETA {'-' if math.isnan(remaining) else human_seconds(round(remaining))}"
         used = () if mfu is None else (f"MFU {mfu:.0%}",)

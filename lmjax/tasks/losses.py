@@ -29,7 +29,7 @@ def next_token_loss(model: Model, *, z_loss: float = 0.0, chunk: int = 0) -> Los
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
         hidden = model.hidden(params, batch, key)
         loss = cross_entropy(hidden.x_BTD, hidden.table_VD, batch["targets"], batch["loss_mask"],
-                             bias_V=hidden.bias_V, softcap=model.config.logit_softcap, chunk=chunk,
+                             bias_V=hidden.bias_V, softcap=model.config.output_softcap, chunk=chunk,
                              z_loss=z_loss)
         if hidden.routing is None:
             return loss

@@ -42,9 +42,9 @@ def announce(run: Run, directory: str, log: Log) -> dict[str, Any]:
     if run.spec.frozen is not None:
         log(f"trained: {human_count(num_elements(run.spec.shapes.params))} parameters; the other "
             f"{human_count(num_elements(run.spec.shapes.frozen))} are frozen")
+    bytes_per_token = f", {train.bytes / train.predictions:.2f} bytes per token" * (train.bytes > 0)
     log(f"data: {human_count(train.predictions)} tokens to train on, "
-        f"{human_count(heldout.predictions)} held out, {train.bytes / train.predictions:.2f} "
-        f"bytes per token ({directory})")
+        f"{human_count(heldout.predictions)} held out{bytes_per_token} ({directory})")
     if run.tokenizer and (line := told_names(recipe.data, run.tokenizer)):
         log(line)
     flags = {name: os.environ[name] for name in FLAGS if os.environ.get(name)}

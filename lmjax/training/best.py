@@ -14,7 +14,12 @@ from lmjax.errors import UserError, first_line
 from lmjax.runtime.files import write_whole
 
 # The metrics that evaluation writes and `eval.metric` may name: whether higher is better.
-HIGHER_IS_BETTER = {"loss": False, "perplexity": False, "bits_per_byte": False}
+HIGHER_IS_BETTER = {
+    "loss": False, "perplexity": False, "bits_per_byte": False, "mse": False,
+    "accuracy": True, "f1": True, "f1_micro": True, "matthews": True, "exact_match": True,
+    "pearson": True, "spearman": True, "precision": True, "recall": True,
+    "bleu": True, "chrf": True, "rouge1": True, "rouge2": True, "rougeL": True,
+}
 FILE = "best.json"  # beside the checkpoints
 
 

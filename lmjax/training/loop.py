@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 
 from lmjax.data.batches import eval_batches, make_batches
+from lmjax.data.pipeline import Split
 from lmjax.decoding.sampling import Sampling
 from lmjax.models.model import Batch
 from lmjax.monitoring.goodput import ACTIVITIES, LEDGER_FILE, account, goodput_line
@@ -22,6 +23,7 @@ from lmjax.monitoring.progress import to_stderr
 from lmjax.monitoring.watchdog import Watchdog
 from lmjax.reporting.report import write_report
 from lmjax.runtime.signals import StopSignal, stop_signal
+from lmjax.training.answers import answers_of
 from lmjax.training.evaluate import evaluate
 from lmjax.training.recipe import Recipe
 from lmjax.training.records import Records
@@ -207,8 +209,8 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
     After the last step the whole held-out set is evaluated. With a metric, that step is evaluated
     as the steps before it are, too, so that their values compare.
     """
-    recipe, groups = run.recipe, {"eval": state.params, "eval_ema": state.ema}
-    judged = "eval" if state.ema is None else "eval_ema"
+    recipe, judged = run.recipe, "eval" if state.ema is None else "eval_ema"
+    size = recipe.eval.batch_size or recipe.train.batch_size
 
     def until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in records.watchdog.each(batches, step, ACTIVITIES["eval"]):
@@ -217,15 +219,17 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
                 raise _Stopped
             yield batch
 
-    def each_group(most: int) -> None:
-        for name, params in groups.items():
+    def each_group(most: int, of: str, split: Split) -> None:
+        for name, params in ((of, state.params), (f"{of}_ema", state.ema)):
             if params is None:
                 continue
-            batches = eval_batches(run.heldout, recipe.eval.batch_size or recipe.train.batch_size,
-                                   run.layout.sharding(("batch", "seq")), most=most)
+            answers = answers_of(run, split, size, most)
+            batches = eval_batches(split, size, run.layout.sharding(("batch", "seq")), most=most)
             with contextlib.closing(batches):
                 found = evaluate(run.program.eval_fn, state.whole(params),
-                                 until_stopped(batches), run.heldout)
+                                 until_stopped(batches), split, answers or (lambda sums: None))
+            if answers:
+                found |= answers.figures(run.workdir / "answers" / f"{name}.jsonl")
             if name == judged and recipe.eval.metric:
                 if most == recipe.eval.batches:
                     run.remember(run.best.after(step, found[recipe.eval.metric]))
@@ -236,11 +240,13 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
         final = step == recipe.train.steps
         try:
             if not final or recipe.eval.metric:
-                each_group(recipe.eval.batches)
+                each_group(recipe.eval.batches, "eval", run.heldout)
             if run.out_of_patience:
                 records.ends_early(step)
             if (final or run.out_of_patience) and (recipe.eval.batches or not recipe.eval.metric):
-                each_group(0)
+                each_group(0, "eval", run.heldout)
+            if (final or run.out_of_patience) and run.test is not None:
+                each_group(0, "test", run.test)
         except _Stopped:
             return False
     return True

@@ -23,7 +23,7 @@ from lmjax.data.reading import told_ids
 from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import HF_FILES, Tokenizer, TokenizerConfig, tokenizer_from_bytes
 from lmjax.errors import UserError
-from lmjax.models.model import Model
+from lmjax.models.model import Model, ModelConfig
 from lmjax.nn.module import Params
 from lmjax.training.best import best_step
 from lmjax.training.checkpoint import About, checkpoint_steps, read_about, restore_params
@@ -112,19 +112,19 @@ def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
     return tokenizers.check_vocab_size(config, tokenizer)
 
 
-def check_start(found: Pretrained, model: Model, tokenizer: Tokenizer | None) -> None:
+def check_start(found: Pretrained, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
     """Checks that a run may start from the weights of `found`.
 
     Args:
       found: the model to start from.
-      model: that of the run.
+      config: of the run's model.
       tokenizer: that of the run's data; None: synthetic data.
 
     Raises:
       UserError: the models compute different functions, the tokenizers differ, or answers begin
         with another id than the rows of a decoder in training.
     """
-    difference = huggingface.difference(model.config, found.recipe.model)
+    difference = huggingface.difference(config, found.recipe.model)
     if difference:
         field, ours, theirs = difference
         raise UserError(f"{theirs!r} as train.init_from={found.where} has", repr(ours),
@@ -135,7 +135,7 @@ def check_start(found: Pretrained, model: Model, tokenizer: Tokenizer | None) ->
                         f"{found.where} with another ({found.tokenizer.hash[:12]})",
                         f"prepare the data with data.tokenizer.path={found.where}",
                         where="train.init_from")
-    if model.config.family == "encdec" and tokenizer and "huggingface" in found.about:
+    if config.family == "encdec" and tokenizer and "huggingface" in found.about:
         start = told_ids(found.about["huggingface"], tokenizer).start
         if start != START_ID:
             raise UserError(f"an encoder-decoder whose answers begin with id {START_ID}, as the "

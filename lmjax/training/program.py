@@ -1,5 +1,6 @@
 """Programs: what `lmjax train` runs and `lmjax plan` compiles, made out of a recipe and devices."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from lmjax.nn.module import Params
 from lmjax.nn.quantized import check_matmul_dtype, matmuls_in
 from lmjax.sharding import Layout, make_layout
 from lmjax.tasks.losses import LossFn, next_token_loss
+from lmjax.tasks.task import Facts, Task
 from lmjax.training.frozen import frozen_in
 from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.optim.table import make_optimizer
@@ -35,14 +37,16 @@ class Program(NamedTuple):
 
 
 def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: int,
-                 fields: Mapping[str, int]) -> Program:
+                 fields: Mapping[str, int], facts: Facts | None = None) -> Program:
     """Makes the program of `recipe` over `devices`.
 
     Args:
       recipe: what to train, and how.
       devices: real ones, or those of a described topology (`jax.experimental.topologies`).
       vocab_size: of the data.
-      fields: name -> length of a row, for each array of a batch; the objective decides them.
+      fields: name -> length of a row, for each array of a batch; the objective or the task
+        decides them.
+      facts: what a task keeps of its training examples; None without a task.
 
     Raises:
       UserError: the mesh does not fit the devices, the model, its activations or the batch, or no
@@ -50,14 +54,14 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     """
     train = recipe.train
     layout = make_layout(recipe.mesh, devices)
-    model = make_model(recipe, layout, vocab_size=vocab_size)
+    model = make_model(recipe, layout, vocab_size=vocab_size, facts=facts)
     schedule = make_schedule(recipe.optimizer, train.steps)
     frozen = frozen_in(recipe, model)
     trained = model.axes if frozen is None else split_tree(model.axes, frozen.accepts)[1]
     tx = make_optimizer(recipe.optimizer, train.steps, trained)
     spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0, frozen=frozen)
     _check_batch(recipe, layout)
-    loss_fn = next_token_loss(model, z_loss=train.z_loss, chunk=train.loss_chunk)
+    loss_fn, eval_loss = _losses(recipe, model, facts)
     step_fn = make_train_step(_in(train.matmul_dtype, loss_fn), spec, layout, schedule,
                               seed=train.seed, microbatches=train.microbatches,
                               ema_decay=recipe.optimizer.ema_decay)
@@ -65,11 +69,14 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     batch = {name: jax.ShapeDtypeStruct((train.batch_size, length), dtype_of(name),
                                         sharding=sharding) for name, length in fields.items()}
     return Program(layout, model, spec, step_fn.trace(spec.shapes, batch),
-                   make_eval_step(loss_fn, layout, train.microbatches), batch)
+                   make_eval_step(eval_loss, layout, train.microbatches), batch)
 
 
-def make_model(recipe: Recipe, layout: Layout, *, vocab_size: int) -> Model:
+def make_model(recipe: Recipe, layout: Layout, *, vocab_size: int,
+               facts: Facts | None = None) -> Model:
     """Makes the model of `recipe` for the devices of `layout` and data of `vocab_size` tokens.
+
+    With the `facts` of a task, the model gets its head.
 
     Raises:
       UserError: the mesh asks for experts that the model does not have, no kernel can serve the
@@ -80,10 +87,23 @@ def make_model(recipe: Recipe, layout: Layout, *, vocab_size: int) -> Model:
         raise UserError("1 for a model without experts", recipe.mesh.expert, "use fsdp, which "
                         "splits the batch and all weights alike", where="config.mesh.expert")
     check_matmul_dtype(recipe.train.matmul_dtype, platform)
-    return build_model(recipe.model, vocab_size=vocab_size, platform=platform,
+    config = recipe.model
+    if isinstance(recipe.task, Task) and facts is not None:
+        config = dataclasses.replace(config, head=recipe.task.head(config, facts))
+    return build_model(config, vocab_size=vocab_size, platform=platform,
                        dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len,
                        context=bool(layout.on("seq")),
                        prefix_lm=recipe.data.objective.name == "prefix_lm")
+
+
+def _losses(recipe: Recipe, model: Model, facts: Facts | None) -> tuple[LossFn, LossFn]:
+    """What training minimises, and what evaluation computes."""
+    train, task = recipe.train, recipe.task
+    if isinstance(task, Task) and facts is not None:
+        loss_fn = task.loss(model, facts, z_loss=train.z_loss, chunk=train.loss_chunk)
+        return loss_fn, task.eval_loss(model, facts)
+    loss_fn = next_token_loss(model, z_loss=train.z_loss, chunk=train.loss_chunk)
+    return loss_fn, loss_fn
 
 
 def _in(matmul_dtype: str, loss_fn: LossFn) -> LossFn:

@@ -32,6 +32,8 @@ from lmjax.models.model import ModelConfig
 from lmjax.models.presets import with_preset
 from lmjax.nn.quantized import MATMUL_DTYPES
 from lmjax.sharding import MeshConfig
+from lmjax.tasks.table import AnyTask, LanguageModeling
+from lmjax.tasks.task import Task
 from lmjax.training.best import HIGHER_IS_BETTER
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.schedules import SCHEDULES
@@ -182,6 +184,7 @@ class Recipe:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
+    task: AnyTask = dataclasses.field(default_factory=LanguageModeling)  # of fine-tuning
 
     def __post_init__(self) -> None:
         choice("optimizer.name", self.optimizer.name, OPTIMIZERS)
@@ -195,6 +198,7 @@ class Recipe:
             raise UserError(f"{names} for a model of the family {family}", f"{objective.name}, "
                             f"which needs the family {objective.architecture}",
                             "change one of them", where="data.objective.name")
+        self._check_task()
         if self.sample.every and family != "decoder":
             raise UserError("0, since only a decoder continues prompts",
                             f"{self.sample.every} for the family {family}", "set 0",
@@ -205,6 +209,21 @@ class Recipe:
         if self.checkpoint.keep_best and not self.eval.metric:
             raise UserError("false, since eval.metric names no metric", True,
                             "set eval.metric=loss, for example", where="checkpoint.keep_best")
+        self._check_chunk(seq_len)
+
+    def _check_task(self) -> None:
+        """Refuses a model, a metric or samples that the task has no use for."""
+        measures: tuple[str, ...] = ("bits_per_byte",)
+        if isinstance(self.task, Task):
+            self.task.check(self.model)
+            measures = self.task.measures
+            if self.sample.every and not self.task.writes:
+                raise UserError(f"0 for {self.task.name}, which writes no text", self.sample.every,
+                                "set 0", where="sample.every")
+        if self.eval.metric:
+            choice("eval.metric", self.eval.metric, ("loss", "perplexity", *measures))
+
+    def _check_chunk(self, seq_len: int) -> None:
         chunk = self.train.loss_chunk
         if 0 < chunk < seq_len and seq_len % chunk:
             raise UserError(f"a divisor of data.seq_len={seq_len}", chunk, "change it or set 0",

@@ -15,11 +15,10 @@ from lmjax.monitoring.goodput import ACTIVITIES, SLOW_FACTOR, Ledger
 from lmjax.monitoring.metrics import MetricsWriter
 from lmjax.monitoring.progress import Progress
 from lmjax.monitoring.slow_steps import Outliers, SlowStepLog
-from lmjax.monitoring.units import human_count
 from lmjax.monitoring.watchdog import Watchdog
 from lmjax.runtime.chips import peak_flops
 from lmjax.runtime.distributed import late_with, tell_late
-from lmjax.training.evaluate import bits_per_byte, bits_unit
+from lmjax.training.evaluate import bits_per_byte, bits_unit, summary
 from lmjax.training.run import Run
 from lmjax.training.step import Metrics
 
@@ -129,17 +128,13 @@ class Records:
         self.writer.timing(step, {"seconds": self.writer.seconds_before + now - self._began,
                                   "step_seconds": seconds, "tokens_per_second": rate,
                                   "data_wait_share": share, "model_flops_per_second": flops, **mfu})
-        self.progress.update(step, values["loss"], bits["bits_per_byte"], rate, share, **mfu)
+        self.progress.update(step, values["loss"], bits.get("bits_per_byte"), rate, share, **mfu)
 
     def evaluated(self, step: int, name: str, found: Mapping[str, float]) -> None:
         """Writes the figures of an evaluation; `name` says of what: eval, eval_ema."""
         self.writer.eval(step, {f"{name}/{key}": value for key, value in found.items()})
-        unit = bits_unit(self.run.heldout)
         best = f", best at step {found['best_step']:,.0f}" if "best_step" in found else ""
-        self.progress.log(
-            f"step {step}: {name} loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} {unit}, "
-            f"perplexity {found['perplexity']:.1f} over {human_count(found['tokens'])} tokens"
-            f"{best}")
+        self.progress.log(f"step {step}: {name} {summary(found, self.run.heldout)}{best}")
 
     def ends_early(self, step: int) -> None:
         """Writes that the run ends at `step`, and why."""

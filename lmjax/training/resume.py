@@ -6,6 +6,7 @@ from typing import Any
 from lmjax.data.order import Steps
 from lmjax.errors import UserError
 from lmjax.runtime.distributed import agreed
+from lmjax.training.adopt import adopted, comparable
 from lmjax.training.announce import announce_epochs, dtype_reason
 from lmjax.training.best import read_best, restored
 from lmjax.training.changes import check_schedule
@@ -41,7 +42,7 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
                                      given_up(run.recipe, run.saved))
     if found is None:
         if source:
-            check_start(source, run.model, run.tokenizer)
+            check_start(source, comparable(run.model.config, source.recipe.model), run.tokenizer)
         # Refuses a run of too many epochs: better before the weights are made than after.
         facts = announce_epochs(run, log)
         if source is None:
@@ -115,12 +116,11 @@ def _check(run: Run, about: About) -> None:
 
 def _from_source(run: Run, source: Pretrained, log: Log) -> TrainState:
     """Returns the state before the first step, with the weights of `source`."""
-    shardings = run.spec.shardings
-    params = source.read(run.model, shardings.whole(shardings.params))
+    params, new = adopted(run, source)
     run.about["init_from"] = {"path": source.where, "step": source.about["step"],
                               "checksums": checksums(params)}
     if "huggingface" in source.about:  # an export keeps the settings of the imported model
         run.about["huggingface"] = source.about["huggingface"]
     log(f"weights: those of {source.where}, step {source.about['step']:,}; the optimizer "
-        "state starts fresh")
+        "state starts fresh" + (f"; new: {', '.join(new)}" if new else ""))
     return run.spec.start(params)

@@ -13,6 +13,7 @@ from lmjax.data.tokenizers import Tokenizer
 from lmjax.decoding.generate import Generator
 from lmjax.models.model import Model
 from lmjax.sharding import Layout
+from lmjax.tasks.task import Facts
 from lmjax.training.best import Best, write_best
 from lmjax.training.checkpoint import Checkpointer
 from lmjax.training.program import Program
@@ -34,10 +35,12 @@ class Run:
     train_split: Mixture
     heldout: Split
     tokenizer: Tokenizer | None  # None on synthetic data
-    generator: Generator | None  # None without a tokenizer
+    generator: Generator | None  # None without a tokenizer, or with the head of a task
     checkpointer: Checkpointer
     about: dict[str, Any]  # what every checkpoint of the run records, besides its own step
     steps: Steps  # which rows of the data each step takes
+    facts: Facts | None = None  # of the task's training examples; None without a task
+    test: Split | None = None  # examples that are evaluated once, after the last step
     state: TrainState | None = None  # None while the loop owns it
     start: int = 0  # the step that this start goes on from
     tokens: int = 0  # trained on before this start

@@ -11,7 +11,6 @@ import jax
 import lmjax
 from lmjax.config import plain
 from lmjax.data.order import Steps
-from lmjax.data.pipeline import open_splits
 from lmjax.data.preparation.prepare import prepare
 from lmjax.data.tokenizers import Tokenizer, prepared_tokenizer
 from lmjax.decoding.generate import Generator
@@ -22,6 +21,7 @@ from lmjax.runtime.devices import device_memory
 from lmjax.runtime.distributed import agreed
 from lmjax.runtime.files import write_whole
 from lmjax.sharding import make_layout
+from lmjax.tasks.task import Facts, Task
 from lmjax.training.announce import announce
 from lmjax.training.best import Best
 from lmjax.training.checkpoint import Checkpointer, checkpoint_steps
@@ -33,6 +33,7 @@ from lmjax.training.resume import begin
 from lmjax.training.run import Log, Run
 from lmjax.training.saved import Saved, find_saved, given_up, keep_records
 from lmjax.training.state import StateSpec
+from lmjax.training.task_data import open_data, prepare_task
 from lmjax.training.workdir import check_places, check_recipe
 from lmjax.tree import shard_bytes
 
@@ -54,7 +55,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log,
     saved = Saved(**agreed(lambda: dataclasses.asdict(find_saved(recipe, workdir))))
     source = _source(recipe, workdir)
     at(0, "preparing data")
-    directory = _data(recipe, workdir, log)
+    directory = _data(recipe, workdir, source, log)
     at(0, "setting up")
     run = _open(recipe, workdir, directory, log)
     run.saved = saved
@@ -98,38 +99,42 @@ def _source(recipe: Recipe, workdir: Path) -> Pretrained | None:
     return find(recipe.train.init_from)
 
 
-def _data(recipe: Recipe, workdir: Path, log: Log) -> str:
+def _data(recipe: Recipe, workdir: Path, source: Pretrained | None, log: Log) -> str:
     """Returns the directory of the prepared data; process 0 prepares it if it is missing."""
     directory = recipe.data.directory or str(workdir.absolute() / "data")
-    if not recipe.data.synthetic:
+    if isinstance(recipe.task, Task):
+        agreed(lambda: prepare_task(recipe, directory, source, log))
+    elif not recipe.data.synthetic:
         agreed(lambda: prepare(recipe.data, directory, make_tokenizer=make_tokenizer, log=log))
     return directory
 
 
 def _open(recipe: Recipe, workdir: Path, directory: str, log: Log) -> Run:
     """Opens the data and the checkpoints and makes the program; the run has no state yet."""
-    train_split, heldout = open_splits(recipe.data, directory)
+    train_split, heldout, test, facts = open_data(recipe, directory)
     tokenizer = None if recipe.data.synthetic else prepared_tokenizer(directory)
     program = make_program(recipe, jax.devices(), vocab_size=train_split.vocab_size,
-                           fields=train_split.fields)
+                           fields=train_split.fields, facts=facts)
     _check_memory(program.spec)
-    generator = None if tokenizer is None else Generator(
+    generator = None if tokenizer is None or program.model.config.head.outputs else Generator(
         program.model, program.layout, end_ids=[tokenizer.eos_id],
         vocab_size=tokenizer.vocab_size)
     checkpointer = Checkpointer(recipe.checkpoint.path(workdir), log=log,
                                 keep_last=recipe.checkpoint.keep_last,
                                 keep_every=recipe.checkpoint.keep_every)
     run = Run(recipe, workdir, program, train_split, heldout, tokenizer, generator, checkpointer,
-              about=_about(recipe, program, tokenizer),
-              steps=Steps([(0, 0, recipe.train.batch_size)]), best=Best(recipe.eval.metric))
+              about=_about(recipe, program, tokenizer, facts),
+              steps=Steps([(0, 0, recipe.train.batch_size)]), best=Best(recipe.eval.metric),
+              facts=facts, test=test)
     if recipe.sample.every and generator:
         generator.check(run.prompts, recipe.sample.max_tokens)
     return run
 
 
-def _about(recipe: Recipe, program: Program, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _about(recipe: Recipe, program: Program, tokenizer: Tokenizer | None,
+           facts: Facts | None) -> dict[str, Any]:
     """Returns what every checkpoint of the run records: all that is needed to load it."""
-    return {
+    return ({} if facts is None else {"task": facts}) | {
         "recipe": plain(recipe) | {"model": plain(program.model.config)},
         "tokenizer": tokenizer_text(tokenizer),
         "versions": lmjax.versions(),

@@ -27,7 +27,7 @@ def read_parquet(name: str, path: str, stream: io.BufferedReader | None,
       name: of the file.
       path: of the file.
       stream: its bytes if it is compressed as a whole: they are unpacked to a temporary file.
-      field: the column, or `a.b` for a field of a column.
+      field: the column, or `a.b` for a field of a column; "": all columns, as JSON.
     Raises:
       UserError: the file is damaged, or has no such column of text.
     """
@@ -43,7 +43,7 @@ def read_parquet(name: str, path: str, stream: io.BufferedReader | None,
         table = stack.enter_context(pq.ParquetFile(file, buffer_size=CHUNK))
         check_column(table.schema_arrow, field, path)
         paths = [table.schema.column(i).path for i in range(len(table.schema))]
-        leaf = [i for i, full in enumerate(paths) if full == field
+        leaf = [i for i, full in enumerate(paths) if full == field or not field
                 or f"{_LISTS.sub('', full)}.".startswith(f"{field}.")]
         as_dictionary = None
         row = 0
@@ -52,7 +52,7 @@ def read_parquet(name: str, path: str, stream: io.BufferedReader | None,
             size = sum(facts.column(i).total_uncompressed_size for i in leaf)
             rows = max(1, min(MOST_ROWS, BATCH_BYTES * facts.num_rows // max(size, 1)))
             reader = table
-            if leaf and _repeats(facts.column(leaf[0])):
+            if field and leaf and _repeats(facts.column(leaf[0])):
                 as_dictionary = as_dictionary or stack.enter_context(
                     pq.ParquetFile(file, buffer_size=CHUNK, read_dictionary=[
                         paths[i] for i in leaf]))
@@ -85,6 +85,8 @@ def check_column(schema: Any, field: str, path: str) -> None:
     """Raises a UserError unless a column, or a field of a column, holds the texts."""
     import pyarrow as pa
 
+    if not field:
+        return
     kind, names = None, schema.names
     if names.count(field) == 1:
         kind = schema.field(field).type
@@ -115,6 +117,13 @@ def _repeats(column: Any) -> bool:
 def _texts(batch: Any, field: str) -> Iterator[Any]:
     import pyarrow as pa
 
+    if not field:
+        for row in range(len(batch)):
+            try:
+                yield text_of(batch.slice(row, 1).to_pylist()[0], "")
+            except UnicodeDecodeError as error:
+                yield error.object
+        return
     column = batch.column(batch.schema.get_field_index(field)) if field in batch.schema.names else (
         batch.column(batch.schema.get_field_index(field.partition(".")[0])))
     if pa.types.is_dictionary(column.type) and not pa.types.is_nested(column.type.value_type):

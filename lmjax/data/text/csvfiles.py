@@ -23,14 +23,17 @@ def read_csv(name: str, path: str, stream: io.BufferedReader, field: str,
     """The records of a file; the id has the number of the row after the header.
 
     Raises:
-      UserError: the header has no such field, or has it twice.
+      UserError: the header has no such field, or has it twice; or `field` is "", and two columns
+        have one name.
     """
     options, header, number = dialect(stream.peek(CHUNK), delimiters), None, 0
     for row in _rows(stream, options):
         if header is None:
             header = row
-            if isinstance(row, Broken) or row.count(field) != 1:
-                got = row.reason if isinstance(row, Broken) else row
+            got = row.reason if isinstance(row, Broken) else row
+            if not field and (isinstance(row, Broken) or len(set(row)) < len(row)):
+                raise UserError("a header of different columns", f"{got} in {path}", "mend it")
+            if field and (isinstance(row, Broken) or row.count(field) != 1):
                 raise UserError(f"one column {field!r} in the header", f"{got} in {path}",
                                 "set text_field")
             continue

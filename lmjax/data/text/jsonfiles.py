@@ -70,7 +70,7 @@ def _parse(line: bytes) -> Any:
 def _only_list(only: Value, field: str) -> Iterator[Value]:
     """The records of a file with a single value: the items of its one list of records, if any."""
     number, value = only
-    if isinstance(value, dict) and value_of(value, field) is None:
+    if field and isinstance(value, dict) and value_of(value, field) is None:
         lists = [item for item in value.values() if isinstance(item, list)
                  and any(isinstance(one, dict) and value_of(one, field) is not None
                          for one in item)]

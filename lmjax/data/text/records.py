@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from typing import Any, NamedTuple
 
 MOST_BYTES = 256 << 20  # of a record; a longer one is broken, so that memory is bounded
@@ -40,10 +42,12 @@ def text_of(record: Any, field: str) -> str | bytes | Broken:
     Args:
       record: a dict, as JSON and Arrow have them.
       field: its key. `a.b` also names the key `b` of what is under `a`, unless there is a key
-        `a.b`; in a list, it names that key of every item.
+        `a.b`; in a list, it names that key of every item. "" is the whole record, as JSON.
     Returns:
       the text. A list of texts is joined by newlines.
     """
+    if not field and isinstance(record, dict):
+        return json.dumps(record, ensure_ascii=False, default=_as_json)
     got = value_of(record, field) if isinstance(record, dict) else None
     if isinstance(got, str | bytes):
         return got
@@ -56,6 +60,18 @@ def text_of(record: Any, field: str) -> str | bytes | Broken:
         keys = [*keys[:20], "..."]
     what = "nothing" if got is None else type(got).__name__
     return Broken("", f"{what} under {field!r} (it has {keys})", ascii(record)[:200])
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON can hold of a value that Parquet or TensorFlow Datasets gave."""
+    if hasattr(value, "tolist"):  # NumPy's
+        return value.tolist()
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return base64.b64encode(value).decode()
+    return str(value)  # dates, decimals
 
 
 def value_of(record: Any, field: str) -> Any:

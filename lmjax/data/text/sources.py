@@ -35,7 +35,8 @@ class SourceConfig:
     # `**` in a GLOB descends into directories. Files may be compressed (docs/data.md).
     uri: str
     weight: float = 1.0       # its share of the training rows, relative to the other sources
-    text_field: str = "text"  # the column or key that holds the text; `a.b`: the key b of a
+    # The column or key that holds the text; `a.b`: the key b of a. Tasks read whole records.
+    text_field: str = "text"
     data_dir: PathText = ""   # where TensorFlow Datasets keeps its data; "": its own default
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ class Tokenizer(abc.ABC):
       bos_id, eos_id: ids of the tokens that begin and end a document.
       pad_id: id of the padding token; padding is masked, so the id never matters.
       prefix, suffix: ids that stand before and after a text that the model reads.
+      middle, second_type: ids between two texts, and the kind of segment of the second.
       files: the directory that the tokenizer was read from: the bytes of each file, by its path.
     """
 
@@ -39,6 +40,8 @@ class Tokenizer(abc.ABC):
     pad_id: int
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
+    middle: tuple[int, ...] = ()
+    second_type: int = 0
     files: Mapping[str, bytes]
 
     def __init__(self, model: bytes):

@@ -65,6 +65,16 @@ class HuggingFaceTokenizer(Tokenizer):
         bare, whole = self.encode("a"), self._hf.encode("a").ids
         at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
         self.prefix, self.suffix = tuple(whole[:at]), tuple(whole[at + len(bare):])
+        self.middle, self.second_type = self._between(bare)
+
+    def _between(self, bare: list[int]) -> tuple[tuple[int, ...], int]:
+        """The ids between two texts, and the kind of segment of the second; `bare`: of "a"."""
+        pair = self._hf.encode("a", "a")
+        ids, first = pair.ids, len(self.prefix) + len(bare)
+        second = len(ids) - len(self.suffix) - len(bare)
+        if ids[second : second + len(bare)] != bare or second < first:
+            return (self.eos_id,), 0
+        return tuple(ids[first:second]), pair.type_ids[second]
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], *, rows: int = 0,

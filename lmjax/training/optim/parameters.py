@@ -14,7 +14,8 @@ Axes = tuple[str, ...]
 ParameterKind = Literal["matrix", "embedding", "vector"]
 
 STACKED = ("layers", "experts")  # leading axes that stack separate parameters
-TABLES = ("vocab", "positions")  # an axis of this name makes an embedding table, input or output
+# An axis of these names makes a table: an embedding, or what scores a vocabulary or classes.
+TABLES = ("vocab", "positions", "outputs")
 
 
 def kind_of(axes: Axes) -> ParameterKind:

@@ -1,0 +1,280 @@
+"""Prepares the examples of a task: tokenises them once and writes them as columns.
+
+    manifest.json  tokenizer.model
+    <source>/<split>/<column>/      one token store per column of the task
+    <source>/<split>/records.jsonl  the records of held-out and test examples, as their files had
+
+The split is train, heldout or test. The directory appears only when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from etils import epath
+
+import lmjax
+from lmjax.config import differences, plain
+from lmjax.data import store
+from lmjax.data.config import DataConfig
+from lmjax.data.reading import Reader
+from lmjax.data.text.records import Broken
+from lmjax.data.text.sources import SourceConfig, check_budget, identity
+from lmjax.data.tokenizers import Tokenizer
+from lmjax.errors import UserError, first_line
+from lmjax.runtime.files import check_writable, new_directory, when_full
+from lmjax.tasks.columns import ColumnWriter
+from lmjax.tasks.examples import Example, check_columns, examples, is_heldout, sources_of
+from lmjax.tasks.task import Facts, Record, Sizes, Task
+
+FORMAT, VERSION = "lmjax-examples", 1
+RECORDS = "records.jsonl"
+SPOKE_EVERY = 5.0  # seconds between lines of progress
+Log = Callable[[str], None]
+
+
+class Setting(NamedTuple):
+    """What decides the columns of the examples."""
+
+    task: Task
+    data: DataConfig
+    sizes: Sizes
+
+    def decides(self) -> dict[str, Any]:
+        """The settings that decide what is written, as plain JSON values."""
+        sources = [plain(source) for source in self.data.sources]
+        for source in sources:
+            del source["weight"]  # may change from run to run
+        return {"task": self.task.decides(), "sources": sources, "sizes": self.sizes._asdict(),
+                "tokenizer": plain(self.data.tokenizer),
+                "heldout_fraction": self.data.heldout_fraction,
+                "broken_budget": self.data.broken_budget}
+
+
+def prepare_examples(setting: Setting, out: str, *,
+                     make_tokenizer: Callable[[Sequence[str]], Tokenizer],
+                     make_reader: Callable[[Tokenizer], Reader], log: Log) -> str:
+    """Makes a directory of prepared examples, unless `out` already is what `setting` describes.
+
+    Args:
+      setting: the task, its files, and how long its rows are.
+      out: the directory to make, on a local or mounted file system.
+      make_tokenizer: makes the tokenizer from texts of the training examples, which it need not
+        read.
+      make_reader: says how the model reads texts with that tokenizer.
+      log: called with each line of progress.
+    Returns:
+      the directory.
+    Raises:
+      UserError: a file cannot be read, too many of its records are no examples of the task, or
+        `out` holds something else.
+    """
+    if store.is_remote(out):
+        raise UserError("a local directory, or one on a mounted file system, for the examples of "
+                        "a task", out, "leave data.directory out", where="config.data.directory")
+    if (epath.Path(out) / "manifest.json").exists():
+        _reuse(setting, out, log)
+        return out
+    check_writable(out, "config.data.directory")
+    full = UserError("room for the prepared examples", "a full disk", "free some space and start "
+                     "again", where=out)
+    began = time.monotonic()
+    with when_full(full), new_directory(Path(out)) as folder:
+        reading = _Reading(setting, log)
+        tokenizer = make_tokenizer(_Texts(reading, setting))
+        reader = make_reader(tokenizer)
+        facts = setting.task.facts(reading.records("train"))
+        entries = {}
+        for name, split, source in sources_of(setting.task, setting.data):
+            entries[f"{name}/{split}"] = _Part(setting, reader, facts, name, split,
+                                               source).write(reading, folder)
+        (folder / "tokenizer.model").write_bytes(tokenizer.to_bytes())
+        manifest = _manifest(setting, tokenizer, facts, entries)
+        store.write_manifest(str(folder), manifest)
+    for line in _table(entries):
+        log(line)
+    log(f"examples: {out} is ready, fingerprint {manifest['fingerprint'][:12]} "
+        f"({time.monotonic() - began:.1f} s)")
+    return out
+
+
+def read_manifest(directory: str) -> dict[str, Any]:
+    """The manifest of a directory of prepared examples.
+
+    Raises:
+      UserError: there is none, or it is of something else.
+    """
+    path = Path(directory) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError("prepared examples", error, "delete the directory and start again",
+                        where=str(path)) from None
+    got = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
+    if got != (FORMAT, VERSION):
+        raise UserError(f"{FORMAT} version {VERSION}", got, "use another data.directory, or "
+                        "delete this one", where=str(path))
+    return manifest
+
+
+def _reuse(setting: Setting, out: str, log: Log) -> None:
+    """Checks that `out` was prepared as `setting` says; warns if the files have changed since."""
+    manifest = read_manifest(out)
+    changed = differences(manifest["config"], setting.decides())
+    if changed:
+        raise UserError(f"examples prepared with {changed[0].replace(' -> ', ', not with ')}",
+                        "another setting", "repeat the settings that they were prepared with, or "
+                        "use another directory", where=out)
+    log(f"examples: using those prepared in {out}, fingerprint {manifest['fingerprint'][:12]}")
+    for name, split, source in sources_of(setting.task, setting.data):
+        was, now = manifest["splits"][f"{name}/{split}"]["identity"], identity(source)
+        if now and was != now:
+            log(f"examples: warning: the files of source {name} have changed since; to read them "
+                f"again, delete {out} or use another directory")
+
+
+class _Reading:
+    """Reads the records of splits, checks their columns, and says how far it is."""
+
+    def __init__(self, setting: Setting, log: Log):
+        self.setting, self.log, self.spoke = setting, log, time.monotonic()
+        self.splits = sources_of(setting.task, setting.data)
+
+    def examples(self, split: str, source: SourceConfig) -> Iterator[Example | Broken]:
+        """The examples of one source that belong to a split."""
+        data, checked, seen = self.setting.data, False, 0
+        own = not self.setting.task.validation and source in data.sources
+        for item in examples(source, data.broken_budget):
+            seen += 1
+            if time.monotonic() > self.spoke + SPOKE_EVERY:
+                self.log(f"examples: {seen:,} records of {source.name} read for {split}")
+                self.spoke = time.monotonic()
+            if isinstance(item, Broken):
+                yield item
+                continue
+            if not checked:
+                check_columns(self.setting.task, item.record, source)
+                checked = True
+            held = own and is_heldout(item.record, data.heldout_fraction)
+            if not own or held == (split == "heldout"):
+                yield item
+
+    def records(self, split: str) -> Iterator[Record]:
+        """The records of all sources of a split."""
+        for _, its, source in self.splits:
+            if its == split:
+                for item in self.examples(split, source):
+                    if isinstance(item, Example):
+                        yield item.record
+
+
+class _Texts(Sequence[str]):
+    """Texts of the training examples for a tokenizer, read when they are first asked for."""
+
+    def __init__(self, reading: _Reading, setting: Setting):
+        self._reading, self._setting, self._found = reading, setting, list[str]()
+
+    def __len__(self) -> int:
+        return len(self._texts())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._texts()[index]
+
+    def _texts(self) -> list[str]:
+        if not self._found:
+            room = 4 * self._setting.data.tokenizer.train_bytes
+            for record in self._reading.records("train"):
+                with contextlib.suppress(UserError):  # told where the record is encoded
+                    self._found += self._setting.task.texts(record)
+                room -= sum(map(len, self._found[-4:]))
+                if room < 0:
+                    break
+        return self._found
+
+
+class _Part(NamedTuple):
+    """One split of one source, to be written."""
+
+    setting: Setting
+    reader: Reader
+    facts: Facts
+    name: str
+    split: str
+    source: SourceConfig
+
+    def write(self, reading: _Reading, folder: Path) -> dict[str, Any]:
+        """Encodes the examples and writes their columns; returns the entry in the manifest.
+
+        Raises:
+          UserError: no examples, or too many records that are none.
+        """
+        place = folder / self.name / self.split
+        place.mkdir(parents=True)
+        with ColumnWriter() as columns, contextlib.ExitStack() as stack:
+            kept: TextIO | None = None
+            if self.split != "train":
+                kept = stack.enter_context((place / RECORDS).open("w", encoding="utf-8"))
+            cut, left_out = self._encode(reading, columns, kept)
+            budget = self.setting.data.broken_budget
+            check_budget(self.source, documents=len(columns.ids), broken=len(left_out),
+                         example=left_out[0] if left_out else ("", ""), budget=budget)
+            if not columns.ids:
+                raise UserError(f"at least one example to be {self.split}", "none", "add examples, "
+                                "name files in task.validation, or raise data.heldout_fraction",
+                                where=f"source {self.name} ({self.source.uri})")
+            written = columns.write(str(folder), f"{self.name}/{self.split}")
+        return {"examples": len(columns.ids), "columns": written, "left_out": len(left_out),
+                "cut_examples": len(cut), "cut_tokens": sum(cut),
+                "identity": identity(self.source)}
+
+    def _encode(self, reading: _Reading, columns: ColumnWriter,
+                kept: TextIO | None) -> tuple[list[int], list[tuple[str, str]]]:
+        """Returns the tokens cut from each example that was too long, and what was left out."""
+        cut, left_out, task = [], list[tuple[str, str]](), self.setting.task
+        for item in reading.examples(self.split, self.source):
+            try:
+                if isinstance(item, Broken):
+                    raise UserError("a record", item.reason, "repair it")
+                encoded = task.encode(item.record, self.reader, self.facts, self.setting.sizes)
+            except UserError as error:
+                left_out.append((item.id, first_line(error)))
+                continue
+            columns.add(item.id, encoded.columns)
+            if encoded.cut:
+                cut.append(encoded.cut)
+            if kept is not None:
+                print(json.dumps(item.record, ensure_ascii=False), file=kept)
+        return cut, left_out
+
+
+def _manifest(setting: Setting, tokenizer: Tokenizer, facts: Facts,
+              splits: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the examples. The fingerprint covers what decides the rows of a run."""
+    hashes = {name: {column: entry["sha256"] for column, entry in part["columns"].items()}
+              for name, part in splits.items()}
+    rows = [FORMAT, VERSION, tokenizer.hash, facts, hashes]
+    return {
+        "format": FORMAT, "version": VERSION,
+        "fingerprint": hashlib.sha256(store.canonical(rows).encode()).hexdigest(),
+        "config": setting.decides(), "versions": lmjax.versions(),
+        "tokenizer": {"hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
+        "facts": facts, "splits": splits,
+    }
+
+
+def _table(splits: dict[str, Any]) -> list[str]:
+    """How many examples each split has, and what was cut and left out, as lines of a table."""
+    rows = [("examples of", "number", "too long", "tokens cut", "left out")]
+    for name, part in splits.items():
+        share = part["cut_examples"] / part["examples"]
+        rows.append((name, f"{part['examples']:,}", f"{part['cut_examples']:,} ({share:.1%})",
+                     f"{part['cut_tokens']:,}", f"{part['left_out']:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(
+        row[1:], widths[1:], strict=True))]) for row in rows]

@@ -1,0 +1,17 @@
+"""All tasks by name: `config.task.name` chooses one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lmjax.tasks.classification import Classification
+
+
+@dataclass(frozen=True)
+class LanguageModeling:
+    """No task: the model learns the texts of `data.sources` by `data.objective`."""
+
+    name: str = ""
+
+
+AnyTask = LanguageModeling | Classification

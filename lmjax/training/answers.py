@@ -1,0 +1,85 @@
+"""What a model answers to the held-out examples of a task, and the figures of its answers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from lmjax.data.batches import eval_rows
+from lmjax.data.pipeline import Split
+from lmjax.nn.losses import Loss
+from lmjax.runtime.files import write_whole
+from lmjax.tasks.rows import ExampleRows
+from lmjax.tasks.task import Facts, Predicted, Task
+from lmjax.training.run import Run
+
+
+class Answers:
+    """Collects what an evaluation gives for each example, batch by batch.
+
+    Args:
+      task, facts: of the run.
+      split: what is evaluated.
+      batch_size: rows per batch.
+      most: as for `data.batches.eval_batches`.
+    """
+
+    def __init__(self, task: Task, facts: Facts, split: Split, *, batch_size: int, most: int):
+        self.task, self.facts, self.split = task, facts, split
+        self._batch_size, self._most = batch_size, most
+        self._batches: list[dict[str, jax.Array]] = []
+
+    def __call__(self, sums: Loss) -> None:
+        """Takes what the evaluation step gave for the next batch."""
+        self._batches.append(sums.extra)
+        for extra in self._batches[-3:-2]:  # two batches may still be on their way
+            extra |= jax.device_get(extra)
+
+    def predicted(self) -> list[Predicted]:
+        """The examples, in the order in which they were evaluated."""
+        found: list[Predicted] = []
+        for step, extra in enumerate(self._batches):
+            arrays = {name: np.asarray(values) for name, values in extra.items()}
+            g = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
+            rows = eval_rows(self.split, g, self._most)
+            sources, _, packed = self.split.locate(rows)
+            for i, (source, row) in enumerate(zip(sources, packed, strict=True)):
+                found += _in_row(cast(ExampleRows, self.split.sources[source]), int(row), i, arrays)
+        return found
+
+    def figures(self, path: Path) -> dict[str, float]:
+        """The metrics of the answers; process 0 writes the answers themselves to `path`."""
+        predicted = self.predicted()
+        if jax.process_index() == 0:
+            self.write(path, predicted)
+        return {**self.task.metrics(predicted, self.facts), "examples": len(predicted)}
+
+    def write(self, path: Path, predicted: Sequence[Predicted]) -> None:
+        """Writes one line of JSON per example: its id, what the file had, and the answer."""
+        path.parent.mkdir(exist_ok=True)
+        lines = [json.dumps({"id": p.id, "answer": self.task.answer(p, self.facts),
+                             "truth": self.task.truth(p.record), "record": p.record},
+                            ensure_ascii=False) for p in predicted]
+        write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def answers_of(run: Run, split: Split, batch_size: int, most: int) -> Answers | None:
+    """What collects the answers of an evaluation; None without a task."""
+    if not isinstance(run.recipe.task, Task) or run.facts is None:
+        return None
+    return Answers(run.recipe.task, run.facts, split, batch_size=batch_size, most=most)
+
+
+def _in_row(source: ExampleRows, row: int, i: int,
+            arrays: dict[str, np.ndarray]) -> list[Predicted]:
+    """The examples in a packed row of a source, which is row `i` of the arrays of its batch."""
+    found = []
+    for example, start, length in source.places(row):
+        its: dict[str, Any] = {
+            name: values[i] if name.startswith("row_") else values[i, start : start + length]
+            for name, values in arrays.items()}
+        found.append(Predicted(source.ids[example], source.records[example], its))
+    return found

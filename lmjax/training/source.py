@@ -1,0 +1,66 @@
+"""What a task takes from the model that it starts from: architecture, tokenizer, objective."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lmjax.config import plain
+from lmjax.config.paths import expand
+from lmjax.errors import UserError
+from lmjax.training.pretrained import Pretrained, find
+
+
+def with_source(config: Mapping[str, Any], workdir: Path | None = None) -> dict[str, Any]:
+    """Fills the config of a task with what the model of `train.init_from` has and it leaves open.
+
+    That is the architecture (model), the tokenizer, and the objective, which may have ids of its
+    own. Keys that the config gives stay. A config without a task stays as it is.
+
+    Args:
+      config: as `config.load` gives it.
+      workdir: of the run. Its config.json stands in for a source that is gone since.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    config = dict(config)
+    task, train = (dict(config.get(key) or {}) for key in ("task", "train"))
+    path = train.get("init_from")
+    if not task.get("name") or not path:
+        return config
+    taken = _recorded(workdir)
+    try:
+        taken = _of(find(expand(str(path), "config.train.init_from")), str(path))
+    except UserError:
+        if taken is None:
+            raise
+    assert taken is not None
+    data = dict(config.get("data") or {})
+    for key in ("objective", "tokenizer"):
+        if not data.get(key):
+            data[key] = taken[key]
+    model = {**taken["model"], **dict(config.get("model") or {})}
+    return {**config, "model": model, "data": data}
+
+
+def _of(found: Pretrained, path: str) -> dict[str, Any]:
+    """What a model gives to a task, as plain values."""
+    recipe = plain(found.recipe)
+    tokenizer = {}
+    if found.tokenizer is not None:
+        tokenizer = {"path": path, "vocab_size": found.tokenizer.vocab_size}
+    return {"model": {**recipe["model"], "head": {}}, "objective": recipe["data"]["objective"],
+            "tokenizer": tokenizer}
+
+
+def _recorded(workdir: Path | None) -> dict[str, Any] | None:
+    """The same from what an earlier start of the run recorded."""
+    if workdir is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        recipe = json.loads((workdir / "config.json").read_text())
+        return {"model": recipe["model"], **{key: recipe["data"][key]
+                                             for key in ("objective", "tokenizer")}}
+    return None

@@ -1,0 +1,65 @@
+"""The data of a run: prepared text, or the examples of a task."""
+
+from lmjax.data.pipeline import Mixture, Split, open_splits
+from lmjax.data.reading import make_reader
+from lmjax.data.tokenizers import prepared_tokenizer
+from lmjax.errors import UserError
+from lmjax.tasks.prepare import Setting, prepare_examples, read_manifest
+from lmjax.tasks.rows import open_examples
+from lmjax.tasks.task import Facts, Sizes, Task
+from lmjax.training.pretrained import Pretrained, make_tokenizer
+from lmjax.training.recipe import Recipe
+from lmjax.training.run import Log
+
+
+def prepare_task(recipe: Recipe, directory: str, source: Pretrained | None, log: Log) -> None:
+    """Prepares the examples of the recipe's task in `directory`, unless that is done.
+
+    Args:
+      recipe: with a task.
+      directory: of the prepared examples.
+      source: the model that the run starts from, whose tokenizer is taken; None: a new model.
+      log: gets a line for each part of the work.
+
+    Raises:
+      UserError: an error of `prepare_examples`.
+    """
+    assert isinstance(recipe.task, Task)
+    recipe.task.check_installed()
+    tokenizer = None if source is None else source.tokenizer
+    if source is not None and tokenizer is None and not recipe.data.tokenizer.path:
+        raise UserError("a model with a tokenizer", f"{source.where}, which has none",
+                        "set data.tokenizer.path", where="train.init_from")
+    about = {} if source is None else {**source.about, "init_from": source.where}
+    prepare_examples(
+        Setting(recipe.task, recipe.data, sizes_of(recipe)), directory, log=log,
+        make_tokenizer=lambda texts: tokenizer or make_tokenizer(recipe.data.tokenizer, texts),
+        make_reader=lambda made: make_reader(made, recipe.model.family, recipe.data, about))
+
+
+def open_data(recipe: Recipe,
+              directory: str) -> tuple[Mixture, Split, Split | None, Facts | None]:
+    """Opens the data of a run.
+
+    Returns:
+      the training rows; the held-out rows; those of the test examples, and what the task keeps of
+      its training examples, each None if there is none.
+
+    Raises:
+      UserError: it is not prepared, prepared with another config, or damaged.
+    """
+    if not isinstance(recipe.task, Task):
+        return *open_splits(recipe.data, directory), None, None
+    vocab_size = recipe.model.vocab_size or prepared_tokenizer(directory).vocab_size
+    train, others = open_examples(recipe.task, recipe.data, directory, sizes=sizes_of(recipe),
+                                  vocab_size=vocab_size)
+    return train, others["heldout"], others.get("test"), read_manifest(directory)["facts"]
+
+
+def sizes_of(recipe: Recipe) -> Sizes:
+    """The lengths of the rows of a task."""
+    assert isinstance(recipe.task, Task)
+    seq_len = recipe.data.seq_len
+    if recipe.model.family != "encdec":
+        return Sizes(seq_len)
+    return Sizes(recipe.task.target_len or seq_len, seq_len)
