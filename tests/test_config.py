@@ -324,7 +324,9 @@ def test_changes_of_the_computation_block_a_resume(key, value):
     ("train__log_every", 5), ("train__loss_chunk", 8), ("data__directory", "/elsewhere"),
     ("data__memory_limit_mib", 5), ("train__batch_size", 32),
     ("data__stages", [{"row": 5, "weights": {"a": 1.0}}]), ("data__max_epochs", {"a": 2.0}),
-    ("train__compute_dtype", "float32")])
+    ("train__compute_dtype", "float32"), ("train__init_from", "/elsewhere"),
+    ("data__tokenizer", {**plain(build_recipe({}))["data"]["tokenizer"], "path": "/elsewhere"}),
+    ("data__sources", [{**plain(build_recipe({}))["data"]["sources"][0], "data_dir": "/tfds"}])])
 def test_changes_of_the_machine_or_the_data_stages_do_not(key, value):
     bad, fine = changed(**{key: value})
     assert not bad and len(fine) == 1

@@ -104,6 +104,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
     out = []
     for key in dict.fromkeys([*old, *new]):
         a, b, name = old.get(key), new.get(key), f"{path}{key}"
+        if (isinstance(a, list) and isinstance(b, list) and len(a) == len(b)
+                and all(isinstance(item, Mapping) for item in [*a, *b])):
+            a, b = dict(enumerate(a)), dict(enumerate(b))
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             out += differences(a, b, f"{name}.")
         elif a != b:

@@ -196,16 +196,24 @@ class DataConfig:
         keys = ("tokenizer", "heldout_fraction", "broken_budget", "min_chars", "clean")
         sources = [plain(source) for source in self.sources]
         for source in sources:
-            del source["weight"]  # may change from run to run
+            del source["weight"], source["data_dir"]  # may change from run to run
         decided = {key: plain(getattr(self, key)) for key in keys}
         return {"sources": sources} | decided | {"curate": self.curate.decides()}
 
 
 def check_prepared_by(config: DataConfig, manifest: dict[str, Any], directory: str) -> None:
-    """Raises a UserError for the first key in which the data was prepared with another setting."""
+    """Raises a UserError for the first key in which the data was prepared with another setting.
+
+    Where a tokenizer is does not count: `prepare` compares the tokenizers themselves.
+    """
     got, expected = manifest["config"], config.prepared_by()
-    with contextlib.suppress(UserError):  # expanded like the paths of `config`; it may be another's
-        got = expand_paths(build(DataConfig, got)).prepared_by()
+    with contextlib.suppress(UserError):  # a key that no longer exists is told below
+        prepared = build(DataConfig, got)
+        got = prepared.prepared_by()
+        got = expand_paths(prepared).prepared_by()  # if they can be expanded here
+    paths = [settings["tokenizer"].get("path") for settings in (got, expected)]
+    if all(paths):
+        expected["tokenizer"] = {**expected["tokenizer"], "path": paths[0]}
     for key in expected:
         if got.get(key) != expected[key]:
             raise UserError(f"data prepared with {key} = {canonical(expected[key])}",

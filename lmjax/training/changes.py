@@ -1,5 +1,6 @@
 """Which changes of a recipe a run may be resumed with, and which would make another run."""
 
+import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,18 +11,21 @@ from lmjax.errors import UserError
 from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.recipe import Recipe
 
-# Keys that may change, a final dot standing for a whole group: where the run computes, what is kept
-# of it, and which rows are still to come.
+# Keys that may change, as patterns: where the run computes, what is kept of it, and which rows are
+# still to come.
 MAY_CHANGE = (
-    "mesh.", "eval.", "checkpoint.", "sample.", "watch.",
+    "mesh.*", "eval.*", "checkpoint.*", "sample.*", "watch.*",
     "data.directory", "data.memory_limit_mib", "data.curate.workers", "data.curate.memory_mib",
-    "data.stages", "data.max_epochs.",
+    "data.stages", "data.stages.*", "data.max_epochs", "data.max_epochs.*",
     "data.objective.own_ids",  # the fingerprint of the data holds the ids that differ by it
     "train.batch_size",  # the rows already trained on stay as they are: `data.order.Steps`
     "train.microbatches", "train.log_every", "train.loss_chunk",
     "train.compute_dtype",  # "auto" may be spelt out; a checkpoint records the dtype itself
     "model.attention", "model.remat", "model.scan_layers",
 )
+# Places that may change, such as $SLURM_TMPDIR/base. What is there must stay: `resume` compares the
+# weights, `prepare` the tokenizer, and the fingerprint of the data covers the rows.
+PLACES = ("train.init_from", "data.tokenizer.path", "data.sources.*.data_dir")
 # Keys that may change if every learning rate so far stays the same, as `check_schedule` asks: a run
 # may go on for longer, or begin to decay.
 SCHEDULE_KEYS = ("train.steps", "optimizer.schedule", "optimizer.final_lr_fraction",
@@ -33,11 +37,11 @@ def blocking_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[li
 
     Returns:
       (changes that would make another run, harmless changes), each as `key: old -> new`. Keys of
-      SCHEDULE_KEYS count as harmless here.
+      SCHEDULE_KEYS and PLACES count as harmless here.
     """
-    changes, may = differences(old, new), (*MAY_CHANGE, *SCHEDULE_KEYS)
+    changes, may = differences(old, new), (*MAY_CHANGE, *SCHEDULE_KEYS, *PLACES)
     harmless = [c for c in changes
-                if any(c.startswith(key if key.endswith(".") else f"{key}:") for key in may)]
+                if any(fnmatch.fnmatchcase(c.partition(":")[0], key) for key in may)]
     return [c for c in changes if c not in harmless], harmless
 
 

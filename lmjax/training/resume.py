@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from lmjax.data.order import Steps
-from lmjax.errors import UserError
+from lmjax.errors import UserError, first_line
 from lmjax.runtime.distributed import agreed
 from lmjax.training.adopt import adopted, comparable
 from lmjax.training.announce import announce_epochs, dtype_reason
@@ -12,7 +12,7 @@ from lmjax.training.best import read_best, restored
 from lmjax.training.changes import check_schedule
 from lmjax.training.checkpoint import About
 from lmjax.training.checksums import checksums
-from lmjax.training.pretrained import Pretrained, check_start
+from lmjax.training.pretrained import Pretrained, check_start, find
 from lmjax.training.recipe import recorded_recipe
 from lmjax.training.run import Log, Run
 from lmjax.training.saved import given_up
@@ -90,6 +90,7 @@ def _check(run: Run, about: About) -> None:
         another learning rate; the rows so far were of other data; or the dtype differs.
     """
     same_run(run.workdir, about["recipe"], run.about["recipe"])
+    _check_source(run, about)
     step, steps = about["step"], run.recipe.train.steps
     if step > steps:
         raise UserError(f"at least the {step:,} steps that {run.workdir} has done", f"{steps:,}",
@@ -112,6 +113,31 @@ def _check(run: Run, about: About) -> None:
                         f"{dtype} ({dtype_reason(run)})",
                         f"set config.train.compute_dtype={saved} or use another --workdir",
                         where=str(run.workdir))
+
+
+def _check_source(run: Run, about: About) -> None:
+    """Checks that train.init_from, if it names another place, holds what the run began with.
+
+    Raises:
+      UserError: it does not, or the run began without it.
+    """
+    before, now = about["recipe"]["train"].get("init_from", ""), run.recipe.train.init_from
+    if before == now:
+        return
+    got, began = repr(now), about.get("init_from")
+    if now and began:
+        try:
+            shardings = run.spec.shardings
+            params = find(now).read(run.model, shardings.whole(shardings.params))
+        except UserError as error:
+            got = f"{now} ({first_line(error)})"
+        else:
+            if checksums(params) == began["checksums"]:
+                return
+            got = f"{now} with others"
+    raise UserError(f"the weights that this run began with ({before or 'random ones'})", got,
+                    f"set train.init_from={before} again, or use another --workdir",
+                    where="config.train.init_from")
 
 
 def _from_source(run: Run, source: Pretrained, log: Log) -> TrainState:

@@ -162,6 +162,44 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(source, texts,
         assert not (tmp_path / str(i) / "run.json").exists()
 
 
+@pytest.fixture
+def moved(texts, tmp_path, monkeypatch):
+    """The options of a finished run that began from $HERE/hf, after $HERE has moved."""
+    folder, options = texts
+    lmjax.load(folder / "a-run").export(tmp_path / "1/hf", log=lambda line: None)
+    monkeypatch.setenv("HERE", str(tmp_path / "1"))
+    options = [*options, "train.init_from=$HERE/hf", "data.tokenizer.path=$HERE/hf"]
+    assert run_here(tmp_path / "run", *options, config=TEXT) == 0
+    (tmp_path / "1").rename(tmp_path / "2")
+    monkeypatch.setenv("HERE", str(tmp_path / "2"))
+    return options
+
+
+def test_a_run_goes_on_when_its_source_is_elsewhere(texts, moved, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert run_here(run, *moved, config=TEXT) == 0
+    printed = capsys.readouterr().err
+    assert "finished: all 2 steps" in printed
+    assert f'changed since the last start: train.init_from: "{tmp_path}/1/hf"' in printed
+    (tmp_path / "2/hf").rename(tmp_path / "2/again")
+    assert run_here(run, *moved, config=TEXT) == 2
+    assert "data.tokenizer.path=" in one_line(capsys.readouterr().err)
+    moved.append(f"data.tokenizer.path={tmp_path}/2/again")
+    for init_from, words in [(f"{tmp_path}/2/again", None), ("$HERE/hf", "expected a checkpoint"),
+                             ("", "got ''"), (f"{texts[0]}/other", "with others")]:
+        if words == "with others":
+            lm = lmjax.load(texts[0] / "a-run")
+            lm.params = jax.tree.map(lambda x: x + 1, lm.params)
+            lm.save(texts[0] / "other")
+        code = run_here(run, *moved, f"train.init_from={init_from}", config=TEXT)
+        message = capsys.readouterr().err
+        assert code == (2 if words else 0), message
+        if words:
+            message = one_line(message)
+            assert "config.train.init_from: expected the weights that this run" in message
+            assert words in message
+
+
 @pytest.mark.slow
 def test_several_processes_start_from_the_same_weights(source, straight, tmp_path):
     finish_together(tmp_path / "run", *STEPS, f"train.init_from={source[0]}", "mesh.fsdp=2",

@@ -31,7 +31,7 @@ from lmjax.data.preparation.writer import baselines, contamination, write_store
 from lmjax.data.text import sources
 from lmjax.data.text.clean import check_installed
 from lmjax.data.tokenizers import Tokenizer, TokenizerFactory, sentencepiece_tokenizer
-from lmjax.errors import UserError
+from lmjax.errors import UserError, first_line
 from lmjax.runtime.files import check_writable, claim, when_full
 
 
@@ -63,7 +63,7 @@ def prepare(config: DataConfig, out: str, *,
                         "train on it directly", where="data.sources")
     out = str(out).rstrip("/")
     if (epath.Path(out) / "manifest.json").exists():
-        _reuse(config, out, log)
+        _reuse(config, out, make_tokenizer, log)
         return out
     check_installed(config.clean)
     start = time.monotonic()
@@ -80,16 +80,35 @@ def prepare(config: DataConfig, out: str, *,
     return out
 
 
-def _reuse(config: DataConfig, out: str, log: Log) -> None:
+def _reuse(config: DataConfig, out: str, make_tokenizer: TokenizerFactory, log: Log) -> None:
     """Checks that `out` was prepared as `config` says; warns if the sources have changed since."""
     manifest = store.read_manifest(out)
     check_prepared_by(config, manifest, out)
+    _check_tokenizer(config, manifest, make_tokenizer, out)
     log(f"prepare: using the data prepared in {out}, fingerprint {manifest['fingerprint'][:12]}")
     for source in config.sources:
         was, now = manifest["sources"][source.name]["identity"], sources.identity(source)
         if now and was != now:
             log(f"prepare: warning: the files of source {source.name} have changed since; "
                 f"to read them again, delete {out} or prepare another directory")
+
+
+def _check_tokenizer(config: DataConfig, manifest: dict[str, Any],
+                     make_tokenizer: TokenizerFactory, out: str) -> None:
+    """Raises a UserError if the tokenizer is now elsewhere and another one."""
+    was, now = manifest["config"]["tokenizer"].get("path"), config.tokenizer.path
+    if now == was or not now:
+        return
+    wanted = manifest["tokenizer"]["hash"]
+    try:
+        found = make_tokenizer(config.tokenizer, ()).hash
+        got = f"another ({found[:12]}) at {now}"
+    except UserError as error:
+        found, got = "", f"{now} ({first_line(error)})"
+    if found != wanted:
+        raise UserError(f"the tokenizer that the data was prepared with ({wanted[:12]})", got,
+                        f"bring it back, set data.tokenizer.path={was}, or use another directory",
+                        where=out)
 
 
 def _engine(curate: CurateConfig, folder: str, log: Log) -> Engine:

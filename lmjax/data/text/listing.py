@@ -36,10 +36,10 @@ def matching(pattern: str) -> Files:
     found = [pattern] if exact else glob.glob(pattern, recursive=True)
     if not exact:
         _check_folders(pattern, found)
-    files: dict[tuple[int, int], list[str]] = {}
-    for path in sorted(found):
-        if (inode := _inode(path)) is not None:
-            files.setdefault(inode, []).append(path)
+    files: dict[tuple[int, int] | str, list[str]] = {}
+    for path in sorted(set(found)):
+        if (file := _file(path)) is not None:
+            files.setdefault(file, []).append(path)
     if not files:
         where = "" if os.path.isdir(base or ".") else f" ({base} does not exist)"
         raise UserError("files that match", f"none{where}", "correct the path or the wildcards")
@@ -61,7 +61,7 @@ def stdlib(rest: str) -> Files:
     return sorted((_name(os.path.relpath(path, root)), path) for path in files)
 
 
-def _inode(path: str) -> tuple[int, int] | None:
+def _file(path: str) -> tuple[int, int] | str | None:
     """What makes a file the same under two names; None for what is no file of its own."""
     try:
         found = os.stat(path)
@@ -76,7 +76,9 @@ def _inode(path: str) -> tuple[int, int] | None:
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
         raise UserError("regular files", f"{path}, {kind}", "write its content to a file first")
-    return found.st_dev, found.st_ino
+    # Some mounts number all files 0, or several alike: only hard links go by their number.
+    is_linked = found.st_nlink > 1 and found.st_ino
+    return (found.st_dev, found.st_ino) if is_linked else os.path.realpath(path)
 
 
 def _check_folders(pattern: str, found: Iterable[str]) -> None:

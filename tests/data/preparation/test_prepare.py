@@ -63,6 +63,33 @@ def test_the_stored_documents_are_the_texts(texts, tmp_path):
         assert any(told in line for line in lines)
 
 
+def test_the_tokenizer_may_be_at_another_place_and_no_other(texts, tmp_path):
+    """As $SLURM_TMPDIR moves it from job to job."""
+    for name, seed in (("one", texts), ("two", None)):
+        if seed is None:
+            seed = write_texts(tmp_path / "other", 90)
+            for i in range(40):
+                (seed / f"more{i}.txt").write_text(f"zebra quagga okapi {i} " * 60)
+        prepare(make_config(seed), str(tmp_path / name), log=silent)
+
+    def config(path, vocab_size=320):
+        return make_config(texts, tokenizer=TokenizerConfig(vocab_size, path=str(path)))
+
+    first, out = tmp_path / "1/tok.model", str(tmp_path / "out")
+    first.parent.mkdir()
+    first.write_bytes((tmp_path / "one/tokenizer.model").read_bytes())
+    prepare(config(first), out, log=silent)
+    first.parent.rename(tmp_path / "2")
+    lines = []
+    prepare(config(tmp_path / "2/tok.model"), out, log=lines.append)
+    assert "using the data" in lines[0]
+    assert open_splits(config(tmp_path / "2/tok.model"), out)[0].predictions
+    for other, words in ((tmp_path / "two/tokenizer.model", "prepared with .* got another"),
+                         (tmp_path / "gone", "does not exist"), ("", "prepared with tokenizer")):
+        with pytest.raises(UserError, match=words):
+            prepare(config(other), out, log=silent)
+
+
 ALL = CurateConfig(
     gopher_repetition=GopherRepetition(max_top_2gram_chars=0.9, max_top_3gram_chars=0.9,
                                        max_top_4gram_chars=0.9),

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from lmjax.data.text import listing
 from lmjax.data.text.formats import describe_file
 from lmjax.data.text.sources import Broken, Document, SourceConfig, units
 from lmjax.data.text.sources import read as read_files
@@ -225,6 +226,28 @@ def test_links_folders_and_pipes(tmp_path):
     (tmp_path / "a.parquet").mkdir()
     with pytest.raises(ValueError, match=r"the directory .*a.parquet; write .*/\*.parquet/\*"):
         read(f"parquet:{tmp_path}/*.parquet")
+
+
+@pytest.mark.parametrize("number, device", [(0, None), (7, None), (None, 5), (0, 5)])
+def test_files_of_one_number_are_several_without_hard_links(number, device, tmp_path, monkeypatch):
+    """As mounts of object stores number them: no file may be lost."""
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "link.txt").symlink_to("b.txt")
+    stat = os.stat
+
+    def numbered(path, *args, **kwargs):
+        found = stat(path, *args, **kwargs)
+        if not str(path).endswith(".txt"):
+            return found
+        values = list(found)
+        values[1] = found.st_ino if number is None else number
+        values[2] = found.st_dev if device is None else device
+        return os.stat_result(values)
+
+    monkeypatch.setattr(os, "stat", numbered)
+    files = listing.matching(f"{tmp_path}/*.txt")
+    assert [name for name, _ in files] == ["a.txt", "b.txt", "c.txt"]
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path):
