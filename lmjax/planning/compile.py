@@ -60,10 +60,13 @@ def compiled(recipe: Recipe, topology: Topology | str, log: Log) -> tuple[StepFa
         raise UserError("the TPU compiler", "no libtpu", "install it with pip install "
                         "'lmjax[tpu]', from a checkout -e '.[tpu]' (it needs no TPU)",
                         where=f"--topology {topology}")
-    cache = cache_directory("plan", os.environ.get(CACHE, ""), CACHE) if on_tpu else None
+    cache, is_writable = (cache_directory("plan", os.environ.get(CACHE, ""), CACHE) if on_tpu
+                          else (None, False))
     home = cache / _key(request) if cache else None
     if home and (home / "result.json").exists():
         return _read(home)
+    if not is_writable:
+        cache = home = None
     if cache:
         cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as work:

@@ -87,12 +87,16 @@ def check_new(out: Path) -> None:
     check_writable(out.parent, "--out")
 
 
-def cache_directory(name: str, given: str, where: str) -> Path | None:
+def cache_directory(name: str, given: str, where: str, *,
+                    read: bool = True) -> tuple[Path | None, bool]:
     """Finds the directory of a cache: `given`, or ~/.cache/lmjax/NAME if that is "".
 
+    A line on stderr tells if it cannot be written. With `read`, it may still be read.
+
     Returns:
-      The directory; None if it cannot be written, which a line on stderr tells.
+      The directory, None if it can be neither written nor read, and whether it can be written.
     """
+    folder = None
     try:
         folder = Path(given) if given else Path.home() / ".cache" / "lmjax" / name
         check_writable(folder, where)
@@ -102,9 +106,12 @@ def cache_directory(name: str, given: str, where: str) -> Path | None:
     except UserError as found:
         error = found
     else:
-        return folder
-    print(f"going on without a cache: {error}", file=sys.stderr, flush=True)
-    return None
+        return folder, True
+    is_readable = (read and folder is not None and folder.is_dir()
+                   and os.access(folder, os.R_OK | os.X_OK))
+    what = "reading a cache and adding nothing to it" if is_readable else "going on without a cache"
+    print(f"{what}: {error}", file=sys.stderr, flush=True)
+    return folder if is_readable else None, False
 
 
 class Busy(UserError):

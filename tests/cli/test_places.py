@@ -7,6 +7,7 @@ import tempfile
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from processes import one_line
 
 from lmjax import lm
@@ -16,7 +17,7 @@ from lmjax.data.preparation import prepare
 from lmjax.errors import UserError
 from lmjax.planning import compile as plan_compile
 from lmjax.planning import plan
-from lmjax.runtime.devices import CACHE, use_compilation_cache
+from lmjax.runtime.devices import CACHE, READ_ONLY, use_compilation_cache
 from lmjax.runtime.files import cache_directory, check_writable, new_directory
 from lmjax.training import loop, setup
 
@@ -142,9 +143,17 @@ def test_a_mount_point_is_refused_before_data_is_prepared_for_it(places, monkeyp
 
 @pytest.fixture
 def cache_setting():
-    before = jax.config.jax_compilation_cache_dir
-    yield lambda value: jax.config.update("jax_compilation_cache_dir", value)
-    jax.config.update("jax_compilation_cache_dir", before)
+    names = ("jax_compilation_cache_dir", *READ_ONLY)
+    before = {name: getattr(jax.config, name) for name in names}
+
+    def use(value):
+        jax.config.update("jax_compilation_cache_dir", value)
+        compilation_cache.reset_cache()
+
+    yield use
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize("place", ["no home", *PLACES])
@@ -163,6 +172,32 @@ def test_a_cache_that_cannot_be_written_is_left_out(place, places, cache_setting
     assert jax.config.jax_compilation_cache_dir is None
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"going on without a cache: {CACHE}: expected ") and got in line
-    assert cache_directory("plan", path, plan_compile.CACHE) is None
+    assert cache_directory("plan", path, plan_compile.CACHE) == (None, False)
     assert plan_compile.CACHE in capsys.readouterr().err
     assert sorted(places.rglob("*")) == before
+
+
+def test_a_cache_that_cannot_be_written_is_read(places, cache_setting, monkeypatch, capsys):
+    events: list[str] = []
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    cache_setting(str(places / "read-only"))
+
+    def compile_again(number: int) -> None:
+        jax.jit(lambda x: x * number)(jax.numpy.ones(3)).block_until_ready()
+
+    compile_again(71)
+    kept = sorted(places.rglob("*"))
+    assert len(kept) > len(sorted(places.iterdir()))
+    jax.clear_caches()
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    use_compilation_cache()
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"reading a cache and adding nothing to it: {CACHE}: expected ")
+    assert jax.config.jax_compilation_cache_dir == str(places / "read-only")
+    compile_again(71)
+    assert "/jax/compilation_cache/cache_hits" in events
+    compile_again(72)
+    assert sorted(places.rglob("*")) == kept
+    plans = places / "read-only"
+    assert cache_directory("plan", str(plans), plan_compile.CACHE) == (plans, False)
