@@ -161,10 +161,10 @@ def _tokens():
     return tokens, np.array([T, T - 3])
 
 
-def theirs(raw):
-    """(tensors, logits, error of rounding) of transformers' model.
+def theirs(raw, size=1.0):
+    """(tensors, float32 logits) of transformers' model.
 
-    Its weights depend on their names alone. The error is that of its float32 logits.
+    Its weights depend on their names and on `size` alone, by which matrices are multiplied.
     """
     import torch
     import transformers
@@ -180,16 +180,15 @@ def theirs(raw):
             if max(_sizes(config)) > 600:
                 raise Broken("too large")
             model = cls(config).float().eval()
-            tensors = _weights(model)
+            tensors = _weights(model, size)
             logits = _logits(model, torch)
-            rounding = np.abs(logits - _logits(model.double(), torch)).max()
     except Broken:
         raise
     except Exception as error:  # whatever it says, it does not load
         raise Broken(f"{type(error).__name__}: {error}") from None
     if not np.isfinite(logits).all():
         raise Broken("no finite logits")
-    return tensors, logits, rounding
+    return tensors, logits
 
 
 def _sizes(config):
@@ -202,7 +201,7 @@ def _sizes(config):
         50 * (getattr(config, name, 0) or 0) for name in few]
 
 
-def _weights(model):
+def _weights(model, size):
     """Fills the model, and returns its tensors as transformers writes them."""
     import torch
     from safetensors.torch import load_file
@@ -215,8 +214,9 @@ def _weights(model):
             rng = np.random.default_rng(zlib.crc32(f"{name}{tuple(p.shape)}".encode()))
             ones = float(bool((p == 1).all())) if p.ndim == 1 else 0.0
             # Small embeddings, so that the epsilons of norms show.
-            size = 0.06 if any(part in name for part in ("embed", "wte", "shared")) else 0.3
-            p.copy_(torch.tensor(ones + size * rng.standard_normal(tuple(p.shape))))
+            std = 0.06 if any(part in name for part in ("embed", "wte", "shared")) else 0.3
+            std *= size if p.ndim > 1 else 1.0
+            p.copy_(torch.tensor(ones + std * rng.standard_normal(tuple(p.shape))))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_file(Path(folder) / "model.safetensors")
@@ -277,9 +277,9 @@ def compare(raw):
     load weights that transformers does not; TRACEBACK: we fail without a word.
     """
     try:
-        tensors, expected, rounding = theirs(raw)
+        tensors, expected = theirs(raw)
     except Broken as error:
-        tensors, expected, rounding = None, str(error), 0.0
+        tensors, expected = None, str(error)
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             save(Path(folder), raw, tensors or _base_tensors(raw["model_type"]))
@@ -291,12 +291,22 @@ def compare(raw):
         return "TRACEBACK", f"{type(error).__name__}: {error}"
     if tensors is None:
         return "theirs fails", expected
-    real = _batch("encdec" if got.shape[-1] and raw.get("is_encoder_decoder") else "")[
-        "segment_ids"].astype(bool)
-    off, scale = np.abs(got - expected)[real].max(), np.abs(expected[real]).max()
-    # Wide layers of large weights are not exact in float32, theirs neither.
-    same = off <= max(1e-4 * scale, min(3 * rounding, 1e-3 * scale))
-    return ("agree" if same else "SILENT"), f"off by {off / scale:.2g}"
+    off = _off(raw, got, expected)
+    same = off <= 1e-4
+    if 1e-4 < off < 1e-3:
+        # Wide layers of large weights are not exact in float32, theirs neither. Rounding falls by
+        # two orders of magnitude where the weights are halved; another model stays another one.
+        tensors, expected = theirs(raw, 0.5)
+        with tempfile.TemporaryDirectory() as folder:
+            save(Path(folder), raw, tensors)
+            same = _off(raw, ours(Path(folder), tensors), expected) <= 2e-5
+    return ("agree" if same else "SILENT"), f"off by {off:.2g}"
+
+
+def _off(raw, got, expected):
+    """The largest difference of logits, as a share of the largest logit."""
+    real = _batch("encdec" if raw.get("is_encoder_decoder") else "")["segment_ids"].astype(bool)
+    return np.abs(got - expected)[real].max() / np.abs(expected[real]).max()
 
 
 @functools.cache

@@ -146,6 +146,8 @@ def write_directory(out: Path, model: Model, params: Params, reader: Reader | No
     """
     source = source or {"settings": {}, "generation": {}, "dtype": "float32"}
     dtype = options.dtype or source["dtype"]
+    if reader is not None and not source["settings"] and model.config.position_offset:
+        model, params = _counted_from(pad_of(reader.names.tokenizer), model, params)
     config = model.config
     if config.positions in ("rope", "sinusoidal"):
         # These positions have no end: a model of ours has as many as its rows had.
@@ -170,6 +172,19 @@ def write_directory(out: Path, model: Model, params: Params, reader: Reader | No
     log(f"{out}: a {model_type.architecture} in {dtype}; read back, it has equal logits")
 
 
+def _counted_from(pad: int, model: Model, params: Params) -> tuple[Model, Params]:
+    """The same model with the row of position 0 after row `pad`, as RoBERTa counts positions."""
+    config, table = model.config, params["positions"]["table"]
+    more = pad + 1 - config.position_offset
+    if pad >= config.max_positions or not more:
+        return model, params
+    table = jnp.pad(table, ((more, 0), (0, 0))) if more > 0 else table[-more:]
+    config = dataclasses.replace(config, position_offset=pad + 1)
+    device = next(iter(table.devices()))
+    made = build_model(config, vocab_size=0, platform=device.platform, dtype=model.dtype)
+    return made, {**params, "positions": {**params["positions"], "table": table}}
+
+
 def _special_ids(reader: Reader, family: str, settings: Mapping[str, Any]) -> dict[str, int]:
     """The ids of special tokens that config.json and generation_config.json name, if trained here.
 
@@ -185,7 +200,7 @@ def _special_ids(reader: Reader, family: str, settings: Mapping[str, Any]) -> di
     if pad != ids["pad_token_id"]:
         raise UserError(f"a tokenizer whose padding token is {pad}, by which transformers counts "
                         f"the positions of {settings['model_type']}", ids["pad_token_id"],
-                        "train with such a tokenizer, or a model with position_offset=0",
+                        "train with such a tokenizer, or choose another model type",
                         "model_type")
     return ids
 

@@ -276,15 +276,16 @@ def roberta(name: str, architecture: str, vocab_size: int) -> ModelType:
     return ModelType(
         name, architecture,
         (*defaults(BERT_LIKE, vocab_size=vocab_size),
-         # Theirs counts the two rows before position 0, which `position_offset` adds in ours.
-         Setting("max_position_embeddings", "max_positions", 512, plus=2),
-         Setting("pad_token_id", "", 1)),
+         # Theirs counts the rows up to that of padding, which `position_offset` adds in ours.
+         Setting("max_position_embeddings", "max_positions", 512),
+         # Positions are counted from the id of padding on: position 0 has the row after it.
+         Setting("pad_token_id", "position_offset", 1, plus=-1)),
         bert_table("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias",
                    "lm_head.decoder.weight"),
         untied={"head_bias": Stored("lm_head.decoder.bias")},
         tied=(("lm_head.bias", "lm_head.decoder.bias"),),
         # Whatever hidden_act is, the head has gelu.
-        fixed=BERT_FIXED | {"position_offset": 2, "head_activation": "gelu"},
+        fixed=BERT_FIXED | {"head_activation": "gelu"},
         prefix="roberta.",
         present={"mlm_head": ("lm_head.dense.weight", True, False),
                  "pooler": ("roberta.pooler.dense.weight", True, False)},

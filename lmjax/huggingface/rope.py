@@ -28,7 +28,8 @@ SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 ORIGINAL = "original_max_position_embeddings"  # of yarn and llama3
 # More settings of a group, which mean what lmjax computes only with these values.
 NEUTRAL_VALUES = {"truncate": (True, None), "partial_rotary_factor": (1.0, None),
-                  "mscale": (None,), "mscale_all_dim": (None,)}
+                  "mscale": (None,), "mscale_all_dim": (None,),
+                  "finetuned": (True, False)}  # a note of the first models with yarn
 
 
 def read_rope(settings: Settings, model_type: ModelType, where: str) -> dict[str, Any]:

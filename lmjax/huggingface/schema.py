@@ -110,10 +110,10 @@ PASSED_OVER = frozenset("""
 # Their activation -> our MLP, with and without a gate.
 GATED = {
     "silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
-    "gelu": "geglu_erf"}
+    "gelu": "geglu_erf", "gelu_python": "geglu_erf", "gelu_fast": "geglu"}
 UNGATED = {
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
-    "silu": "silu", "swish": "silu"}
+    "silu": "silu", "swish": "silu", "gelu_python": "gelu", "gelu_fast": "gelu_tanh"}
 # Both read tie_word_embeddings. Where config.json leaves it out, UNTIED means that the embeddings
 # are not tied, and TIED that they are.
 UNTIED = Setting("tie_word_embeddings", "tie_embeddings", False)

@@ -252,6 +252,8 @@ def _fill(fields: dict[str, Any], settings: Settings) -> None:
     """Fills in those of their defaults that follow from other settings."""
     if fields.get("mlp_dim", 0) is None:  # GPT-2
         fields["mlp_dim"] = 4 * fields["embed_dim"]
+    if "position_offset" in fields:  # RoBERTa
+        fields["max_positions"] -= fields["position_offset"]
     if "num_encoder_layers" in fields:
         fields["num_layers"] = fields["num_layers"] or fields["num_encoder_layers"]
         if fields.get("scale_output", True) is None:  # T5
@@ -295,6 +297,8 @@ def _read_layers(fields: dict[str, Any], model_type: ModelType, settings: Settin
 
 def _write(model_type: ModelType, config: ModelConfig) -> dict[str, Any]:
     c = dataclasses.replace(_resolved(config), max_positions=config.max_positions)
+    if any(row.ours == "position_offset" for row in model_type.settings):
+        c = dataclasses.replace(c, max_positions=c.max_positions + c.position_offset)
     settings: dict[str, Any] = {
         "architectures": [model_type.architecture], "model_type": model_type.name}
     for row in model_type.settings:

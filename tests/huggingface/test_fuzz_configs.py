@@ -51,6 +51,10 @@ CASES = [
      "refused"),
     ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.5] * 4,
                                "long_factor": [2.0] * 4}}, "refused"),
+    ("roberta", {"pad_token_id": 0}, "agree"), ("camembert", {"pad_token_id": 4}, "agree"),
+    ("bert", {"hidden_act": "gelu_python"}, "agree"),
+    ("llama", {"hidden_act": "gelu_fast"}, "agree"),
+    ("llama", {"rope_scaling": YARN | {"finetuned": True}}, "agree"),
     ("gemma", {}, "agree"), ("granite", {}, "agree"), ("mt5", {}, "agree"),
     ("xlm-roberta", {}, "agree"), ("camembert", {}, "agree")]
 QUICK = (0, 5, 7, 10, 13)

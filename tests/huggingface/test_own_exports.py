@@ -16,7 +16,6 @@ from lmjax.data.objectives import Objective
 from lmjax.data.rows import START_ID, Pieces
 from lmjax.data.tokenizers import HuggingFaceTokenizer, TokenizerConfig, train_tokenizer
 from lmjax.decoding.sampling import Sampling
-from lmjax.errors import UserError
 from lmjax.lm import LM
 from lmjax.models.model import build_model
 from lmjax.sharding import MeshConfig, make_layout
@@ -178,12 +177,26 @@ def test_a_name_that_the_tokenizer_has_already_is_told(ours, theirs, tmp_path):
 
 
 @pytest.mark.long
-def test_positions_counted_by_another_padding_id_are_refused(ours, tmp_path):
-    """RoBERTa counts positions from its padding id, 1, which is BOS in our tokenizers."""
-    lm = model_of(ours, {"preset": "roberta-base", "pooler": False}, {"name": "masked_lm"})
-    with pytest.raises(UserError, match="expected a tokenizer whose padding token is 1, .*got 0"):
-        lm.export(tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
+@pytest.mark.parametrize("offset", [1, 2, 5])
+def test_positions_are_counted_from_the_padding_id_of_the_tokenizer(offset, ours, tmp_path):
+    """RoBERTa's is 1, which is BOS in our tokenizers; transformers counts by the one it is told."""
+    lm = model_of(ours, {"preset": "roberta-base", "pooler": False, "position_offset": offset},
+                  {"name": "masked_lm"})
+    lm.export(tmp_path / "hf", log=lambda line: None)
+    settings = settings_of(tmp_path / "hf")
+    assert settings["pad_token_id"] == ours.pad_id == 0
+    ids = lm.reader.ids("Document 7 tells")
+    assert ids[0] == 1
+    model = transformers.RobertaForMaskedLM.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids, [*ids[:4], *[0] * (len(ids) - 4)]]),
+                       attention_mask=torch.tensor([[1] * len(ids), [1] * 4 + [0] * (len(ids) - 4)])
+                       ).logits.numpy()
+    np.testing.assert_allclose(lm.logits(np.array([ids])), theirs[:1, :, :KNOWN + 1], atol=1e-4)
+    np.testing.assert_allclose(lm.logits(np.array([ids[:4]])), theirs[1:, :4, :KNOWN + 1],
+                               atol=1e-4)
+    again = lmjax.load(tmp_path / "hf")
+    np.testing.assert_allclose(again.logits(np.array([ids])), lm.logits(np.array([ids])), atol=1e-4)
 
 
 @pytest.mark.parametrize("config, generation", [
