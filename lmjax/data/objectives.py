@@ -128,13 +128,9 @@ class Objective:
         self.kind = OBJECTIVES[config.name]
         self.longest, self.cost = seq_len, np.arange(seq_len + 1)
         self.fields = dict.fromkeys(DECODER, seq_len)
-        self.own = own_ids(config, tokenizer) if tokenizer and config.own_ids else {}
-        mask = (next(iter(self.own), MASK),) if config.masks else ()
-        # T5's order: <extra_id_0> comes last.
-        names = (*mask, *config.modes, *reversed(config.sentinel_names))
-        new = [name for name in names if name not in self.own]
-        self.ids = self.own | {name: vocab_size + i for i, name in enumerate(new)}
-        self.mask_id = self.ids[mask[0]] if mask else vocab_size
+        self.own, new = mark_ids(config, vocab_size, tokenizer)
+        self.ids = self.own | new
+        self.mask_id = next(iter(self.ids.values())) if config.masks else vocab_size
         self.denoising: Denoising | None = None
         if self.kind.architecture == "encdec":
             made = self.denoising = Denoising(
@@ -166,18 +162,31 @@ class Objective:
         return self.kind.rows(self, pieces, rows, specials, words)
 
 
-def own_ids(config: ObjectiveConfig, tokenizer: Tokenizer) -> dict[str, int]:
-    """The tokenizer's own ids among those that an objective needs, by name.
+def mark_ids(config: ObjectiveConfig, vocab_size: int,
+             tokenizer: Tokenizer | None) -> tuple[dict[str, int], dict[str, int]]:
+    """The ids of an objective that are no text: of its mask, or of its modes and sentinels.
 
-    A mode may be called as a piece of text is, so only special tokens count for it.
+    Args:
+      config: the objective.
+      vocab_size: number of ids of the tokenizer.
+      tokenizer: None: it has none of them.
+    Returns:
+      (those that are the tokenizer's own, the new ones after its ids), by name.
     """
-    found = {name: tokenizer.id_of(name, special=True) for name in config.modes}
-    for name in config.sentinel_names:
-        i = tokenizer.id_of(name)
-        found[name] = tokenizer.id_of(SPACE + name) if i is None else i  # mT5's have the space
-    if config.masks and tokenizer.mask_name:
-        found[tokenizer.mask_name] = tokenizer.id_of(tokenizer.mask_name)
-    return {name: i for name, i in found.items() if i is not None}
+    names = (*config.modes, *reversed(config.sentinel_names))  # T5's order: <extra_id_0> is last
+    found: dict[str, int | None] = {}
+    if tokenizer and config.own_ids:
+        # A mode may be called as a piece of text is, so only a special token counts for it.
+        found = {name: tokenizer.id_of(name, special=True) for name in config.modes}
+        for name in config.sentinel_names:
+            i = tokenizer.id_of(name)
+            found[name] = tokenizer.id_of(SPACE + name) if i is None else i  # as mT5 has them
+        if config.masks and tokenizer.mask_name:
+            found[tokenizer.mask_name] = tokenizer.id_of(tokenizer.mask_name)
+    own = {name: i for name, i in found.items() if i is not None}
+    names = (next(iter(own), MASK),) if config.masks else names
+    new = [name for name in names if name not in own]
+    return own, {name: vocab_size + i for i, name in enumerate(new)}
 
 
 def causal_rows(objective: Objective, p: Pieces, rows: int, specials: Specials,

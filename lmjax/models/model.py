@@ -208,9 +208,9 @@ def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: A
         serve the model.
     """
     if config.vocab_size and config.vocab_size < vocab_size:
-        raise UserError(f"at least the tokenizer's {vocab_size}", config.vocab_size,
-                        "raise it or set 0 to take the tokenizer's",
-                        where="config.model.vocab_size")
+        raise UserError(f"at least {vocab_size}, the tokenizer's ids and the objective's new ones",
+                        config.vocab_size, "raise it, set 0 to take as many, or lower "
+                        "data.objective.sentinels", where="config.model.vocab_size")
     config = dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
     if kernel is None:
         kernel, reason = choose_kernel(config.attention, Needs(

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 
 import lmjax
-from lmjax.data.config import DataConfig
-from lmjax.data.objectives import Objective
+from lmjax.data.objectives import ObjectiveConfig, mark_ids
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.models.flops import embedding_parameters, flops_per_row
 from lmjax.monitoring.units import human_count
@@ -45,7 +44,7 @@ def announce(run: Run, directory: str, log: Log) -> dict[str, Any]:
     bytes_per_token = f", {train.bytes / train.predictions:.2f} bytes per token" * (train.bytes > 0)
     log(f"data: {human_count(train.predictions)} tokens to train on, "
         f"{human_count(heldout.predictions)} held out{bytes_per_token} ({directory})")
-    if run.tokenizer and (line := told_names(recipe.data, run.tokenizer)):
+    if run.tokenizer and (line := told_ids_of(recipe.data.objective, run.tokenizer)):
         log(line)
     flags = {name: os.environ[name] for name in FLAGS if os.environ.get(name)}
     for name, value in flags.items():
@@ -68,17 +67,15 @@ def announce(run: Run, directory: str, log: Log) -> dict[str, Any]:
     }
 
 
-def told_names(data: DataConfig, tokenizer: Tokenizer) -> str:
-    """Says which ids stand for the objective's mask, sentinels and modes; "" if it has none."""
-    objective = Objective(data.objective, seq_len=data.seq_len, vocab_size=tokenizer.vocab_size,
-                          tokenizer=tokenizer)
-    new = {name: i for name, i in objective.ids.items() if name not in objective.own}
+def told_ids_of(config: ObjectiveConfig, tokenizer: Tokenizer) -> str:
+    """Says which ids are the objective's mask, sentinels and modes; "" if it has none."""
+    own, new = mark_ids(config, tokenizer.vocab_size, tokenizer)
     parts = []
-    for ids, whose in ((objective.own, "of the tokenizer's own"), (new, "after the tokenizer's")):
+    for ids, whose in ((own, "of the tokenizer's own"), (new, "new after the tokenizer's")):
         if ids:
             shown = "<extra_id_0>" if "<extra_id_0>" in ids else next(iter(ids))
             parts.append(f"{len(ids)} {whose} ({shown} is {ids[shown]})")
-    return f"ids of {data.objective.name}: {', '.join(parts)}" if parts else ""
+    return f"ids of {config.name}: {', '.join(parts)}" if parts else ""
 
 
 def announce_epochs(run: Run, log: Log) -> dict[str, Any]:

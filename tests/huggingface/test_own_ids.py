@@ -22,6 +22,7 @@ from foreign_tokenizers import (
 
 import lmjax
 from lmjax.cli.data import make_reader, open_run
+from lmjax.cli.doctor.kinds import diagnose
 from lmjax.config import plain
 from lmjax.data.config import DataConfig
 from lmjax.data.denoising import Denoiser
@@ -302,13 +303,17 @@ def test_runs_without_such_ids_do_not_depend_on_the_switch(tmp_path):
         assert new.ids == old.ids and not new.own and new.vocab_size == old.vocab_size
 
 
-@pytest.mark.parametrize("start", [2, 5])
+@pytest.mark.parametrize("start", [2, pytest.param(5, marks=pytest.mark.long)])
 def test_another_start_of_answers_is_refused(start, tmp_path):
     source = t5(tmp_path / "hf")
     model = their_model("t5", len(transformers.AutoTokenizer.from_pretrained(source)))
     model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = start
     model.save_pretrained(source)
     found, lm = find(source), lmjax.load(source)
+    told = str(diagnose(str(source), whole=False))
+    size = found.tokenizer.vocab_size
+    assert f"{COUNT} of the tokenizer's own (<extra_id_0> is {size - 1}), 80 new" in told
+    assert "free rows for 0 of these 80" in told
     with pytest.raises(UserError, match=f"begin with id 0, .*got decoder_start_token_id {start}"):
         check_start(found, lm.model, found.tokenizer)
 

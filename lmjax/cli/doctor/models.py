@@ -7,12 +7,16 @@ from typing import Any
 from lmjax import huggingface
 from lmjax.cli.doctor.diagnosis import BAD, GOOD, NOTE, Diagnosis
 from lmjax.cli.doctor.runs import describe_model, model_uses, not_finite
+from lmjax.data.objectives import ObjectiveConfig, mark_ids
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.errors import UserError
 from lmjax.huggingface.tensors import Entry
 from lmjax.lm import load
+from lmjax.models.model import ModelConfig
 from lmjax.monitoring.units import human_bytes
+from lmjax.training.announce import told_ids_of
 from lmjax.training.pretrained import find
+from lmjax.training.recipe import DEFAULT_OBJECTIVES
 from lmjax.tree import num_elements
 
 # Each shows something that a tokenizer may lose: capitals, spaces, lines, accents, rare letters.
@@ -45,6 +49,7 @@ def examine_huggingface(path: str, whole: bool) -> Diagnosis:
         found.add(NOTE, "tokenizer", "none that lmjax reads; lmjax.load(path).logits(ids) works")
     else:
         _describe_tokenizer(found, model.tokenizer)
+        _note_training(found, model.config, model.tokenizer)
     _note_ids(found, model.source)
     return found
 
@@ -94,6 +99,18 @@ def _describe_tokenizer(found: Diagnosis, tokenizer: Tokenizer) -> None:
     if lost:
         got = tokenizer.decode(tokenizer.encode(lost[0]))
         found.add(NOTE, "tokenizer", f"loses part of some texts: {lost[0]!r} becomes {got!r}")
+
+
+def _note_training(found: Diagnosis, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Says which ids would hide text if an encoder or an encoder-decoder is trained on."""
+    objective = ObjectiveConfig(DEFAULT_OBJECTIVES.get(config.family, "causal_lm"))
+    text = told_ids_of(objective, tokenizer)
+    _, new = mark_ids(objective, tokenizer.vocab_size, tokenizer)
+    free = max(config.vocab_size - tokenizer.vocab_size, 0)
+    if free < len(new):
+        text += f"; the model has free rows for {free} of these {len(new)}"
+    if text:
+        found.add(NOTE, "training", text)
 
 
 def _note_ids(found: Diagnosis, source: Mapping[str, Any]) -> None:
