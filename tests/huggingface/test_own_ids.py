@@ -303,7 +303,8 @@ def test_runs_without_such_ids_do_not_depend_on_the_switch(tmp_path):
         assert new.ids == old.ids and not new.own and new.vocab_size == old.vocab_size
 
 
-@pytest.mark.parametrize("start", [2, pytest.param(5, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("start", [2, 5])
 def test_another_start_of_answers_is_refused(start, tmp_path):
     source = t5(tmp_path / "hf")
     model = their_model("t5", len(transformers.AutoTokenizer.from_pretrained(source)))
