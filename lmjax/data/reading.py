@@ -90,12 +90,7 @@ def told_ids(imported: Mapping[str, Any], tokenizer: Tokenizer) -> ToldIds:
     """
     _check_types(imported)
     generation, settings = imported["generation"], imported["settings"]
-
-    def first(*keys: str) -> Any:
-        told = (part.get(key) for key in keys for part in (generation, settings))
-        return next((value for value in told if value is not None), None)
-
-    start, end = first("decoder_start_token_id", "bos_token_id"), first("eos_token_id")
+    start, end = told_start(imported), _told(imported, "eos_token_id")
     if end is None:
         end = tokenizer.eos_id
     if "eos_token_id" in generation and generation["eos_token_id"] is None:
@@ -107,6 +102,17 @@ def told_ids(imported: Mapping[str, Any], tokenizer: Tokenizer) -> ToldIds:
         if len(word) == 1 and word[0] not in end:
             banned += word
     return ToldIds(tokenizer.pad_id if start is None else start, end, tuple(sorted(set(banned))))
+
+
+def told_start(imported: Mapping[str, Any]) -> Any:
+    """The id with which a directory's files begin an answer; None if they name none."""
+    return _told(imported, "decoder_start_token_id", "bos_token_id")
+
+
+def _told(imported: Mapping[str, Any], *keys: str) -> Any:
+    """The first of these settings that the files of a directory have."""
+    told = (imported[part].get(key) for key in keys for part in ("generation", "settings"))
+    return next((value for value in told if value is not None), None)
 
 
 # Settings of transformers that decide tokens of an answer, and that lmjax does not follow, with the

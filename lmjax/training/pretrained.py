@@ -19,7 +19,7 @@ import lmjax
 from lmjax import huggingface
 from lmjax.config import plain
 from lmjax.data import tokenizers
-from lmjax.data.reading import told_ids
+from lmjax.data.reading import told_start
 from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import HF_FILES, Tokenizer, TokenizerConfig, tokenizer_from_bytes
 from lmjax.errors import UserError
@@ -121,8 +121,7 @@ def check_start(found: Pretrained, config: ModelConfig, tokenizer: Tokenizer | N
       tokenizer: that of the run's data; None: synthetic data.
 
     Raises:
-      UserError: the models compute different functions, the tokenizers differ, or answers begin
-        with another id than the rows of a decoder in training.
+      UserError: the models compute different functions, or the tokenizers differ.
     """
     difference = huggingface.difference(config, found.recipe.model)
     if difference:
@@ -135,13 +134,24 @@ def check_start(found: Pretrained, config: ModelConfig, tokenizer: Tokenizer | N
                         f"{found.where} with another ({found.tokenizer.hash[:12]})",
                         f"prepare the data with data.tokenizer.path={found.where}",
                         where="train.init_from")
-    if config.family == "encdec" and tokenizer and "huggingface" in found.about:
-        start = told_ids(found.about["huggingface"], tokenizer).start
-        if start != START_ID:
-            raise UserError(f"an encoder-decoder whose answers begin with id {START_ID}, as the "
-                            "rows of training do", f"decoder_start_token_id {start}", "train from "
-                            "random weights, or from a model with that id, such as T5",
-                            where="train.init_from")
+
+
+def check_answers(found: Pretrained) -> None:
+    """Checks that the decoder of an imported model begins as rows of training do.
+
+    Raises:
+      UserError: it is an encoder-decoder whose answers begin with another id.
+    """
+    if found.recipe.model.family != "encdec" or "huggingface" not in found.about:
+        return
+    start = told_start(found.about["huggingface"])
+    if start is None:
+        start = found.tokenizer.pad_id if found.tokenizer else START_ID
+    if start != START_ID:
+        raise UserError(f"an encoder-decoder whose answers begin with id {START_ID}, as the rows "
+                        "of training do", f"decoder_start_token_id {start}", "train from random "
+                        "weights, or from a model with that id, such as T5",
+                        where="train.init_from")
 
 
 def tokenizer_text(tokenizer: Tokenizer | None) -> str | None:

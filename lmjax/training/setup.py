@@ -26,7 +26,13 @@ from lmjax.training.announce import announce
 from lmjax.training.best import Best
 from lmjax.training.checkpoint import Checkpointer, checkpoint_steps
 from lmjax.training.optim.schedules import make_schedule
-from lmjax.training.pretrained import Pretrained, find, make_tokenizer, tokenizer_text
+from lmjax.training.pretrained import (
+    Pretrained,
+    check_answers,
+    find,
+    make_tokenizer,
+    tokenizer_text,
+)
 from lmjax.training.program import Program, make_model, make_program
 from lmjax.training.recipe import Recipe
 from lmjax.training.resume import begin
@@ -96,7 +102,9 @@ def _source(recipe: Recipe, workdir: Path) -> Pretrained | None:
             lambda: any(step > abandon for step in
                         checkpoint_steps(recipe.checkpoint.path(workdir)))):
         return None
-    return find(recipe.train.init_from)
+    found = find(recipe.train.init_from)
+    check_answers(found)
+    return found
 
 
 def _data(recipe: Recipe, workdir: Path, source: Pretrained | None, log: Log) -> str:

@@ -36,7 +36,7 @@ from lmjax.huggingface.tokenizers import read_tokenizer
 from lmjax.monitoring.jsonl import read_jsonl
 from lmjax.training.checkpoint import read_about
 from lmjax.training.loop import train
-from lmjax.training.pretrained import check_start, find
+from lmjax.training.pretrained import find
 from lmjax.training.recipe import build_recipe, recorded_recipe
 
 transformers = pytest.importorskip(
@@ -310,13 +310,14 @@ def test_another_start_of_answers_is_refused(start, tmp_path):
     model = their_model("t5", len(transformers.AutoTokenizer.from_pretrained(source)))
     model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = start
     model.save_pretrained(source)
-    found, lm = find(source), lmjax.load(source)
+    found = find(source)
     told = str(diagnose(str(source), whole=False))
     size = found.tokenizer.vocab_size
     assert f"{COUNT} of the tokenizer's own (<extra_id_0> is {size - 1}), 80 new" in told
     assert "free rows for 0 of these 80" in told
     with pytest.raises(UserError, match=f"begin with id 0, .*got decoder_start_token_id {start}"):
-        check_start(found, lm.model, found.tokenizer)
+        train(recipe_from(source, tmp_path, {"sentinels": COUNT}), tmp_path / "run")
+    assert not (tmp_path / "run" / "data").exists()  # refused before anything is prepared
 
 
 @pytest.mark.long
