@@ -220,23 +220,23 @@ class _Part(NamedTuple):
             kept: TextIO | None = None
             if self.split != "train":
                 kept = stack.enter_context((place / RECORDS).open("w", encoding="utf-8"))
-            cut, left_out = self._encode(reading, columns, kept)
+            number, cut, left_out = self._encode(reading, columns, kept)
             budget = self.setting.data.broken_budget
-            check_budget(self.source, documents=len(columns.ids), broken=len(left_out),
+            check_budget(self.source, documents=number, broken=len(left_out),
                          example=left_out[0] if left_out else ("", ""), budget=budget)
             if not columns.ids:
                 raise UserError(f"at least one example to be {self.split}", "none", "add examples, "
                                 "name files in task.validation, or raise data.heldout_fraction",
                                 where=f"source {self.name} ({self.source.uri})")
             written = columns.write(str(folder), f"{self.name}/{self.split}")
-        return {"examples": len(columns.ids), "columns": written, "left_out": len(left_out),
-                "cut_examples": len(cut), "cut_tokens": sum(cut),
+        return {"examples": number, "windows": len(columns.ids), "columns": written,
+                "left_out": len(left_out), "cut_examples": len(cut), "cut_tokens": sum(cut),
                 "identity": identity(self.source)}
 
     def _encode(self, reading: _Reading, columns: ColumnWriter,
-                kept: TextIO | None) -> tuple[list[int], list[tuple[str, str]]]:
-        """Returns the tokens cut from each example that was too long, and what was left out."""
-        cut, left_out, task = [], list[tuple[str, str]](), self.setting.task
+                kept: TextIO | None) -> tuple[int, list[int], list[tuple[str, str]]]:
+        """Returns the number of examples, the tokens cut from each long one, what was left out."""
+        number, cut, left_out, task = 0, [], list[tuple[str, str]](), self.setting.task
         for item in reading.examples(self.split, self.source):
             try:
                 if isinstance(item, Broken):
@@ -245,12 +245,15 @@ class _Part(NamedTuple):
             except UserError as error:
                 left_out.append((item.id, first_line(error)))
                 continue
-            columns.add(item.id, encoded.columns)
+            assert item.id not in columns.ids[-1:], item.id  # what has one id is one example
+            for window in (encoded.columns, *encoded.more):
+                columns.add(item.id, window)
+            number += 1
             if encoded.cut:
                 cut.append(encoded.cut)
             if kept is not None:
                 print(json.dumps(item.record, ensure_ascii=False), file=kept)
-        return cut, left_out
+        return number, cut, left_out
 
 
 def _manifest(setting: Setting, tokenizer: Tokenizer, facts: Facts,
@@ -270,11 +273,15 @@ def _manifest(setting: Setting, tokenizer: Tokenizer, facts: Facts,
 
 def _table(splits: dict[str, Any]) -> list[str]:
     """How many examples each split has, and what was cut and left out, as lines of a table."""
-    rows = [("examples of", "number", "too long", "tokens cut", "left out")]
+    rows: list[tuple[str, ...]] = [
+        ("examples of", "number", "windows", "too long", "tokens cut", "left out")]
     for name, part in splits.items():
         share = part["cut_examples"] / part["examples"]
-        rows.append((name, f"{part['examples']:,}", f"{part['cut_examples']:,} ({share:.1%})",
-                     f"{part['cut_tokens']:,}", f"{part['left_out']:,}"))
+        rows.append((name, f"{part['examples']:,}", f"{part['windows']:,}",
+                     f"{part['cut_examples']:,} ({share:.1%})", f"{part['cut_tokens']:,}",
+                     f"{part['left_out']:,}"))
+    if all(part["windows"] == part["examples"] for part in splits.values()):
+        rows = [(*row[:2], *row[3:]) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(
         row[1:], widths[1:], strict=True))]) for row in rows]

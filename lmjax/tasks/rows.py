@@ -26,7 +26,7 @@ SIDES = ("encoder_", "rejected_", "label_", "")
 class Place(NamedTuple):
     """Where an example lies in a row."""
 
-    example: int  # its number in the split of its source
+    example: int  # its number in the split of its source, where every window counts
     start: int  # its first token in the row, of the model or of its decoder
     length: int  # its tokens there
 
@@ -102,6 +102,12 @@ class ExampleRows:
     def ids(self) -> list[str]:
         """The names of the examples."""
         return next(iter(self.columns.values())).ids
+
+    @functools.cached_property
+    def record_E(self) -> np.ndarray:
+        """The number of the record of every example: windows of one have its id, one by one."""
+        ids = self.ids
+        return np.cumsum([i == 0 or name != ids[i - 1] for i, name in enumerate(ids)]) - 1
 
     @functools.cached_property
     def records(self) -> list[Record]:

@@ -36,6 +36,7 @@ class Encoded(NamedTuple):
 
     columns: dict[str, np.ndarray]  # 1-D, one per column of the task; integers or float32
     cut: int = 0  # tokens that were cut to make it fit
+    more: tuple[dict[str, np.ndarray], ...] = ()  # the columns of its further windows, if any
 
 
 class Predicted(NamedTuple):
@@ -46,6 +47,7 @@ class Predicted(NamedTuple):
     # Of the `extra` of `Task.eval_loss`: what is at the tokens of the example; of an array
     # `row_...`, which has one entry per row, that of its row.
     arrays: dict[str, np.ndarray]
+    more: tuple[dict[str, np.ndarray], ...] = ()  # the same of its further windows
 
 
 class Sizes(NamedTuple):

@@ -39,16 +39,21 @@ class Answers:
             extra |= jax.device_get(extra)
 
     def predicted(self) -> list[Predicted]:
-        """The examples, in the order in which they were evaluated."""
-        found: list[Predicted] = []
+        """The examples, in the order in which they were evaluated, each with all its windows."""
+        found: dict[tuple[int, int], Predicted] = {}  # by source and record
         for step, extra in enumerate(self._batches):
             arrays = {name: np.asarray(values) for name, values in extra.items()}
             g = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
             rows = eval_rows(self.split, g, self._most)
             sources, _, packed = self.split.locate(rows)
             for i, (source, row) in enumerate(zip(sources, packed, strict=True)):
-                found += _in_row(cast(ExampleRows, self.split.sources[source]), int(row), i, arrays)
-        return found
+                for record, its in _in_row(cast(ExampleRows, self.split.sources[source]), int(row),
+                                           i, arrays):
+                    first = found.setdefault((int(source), record), its)
+                    if first is not its:
+                        found[int(source), record] = first._replace(
+                            more=(*first.more, its.arrays))
+        return list(found.values())
 
     def figures(self, path: Path) -> dict[str, float]:
         """The metrics of the answers; process 0 writes the answers themselves to `path`."""
@@ -74,12 +79,16 @@ def answers_of(run: Run, split: Split, batch_size: int, most: int) -> Answers | 
 
 
 def _in_row(source: ExampleRows, row: int, i: int,
-            arrays: dict[str, np.ndarray]) -> list[Predicted]:
-    """The examples in a packed row of a source, which is row `i` of the arrays of its batch."""
+            arrays: dict[str, np.ndarray]) -> list[tuple[int, Predicted]]:
+    """The examples in a packed row of a source, each after the number of its record.
+
+    The row is row `i` of the arrays of its batch.
+    """
     found = []
     for example, start, length in source.places(row):
         its: dict[str, Any] = {
             name: values[i] if name.startswith("row_") else values[i, start : start + length]
             for name, values in arrays.items()}
-        found.append(Predicted(source.ids[example], source.records[example], its))
+        record = int(source.record_E[example])
+        found.append((record, Predicted(source.ids[example], source.records[record], its)))
     return found
