@@ -1,0 +1,142 @@
+"""A fine-tuning run: from a pretrained model to figures; on any mesh, killed, stopped early."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+from processes import assert_same_run, finish, lines, losses, one_line, run_here, start, wait_for
+
+from lmjax.training.checkpoint import checkpoint_steps, read_about
+
+pytestmark = pytest.mark.long
+
+CONFIG = """
+def get_config():
+    return dict(
+        task=dict(name="classification"),
+        data=dict(sources=[dict(name="s", uri="jsonl:{examples}")], seq_len=32,
+                  heldout_fraction=0.2),
+        optimizer=dict(peak_lr=1e-2, warmup_steps=4),
+        train=dict(steps=24, batch_size=8, init_from="{source}"),
+        eval=dict(every=4), checkpoint=dict(every=4, keep_last=9))
+"""
+MODEL = """
+def get_config():
+    return dict(
+        model=dict(family="{family}", num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=4,
+                   mlp_dim=64, vocab_size=304, {more}),
+        data=dict(sources=[dict(name="t", uri="text:{texts}/*.txt")], seq_len=32,
+                  tokenizer=dict(vocab_size=300), curate=dict(workers=1)),
+        optimizer=dict(warmup_steps=1), train=dict(steps=4, batch_size=8))
+"""
+GOOD, BAD, OTHER = "lovely great fine".split(), "awful grim dull".split(), "a b c d e".split()
+
+
+def sentence(rng, label):
+    words = rng.choices(OTHER, k=rng.randint(2, 6)) + rng.choices(GOOD if label else BAD, k=2)
+    rng.shuffle(words)
+    return " ".join(words)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Examples, texts, and a pretrained encoder and decoder."""
+    made, rng = tmp_path_factory.mktemp("fine"), random.Random(0)
+    rows = [{"text": sentence(rng, i % 2), "label": ["bad", "good"][i % 2]} for i in range(200)]
+    (made / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (made / "texts").mkdir()
+    for i in range(40):
+        text = "\n".join(sentence(rng, rng.random() < 0.5) for _ in range(10))
+        (made / f"texts/{i}.txt").write_text(text)
+    for family, more in (("encoder", "mlp='gelu'"), ("decoder", "tie_embeddings=False")):
+        config = made / f"{family}.py"
+        config.write_text(MODEL.format(family=family, more=more, texts=made / "texts"))
+        assert run_here(made / family, config=str(config)) == 0
+        (made / f"{family}_task.py").write_text(CONFIG.format(
+            examples=made / "examples.jsonl", source=made / family))
+    return made
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    printed = finish(folder / "straight", config=str(folder / "encoder_task.py"))
+    return folder / "straight", printed
+
+
+def test_a_pretrained_encoder_learns_the_classes_and_says_what_is_new(straight):
+    workdir, printed = straight
+    assert re.search(r"new: task_head/bias, task_head/table\n", printed)
+    found = [record for record in lines(workdir) if "eval/accuracy" in record]
+    assert [record["step"] for record in found] == [4, 8, 12, 16, 20, 24]
+    assert found[-1]["eval/accuracy"] > 0.9
+    answers = lines(workdir, "answers/eval.jsonl")
+    right = np.mean([line["answer"]["label"] == line["truth"] for line in answers])
+    assert right == pytest.approx(found[-1]["eval/accuracy"])
+    about = read_about(workdir / "checkpoints" / "24")
+    assert about["task"]["labels"] == ["bad", "good"]
+    assert about["recipe"]["model"]["head"]["outputs"] == 2
+    assert "bits/byte" not in printed
+
+
+def test_a_decoder_drops_its_unembedding_and_learns_as_well(folder):
+    assert run_here(folder / "decoded", config=str(folder / "decoder_task.py")) == 0
+    last = [record for record in lines(folder / "decoded") if "eval/accuracy" in record][-1]
+    assert last["eval/accuracy"] > 0.9
+    names = read_about(folder / "decoded/checkpoints/24")["checksums"]["params"]
+    assert "head/table" not in names and "task_head/table" in names
+
+
+def test_a_mesh_of_eight_devices_has_the_losses_of_one(folder, straight):
+    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    finish(folder / "meshed", *mesh, config=str(folder / "encoder_task.py"), devices=8)
+    np.testing.assert_allclose(losses(folder / "meshed"), losses(straight[0]), rtol=2e-4)
+
+
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(folder, straight):
+    workdir = folder / "killed"
+    for step in (3, 8, 14):
+        process = start(workdir, config=str(folder / "encoder_task.py"))
+        wait_for(process, lambda step=step: len(losses(workdir)) > step)
+        process.kill()
+        process.wait()
+    finish(workdir, config=str(folder / "encoder_task.py"))
+    assert_same_run(workdir, straight[0], ["metrics.jsonl", "answers/eval.jsonl"])
+
+
+def test_early_stopping_on_accuracy_keeps_the_best_checkpoint_through_a_kill(folder):
+    options = ("eval.metric=accuracy", "eval.patience=2", "checkpoint.keep_best=true",
+               "checkpoint.keep_last=1", "train.steps=60")
+    config = str(folder / "encoder_task.py")
+    finish(folder / "early", *options, config=config)
+    steps = checkpoint_steps(folder / "early/checkpoints")
+    assert len(steps) == 2 and steps[-1] < 60
+    process = start(folder / "early_killed", *options, config=config)
+    wait_for(process, lambda: len(losses(folder / "early_killed")) > 9)
+    process.kill()
+    process.wait()
+    finish(folder / "early_killed", *options, config=config)
+    assert checkpoint_steps(folder / "early_killed/checkpoints") == steps
+    assert_same_run(folder / "early", folder / "early_killed", ["metrics.jsonl"])
+
+
+def test_the_source_may_be_gone_when_a_run_resumes(folder):
+    config = folder / "moved_task.py"
+    (folder / "encoder").rename(folder / "moved")
+    try:
+        config.write_text(CONFIG.format(examples=folder / "examples.jsonl",
+                                        source=folder / "moved"))
+        assert run_here(folder / "resumed", "train.steps=6", "optimizer.schedule=constant",
+                        config=str(config)) == 0
+    finally:
+        (folder / "moved").rename(folder / "encoder")
+    assert run_here(folder / "resumed", "train.steps=8", "optimizer.schedule=constant",
+                    config=str(config)) == 0
+
+
+def test_a_source_that_is_not_there_is_one_line(folder, capsys):
+    config = folder / "missing_task.py"
+    config.write_text(CONFIG.format(examples=folder / "examples.jsonl", source=folder / "nothing"))
+    assert run_here(folder / "never", config=str(config)) == 2
+    assert "nothing" in one_line(capsys.readouterr().err)
