@@ -12,7 +12,7 @@ from lmjax.training.recipe import Recipe, build_recipe
 from lmjax.training.source import with_source
 
 
-def recipe_of(spec: str, overrides: Sequence[str], workdir: Path | None = None) -> Recipe:
+def recipe_of(spec: str, overrides: Sequence[str], workdir: str | Path | None = None) -> Recipe:
     """Makes the recipe of `--config SPEC --config.KEY=VALUE ...`.
 
     A task takes what it leaves open of its model from `train.init_from`, or, where that is gone,

@@ -12,7 +12,7 @@ from lmjax.errors import UserError
 from lmjax.training.pretrained import Pretrained, find
 
 
-def with_source(config: Mapping[str, Any], workdir: Path | None = None) -> dict[str, Any]:
+def with_source(config: Mapping[str, Any], workdir: str | Path | None = None) -> dict[str, Any]:
     """Fills the config of a task with what the model of `train.init_from` has and it leaves open.
 
     That is the architecture (model), the tokenizer, and the objective, which may have ids of its
@@ -55,12 +55,12 @@ def _of(found: Pretrained, path: str) -> dict[str, Any]:
             "tokenizer": tokenizer}
 
 
-def _recorded(workdir: Path | None) -> dict[str, Any] | None:
+def _recorded(workdir: str | Path | None) -> dict[str, Any] | None:
     """The same from what an earlier start of the run recorded."""
     if workdir is None:
         return None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        recipe = json.loads((workdir / "config.json").read_text())
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        recipe = json.loads((Path(workdir) / "config.json").read_text())
         return {"model": recipe["model"], **{key: recipe["data"][key]
                                              for key in ("objective", "tokenizer")}}
     return None
