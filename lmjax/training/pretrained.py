@@ -19,6 +19,7 @@ import lmjax
 from lmjax import huggingface
 from lmjax.config import plain
 from lmjax.data import tokenizers
+from lmjax.data.objectives import ObjectiveConfig, mark_ids
 from lmjax.data.reading import told_start
 from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import HF_FILES, Tokenizer, TokenizerConfig, tokenizer_from_bytes
@@ -134,6 +135,30 @@ def check_start(found: Pretrained, config: ModelConfig, tokenizer: Tokenizer | N
                         f"{found.where} with another ({found.tokenizer.hash[:12]})",
                         f"prepare the data with data.tokenizer.path={found.where}",
                         where="train.init_from")
+
+
+def check_marks(found: Pretrained, objective: ObjectiveConfig, tokenizer: Tokenizer) -> None:
+    """Checks that a mask, modes and sentinels keep the ids that the rows of `found` had.
+
+    Args:
+      found: the model to start from.
+      objective: of the run.
+      tokenizer: that of the run's data.
+
+    Raises:
+      UserError: `found` was trained here with another id for a name that the run uses.
+    """
+    if "huggingface" in found.about and "init_from" not in found.about:
+        return  # it was trained elsewhere
+    before = found.recipe.data.objective
+    ours, theirs = ({name: i for ids in mark_ids(c, tokenizer.vocab_size, tokenizer)
+                     for name, i in ids.items()} for c in (objective, before))
+    if changed := [name for name in ours if theirs.get(name, ours[name]) != ours[name]]:
+        name, fix = min(changed), f"set sentinels={before.sentinels} and its denoisers"
+        if objective.own_ids != before.own_ids:
+            fix = f"set own_ids={str(before.own_ids).lower()}"
+        raise UserError(f"{name} as id {theirs[name]}, as train.init_from={found.where} was "
+                        "trained with", f"id {ours[name]}", fix, where="config.data.objective")
 
 
 def check_answers(found: Pretrained) -> None:

@@ -12,7 +12,7 @@ from lmjax.training.best import read_best, restored
 from lmjax.training.changes import check_schedule
 from lmjax.training.checkpoint import About
 from lmjax.training.checksums import checksums
-from lmjax.training.pretrained import Pretrained, check_start, find
+from lmjax.training.pretrained import Pretrained, check_marks, check_start, find
 from lmjax.training.recipe import recorded_recipe
 from lmjax.training.run import Log, Run
 from lmjax.training.saved import given_up
@@ -43,6 +43,8 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
     if found is None:
         if source:
             check_start(source, comparable(run.model.config, source.recipe.model), run.tokenizer)
+            if run.tokenizer and not run.recipe.task:
+                check_marks(source, run.recipe.data.objective, run.tokenizer)
         # Refuses a run of too many epochs: better before the weights are made than after.
         facts = announce_epochs(run, log)
         if source is None:

@@ -36,7 +36,7 @@ from lmjax.huggingface.tokenizers import read_tokenizer
 from lmjax.monitoring.jsonl import read_jsonl
 from lmjax.training.checkpoint import read_about
 from lmjax.training.loop import train
-from lmjax.training.pretrained import find
+from lmjax.training.pretrained import Pretrained, check_marks, find
 from lmjax.training.recipe import build_recipe, recorded_recipe
 
 transformers = pytest.importorskip(
@@ -292,6 +292,42 @@ def test_a_run_of_version_010_goes_on_with_its_ids_alone(tmp_path):
               log=lambda line: None)
     train(recipe_from(source, tmp_path, old, **options), run, log=lambda line: None)
     assert read_about(run / "checkpoints" / "3")["step"] == 3
+
+
+def test_a_start_from_other_ids_is_refused(tmp_path):
+    """What a run was trained with goes on to be what its rows have, also in the next run."""
+    tokenizer = read_tokenizer(t5(tmp_path / "hf"))
+    size = tokenizer.vocab_size
+
+    def found(about, **options):
+        recipe = build_recipe({"model": {"family": "encdec"}, "data": {
+            "seq_len": LENGTH, "objective": {"sentinels": COUNT, **options}}})
+        return Pretrained("old", recipe, tokenizer, about, None)
+
+    imported = {"huggingface": {}}
+    for about in ({}, imported | {"init_from": {}}):
+        with pytest.raises(UserError, match=f"id {size + COUNT - 1}, .*got id {size - 1}; set own_"
+                                            "ids=false"):
+            check_marks(found(about, own_ids=False), SPANS, tokenizer)
+        check_marks(found(about), SPANS, tokenizer)
+        check_marks(found(about), MASKED, tokenizer)
+    check_marks(found(imported, own_ids=False), SPANS, tokenizer)
+    ours = sentencepiece_model()
+    with pytest.raises(UserError, match="<extra_id_0> as id .* set sentinels=16 and its denoisers"):
+        check_marks(found({}, sentinels=16), SPANS, ours)
+    check_marks(found({}, own_ids=False), SPANS, ours)
+
+
+def test_new_modes_beside_own_sentinels_are_read_the_same_outside(tmp_path):
+    tokenizer = read_tokenizer(t5(tmp_path / "hf"))
+    data = DataConfig(seq_len=LENGTH, objective=ObjectiveConfig("ul2", sentinels=COUNT))
+    about = {"huggingface": {"settings": {}, "generation": {}}, "init_from": {}}
+    read = text_reader(tokenizer, "encdec", data, about)
+    assert read.names.new == ("[NLU]", "[S2S]", "[NLG]")
+    write_tokenizer(tmp_path, read, log=lambda line: None)
+    outside = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for prompt in (*PROMPTS, "[S2S] of the number", "[NLG] you <extra_id_0> of[NLU]"):
+        assert outside(prompt).input_ids == read.ids(prompt), prompt
 
 
 def test_runs_without_such_ids_do_not_depend_on_the_switch(tmp_path):
