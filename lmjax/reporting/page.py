@@ -117,6 +117,8 @@ tbody tr:last-child td { border-bottom: 0; }
 .number { text-align: right; white-space: nowrap; }
 .facts td:first-child { white-space: nowrap; color: var(--muted); }
 .facts .number { white-space: normal; }
+.confusion td, .confusion th { text-align: center; padding: 6px 8px; }
+.confusion tbody th { text-align: right; }
 .bar { margin-top: 17px; font-size: 14px; }
 .bar > div:first-child { display: flex; gap: 8px; align-items: baseline; }
 .bar span { flex: 1; font-size: 13px; }

@@ -123,13 +123,14 @@ def smooth(y: np.ndarray, width: int) -> np.ndarray:
 
 
 def draw(title: str, panels: Sequence[Panel], restarts: Sequence[float] = (),
-         marks: Sequence[tuple[float, str]] = ()) -> str:
-    """Draws panels below one another, over the tokens trained, as one `<svg>` element.
+         marks: Sequence[tuple[float, str]] = (), along: str = "tokens trained") -> str:
+    """Draws one panel, or two below one another, as one `<svg>` element.
 
     Args:
       title: what screen readers say; it also makes the ids in each picture unique.
       restarts: the x of each resumption of the run.
       marks: other events, as (x, label).
+      along: what the x axis counts.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
         heights = [2.35, 1.0][: len(panels)]
@@ -149,7 +150,7 @@ def draw(title: str, panels: Sequence[Panel], restarts: Sequence[float] = (),
                       transform=ax.get_xaxis_transform())
         axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
         axes[-1].xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-        axes[-1].set_xlabel("tokens trained")
+        axes[-1].set_xlabel(along)
         axes[-1].set_xlim(*_x_limits(panels))
         return _svg(figure, title)
 

@@ -17,6 +17,7 @@ from lmjax.errors import UserError
 from lmjax.monitoring.goodput import ACTIVITIES, SLOW_FACTOR
 from lmjax.monitoring.units import human_count, human_seconds
 from lmjax.reporting import page as html
+from lmjax.reporting import task_report
 from lmjax.reporting.run_files import Columns, RunRecord, last, median, read_run
 from lmjax.reporting.summary import device_name, summarise
 
@@ -37,7 +38,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         raise UserError("the directory of a run", f"{workdir}, which is none",
                         "give the --workdir of lmjax train")
     run = read_run(workdir)
-    sections = (_header, _tiles, _curves, _time, _samples, _data, _model, _config)
+    sections = (_header, _tiles, _task, _curves, _time, _samples, _data, _model, _config)
     body = "".join(section(run) for section in sections)
     path = workdir / "report.html"
     temporary = path.with_name("report.html.tmp")
@@ -63,12 +64,13 @@ def _header(run: RunRecord) -> str:
 def _tiles(run: RunRecord) -> str:
     heldout, timing = run.heldout, run.timing
     flops = human_count(median(timing, "model_flops_per_second")).replace("B", "G")
-    figures = [
+    figures = task_report.tiles(run) if task_report.is_task(run) else []
+    figures += [
         (f"{last(heldout, 'bits_per_byte'):.3f}", f"held-out bits/byte{run.of}", "heldout"),
-        (f"{last(heldout, 'loss'):.3f}", "held-out nats/token", "heldout"),
-        (f"{last(run.train, 'loss'):.3f}", "training nats/token", "train"),
+        (f"{last(heldout, 'loss'):.3f}", f"held-out nats/{run.unit}", "heldout"),
+        (f"{last(run.train, 'loss'):.3f}", f"training nats/{run.unit}", "train"),
         (f"{run.best_step:,}" if run.best_step else "nan", "best step", "heldout"),
-        (human_count(float(run.tokens(run.step))), "tokens seen", ""),
+        (human_count(float(run.tokens(run.step))), f"{run.unit}s seen", ""),
         (human_count(run.facts.get("parameters", math.nan)), "parameters", ""),
         (human_count(median(timing, "tokens_per_second")), "tokens/s (median)", ""),
         (flops, "model FLOP/s", ""),
@@ -77,6 +79,12 @@ def _tiles(run: RunRecord) -> str:
     ]
     tiles = "".join(html.tile(*figure) for figure in figures if figure[0] != "nan")
     return f'<div class="tiles">{tiles}</div>\n'
+
+
+def _task(run: RunRecord) -> str:
+    if not task_report.is_task(run):
+        return ""
+    return task_report.metric_curves(run) + task_report.answer_sections(run)
 
 
 def _curves(run: RunRecord) -> str:
@@ -89,12 +97,13 @@ def _curves(run: RunRecord) -> str:
             return []
         return [Curve(name, run.tokens(columns["step"]), columns[column], color, kind)]
 
+    along = f"{run.unit}s trained" + " on" * (run.unit != "token")
     restarts = [float(run.tokens(event["step"])) for event in run.events
                 if event["event"] == "resume"]
     marks = [(float(run.tokens(step)), label)
              for step, label in ((run.diverged_at, "not finite"), (run.best_step, "best")) if step]
     cards = ""
-    for title, column, unit in (("Loss", "loss", "nats per token"),
+    for title, column, unit in (("Loss", "loss", f"nats per {run.unit}"),
                                 ("Bits per byte", "bits_per_byte", f"bits per byte{run.of}")):
         curves = curve("training", run.train, column, "train")
         for (group, columns), color in zip(run.evals.items(), ("heldout", "ema", "second"),
@@ -107,7 +116,7 @@ def _curves(run: RunRecord) -> str:
             note = "Dashed: n-gram models of the same data. " if lines else ""
             note += "Dotted: the run was resumed." if restarts else ""
             panel = Panel(unit, curves, lines, last_values=True)
-            picture = draw(f"{title} against tokens", [panel], restarts, marks)
+            picture = draw(f"{title} against {run.unit}s", [panel], restarts, marks, along)
             cards += html.card(title, picture, note)
     rate = curve("", run.train, "learning_rate", "train", "line")
     gradients = curve("", run.train, "grad_norm", "train")
@@ -124,7 +133,8 @@ def _curves(run: RunRecord) -> str:
     }
     for title, panels in others.items():
         if panels := [panel for panel in panels if panel.curves]:
-            cards += html.card(title, draw(f"{title} against tokens", panels, restarts))
+            picture = draw(f"{title} against {run.unit}s", panels, restarts, along=along)
+            cards += html.card(title, picture)
     return cards
 
 
@@ -177,7 +187,7 @@ def _samples(run: RunRecord) -> str:
         boxes = "".join(html.sample(str(sample.get("prompt", "")), str(sample.get("text", "")))
                         for sample in by_step[step][:SAMPLES_PER_STEP])
         tokens = human_count(float(run.tokens(step)))
-        body += f"<h3><b>step {step:,}</b> \u00b7 {tokens} tokens</h3>"
+        body += f"<h3><b>step {step:,}</b> \u00b7 {tokens} {run.unit}s</h3>"
         body += f'<div class="samples">{boxes}</div>'
     note = "Newest first; the prompt is marked."
     if len(steps) > len(picked):

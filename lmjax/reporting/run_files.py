@@ -22,6 +22,9 @@ ALWAYS_READ = {
     "metrics.jsonl": ((b'"eval', b'nan"', b'inf"'), ("loss", "grad_norm")),
     "timing.jsonl": ((b'"event',), ("step_seconds",)),
 }
+# By task, what its loss is a mean over; tokens for all others.
+UNITS = {"classification": "example", "tagging": "word", "questions": "question",
+         "preferences": "pair"}
 Columns = dict[str, np.ndarray]  # name -> float64 [lines], in the order of "step"
 
 
@@ -59,6 +62,11 @@ class RunRecord:
         """What follows "bits per byte": nothing, or whose bytes, if the tokenizer loses text."""
         decoded = any("of_decoded_text" in columns for columns in (self.train, self.heldout))
         return " of decoded text" if decoded else ""
+
+    @property
+    def unit(self) -> str:
+        """What a loss is a mean over, and what the run counts: tokens, or a task's examples."""
+        return UNITS.get(self.config.get("task", {}).get("name", ""), "token")
 
     @property
     def best_step(self) -> int:

@@ -4,6 +4,7 @@ import math
 
 from lmjax.monitoring.units import human_count, human_seconds
 from lmjax.reporting.run_files import RunRecord, last
+from lmjax.reporting.task_report import measures, title
 
 
 def summarise(run: RunRecord) -> str:
@@ -12,9 +13,11 @@ def summarise(run: RunRecord) -> str:
     size = f"{human_count(facts['parameters'])}-parameter " if "parameters" in facts else ""
     shape = [f"{model[key]} {word}" for key, word in (("num_layers", "layers"),
                                                       ("embed_dim", "wide")) if key in model]
-    subject = f"A {size}language model" + (f" ({', '.join(shape)})" if shape else "")
+    task = run.config.get("task", {}).get("name")
+    kind = f"model for {task}" if task else "language model"
+    subject = f"A {size}{kind}" + (f" ({', '.join(shape)})" if shape else "")
     epochs, sources = last(run.train, "epoch"), _sources(run)
-    seen = f"{human_count(float(run.tokens(run.step)))} tokens"
+    seen = f"{human_count(float(run.tokens(run.step)))} {run.unit}s"
     seen += f" ({epochs:.2f} epochs)" if epochs > 0 else ""
     seen += f" of {_join(sources)}" if sources else ""
     done = (f"{run.step:,} of {facts['steps']:,} steps so far" if run.unfinished
@@ -48,11 +51,13 @@ def _sources(run: RunRecord) -> list[str]:
 def _reached(run: RunRecord) -> str:
     """The newest loss: on held-out text if it was measured, else of training."""
     loss, bits = last(run.heldout, "loss"), last(run.heldout, "bits_per_byte")
+    if task_figures := [f"{title(name)} {last(run.heldout, name):.3f}" for name in measures(run)]:
+        return f"On held-out examples it reaches {_join(task_figures[:3])}. "
     if math.isnan(loss):
         loss = last(run.train, "loss")
-        return "" if math.isnan(loss) else f"Its training loss is {loss:.3f} nats per token. "
+        return "" if math.isnan(loss) else f"Its training loss is {loss:.3f} nats per {run.unit}. "
     each = f"{bits:.3f} bits per byte{run.of}, " if math.isfinite(bits) else ""
-    return f"On held-out text it reaches {each}a loss of {loss:.3f} nats per token. "
+    return f"On held-out text it reaches {each}a loss of {loss:.3f} nats per {run.unit}. "
 
 
 def _best(run: RunRecord) -> str:

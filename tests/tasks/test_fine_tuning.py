@@ -80,6 +80,18 @@ def test_a_pretrained_encoder_learns_the_classes_and_says_what_is_new(straight):
     assert "bits/byte" not in printed
 
 
+def test_the_report_shows_the_metric_the_confusions_and_the_errors(straight):
+    page = (straight[0] / "report.html").read_text()
+    for words in ("Confusion matrix", "model for classification", "held-out accuracy",
+                  "nats per example"):
+        assert words in page
+    answers = lines(straight[0], "answers/eval.jsonl")
+    wrong = [line for line in answers if line["answer"]["label"] != line["truth"]]
+    assert ("The surest errors" in page) == bool(wrong)
+    for line in sorted(wrong, key=lambda line: -line["answer"]["confidence"])[:12]:
+        assert line["record"]["text"] in page
+
+
 def test_a_decoder_drops_its_unembedding_and_learns_as_well(folder):
     assert run_here(folder / "decoded", config=str(folder / "decoder_task.py")) == 0
     last = [record for record in lines(folder / "decoded") if "eval/accuracy" in record][-1]
