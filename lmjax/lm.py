@@ -33,13 +33,16 @@ from lmjax.decoding.scoring import batches, continuations, likelihoods, states
 from lmjax.decoding.speculative import Draft
 from lmjax.errors import UserError
 from lmjax.models.model import Model, build_model
+from lmjax.nn.adapters import NO_ADAPTERS, merge_adapters
 from lmjax.nn.module import Params
 from lmjax.runtime.files import new_directory
 from lmjax.sharding import Layout, MeshConfig, make_layout
 from lmjax.training.checkpoint import About, Checkpointer
+from lmjax.training.frozen import frozen_in
 from lmjax.training.pretrained import find
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import TrainState
+from lmjax.tree import split_tree
 
 POOLING = {
     "mean": lambda x_TD: x_TD.mean(0), "first": lambda x_TD: x_TD[0], "last": lambda x_TD: x_TD[-1]}
@@ -281,17 +284,38 @@ class LM:
     def save(self, out: str | os.PathLike) -> None:
         """Writes a checkpoint like those of a run: out/checkpoints/STEP/, which `load` reads.
 
+        Of a model with adapters it holds these alone, and names the base that they are for.
+
         Raises:
           UserError: `out` exists already. A save that fails leaves nothing there.
         """
         with (new_directory(Path(expand(out, "out", bucket=False))) as part,
               contextlib.closing(Checkpointer(part / "checkpoints")) as checkpointer):
-            state = TrainState(jnp.int32(self.about["step"]), self.params, {}, None)
+            params, frozen = self.params, frozen_in(self.recipe, self.model)
+            if frozen is not None and frozen.base:
+                params = split_tree(params, frozen.accepts)[1]
+            state = TrainState(jnp.int32(self.about["step"]), params, {}, None)
             checkpointer.save(state, self.about)
+
+    def merge(self) -> "LM":
+        """Returns the same model without adapters: W + scale * A B in place of each weight W.
+
+        Raises:
+          UserError: the model has no adapters.
+        """
+        adapter, plain = self.model.adapter, self.model.plain
+        if not adapter.kind:
+            raise UserError("a model with adapters", "one without", "use it as it is", "merge")
+        merge = jax.jit(lambda params: merge_adapters(params, adapter),
+                        out_shardings=self.layout.tree(plain.axes, plain.shapes))
+        recipe = dataclasses.replace(self.recipe, adapter=NO_ADAPTERS)
+        about = {key: value for key, value in self.about.items() if key != "base"}
+        about["recipe"] = about["recipe"] | {"adapter": dataclasses.asdict(NO_ADAPTERS)}
+        return LM(plain, merge(self.params), self.layout, self.tokenizer, recipe, about)
 
     def export(self, out: str | os.PathLike, *, log: Callable[[str], None] = print,
                **options: Any) -> None:
-        """Writes a Hugging Face directory.
+        """Writes a Hugging Face directory; adapters are merged into the weights.
 
         Args:
           out: the directory, which must not exist yet.
@@ -301,6 +325,9 @@ class LM:
         Raises:
           UserError: `out` exists, or no Hugging Face model type computes the same.
         """
+        if self.model.adapter.kind:
+            log("the adapters are merged into the weights")
+            return self.merge().export(out, log=log, **options)
         huggingface.write_directory(
             Path(expand(out, "out", bucket=False)), self.model, self.params,
             None if self.tokenizer is None else self.reader,
@@ -321,8 +348,8 @@ class LM:
         return self.tokenizer
 
 
-def load(path: str | os.PathLike, *, step: int | str | None = None,
-         ema: bool | None = None) -> LM:
+def load(path: str | os.PathLike, *, step: int | str | None = None, ema: bool | None = None,
+         base: str | os.PathLike = "") -> LM:
     """Loads a trained model onto the devices of this process, however many there are.
 
     Args:
@@ -331,11 +358,12 @@ def load(path: str | os.PathLike, *, step: int | str | None = None,
       step: which checkpoint of a run: a number, or "best" for the best evaluated one (by
         `eval.metric`); by default the newest.
       ema: whether to take the averaged weights; by default they are taken if the run kept them.
+      base: where the weights are that adapters were trained for; "": where they were then.
 
     Raises:
       UserError: no checkpoint there, a damaged one, or a model that lmjax does not compute.
     """
-    found = find(expand(path, "path"), step=step, ema=ema)
+    found = find(expand(path, "path"), step=step, ema=ema, base=base and expand(base, "base"))
     model, layout = _placed(found.recipe)
     params = found.read(model, layout.tree(model.axes, model.shapes))
     return LM(model, params, layout, found.tokenizer, found.recipe, found.about)
@@ -353,7 +381,7 @@ def _placed(recipe: Recipe) -> tuple[Model, Layout]:
     model = build_model(
         config, vocab_size=config.vocab_size, platform=platform,
         dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len,
-        prefix_lm=recipe.data.objective.name == "prefix_lm")
+        prefix_lm=recipe.data.objective.name == "prefix_lm").with_adapters(recipe.adapter)
     split = make_layout(MeshConfig(data=1, fsdp=count, rules={"batch": ()}), devices)
     try:
         split.tree(model.axes, model.shapes)

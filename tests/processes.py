@@ -16,6 +16,7 @@ from lmjax.cli import main as cli
 from lmjax.models.model import build_model
 from lmjax.training.checkpoint import checkpoint_steps, read_about, restore_params
 from lmjax.training.recipe import build_recipe
+from lmjax.tree import split_tree
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -134,11 +135,12 @@ def final_checksums(workdir: pathlib.Path) -> dict:
     step = checkpoint_steps(workdir / "checkpoints")[-1]
     path = workdir / "checkpoints" / str(step)
     about = read_about(path)
-    model = build_model(build_recipe(about["recipe"]).model, vocab_size=0, platform="cpu",
-                        dtype="float32")
+    recipe = build_recipe(about["recipe"])
+    model = build_model(recipe.model, vocab_size=0, platform="cpu",
+                        dtype="float32").with_adapters(recipe.adapter)
     whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole),
-                          model.shapes)
+                          split_tree(model.shapes, about["checksums"]["params"].__contains__)[0])
     restore_params(path, shapes)  # raises if the arrays do not have these checksums
     return {"step": step, "data": about["data"], **about["checksums"]}
 

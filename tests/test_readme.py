@@ -136,7 +136,7 @@ def test_every_link_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_named_setting_exists(page):
-    sections = "model|data|optimizer|mesh|train|eval|checkpoint|sample|watch"
+    sections = "model|data|optimizer|mesh|adapter|train|eval|checkpoint|sample|watch"
     for section, key in re.findall(rf"`({sections})\.(?!safetensors)(\w+)`", page.read_text()):
         group = getattr(Recipe(), section)
         assert hasattr(group, key), f"{section}.{key}"

@@ -52,7 +52,7 @@ def attention_maps(model: Model, params: Params, batch: Batch) -> np.ndarray:
     kernel = dataclasses.replace(KERNELS["xla"], name="recording",
                                  run=functools.partial(_record, maps))
     recording = build_model(model.config, vocab_size=0, platform="cpu", dtype=jnp.float32,
-                            kernel=kernel)
+                            kernel=kernel).with_adapters(model.adapter)
     with jax.disable_jit():  # scans become Python loops, in which the weights are plain arrays
         recording.encode(params, batch)
     return np.stack(maps)

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.models.config import TransformerConfig
+from lmjax.nn.adapters import adapter_noise
 from lmjax.nn.attention import Attention, AttentionConfig, AttentionInit, CacheUpdate, KVCache
 from lmjax.nn.kernels.choose import Kernel
-from lmjax.nn.layers import MLP, NORMS, Norm, dropout, residual_init
+from lmjax.nn.layers import MLP, NORMS, Norm, residual_init
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import normal
 from lmjax.nn.moe import MoE, Routing
+from lmjax.nn.ops import dropout
 from lmjax.nn.positions import Rotation
 from lmjax.nn.sequence import gather_sequence, scatter_sequence, stream_axis
 from lmjax.sharding import constrain
@@ -103,11 +105,12 @@ class Block(nnx.Module):
                 return scatter_sequence(y), routing
             return scatter_sequence(self.mlp(y)), None
 
-        x, cache = self._add(x_BTD, attention, self.attention_norm, self.attention_post_norm,
-                             next(keys), layer.first)
-        if self.cross_norm is not None:
-            x, _ = self._add(x, cross, self.cross_norm, self.cross_post_norm, next(keys))
-        x, routing = self._add(x, mlp, self.mlp_norm, self.mlp_post_norm, next(keys))
+        with adapter_noise(layer.key):
+            x, cache = self._add(x_BTD, attention, self.attention_norm, self.attention_post_norm,
+                                 next(keys), layer.first)
+            if self.cross_norm is not None:
+                x, _ = self._add(x, cross, self.cross_norm, self.cross_post_norm, next(keys))
+            x, routing = self._add(x, mlp, self.mlp_norm, self.mlp_post_norm, next(keys))
         return constrain(x, "batch", stream_axis(x), "act_embed"), cache, routing
 
     def _add(self, x: jax.Array, branch: Callable[[jax.Array], tuple[jax.Array, Any]],

@@ -15,7 +15,7 @@ from lmjax.models.model import Model, ModelConfig
 from lmjax.tree import named_leaves
 
 TABLES = {"vocab", "positions"}  # axes of parameters that are looked up, not multiplied with
-MATRICES = {"embed", "expert_embed"}  # each of the other matrices has one of these axes
+MATRICES = {"embed", "expert_embed", "rank"}  # each of the other matrices has one of these axes
 
 
 def flops_per_token(model: Model, seq_len: int, encoder_len: int = 0) -> float:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.config import at_least, choice
-from lmjax.nn.layers import Dense, dropout
+from lmjax.nn.layers import Dense
 from lmjax.nn.module import normal, param, zeros
+from lmjax.nn.ops import dropout
 
 # linear: a matrix and a bias; plain: a matrix alone (decoders of transformers). pooler: a square
 # matrix and tanh before (BERT, RoBERTa, T5). transform: an encoder's MLM transform (ModernBERT).

@@ -4,18 +4,22 @@ Shape suffixes: B batch, T sequence, D embed_dim, V vocab_size.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from lmjax.errors import UserError
+from lmjax.models.adapters import adapted
 from lmjax.models.cache import Cache, empty_cache
 from lmjax.models.decoder import Decoder, DecoderConfig
 from lmjax.models.encdec import EncDec, EncDecConfig
 from lmjax.models.encoder import Encoder, EncoderConfig
 from lmjax.models.transformer import TokenInfo
+from lmjax.nn.adapters import NO_ADAPTERS, AdapterConfig
 from lmjax.nn.kernels.choose import Kernel, Needs, choose_kernel
 from lmjax.nn.module import Functional, Params, functional
 from lmjax.nn.moe import Routing
@@ -46,6 +50,23 @@ class Model:
     kernel_reason: str  # why it was chosen, in words
     dtype: Any  # of activations and matmuls; parameters are float32
     prefix_lm: bool = False  # the tokens of a prompt see each other, later ones included
+    adapter: AdapterConfig = NO_ADAPTERS
+
+    @functools.cached_property
+    def plain(self) -> "Model":
+        """The same model without adapters."""
+        return self.with_adapters(NO_ADAPTERS)
+
+    def with_adapters(self, adapter: AdapterConfig) -> "Model":
+        """The same model with these adapters in place of its own, if it has any."""
+        if adapter == self.adapter:
+            return self
+
+        def build(rngs: nnx.Rngs) -> nnx.Module:
+            module = _module(self.config, self.kernel, rngs)
+            return adapted(module, adapter, rngs) if adapter.kind else module
+
+        return dataclasses.replace(self, functional=functional(build), adapter=adapter)
 
     @property
     def shapes(self) -> Params:
@@ -220,6 +241,9 @@ def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: A
             head_dim=config.dims.head_dim, seq_len=seq_len, dtype=dtype))
     else:
         reason = kernel.note
-    build = FAMILY_MODULES[type(config)]
-    return Model(config, functional(lambda rngs: build(config, kernel, rngs)), kernel, reason,
+    return Model(config, functional(lambda rngs: _module(config, kernel, rngs)), kernel, reason,
                  jnp.dtype(dtype), prefix_lm)
+
+
+def _module(config: ModelConfig, kernel: Kernel, rngs: nnx.Rngs) -> nnx.Module:
+    return FAMILY_MODULES[type(config)](config, kernel, rngs)

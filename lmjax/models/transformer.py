@@ -16,10 +16,11 @@ from lmjax.models.config import TransformerConfig
 from lmjax.models.heads import Head
 from lmjax.nn.attention import CacheUpdate, KVCache
 from lmjax.nn.kernels.choose import Kernel, kernel_for_cache, prepare, uses_balanced_rows
-from lmjax.nn.layers import NORMS, Embedding, Norm, dropout
+from lmjax.nn.layers import NORMS, Embedding, Norm
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import normal
 from lmjax.nn.moe import Routing
+from lmjax.nn.ops import dropout
 from lmjax.nn.pipeline import per_part, split_key
 from lmjax.nn.positions import Rotation, relative_buckets, rope_rotation, sinusoids
 from lmjax.nn.sequence import balance_sequence, gather_sequence, scatter_sequence
@@ -48,6 +49,7 @@ class Trunk(nnx.Module):
                  cross: bool = False, num_layers: int = 0):
         c, norm, num_layers = config, NORMS[config.norm], num_layers or config.num_layers
         self.config, self.kernel, self.causal = c, kernel, causal
+        self.noisy = c.dropout > 0  # whether a layer needs a key of its own
         self.kinds, pattern = c.kinds(num_layers)
 
         def table(rows: int, dim: int, axis: str) -> Embedding:
@@ -81,9 +83,10 @@ class Trunk(nnx.Module):
         c, num_layers = self.config, self.layers.num_layers
         x_BTD = self._with_positions(x_BTD, tokens.positions)
         keys = None
-        if key is not None and c.dropout:
+        if key is not None and self.noisy:
             keys = split_key(key, num_layers + 1)
-            x_BTD = per_part(lambda x, key: dropout(x, c.dropout, key), x_BTD, keys[0])
+            if c.dropout:
+                x_BTD = per_part(lambda x, key: dropout(x, c.dropout, key), x_BTD, keys[0])
             keys = keys[1:]
         # Placed before the sequence is scattered: otherwise the compiler gathers the table.
         x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")

@@ -1,4 +1,4 @@
-"""Dense layers, embeddings, norms, the MLP and dropout.
+"""Dense layers, embeddings, norms and the MLP.
 
 Shape suffixes: B batch, T sequence, D embed_dim, F mlp_dim, V vocab_size.
 """
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from lmjax.nn.adapters import Adapter
 from lmjax.nn.module import Initializer, normal, ones, param, zeros
-from lmjax.nn.ops import barrier, matmul, rms_norm
+from lmjax.nn.ops import along_last, barrier, matmul, rms_norm
 from lmjax.sharding import constrain
 
 ACTIVATIONS = {
@@ -51,11 +52,13 @@ class Dense(nnx.Module):
         self.kernel = param(rngs, init, (*in_shape, *out_shape), axes)
         bias_axes = ("norm",) * len(out_shape)
         self.bias = param(rngs, zeros, out_shape, bias_axes) if use_bias else None
+        self.adapter: Adapter | None = None  # `models.adapters` gives it one
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         y = matmul(x, kernel, self.sides, self.num_in)
-        return y if self.bias is None else y + _along_last(self.bias[...].astype(x.dtype), y.ndim)
+        y = y if self.adapter is None else self.adapter(x, y, kernel, self.sides)
+        return y if self.bias is None else y + along_last(self.bias[...].astype(x.dtype), y.ndim)
 
 
 class Embedding(nnx.Module):
@@ -100,7 +103,7 @@ class RMSNorm(nnx.Module):
         self.scale = param(rngs, zeros if offset else ones, (dim,), ("norm",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, _along_last(self.scale[...] + self.offset, x.ndim), self.eps)
+        return rms_norm(x, along_last(self.scale[...] + self.offset, x.ndim), self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -118,8 +121,8 @@ class LayerNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        y = x32 * inverse * _along_last(self.scale[...], x.ndim)
-        y = y if self.bias is None else y + _along_last(self.bias[...], x.ndim)
+        y = x32 * inverse * along_last(self.scale[...], x.ndim)
+        y = y if self.bias is None else y + along_last(self.bias[...], x.ndim)
         return y.astype(x.dtype)
 
 
@@ -159,22 +162,9 @@ class MLP(nnx.Module):
         return self.down(barrier(constrain(h_BTF, "batch", "seq", "act_mlp"), "tpu"))
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes each element with probability `rate` and rescales the rest; x itself without a key."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
-
-
 def residual_init(std: float, num_layers: int) -> Initializer:
     """The initializer of matrices that write to the residual stream, as in GPT-2.
 
     Every layer writes twice and the variances add up, so `std` is divided by sqrt(2 * num_layers).
     """
     return normal(std / math.sqrt(2 * num_layers))
-
-
-def _along_last(v: jax.Array, ndim: int) -> jax.Array:
-    """v with leading dimensions of size 1, so that it has `ndim` dimensions."""
-    return v.reshape((1,) * (ndim - v.ndim) + v.shape)

@@ -1,4 +1,4 @@
-"""Matmul and RMS norm, with backward passes that XLA compiles well on every backend.
+"""Matmul, RMS norm and dropout, with backward passes that XLA compiles well on every backend.
 
 On a CPU, XLA fuses the operations that compute a gradient into a strided, transposed copy for the
 weight's matmul; that copy costs more than the matmul. `barrier` keeps such a value in an array of
@@ -143,6 +143,19 @@ def _weight_gradient(x: jax.Array, g: jax.Array, axes: Sides, num_in: int) -> ja
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
+
+
+def along_last(v: jax.Array, ndim: int) -> jax.Array:
+    """v with leading dimensions of size 1, so that it has `ndim` dimensions."""
+    return v.reshape((1,) * (ndim - v.ndim) + v.shape)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes each element with probability `rate` and rescales the rest; x itself without a key."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -26,14 +26,16 @@ def comparable(config: ModelConfig, source: ModelConfig) -> ModelConfig:
 def adopted(run: Run, source: Pretrained) -> tuple[Params, list[str]]:
     """The first parameters of `run`: those of `source`, with new ones where it has none.
 
+    Those of adapters are left out.
+
     The pooler of BERT goes on as the dense layer of a head of the kind "pooler". A head goes on if
     it was trained for the same classes.
 
     Returns:
       (parameters, placed as the run's; names of those that are new)
     """
-    model, config = run.model, source.recipe.model
-    shardings = run.spec.shardings.whole(run.spec.shardings.params)
+    model, config = run.model.plain, source.recipe.model
+    shardings = run.layout.tree(model.axes, model.shapes)
     if not model.config.head.outputs:
         return source.read(model, shardings), []
     theirs = build_model(config, vocab_size=config.vocab_size, dtype=model.dtype,

@@ -4,6 +4,7 @@ import re
 
 from lmjax.errors import UserError
 from lmjax.models.model import Model
+from lmjax.nn.adapters import is_adapter
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import Frozen
 from lmjax.tree import named_leaves
@@ -13,9 +14,15 @@ def frozen_in(recipe: Recipe, model: Model) -> Frozen | None:
     """Returns the parameters that a run of `recipe` does not train; None if it trains all.
 
     Raises:
-      UserError: train.frozen is found in the path of no parameter, or in that of every one.
+      UserError: train.frozen is found in the path of no parameter, or in that of every one, or
+        there are adapters as well.
     """
     pattern = recipe.train.frozen
+    if recipe.adapter.kind and pattern:
+        raise UserError("an empty one with adapters, beside which all weights are frozen",
+                        repr(pattern), "leave it out", where="config.train.frozen")
+    if recipe.adapter.kind:
+        return Frozen(_is_of_base, base=True)
     if not pattern:
         return None
     paths = [path for path, _ in named_leaves(model.shapes)]
@@ -26,3 +33,8 @@ def frozen_in(recipe: Recipe, model: Model) -> Frozen | None:
                         f"{pattern!r}, which {'all' if found else 'none'} of them match",
                         "change it", where="config.train.frozen")
     return Frozen(frozenset(found).__contains__)
+
+
+def _is_of_base(path: str) -> bool:
+    """Whether a parameter of a run with adapters is one of the base: no adapter, no task's head."""
+    return not (is_adapter(path) or path.startswith("task_head/"))

@@ -10,10 +10,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lmjax
 from lmjax import huggingface
@@ -23,12 +24,15 @@ from lmjax.data.objectives import ObjectiveConfig, mark_ids
 from lmjax.data.reading import told_start
 from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import HF_FILES, Tokenizer, TokenizerConfig, tokenizer_from_bytes
-from lmjax.errors import UserError
-from lmjax.models.model import Model, ModelConfig
+from lmjax.errors import UserError, first_line
+from lmjax.models.model import Model, ModelConfig, build_model
+from lmjax.nn.adapters import merge_adapters
 from lmjax.nn.module import Params
 from lmjax.training.best import best_step
 from lmjax.training.checkpoint import About, checkpoint_steps, read_about, restore_params
+from lmjax.training.checksums import checksums
 from lmjax.training.recipe import Recipe, recorded_recipe
+from lmjax.tree import join_trees, named_leaves, split_tree
 
 
 class Pretrained(NamedTuple):
@@ -43,7 +47,7 @@ class Pretrained(NamedTuple):
 
 
 def find(path: str | os.PathLike, *, step: int | str | None = None,
-         ema: bool | None = None) -> Pretrained:
+         ema: bool | None = None, base: str | os.PathLike = "") -> Pretrained:
     """Finds the model at `path`.
 
     Args:
@@ -51,9 +55,11 @@ def find(path: str | os.PathLike, *, step: int | str | None = None,
         Hugging Face directory, or a model of the hub's local cache (its directory or its name).
       step: which checkpoint of a run: a number, or "best"; by default the newest.
       ema: whether to take the averaged weights; by default, if the run kept them.
+      base: where the weights are that adapters were trained for; "": where they were then.
 
     Raises:
-      UserError: there is no model, or one that lmjax cannot compute.
+      UserError: there is no model, or one that lmjax cannot compute, or the base of adapters is
+        not there.
     """
     if "://" not in str(path):
         path = huggingface.locate(path)
@@ -72,11 +78,59 @@ def find(path: str | os.PathLike, *, step: int | str | None = None,
     name = "ema" if (has_ema if ema is None else ema) else "params"
 
     def read(model: Model, shardings: Params) -> Params:
-        shapes = jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(
-            shape.shape, shape.dtype, sharding=sharding), model.shapes, shardings)
-        return restore_params(where, shapes, name=name)
+        # Of a run with adapters, the checkpoint holds these alone.
+        shapes, _ = split_tree(model.shapes, about["checksums"][name].__contains__)
+        shardings, _ = split_tree(shardings, about["checksums"][name].__contains__)
+        return restore_params(where, jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(
+            shape.shape, shape.dtype, sharding=sharding), shapes, shardings), name=name)
 
-    return Pretrained(str(where), recorded_recipe(about["recipe"]), _tokenizer(about), about, read)
+    found = Pretrained(str(where), recorded_recipe(about["recipe"]), _tokenizer(about), about, read)
+    return _on_base(found, base) if "base" in about else found
+
+
+def read_base(record: dict[str, Any], model: Model, shardings: Params, path: str | os.PathLike, *,
+              fix: str, where: str) -> Params:
+    """Reads the weights that adapters were trained for.
+
+    Args:
+      record: what a checkpoint says of them: their path, and their checksums by name. If these are
+        not known yet, all weights of `model` are read, and the checksums are added.
+      model: the model, without adapters; a task's head is its own and not one of the weights.
+      shardings: of its parameters.
+      path: where the weights are; "": where they were when the adapters were trained.
+      fix: for error messages.
+      where: the adapters, for error messages.
+
+    Returns:
+      Those of the parameters of `model` that `record` names.
+
+    Raises:
+      UserError: the weights are not there, or are others.
+    """
+    path = str(path or record["path"])
+    wanted = f"the weights that its adapters were trained for at {path}"
+    try:
+        found = find(path)
+        config = found.recipe.model
+        theirs = build_model(config, vocab_size=config.vocab_size, platform="", dtype=model.dtype,
+                             kernel=model.kernel)
+        params = found.read(theirs, _placed_as(theirs.shapes, shardings))
+    except UserError as error:
+        raise UserError(wanted, f"none ({first_line(error)})", fix, where) from None
+    names = record.get("checksums") or {name for name, _ in named_leaves(model.shapes)}
+    params, _ = split_tree(params, lambda name: name in names)
+    got = checksums(params)
+    if record.setdefault("checksums", got) != got:
+        raise UserError(wanted, "others", fix, where)
+    return params
+
+
+def _placed_as(shapes: Params, shardings: Params) -> Params:
+    """A sharding for each of `shapes`: that of the same name, or whole on each of the devices."""
+    known = dict(named_leaves(shardings))
+    whole = NamedSharding(next(iter(known.values())).mesh, PartitionSpec())
+    leaves = [known.get(name, whole) for name, _ in named_leaves(shapes)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
@@ -113,17 +167,24 @@ def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
     return tokenizers.check_vocab_size(config, tokenizer)
 
 
-def check_start(found: Pretrained, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+def check_start(found: Pretrained, config: ModelConfig, tokenizer: Tokenizer | None, *,
+                has_adapters: bool = False) -> None:
     """Checks that a run may start from the weights of `found`.
 
     Args:
       found: the model to start from.
       config: of the run's model.
       tokenizer: that of the run's data; None: synthetic data.
+      has_adapters: whether the run trains adapters.
 
     Raises:
-      UserError: the models compute different functions, or the tokenizers differ.
+      UserError: the models compute different functions, the tokenizers differ, or both have
+        adapters.
     """
+    if has_adapters and "base" in found.about:
+        raise UserError("a model whose weights are its own", f"{found.where}, which has adapters",
+                        "merge them: lmjax.load(DIR).merge().save(NEW), then start from NEW",
+                        where="train.init_from")
     difference = huggingface.difference(config, found.recipe.model)
     if difference:
         field, ours, theirs = difference
@@ -188,6 +249,27 @@ def _tokenizer(about: About) -> Tokenizer | None:
     """Returns the tokenizer of a checkpoint, None if it was trained on synthetic data."""
     text = about["tokenizer"]
     return tokenizer_from_bytes(base64.b64decode(text)) if text else None
+
+
+def _on_base(found: Pretrained, base: str | os.PathLike) -> Pretrained:
+    """Returns `found`, whose `read` reads adapters alone, with the weights of their base.
+
+    A model without adapters is given the base's weights with the adapters merged into them.
+    """
+    adapter = found.recipe.adapter
+
+    def read(model: Model, shardings: Params) -> Params:
+        adapted = model.with_adapters(adapter)
+        weights = read_base(
+            found.about["base"], model.plain, shardings, base, where=found.where,
+            fix="bring them back, or say where they are with lmjax.load(path, base=...)")
+        own = found.read(adapted, _placed_as(adapted.shapes, shardings))
+        if adapted is model:
+            return join_trees(weights, own)
+        merge = jax.jit(lambda params: merge_adapters(params, adapter), out_shardings=shardings)
+        return merge(join_trees(weights, own))
+
+    return found._replace(read=read)
 
 
 def _huggingface(path: Path) -> Pretrained:

@@ -93,7 +93,8 @@ def make_model(recipe: Recipe, layout: Layout, *, vocab_size: int,
     return build_model(config, vocab_size=vocab_size, platform=platform,
                        dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len,
                        context=bool(layout.on("seq")),
-                       prefix_lm=recipe.data.objective.name == "prefix_lm")
+                       prefix_lm=recipe.data.objective.name == "prefix_lm"
+                       ).with_adapters(recipe.adapter)
 
 
 def _losses(recipe: Recipe, model: Model, facts: Facts | None) -> tuple[LossFn, LossFn]:

@@ -30,6 +30,7 @@ from lmjax.errors import UserError
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import ModelConfig
 from lmjax.models.presets import with_preset
+from lmjax.nn.adapters import AdapterConfig
 from lmjax.nn.quantized import MATMUL_DTYPES
 from lmjax.sharding import MeshConfig
 from lmjax.tasks.table import AnyTask, LanguageModeling
@@ -179,6 +180,7 @@ class Recipe:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)

@@ -12,15 +12,16 @@ from lmjax.training.best import read_best, restored
 from lmjax.training.changes import check_schedule
 from lmjax.training.checkpoint import About
 from lmjax.training.checksums import checksums
-from lmjax.training.pretrained import Pretrained, check_marks, check_start, find
+from lmjax.training.pretrained import Pretrained, check_marks, check_start, find, read_base
 from lmjax.training.recipe import recorded_recipe
 from lmjax.training.run import Log, Run
 from lmjax.training.saved import given_up
 from lmjax.training.state import TrainState
 from lmjax.training.workdir import same_run
+from lmjax.tree import split_tree
 
 # Keys of a checkpoint's `about` that say which weights the run began with.
-STARTED_FROM = ("init_from", "huggingface")
+STARTED_FROM = ("init_from", "base", "huggingface")
 
 
 def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
@@ -42,7 +43,8 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
                                      given_up(run.recipe, run.saved))
     if found is None:
         if source:
-            check_start(source, comparable(run.model.config, source.recipe.model), run.tokenizer)
+            check_start(source, comparable(run.model.config, source.recipe.model), run.tokenizer,
+                        has_adapters=bool(run.model.adapter.kind))
             if run.tokenizer and not run.recipe.task:
                 check_marks(source, run.recipe.data.objective, run.tokenizer)
         # Refuses a run of too many epochs: better before the weights are made than after.
@@ -59,6 +61,8 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
     run.unfinished = about.get("unfinished", False) and run.saved.evaluated < run.start
     _restore_best(run, about)
     run.about |= {key: about[key] for key in STARTED_FROM if key in about}
+    if "base" in about:
+        run.state = _with_base(run, about)
     data, step, size = about["data"], run.start, run.recipe.train.batch_size
     # `Steps` lists the changes of batch size. The steps up to this one keep their batch sizes; the
     # next steps have that of the recipe.
@@ -124,7 +128,7 @@ def _check_source(run: Run, about: About) -> None:
       UserError: it does not, or the run began without it.
     """
     before, now = about["recipe"]["train"].get("init_from", ""), run.recipe.train.init_from
-    if before == now:
+    if before == now or "base" in about:  # `_with_base` reads it in any case
         return
     got, began = repr(now), about.get("init_from")
     if now and began:
@@ -145,10 +149,32 @@ def _check_source(run: Run, about: About) -> None:
 def _from_source(run: Run, source: Pretrained, log: Log) -> TrainState:
     """Returns the state before the first step, with the weights of `source`."""
     params, new = adopted(run, source)
-    run.about["init_from"] = {"path": source.where, "step": source.about["step"],
-                              "checksums": checksums(params)}
+    kept, has_adapters = params, bool(run.model.adapter.kind)
+    if has_adapters and run.spec.frozen is not None:
+        kept, _ = split_tree(params, run.spec.frozen.accepts)
+    # Checkpoints of adapters hold none of the weights beside them: they name their base.
+    run.about["base" if has_adapters else "init_from"] = {
+        "path": source.where, "step": source.about["step"], "checksums": checksums(kept)}
     if "huggingface" in source.about:  # an export keeps the settings of the imported model
         run.about["huggingface"] = source.about["huggingface"]
-    log(f"weights: those of {source.where}, step {source.about['step']:,}; the optimizer "
-        "state starts fresh" + (f"; new: {', '.join(new)}" if new else ""))
-    return run.spec.start(params)
+    rest = "they stay as they are beside the adapters" if has_adapters else (
+        "the optimizer state starts fresh")
+    log(f"weights: those of {source.where}, step {source.about['step']:,}; {rest}"
+        + (f"; new: {', '.join(new)}" if new else ""))
+    return run.spec.start(params, run.recipe.train.seed)
+
+
+def _with_base(run: Run, about: About) -> TrainState:
+    """Returns the restored state of adapters with the weights of their base.
+
+    Raises:
+      UserError: the weights are not there, or are others.
+    """
+    plain, now = run.model.plain, run.recipe.train.init_from
+    moved = now != about["recipe"]["train"]["init_from"]
+    base = read_base(about["base"], plain, run.layout.tree(plain.axes, plain.shapes),
+                     now if moved else "",
+                     fix="bring them back, or set train.init_from to where they are",
+                     where=str(run.workdir))
+    assert run.state is not None
+    return run.spec.on_base(run.state, base)

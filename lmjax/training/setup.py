@@ -90,6 +90,9 @@ def _remember(run: Run, log: Log) -> None:
 
 def _check_before_data(recipe: Recipe) -> None:
     """Refuses a wrong mesh, schedule or kernel before data is prepared, which may take hours."""
+    if recipe.adapter.kind and not recipe.train.init_from:
+        raise UserError("the model that the adapters are for", "none", "name a run, a checkpoint "
+                        "or a Hugging Face directory", where="config.train.init_from")
     make_schedule(recipe.optimizer, recipe.train.steps)
     make_model(recipe, make_layout(recipe.mesh),
                vocab_size=recipe.model.vocab_size or recipe.data.tokenizer.vocab_size)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from lmjax.models.model import Model
+from lmjax.nn.adapters import initial_magnitudes
 from lmjax.nn.module import Params
 from lmjax.sharding import Layout
 from lmjax.training.optim.sharding import state_shardings
-from lmjax.tree import join_trees, split_tree
+from lmjax.tree import join_trees, named_leaves, split_tree
 
 
 class TrainState(NamedTuple):
@@ -63,14 +64,31 @@ class StateSpec(NamedTuple):
 
         return jax.jit(make, out_shardings=self.shardings)()
 
-    def start(self, params: Params) -> TrainState:
-        """Makes the state before the first step from these parameters, placed as `shardings`."""
+    def start(self, params: Params, seed: int) -> TrainState:
+        """Makes the state before the first step from these parameters, placed as `shardings`.
+
+        Parameters of the model that `params` lacks, such as adapters, are made from the seed.
+        """
+        given = {path for path, _ in named_leaves(params)}
 
         def make(params: Params) -> TrainState:
+            fresh = self.model.init(jax.random.key(seed))
+            fresh, _ = split_tree(fresh, lambda path: path not in given)
             # Copies: arrays that were read from a file may lie in memory that cannot be donated.
-            return self._init(jax.tree.map(jnp.copy, params))
+            params = join_trees(jax.tree.map(jnp.copy, params), fresh)
+            return self._init(initial_magnitudes(params))
 
         return jax.jit(make, out_shardings=self.shardings)(params)
+
+    def on_base(self, state: TrainState, params: Params) -> TrainState:
+        """Returns a restored state with its frozen parameters, from all those of its base."""
+
+        def make(params: Params) -> Params:
+            assert self.frozen is not None
+            cast = jax.tree.map(jnp.copy, self.model.plain.cast(params))
+            return split_tree(cast, self.frozen.accepts)[0]
+
+        return state._replace(frozen=jax.jit(make, out_shardings=self.shardings.frozen)(params))
 
     def _init(self, params: Params) -> TrainState:
         return _init(self.model, params, self.tx, self.frozen, ema=self.shapes.ema is not None)
