@@ -87,6 +87,8 @@ class EvalModel(TemplateLM):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
         answers = [""] * len(requests)
         for members in groups.values():
+            # Contexts of like length share a batch: the shorter ones are padded.
+            members.sort(key=lambda i: len(requests[i].args[0]))
             for at in range(0, len(members), ROWS):
                 part = members[at : at + ROWS]
                 contexts = [requests[i].args[0] for i in part]

@@ -16,7 +16,8 @@ import pytest
 import lmjax
 from lmjax.cli import main as cli
 from lmjax.data.pipeline import open_splits
-from lmjax.decoding.generate import Generator, Sampling
+from lmjax.decoding import scoring
+from lmjax.decoding.generate import Generator, Sampling, size
 from lmjax.errors import UserError
 from lmjax.lm import LM
 from lmjax.models.model import Model
@@ -204,6 +205,28 @@ def test_rows_and_logits_are_computed_only_where_asked(lm, monkeypatch):
         fresh.continuations([([1] * 71, 3)] * count)
         jax.effects_barrier()
         assert found == [("rows", (1, 80))] * count + [("positions", (1, 64))]
+    found.clear()
+    fresh.continuations([([1] * 301, 300)] * 2)  # many logits come in larger pieces
+    jax.effects_barrier()
+    assert found == [("rows", (1, 304))] * 2 + [("positions", (1, 128))] * 5
+    monkeypatch.setattr(scoring, "PASS_TOKENS", {})  # as on other chips
+    jax.clear_caches()
+    found.clear()
+    fresh.continuations([([1] * 301, 3)])
+    jax.effects_barrier()
+    assert found == [("rows", (3, 304)), ("positions", (1, 1024))], "not 16 rows for one text"
+
+
+def test_the_sizes_of_rows_are_few_and_close():
+    """A bounded number of programs; the padding of long rows costs a CPU less than a tenth."""
+    for parts, most in ((scoring.LENGTHS["cpu"], 0.07), (scoring.MOST_LENGTHS, 0.25)):
+        sizes = [size(n, scoring.LENGTH, parts) for n in range(1, 4097)]
+        padding = max(1 - n / size for n, size in enumerate(sizes, 1) if n > 256)
+        assert padding < most and len(set(sizes)) <= 9 * parts / 2
+        assert all(n <= size for n, size in enumerate(sizes, 1))
+    rows = [size(n, 1) for n in range(1, 65)]
+    assert rows[:9] == [1, 2, 3, 4, 5, 6, 7, 8, 10] and rows[-1] == 64
+    assert all(1 - n / size < 0.25 for n, size in enumerate(rows, 1))
 
 
 def test_greedy_generation_takes_the_likeliest_known_token(lm):

@@ -58,8 +58,8 @@ class TokenIds(NamedTuple):
 class Generator:
     """Continues prompts with a model.
 
-    It compiles one program per bucket: the rows, rounded up to a power of two, and the prompts'
-    tokens and the slots of the cache, each rounded up by `size`.
+    It compiles one program per bucket: the rows, the prompts' tokens and the slots of the cache,
+    each rounded up by `size`.
     """
 
     def __init__(self, model: Model, layout: Layout | None = None, *,
@@ -134,7 +134,7 @@ class Generator:
 
 def padded(prompts: Sequence[Sequence[int]]) -> Prompts:
     """The prompts in the smallest bucket that holds them."""
-    B, P = bucket(len(prompts), 1), size(max(map(len, prompts)), 16)
+    B, P = size(len(prompts), 1), size(max(map(len, prompts)), 16)
     tokens, lengths = np.zeros((B, P), np.int32), np.ones(B, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
@@ -172,12 +172,12 @@ def bucket(n: int, least: int) -> int:
     return 1 << max(n - 1, least - 1).bit_length()
 
 
-def size(n: int, least: int) -> int:
-    """`n` rounded up to a multiple of `least` and of an eighth of the next power of two.
+def size(n: int, least: int, parts: int = 8) -> int:
+    """`n` rounded up to a multiple of `least` and of the next power of two divided by `parts`.
 
-    Long rows get few sizes to compile for, and at most a quarter of padding.
+    Long rows get few sizes to compile for. With 8 parts, at most a quarter is padding.
     """
-    step = max(least, bucket(n, 1) // 8)
+    step = max(least, bucket(n, 1) // parts)
     return max(-(-n // step), 1) * step
 
 

@@ -4,8 +4,7 @@ The program runs over its rows in passes of a fixed shape and stops after the la
 asked for. So a row's result does not depend on the other rows, and rows that nobody asked for cost
 nothing. Logits are computed for the scored positions only, some at a time.
 
-Shape suffixes: B rows, T sequence, D embed_dim, V vocab_size, M scored positions, C of them at a
-time.
+Shape suffixes: B rows, T sequence, D embed_dim, V vocab_size, K times C scored positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +19,20 @@ from lmjax.decoding.generate import size
 from lmjax.decoding.reading import rows_of
 from lmjax.models.model import Batch, Model
 from lmjax.nn.module import Params
-from lmjax.sharding import platform
+from lmjax.sharding import current_layout, platform
 
 ROWS = 16  # rows per call, fewer if they are long:
 TOKENS = ROWS * 1024  # limit of the tokens per call
 LENGTH = 16  # positions of the shortest row that a program is compiled for
-# Tokens per pass, at least one row. A matmul of 64 rows keeps a CPU busy; others want many more.
+# Per doubling of the length, about so many programs are compiled: half the number here. A CPU
+# compiles fast and pays for each token of padding.
+LENGTHS = {"cpu": 32}
+MOST_LENGTHS = 8  # elsewhere
+# Tokens per pass, at least one row. A matmul of 64 rows keeps a CPU busy. With 1,024, any chip
+# computes for longer than it reads the weights.
 PASS_TOKENS = {"cpu": 64}
+MOST_TOKENS = 1024  # elsewhere
+FEW = 64  # scored tokens of a row, up to which fewer logits are computed at a time
 LOGITS = 1 << 24  # float32 logits that are held at a time (64 MiB), but at least one position's
 
 
@@ -35,46 +41,53 @@ def states(model: Model, params: Params, batch: Batch, count: jax.Array) -> jax.
     return _in_passes(lambda part: model.encode(params, part)[0], batch, count)
 
 
-def likelihoods(model: Model, params: Params, batch: Batch, count: jax.Array, at_M: jax.Array,
-                targets_M: jax.Array, scored: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scores tokens after positions of the first `count` rows.
+def likelihoods(model: Model, params: Params, batch: Batch, count: jax.Array, at_KC: jax.Array,
+                targets_KC: jax.Array, scored: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scores tokens after positions of the first `count` rows, C at a time.
 
     Args:
-      at_M: positions in the rows laid end to end.
-      targets_M: the token after each.
+      at_KC: positions in the rows laid end to end.
+      targets_KC: the token after each.
       scored: how many of them count; the others are padding.
 
     Returns:
-      The targets' log-likelihoods, float32 [M], and whether each is the likeliest, bool [M].
+      The targets' log-likelihoods, float32 [K, C], and whether each is the likeliest, bool [K, C].
     """
     x_BTD = _in_passes(lambda part: model.hidden(params, part).x_BTD, batch, count)
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    fitting = max(LOGITS // model.config.vocab_size, 1)
-    C = min(PASS_TOKENS.get(platform(), TOKENS), 1 << fitting.bit_length() - 1)
-    pad = -len(at_M) % C
-    at_M, targets_M = jnp.pad(at_M, (0, pad)), jnp.pad(targets_M, (0, pad))
+    x_ND, C = x_BTD.reshape(-1, x_BTD.shape[-1]), at_KC.shape[1]
+    layout = current_layout()
 
     def chunk(i: jax.Array, out: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        at_C = lax.dynamic_slice_in_dim(at_M, i * C, C)
-        target_C1 = lax.dynamic_slice_in_dim(targets_M, i * C, C)[:, None]
-        logits_CV = model.unembed(params, x_ND[at_C][None])[0]
-        # A gather from a sharded vocabulary would collect all logits first.
-        hit_CV = lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1) == target_C1
-        target_C = jnp.sum(jnp.where(hit_CV, logits_CV, 0.0), axis=1)
+        target_C1 = targets_KC[i][:, None]
+        logits_CV = model.unembed(params, x_ND[at_KC[i]][None])[0]
+        if layout is None or layout.mesh.size == 1:
+            target_C = jnp.take_along_axis(logits_CV, target_C1, axis=1)[:, 0]
+        else:  # a gather from a sharded vocabulary would collect all logits first
+            hit_CV = lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1) == target_C1
+            target_C = jnp.sum(jnp.where(hit_CV, logits_CV, 0.0), axis=1)
         top_C1 = jnp.max(logits_CV, axis=1, keepdims=True)
         log_z = top_C1[:, 0] + jnp.log(jnp.sum(jnp.exp(logits_CV - top_C1), axis=1))
         found = target_C - log_z, target_C >= top_C1[:, 0]  # an argmax would take another pass
-        log_p_M, best_M = (lax.dynamic_update_slice_in_dim(x, part, i * C, 0)
-                           for x, part in zip(out, found, strict=True))
-        return log_p_M, best_M
+        log_p_KC, best_KC = (x.at[i].set(part) for x, part in zip(out, found, strict=True))
+        return log_p_KC, best_KC
 
-    empty = jnp.zeros(len(at_M), jnp.float32), jnp.zeros(len(at_M), jnp.bool_)
+    empty = jnp.zeros(at_KC.shape, jnp.float32), jnp.zeros(at_KC.shape, jnp.bool_)
     return lax.fori_loop(0, (scored + C - 1) // C, chunk, empty)
+
+
+def _at_once(model: Model, many: bool) -> int:
+    """How many logits are computed at a time. It depends on a row alone, like all of its shapes."""
+    fitting = max(LOGITS // model.config.vocab_size, 1)
+    return min(_pass_tokens() * (1 + many), 1 << fitting.bit_length() - 1)
+
+
+def _pass_tokens() -> int:
+    return PASS_TOKENS.get(platform(), MOST_TOKENS)
 
 
 def batches(model: Model, pieces: Sequence[Sequence[int]],
             given: Sequence[int]) -> Iterator[tuple[list[int], Any]]:
-    """Puts pieces of like length together.
+    """Puts pieces of like length together, of which few or many tokens are not given.
 
     Args:
       model, pieces, given: as in `rows_of`.
@@ -82,10 +95,11 @@ def batches(model: Model, pieces: Sequence[Sequence[int]],
     Yields:
       (indices of pieces, the batch whose first rows they are).
     """
-    by_size: dict[int, list[int]] = {}
+    by_size: dict[tuple[int, bool], list[int]] = {}
     for i, ids in enumerate(pieces):
-        by_size.setdefault(size(len(ids) - 1, LENGTH), []).append(i)
-    for length, members in sorted(by_size.items()):
+        length = size(len(ids) - 1, LENGTH, LENGTHS.get(platform(), MOST_LENGTHS))
+        by_size.setdefault((length, len(ids) - given[i] > FEW), []).append(i)
+    for (length, _), members in sorted(by_size.items()):
         count = max(1, min(ROWS, TOKENS // length))
         for at in range(0, len(members), count):
             part = members[at : at + count]
@@ -111,11 +125,12 @@ def continuations(model: Model, run: Callable[..., tuple[jax.Array, jax.Array]],
         ends = [(row * length + len(pieces[i]) - 1, rows[asked[i]][1])
                 for row, i in enumerate(part)]
         wanted = np.concatenate([np.arange(end - n, end) for end, n in ends])
-        at_M = np.zeros(batch["tokens"].size, np.int32)
-        at_M[: len(wanted)] = wanted
-        nats, best = map(np.asarray, run(params, batch, np.int32(len(part)), at_M,
-                                         batch["targets"].reshape(-1)[at_M],
-                                         np.int32(len(wanted))))
+        C = _at_once(model, ends[0][1] > FEW)
+        at_KC = np.zeros((-(-batch["tokens"].size // C), C), np.int32)
+        at_KC.reshape(-1)[: len(wanted)] = wanted
+        found = run(params, batch, np.int32(len(part)), at_KC,
+                    batch["targets"].reshape(-1)[at_KC], np.int32(len(wanted)))
+        nats, best = (np.asarray(x).reshape(-1) for x in found)
         begin = 0
         for i, (_, n) in zip(part, ends, strict=True):
             span = slice(begin, begin := begin + n)
@@ -126,7 +141,7 @@ def continuations(model: Model, run: Callable[..., tuple[jax.Array, jax.Array]],
 def _in_passes(run: Callable[[Batch], jax.Array], batch: Batch, count: jax.Array) -> jax.Array:
     """Runs the first `count` rows of a batch, always as many at once."""
     B, T = batch["tokens"].shape
-    G = min(B, max(PASS_TOKENS.get(platform(), TOKENS) // T, 1))
+    G = min(B, max(_pass_tokens() // T, 1))
 
     def part(i: jax.Array | int) -> Batch:
         return {name: lax.dynamic_slice_in_dim(x, i * G, G) for name, x in batch.items()}

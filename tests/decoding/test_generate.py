@@ -91,7 +91,7 @@ def test_the_loop_stops_when_all_rows_have_ended(monkeypatch):
 
 
 def test_compiles_once_for_every_bucket(monkeypatch):
-    """Within the same powers of two, all prompts, seeds and sampling settings share a program."""
+    """Within the same sizes, all prompts, seeds and sampling settings share a program."""
     model, params = tiny_decoder(num_layers=1)
     traces, step = [], Model.step
 
@@ -107,9 +107,9 @@ def test_compiles_once_for_every_bucket(monkeypatch):
             ([[4], [5]], 1, Sampling(1.0, 3), 2), ([[4], [5]], 7, Sampling(1.0, 3, 0.5), 9)):
         generator(params, prompts, max_tokens=count, sampling=sampling, seed=seed)
     assert traces == [(2, 16)]
-    generator(params, [[1]] * 3, max_tokens=4, sampling=GREEDY)  # four rows
-    generator(params, [[1]] * 4, max_tokens=8, sampling=GREEDY)
-    assert traces == [(2, 16), (4, 16)]
+    generator(params, [[1]] * 9, max_tokens=4, sampling=GREEDY)  # ten rows: one is padding
+    generator(params, [[1]] * 10, max_tokens=8, sampling=GREEDY)
+    assert traces == [(2, 16), (10, 16)]
     generator(params, [[1] * 17] * 2, max_tokens=4, sampling=GREEDY)  # 32 prompt tokens
     generator(params, [[1], [2]], max_tokens=17, sampling=GREEDY)  # 64 slots
     assert traces[2:] == [(2, 32), (2, 16)]
