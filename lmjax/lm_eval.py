@@ -113,6 +113,23 @@ class EvalModel(TemplateLM):
             stop=[text for text in ([until] if isinstance(until, str) else until) if text])
 
 
+def check_tasks(tasks: Sequence[str], task_dir: str = "") -> TaskManager:
+    """Returns what finds the tasks; the arguments are those of `evaluate_tasks`.
+
+    Raises:
+      UserError: there is no such task or directory.
+    """
+    if task_dir and not Path(task_dir).is_dir():
+        raise UserError("a directory of task files", repr(task_dir), "correct it",
+                        where="--task-dir")
+    manager = TaskManager(include_path=task_dir or None)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise UserError("tasks of lm-eval or of --task-dir", ", ".join(unknown), "correct them",
+                        where="--tasks")
+    return manager
+
+
 def evaluate_tasks(lm: LM, tasks: Sequence[str], *, task_dir: str = "",
                    num_fewshot: int | None = None, limit: int | None = None) -> dict[str, Any]:
     """Runs tasks of lm-eval.
@@ -128,14 +145,7 @@ def evaluate_tasks(lm: LM, tasks: Sequence[str], *, task_dir: str = "",
     Raises:
       UserError: there is no such task or directory, or a task needs longer rows than the model has.
     """
-    if task_dir and not Path(task_dir).is_dir():
-        raise UserError("a directory of task files", repr(task_dir), "correct it",
-                        where="--task-dir")
-    manager = TaskManager(include_path=task_dir or None)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise UserError("tasks of lm-eval or of --task-dir", ", ".join(unknown), "correct them",
-                        where="--tasks")
+    manager = check_tasks(tasks, task_dir)
     found = lm_eval.simple_evaluate(
         model=EvalModel(lm), tasks=list(tasks), num_fewshot=num_fewshot, limit=limit,
         task_manager=manager, bootstrap_iters=0)

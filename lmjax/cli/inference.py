@@ -8,6 +8,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from lmjax.cli.arguments import AnyPath, LocalPath
 from lmjax.errors import UserError
@@ -53,6 +54,7 @@ def generate(arguments: Namespace, overrides: Sequence[str]) -> None:
     from lmjax.decoding.answers import DecodingOptions
     from lmjax.decoding.inputs import check_texts
     from lmjax.lm import load
+    from lmjax.training.pretrained import find
 
     prompts = check_texts(arguments.prompt, "--prompt")
     options = {name: getattr(arguments, name) for name in GENERATE_OPTIONS}
@@ -60,7 +62,10 @@ def generate(arguments: Namespace, overrides: Sequence[str]) -> None:
         if len(prompts) > 1:
             raise UserError("one --prompt", len(prompts), "leave --stream out", where="--stream")
         options["stream"] = lambda row, text: print(text, end="", flush=True)
-    DecodingOptions(**options)  # refuses a wrong option before the model is loaded
+    # Refuses wrong options before a model is loaded; any true value stands for the draft.
+    DecodingOptions(**options, draft=cast(Any, arguments.draft or None))
+    if arguments.draft:
+        find(arguments.draft)
     lm = load(arguments.checkpoint)
     if arguments.draft:
         options["draft"] = load(arguments.draft)
@@ -117,10 +122,15 @@ def evaluate(arguments: Namespace, overrides: Sequence[str]) -> None:
     """Prints the results of lm-eval's tasks as JSON."""
     if arguments.out:
         check_writable(arguments.out, "--out", file=True)
+    from lmjax.config import at_least
     from lmjax.lm import load
-    from lmjax.lm_eval import evaluate_tasks
+    from lmjax.lm_eval import check_tasks, evaluate_tasks
 
-    results = evaluate_tasks(load(arguments.checkpoint), arguments.tasks.split(","),
+    tasks = [name.strip() for name in arguments.tasks.split(",")]
+    at_least(0, **{"--num-fewshot": arguments.num_fewshot or 0})
+    at_least(1, **{"--limit": 1 if arguments.limit is None else arguments.limit})
+    check_tasks(tasks, arguments.task_dir)  # before the model, which takes longer
+    results = evaluate_tasks(load(arguments.checkpoint), tasks,
                              task_dir=arguments.task_dir, num_fewshot=arguments.num_fewshot,
                              limit=arguments.limit)
     text = json.dumps(results, indent=2)
@@ -164,8 +174,10 @@ def add_export_hf(parser: ArgumentParser) -> None:
 def export_hf(arguments: Namespace, overrides: Sequence[str]) -> None:
     """Writes a Hugging Face directory from a checkpoint."""
     check_new(Path(arguments.out))
+    from lmjax.huggingface import ExportOptions
     from lmjax.lm import load
 
-    load(arguments.checkpoint).export(arguments.out, model_type=arguments.model_type,
-                                      dtype=arguments.dtype,
-                                      max_shard_bytes=int(arguments.max_shard_gb * 1e9))
+    options = {"model_type": arguments.model_type, "dtype": arguments.dtype,
+               "max_shard_bytes": int(arguments.max_shard_gb * 1e9)}
+    ExportOptions(**options)  # refuses a wrong option before the model is loaded
+    load(arguments.checkpoint).export(arguments.out, **options)

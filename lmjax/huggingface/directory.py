@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.config import at_least, choice
 from lmjax.data.reading import Reader
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.errors import UserError
@@ -63,6 +64,11 @@ class ExportOptions:
     model_type: str = ""  # of config.json; "" takes the first that can express the model
     dtype: str = ""  # of the stored tensors; "" takes that of the import, or else float32
     max_shard_bytes: int = 5_000_000_000  # limit of a weight file's size
+
+    def __post_init__(self) -> None:
+        choice("model_type", self.model_type, ("", *MODEL_TYPES))
+        choice("dtype", self.dtype, ("", "float32", "bfloat16", "float16"))
+        at_least(1, max_shard_bytes=self.max_shard_bytes)
 
 
 AS_IT_IS = ExportOptions()
