@@ -86,7 +86,8 @@ class LM:
         self.model, self.params, self.layout = model, params, layout
         self.tokenizer, self.recipe, self.about = tokenizer, recipe, about
         if tokenizer is not None:
-            self.reader: Reader = make_reader(tokenizer, model.config.family, recipe.data, about)
+            self.reader: Reader = make_reader(tokenizer, model.config.family, recipe.data, about,
+                                              rows=model.config.vocab_size)
             # A decoder reads [MASK] and never writes it; an encoder-decoder writes sentinels.
             written = self.reader.names if model.config.family == "encdec" else tokenizer
             self._generator = Generator(

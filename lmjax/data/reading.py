@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lmjax.data.config import DataConfig
-from lmjax.data.objectives import Objective
+from lmjax.data.objectives import mark_ids
 from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import NamedIds, Tokenizer
 from lmjax.errors import UserError
@@ -39,7 +39,7 @@ class Reader(NamedTuple):
 
 
 def make_reader(tokenizer: Tokenizer, family: str, data: DataConfig,
-                about: Mapping[str, Any]) -> Reader:
+                about: Mapping[str, Any], *, rows: int = 0) -> Reader:
     """Makes the reader of a model.
 
     A model that was trained here reads a whole document as its rows had it, whatever the
@@ -52,18 +52,20 @@ def make_reader(tokenizer: Tokenizer, family: str, data: DataConfig,
       data: the config of the data that it was trained on.
       about: what its checkpoint says. `huggingface` is there if the weights were imported
         (`HFModel.source`), and `init_from` as well if a run started from them.
+      rows: of the model's table. An id without a row has no name: a model that was only trained
+        on a task has none for the mask of an objective. 0: every id has one.
     """
-    objective = Objective(data.objective, seq_len=data.seq_len, vocab_size=tokenizer.vocab_size,
-                          tokenizer=tokenizer)
+    own, new = mark_ids(data.objective, tokenizer.vocab_size, tokenizer)
+    ids = {name: i for name, i in (own | new).items() if not rows or i < rows}
     causal = family == "decoder"
     if "huggingface" in about:
         told = told_ids(about["huggingface"], tokenizer)
-        names = NamedIds(tokenizer, objective.ids if "init_from" in about else None)
+        names = NamedIds(tokenizer, ids if "init_from" in about else None)
         return Reader(names, tokenizer.prefix, tokenizer.suffix, told.start, told.end, told.banned,
                       tokenizer.middle, tokenizer.second_type, causal)
     bos, eos = (tokenizer.bos_id,), (tokenizer.eos_id,)
     prefix, suffix = {"decoder": (bos, ()), "encoder": (bos, eos), "encdec": ((), eos)}[family]
-    return Reader(NamedIds(tokenizer, objective.ids), prefix, suffix, START_ID, eos, (), eos, 1,
+    return Reader(NamedIds(tokenizer, ids), prefix, suffix, START_ID, eos, (), eos, 1,
                   causal)
 
 

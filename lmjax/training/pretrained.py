@@ -284,7 +284,8 @@ def _huggingface(path: Path) -> Pretrained:
         _tell(f"{path}: the head differs from the embedding that config.json ties it to; it is "
               "loaded untied, as transformers does")
     recipe = recorded_recipe({"model": plain(found.config),
-                           "data": {"seq_len": found.config.max_positions}})
+                           "data": {"seq_len": found.config.max_positions,
+                                    "objective": {"own_ids": True}}})
     about = {
         "recipe": plain(recipe),
         "data": {"fingerprint": "", "next_row": 0, "tokens": {}},

@@ -34,7 +34,8 @@ def prepare_task(recipe: Recipe, directory: str, source: Pretrained | None, log:
     prepare_examples(
         Setting(recipe.task, recipe.data, sizes_of(recipe)), directory, log=log,
         make_tokenizer=lambda texts: tokenizer or make_tokenizer(recipe.data.tokenizer, texts),
-        make_reader=lambda made: make_reader(made, recipe.model.family, recipe.data, about))
+        make_reader=lambda made: make_reader(made, recipe.model.family, recipe.data, about,
+                                             rows=recipe.model.vocab_size or made.vocab_size))
 
 
 def open_data(recipe: Recipe,

@@ -330,6 +330,14 @@ def test_new_modes_beside_own_sentinels_are_read_the_same_outside(tmp_path):
         assert outside(prompt).input_ids == read.ids(prompt), prompt
 
 
+def test_an_id_without_a_row_has_no_name():
+    """A model that was only trained on a task: its table ends with the tokenizer's ids."""
+    ours, data = sentencepiece_model(), DataConfig(seq_len=LENGTH, objective=MASKED)
+    size, text = ours.vocab_size, "a [MASK] b"
+    assert max(text_reader(ours, "encoder", data, {}, rows=size).ids(text)) < size
+    assert text_reader(ours, "encoder", data, {}, rows=size + 1).ids(text).count(size) == 1
+
+
 def test_runs_without_such_ids_do_not_depend_on_the_switch(tmp_path):
     plain_one = sentencepiece_model()
     for config in (SPANS, MASKED, ObjectiveConfig()):
