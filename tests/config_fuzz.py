@@ -293,13 +293,14 @@ def compare(raw):
         return "theirs fails", expected
     off = _off(raw, got, expected)
     same = off <= 1e-4
-    if 1e-4 < off < 1e-3:
-        # Wide layers of large weights are not exact in float32, theirs neither. Rounding falls by
-        # two orders of magnitude where the weights are halved; another model stays another one.
-        tensors, expected = theirs(raw, 0.5)
+    if 1e-4 < off < 1e-2:
+        # Wide layers of large weights are not exact in float32, theirs neither. Where weights are a
+        # quarter as large, rounding falls, and another model stays another one: an epsilon that is off
+        # by a tenth gives 1e-3 there, another theta 2e-3.
+        tensors, expected = theirs(raw, 0.25)
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder), raw, tensors)
-            same = _off(raw, ours(Path(folder), tensors), expected) <= 2e-5
+            same = _off(raw, ours(Path(folder), tensors), expected) <= 5e-5
     return ("agree" if same else "SILENT"), f"off by {off:.2g}"
 
 

@@ -172,6 +172,8 @@ def _fields(model_type: ModelType, settings: Settings, where: str,
                     repr(value), "take a model whose halves are alike", where)
         elif value != row.default and value is not None:
             raise _not_computed(f"{row.theirs}={row.default!r}", repr(value), where)
+    if fields["norm_eps"] == 0:  # a row of zeros, as padding may be, would become NaN
+        raise _not_computed("an epsilon of the norms above 0", "0", where, "with another")
     _fill(fields, settings)
     if model_type.is_local is not None:
         _read_layers(fields, model_type, settings, where)
@@ -256,8 +258,9 @@ def _fill(fields: dict[str, Any], settings: Settings) -> None:
         fields["max_positions"] -= fields["position_offset"]
     if "num_encoder_layers" in fields:
         fields["num_layers"] = fields["num_layers"] or fields["num_encoder_layers"]
-        if fields.get("scale_output", True) is None:  # T5
-            fields["scale_output"] = settings.get("tie_word_embeddings") is not False
+        if fields.get("scale_output", True) is None:  # T5, whose class takes a null for false
+            fields["scale_output"] = "scale_decoder_outputs" not in settings and (
+                settings.get("tie_word_embeddings") is not False)
     query_scalar = fields.get("query_scalar")
     if isinstance(query_scalar, int) and not isinstance(query_scalar, bool):
         fields["query_scalar"] = float(query_scalar)

@@ -51,6 +51,7 @@ CASES = [
      "refused"),
     ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.5] * 4,
                                "long_factor": [2.0] * 4}}, "refused"),
+    ("t5", {"scale_decoder_outputs": None}, "agree"), ("llama", {"rms_norm_eps": 0.0}, "refused"),
     ("roberta", {"pad_token_id": 0}, "agree"), ("camembert", {"pad_token_id": 4}, "agree"),
     ("bert", {"hidden_act": "gelu_python"}, "agree"),
     ("llama", {"hidden_act": "gelu_fast"}, "agree"),

@@ -3,10 +3,10 @@
 import dataclasses
 import shutil
 
-import jax
 import numpy as np
 import pytest
-from exports import CONFIG, settings_of, write
+from exports import CONFIG, write
+from hub_models import V, cache, edit, other, ours, rename, same, theirs
 from hub_tokenizers import llama
 
 import lmjax
@@ -18,7 +18,7 @@ from lmjax.huggingface import tensors
 from lmjax.huggingface.tokenizers import read_tokenizer
 from lmjax.training.pretrained import make_tokenizer
 
-V, D, F = 48, 16, 24
+D, F = 16, 24
 MISSING = "is not installed, so nothing is compared with it: pip install lmjax[oracle]"
 COMMON = dict(
     vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=2, num_attention_heads=2,
@@ -65,63 +65,6 @@ def directories(tmp_path_factory):
             model.save_pretrained(made[name])
         return made[name]
     return make
-
-
-def theirs(path):
-    """The logits of transformers for one row of ids."""
-    import torch
-    import transformers
-
-    cls = getattr(transformers, settings_of(path)["architectures"][0])
-    model = cls.from_pretrained(path, attn_implementation="eager").eval()
-    ids = torch.tensor(row())
-    more = dict(decoder_input_ids=ids.flip(1)) if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model(input_ids=ids, **more).logits.numpy()
-
-
-def ours(path):
-    lm = lmjax.load(path)
-    ids = row().astype(np.int32)
-    batch = {"tokens": ids, "segment_ids": np.ones_like(ids),
-             "positions": np.arange(ids.shape[1], dtype=np.int32)[None]}
-    if lm.model.config.family == "encdec":
-        batch |= {f"encoder_{name}": value for name, value in batch.items()}
-        batch["tokens"] = ids[:, ::-1]
-    return np.asarray(jax.jit(lm.model.logits)(lm.params, batch))
-
-
-def row():
-    return np.random.default_rng(0).integers(3, V, (1, 9))
-
-
-def same(a, b):
-    return np.abs(a - b).max() <= 2e-5 * np.abs(b).max()
-
-
-def edit(path, change):
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()},
-              path / "model.safetensors", metadata={"format": "pt"})
-
-
-def rename(old, new):
-    """Renames tensors: `old` in a name becomes `new`."""
-    def change(tensors):
-        for name in list(tensors):
-            tensors[name.replace(old, new) if old else new + name] = tensors.pop(name)
-    return change
-
-
-def other(like, *names):
-    """Adds tensors that differ from `like`."""
-    def change(tensors):
-        for name in names:
-            tensors[name] = tensors[like][::-1] * 1.5
-    return change
 
 
 BERT, ROBERTA = (f"{name}.embeddings.word_embeddings.weight" for name in ("bert", "roberta"))
@@ -246,21 +189,6 @@ def test_a_whole_file_goes_before_an_index(directories, tmp_path):
     assert same(ours(path), theirs(path))
 
 
-def cache(tmp_path, directory):
-    """A hub's cache as huggingface_hub lays it out: a snapshot of links to blobs."""
-    model = tmp_path / "hub" / "models--org--name"
-    snapshot = model / "snapshots" / "abc"
-    (model / "refs").mkdir(parents=True)
-    (model / "blobs").mkdir()
-    snapshot.mkdir(parents=True)
-    (model / "snapshots" / "old").mkdir()
-    (model / "refs" / "main").write_text("abc")
-    for i, file in enumerate(directory.iterdir()):
-        shutil.copy(file, model / "blobs" / str(i))
-        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
-    return model
-
-
 @pytest.fixture
 def small(tmp_path):
     write(tmp_path / "out")
@@ -315,46 +243,3 @@ def test_a_name_that_begins_with_a_tilde_is_no_home(tmp_path, monkeypatch):
     lm.save("./~run")
     lmjax.load("./~run")
     assert kvstore("./~data")["path"] == f"{tmp_path}/~data/"
-
-
-def renamed(new):
-    return lambda path: (path / "model.safetensors").rename(path / new).parent
-
-
-def adapter(path):
-    (path / "adapter_config.json").write_text("{}")
-    return path
-
-
-def gguf(path):
-    (path / "model.gguf").write_bytes(b"GGUF")
-    return path / "model.gguf"
-
-
-# case -> (what the files become; returns the path, the kind, the message)
-LAYOUTS = {
-    "whole": (lambda path: path, "model", ""),
-    "the file": (lambda path: path / "model.safetensors", "weights file", ""),
-    "bin": (renamed("pytorch_model.bin"), "model", "got pytorch_model.bin; .* convert"),
-    "variant": (renamed("model.fp16.safetensors"), "model", "got model.fp16.*rename a variant"),
-    "no index": (renamed("model-00001-of-00002.safetensors"), "model", "got model-00001.*index"),
-    "a shard": (lambda path: renamed("model-00001-of-00002.safetensors")(path)
-                / "model-00001-of-00002.safetensors", "weights file", "expected a model's dir"),
-    "adapter": (adapter, "adapter", "expected a whole model, got an adapter"),
-    "gguf": (gguf, "GGUF file", "a GGUF file, which lmjax does not read yet; fetch"),
-}
-
-
-@pytest.mark.parametrize("case", LAYOUTS)
-def test_a_layout_of_files_loads_or_is_refused_in_one_line(case, small):
-    change, kind, message = LAYOUTS[case]
-    path = change(small)
-    found = huggingface.identify(path)
-    assert found.kind == kind
-    if not message:
-        assert found.fault is None
-        lmjax.load(path)
-    else:
-        assert found.fault is not None
-        with pytest.raises(UserError, match=message):
-            lmjax.load(path)
