@@ -295,8 +295,8 @@ def compare(raw):
     same = off <= 1e-4
     if 1e-4 < off < 1e-2:
         # Wide layers of large weights are not exact in float32, theirs neither. Where weights are a
-        # quarter as large, rounding falls, and another model stays another one: an epsilon that is off
-        # by a tenth gives 1e-3 there, another theta 2e-3.
+        # quarter as large, rounding falls, and another model stays another one: an epsilon that is
+        # off by a tenth gives 1e-3 there, another theta 2e-3.
         tensors, expected = theirs(raw, 0.25)
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder), raw, tensors)
