@@ -20,7 +20,7 @@ from lmjax.data.reading import Reader, check_told, make_reader
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.decoding.answers import DecodingOptions, answer
 from lmjax.decoding.attention_maps import attention_maps, draw_attention
-from lmjax.decoding.generate import Generator, jit_on
+from lmjax.decoding.generate import jit_on
 from lmjax.decoding.inputs import (
     check_array,
     check_ids,
@@ -28,7 +28,7 @@ from lmjax.decoding.inputs import (
     check_text,
     check_texts,
 )
-from lmjax.decoding.reading import rows_of
+from lmjax.decoding.reading import generator_of, rows_of
 from lmjax.decoding.scoring import batches, continuations, likelihoods, states
 from lmjax.decoding.speculative import Draft
 from lmjax.errors import UserError
@@ -88,11 +88,7 @@ class LM:
         if tokenizer is not None:
             self.reader: Reader = make_reader(tokenizer, model.config.family, recipe.data, about,
                                               rows=model.config.vocab_size)
-            # A decoder reads [MASK] and never writes it; an encoder-decoder writes sentinels.
-            written = self.reader.names if model.config.family == "encdec" else tokenizer
-            self._generator = Generator(
-                model, layout, end_ids=self.reader.end_ids, banned_ids=self.reader.banned_ids,
-                vocab_size=written.vocab_size, start_id=self.reader.start_id)
+            self._generator = generator_of(model, layout, self.reader)
         whole = {"out_shardings": layout.replicated}
         self._score = jit_on(layout, functools.partial(likelihoods, model), **whole)
         self._states = jit_on(layout, functools.partial(states, model), **whole)

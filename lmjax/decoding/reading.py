@@ -4,8 +4,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lmjax.data.reading import Reader
 from lmjax.data.rows import ENCODER, Rows, fill_rows
+from lmjax.decoding.generate import Generator
 from lmjax.models.model import Model
+from lmjax.sharding import Layout
+
+
+def generator_of(model: Model, layout: Layout, reader: Reader,
+                 end_ids: Sequence[int] = ()) -> Generator:
+    """Makes the generator of a model whose texts `reader` reads; `end_ids` end an answer, too."""
+    names = reader.names
+    # A decoder reads [MASK] and never writes it; an encoder-decoder writes sentinels.
+    vocab_size = (names if model.config.family == "encdec" else names.tokenizer).vocab_size
+    return Generator(model, layout, end_ids=[*reader.end_ids, *end_ids],
+                     banned_ids=reader.banned_ids, vocab_size=vocab_size, start_id=reader.start_id)
 
 
 def rows_of(model: Model, pieces: Sequence[Sequence[int]], rows: int, length: int,

@@ -1,4 +1,4 @@
-"""Figures of predictions, by scikit-learn and SciPy."""
+"""Figures of predictions, by scikit-learn, SciPy, sacrebleu and rouge-score."""
 
 from __future__ import annotations
 
@@ -57,3 +57,27 @@ def regression(predicted: Sequence[float], truth: Sequence[float]) -> dict[str, 
             truth, predicted)[0]
     return {"mse": float(metrics.mean_squared_error(truth, predicted)),
             "pearson": float(pearson), "spearman": float(spearman)}
+
+
+def translation(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
+    """BLEU (Papineni et al. 2002) and chrF (Popović 2015) of a corpus, 0 to 100."""
+    import sacrebleu
+
+    return {"bleu": sacrebleu.corpus_bleu(answers, [truths]).score,
+            "chrf": sacrebleu.corpus_chrf(answers, [truths]).score}
+
+
+def summary(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
+    """The means of ROUGE-1, -2 and -L (Lin 2004) as F1, 0 to 1, without stemming."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names)
+    scores = [scorer.score(truth, answer) for truth, answer in zip(truths, answers, strict=True)]
+    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
+
+
+def exact_match(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
+    """The share of answers that are the right text."""
+    right = sum(a == b for a, b in zip(answers, truths, strict=True))
+    return {"exact_match": right / len(truths)}

@@ -35,6 +35,8 @@ from lmjax.tasks.task import Facts, Record, Sizes, Task
 
 FORMAT, VERSION = "lmjax-examples", 1
 RECORDS = "records.jsonl"
+# In an entry of the manifest: examples that were cut, and their tokens; then the same of targets.
+CUTS = (("cut_examples", "cut_tokens"), ("cut_targets", "cut_target_tokens"))
 SPOKE_EVERY = 5.0  # seconds between lines of progress
 Log = Callable[[str], None]
 
@@ -220,7 +222,7 @@ class _Part(NamedTuple):
             kept: TextIO | None = None
             if self.split != "train":
                 kept = stack.enter_context((place / RECORDS).open("w", encoding="utf-8"))
-            number, cut, left_out = self._encode(reading, columns, kept)
+            number, cuts, left_out = self._encode(reading, columns, kept)
             budget = self.setting.data.broken_budget
             check_budget(self.source, documents=number, broken=len(left_out),
                          example=left_out[0] if left_out else ("", ""), budget=budget)
@@ -229,14 +231,17 @@ class _Part(NamedTuple):
                                 "name files in task.validation, or raise data.heldout_fraction",
                                 where=f"source {self.name} ({self.source.uri})")
             written = columns.write(str(folder), f"{self.name}/{self.split}")
-        return {"examples": number, "windows": len(columns.ids), "columns": written,
-                "left_out": len(left_out), "cut_examples": len(cut), "cut_tokens": sum(cut),
-                "identity": identity(self.source)}
+        entry = {"examples": number, "windows": len(columns.ids), "columns": written,
+                 "left_out": len(left_out), "identity": identity(self.source)}
+        for (what, tokens), cut in zip(CUTS, cuts, strict=True):
+            if self.setting.task.writes or what == CUTS[0][0]:
+                entry |= {what: len(cut), tokens: sum(cut)}
+        return entry
 
-    def _encode(self, reading: _Reading, columns: ColumnWriter,
-                kept: TextIO | None) -> tuple[int, list[int], list[tuple[str, str]]]:
-        """Returns the number of examples, the tokens cut from each long one, what was left out."""
-        number, cut, left_out, task = 0, [], list[tuple[str, str]](), self.setting.task
+    def _encode(self, reading: _Reading, columns: ColumnWriter, kept: TextIO | None) -> tuple[
+            int, list[list[int]], list[tuple[str, str]]]:
+        """Returns the number of examples, the tokens of each cut by `CUTS`, what was left out."""
+        number, cuts, left_out, task = 0, [[], []], list[tuple[str, str]](), self.setting.task
         for item in reading.examples(self.split, self.source):
             try:
                 if isinstance(item, Broken):
@@ -249,11 +254,12 @@ class _Part(NamedTuple):
             for window in (encoded.columns, *encoded.more):
                 columns.add(item.id, window)
             number += 1
-            if encoded.cut:
-                cut.append(encoded.cut)
+            for cut, tokens in zip(cuts, (encoded.cut, encoded.cut_target), strict=True):
+                if tokens:
+                    cut.append(tokens)
             if kept is not None:
                 print(json.dumps(item.record, ensure_ascii=False), file=kept)
-        return number, cut, left_out
+        return number, cuts, left_out
 
 
 def _manifest(setting: Setting, tokenizer: Tokenizer, facts: Facts,
@@ -273,13 +279,16 @@ def _manifest(setting: Setting, tokenizer: Tokenizer, facts: Facts,
 
 def _table(splits: dict[str, Any]) -> list[str]:
     """How many examples each split has, and what was cut and left out, as lines of a table."""
-    rows: list[tuple[str, ...]] = [
-        ("examples of", "number", "windows", "too long", "tokens cut", "left out")]
+    writes = any(CUTS[1][0] in part for part in splits.values())
+    heads: tuple[str, ...] = ("inputs too long", "tokens cut", "targets too long", "tokens cut")
+    heads = heads if writes else ("too long", "tokens cut")
+    rows: list[tuple[str, ...]] = [("examples of", "number", "windows", *heads, "left out")]
     for name, part in splits.items():
-        share = part["cut_examples"] / part["examples"]
-        rows.append((name, f"{part['examples']:,}", f"{part['windows']:,}",
-                     f"{part['cut_examples']:,} ({share:.1%})", f"{part['cut_tokens']:,}",
-                     f"{part['left_out']:,}"))
+        cells = [name, f"{part['examples']:,}", f"{part['windows']:,}"]
+        for what, tokens in CUTS[: 1 + writes]:
+            share = part[what] / part["examples"]
+            cells += [f"{part[what]:,} ({share:.1%})", f"{part[tokens]:,}"]
+        rows.append((*cells, f"{part['left_out']:,}"))
     if all(part["windows"] == part["examples"] for part in splits.values()):
         rows = [(*row[:2], *row[3:]) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

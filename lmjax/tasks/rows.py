@@ -134,6 +134,7 @@ def open_examples(task: Task, data: DataConfig, directory: str, *, sizes: Sizes,
       the training rows, and the rows of each other split (heldout, and test if there is one).
     """
     manifest = read_manifest(directory)
+    packs = task.packs and data.packing != "none"  # concat would cut examples
 
     def rows_of(name: str, split: str, entry: dict[str, Any]) -> ExampleRows:
         columns = {column: SplitStore(directory, f"{name}/{split}", column, facts,
@@ -144,7 +145,7 @@ def open_examples(task: Task, data: DataConfig, directory: str, *, sizes: Sizes,
         lengths = {side_of(column): task.length_of(side_of(column), sizes, manifest["facts"])
                    for column in columns}
         return ExampleRows(
-            columns, lengths, name=name, method=data.packing if task.packs else "none",
+            columns, lengths, name=name, method="best_fit" if packs else "none",
             vocab_size=vocab_size, fingerprint=hashlib.sha256(text.encode()).hexdigest(),
             records=None if split == "train" else Path(directory, name, split, RECORDS))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lmjax.tasks.classification import Classification
+from lmjax.tasks.pairs import Pairs
 
 
 @dataclass(frozen=True)
@@ -14,4 +15,4 @@ class LanguageModeling:
     name: str = ""
 
 
-AnyTask = LanguageModeling | Classification
+AnyTask = LanguageModeling | Classification | Pairs

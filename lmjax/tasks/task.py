@@ -37,6 +37,7 @@ class Encoded(NamedTuple):
     columns: dict[str, np.ndarray]  # 1-D, one per column of the task; integers or float32
     cut: int = 0  # tokens that were cut to make it fit
     more: tuple[dict[str, np.ndarray], ...] = ()  # the columns of its further windows, if any
+    cut_target: int = 0  # tokens of what is to be written that were cut
 
 
 class Predicted(NamedTuple):
@@ -48,6 +49,7 @@ class Predicted(NamedTuple):
     # `row_...`, which has one entry per row, that of its row.
     arrays: dict[str, np.ndarray]
     more: tuple[dict[str, np.ndarray], ...] = ()  # the same of its further windows
+    text: str = ""  # what a model wrote for it
 
 
 class Sizes(NamedTuple):
@@ -55,6 +57,7 @@ class Sizes(NamedTuple):
 
     tokens: int  # of the model, or of its decoder
     encoder: int = 0  # of the encoder of an encoder-decoder
+    prefix: bool = False  # whether a decoder reads what it is given in both directions
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a model answers to the held-out examples of a task, and the figures of its answers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,11 +10,18 @@ import numpy as np
 
 from lmjax.data.batches import eval_rows
 from lmjax.data.pipeline import Split
+from lmjax.decoding.answers import DecodingOptions, answer
 from lmjax.nn.losses import Loss
+from lmjax.nn.module import Params
 from lmjax.runtime.files import write_whole
 from lmjax.tasks.rows import ExampleRows
 from lmjax.tasks.task import Facts, Predicted, Task
+from lmjax.tasks.writing import WritingTask
 from lmjax.training.run import Run
+from lmjax.training.task_data import sizes_of
+
+Parts = list[Predicted]
+Each = Callable[[Iterator[Parts]], Iterator[Parts]]  # passes on what it is given, and may stop it
 
 
 class Answers:
@@ -55,12 +62,22 @@ class Answers:
                             more=(*first.more, its.arrays))
         return list(found.values())
 
-    def figures(self, path: Path) -> dict[str, float]:
-        """The metrics of the answers; process 0 writes the answers themselves to `path`."""
+    def figures(self, path: Path,
+                write: Callable[[WritingTask, Parts], Parts]) -> dict[str, float]:
+        """The metrics of the answers; process 0 writes the answers themselves to `path`.
+
+        Args:
+          path: a file.
+          write: gives examples the texts that the model writes, as `written` does.
+        """
         predicted = self.predicted()
+        found: dict[str, float] = {"examples": len(predicted)}
+        if isinstance(self.task, WritingTask):
+            predicted = write(self.task, self.task.asked(predicted))
+            found["answered"] = len(predicted)
         if jax.process_index() == 0:
             self.write(path, predicted)
-        return {**self.task.metrics(predicted, self.facts), "examples": len(predicted)}
+        return self.task.metrics(predicted, self.facts) | found
 
     def write(self, path: Path, predicted: Sequence[Predicted]) -> None:
         """Writes one line of JSON per example: its id, what the file had, and the answer."""
@@ -76,6 +93,29 @@ def answers_of(run: Run, split: Split, batch_size: int, most: int) -> Answers | 
     if not isinstance(run.recipe.task, Task) or run.facts is None:
         return None
     return Answers(run.recipe.task, run.facts, split, batch_size=batch_size, most=most)
+
+
+def written(run: Run, params: Params, task: WritingTask, examples: Parts,
+            each: Each = iter) -> Parts:
+    """Gives examples the texts that the model of a run writes for them.
+
+    Args:
+      run: with a tokenizer.
+      params: of its model.
+      task: says what the model reads.
+      examples: to be answered; a text does not depend on the other examples.
+      each: is given the batches of examples.
+    """
+    reader, sizes = run.reader, sizes_of(run.recipe)
+    options = DecodingOptions(max_tokens=task.max_tokens, temperature=0.0,
+                              num_beams=task.num_beams, stop=task.ends(reader).strings)
+    size, found = run.recipe.eval.batch_size or run.recipe.train.batch_size, Parts()
+    for part in each(examples[at : at + size] for at in range(0, len(examples), size)):
+        prompts = [task.prompt(example.record, reader, sizes) for example in part]
+        texts = answer(run.writer, params, reader.names, prompts, options)
+        found += [example._replace(text=text.strip())
+                  for example, text in zip(part, texts, strict=True)]
+    return found
 
 
 def _in_row(source: ExampleRows, row: int, i: int,

@@ -62,9 +62,11 @@ def summary(found: Mapping[str, float], split: Split) -> str:
         return (f"loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} {bits_unit(split)}, "
                 f"perplexity {found['perplexity']:.1f} over {human_count(found['tokens'])} tokens")
     others = [f"{name} {value:.4f}" for name, value in found.items()
-              if name not in ("loss", "perplexity", "tokens", "examples", "best_step")]
-    examples = human_count(found.get("examples", found["tokens"]))
-    return ", ".join([f"loss {found['loss']:.4f}", *others]) + f" over {examples} examples"
+              if name not in ("loss", "perplexity", "tokens", "examples", "answered", "best_step")]
+    examples = f" over {human_count(found.get('examples', found['tokens']))} examples"
+    if "answered" in found:
+        examples += f", {human_count(found['answered'])} of them answered"
+    return ", ".join([f"loss {found['loss']:.4f}", *others]) + examples
 
 
 def bits_unit(split: Split) -> str:

@@ -8,7 +8,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 
@@ -23,7 +23,7 @@ from lmjax.monitoring.progress import to_stderr
 from lmjax.monitoring.watchdog import Watchdog
 from lmjax.reporting.report import write_report
 from lmjax.runtime.signals import StopSignal, stop_signal
-from lmjax.training.answers import answers_of
+from lmjax.training.answers import answers_of, written
 from lmjax.training.evaluate import evaluate
 from lmjax.training.recipe import Recipe
 from lmjax.training.records import Records
@@ -32,6 +32,8 @@ from lmjax.training.setup import set_up
 from lmjax.training.state import TrainState
 from lmjax.training.step import StepFn
 from lmjax.training.workdir import claimed
+
+T = TypeVar("T")
 
 
 def train(recipe: Recipe, workdir: str | Path, log: Log = to_stderr) -> str:
@@ -212,7 +214,7 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
     recipe, judged = run.recipe, "eval" if state.ema is None else "eval_ema"
     size = recipe.eval.batch_size or recipe.train.batch_size
 
-    def until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
+    def until_stopped(batches: Iterator[T]) -> Iterator[T]:
         for batch in records.watchdog.each(batches, step, ACTIVITIES["eval"]):
             run.checkpointer.note()
             if stop.due():
@@ -229,7 +231,10 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
                 found = evaluate(run.program.eval_fn, state.whole(params),
                                  until_stopped(batches), split, answers or (lambda sums: None))
             if answers:
-                found |= answers.figures(run.workdir / "answers" / f"{name}.jsonl")
+                found |= answers.figures(
+                    run.workdir / "answers" / f"{name}.jsonl",
+                    lambda task, some, params=params: written(run, state.whole(params), task, some,
+                                                              until_stopped))
             if name == judged and recipe.eval.metric:
                 if most == recipe.eval.batches:
                     run.remember(run.best.after(step, found[recipe.eval.metric]))

@@ -1,6 +1,7 @@
 """A run that is ready for its next step: what `setup.set_up` makes and the loop trains."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ import jax
 
 from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture, Split
+from lmjax.data.reading import Reader, check_told, make_reader
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.decoding.generate import Generator
+from lmjax.decoding.reading import generator_of
 from lmjax.models.model import Model
 from lmjax.sharding import Layout
 from lmjax.tasks.task import Facts
+from lmjax.tasks.writing import WritingTask
 from lmjax.training.best import Best, write_best
 from lmjax.training.checkpoint import Checkpointer
 from lmjax.training.program import Program
@@ -70,6 +74,25 @@ class Run:
             self.checkpointer.kept = best.step
         if best.metric and jax.process_index() == 0:
             write_best(self.checkpointer.directory, best)
+
+    @functools.cached_property
+    def reader(self) -> Reader:
+        """How the model reads texts; only with a tokenizer, once the run has its first state."""
+        assert self.tokenizer is not None
+        return make_reader(self.tokenizer, self.model.config.family, self.recipe.data, self.about)
+
+    @functools.cached_property
+    def writer(self) -> Generator:
+        """What writes the answers of a task.
+
+        Raises:
+          UserError: an error of `check_told`.
+        """
+        assert isinstance(self.recipe.task, WritingTask)
+        if "huggingface" in self.about:
+            check_told(self.about["huggingface"])
+        return generator_of(self.model, self.layout, self.reader,
+                            self.recipe.task.ends(self.reader).ids)
 
     @property
     def out_of_patience(self) -> bool:

@@ -62,5 +62,5 @@ def sizes_of(recipe: Recipe) -> Sizes:
     assert isinstance(recipe.task, Task)
     seq_len = recipe.data.seq_len
     if recipe.model.family != "encdec":
-        return Sizes(seq_len)
+        return Sizes(seq_len, prefix=recipe.data.objective.name == "prefix_lm")
     return Sizes(recipe.task.target_len or seq_len, seq_len)

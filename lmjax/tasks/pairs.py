@@ -1,0 +1,87 @@
+"""Pairs of texts: translation, summarisation, labels as text, questions with free answers.
+
+An encoder-decoder reads the input with its encoder and writes the target. A decoder reads the
+input, a separator and the target in one row; only the target counts in the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lmjax.data.reading import Reader
+from lmjax.errors import UserError
+from lmjax.tasks.reading import read_text
+from lmjax.tasks.task import Encoded, Facts, Record, Sizes
+from lmjax.tasks.templates import check_template, fill
+from lmjax.tasks.writing import WritingTask, given_and_written, target_end
+
+
+@dataclass(frozen=True)
+class Pairs(WritingTask):
+    """Which text belongs to which."""
+
+    name: str = "pairs"
+    input: str = ""  # what is read, with columns in braces: "question: {q} context: {c}"
+    target: str = ""  # what is written: "{answer}"
+    separator: str = "\n"  # between the two, in a decoder
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template(self.input, "input")
+        check_template(self.target, "target")
+
+    @property
+    def templates(self) -> dict[str, str]:
+        return {"input": self.input, "target": self.target}
+
+    def texts(self, record: Record) -> list[str]:
+        return [fill(self.input, record), fill(self.target, record)]
+
+    def encode(self, record: Record, reader: Reader, facts: Facts, sizes: Sizes, *,
+               labelled: bool = True) -> Encoded:
+        given = fill(self.input, record)
+        target = reader.names.encode(self.truth(record)) if labelled else []
+        end, room = target_end(reader), self.target_len or sizes.tokens
+        if not reader.causal:
+            read = read_text(reader, given, sizes.encoder)
+            kept = target[: room - 1]
+            columns = {"tokens": np.array([reader.start_id, *kept], np.int32),
+                       "targets": np.array([*kept, end], np.int32),
+                       "loss_mask": np.ones(len(kept) + 1, np.int32),
+                       "encoder_tokens": read.ids}
+            return Encoded(columns, read.cut, cut_target=len(target) - len(kept))
+        # The input is cut first. Only if both are long does the target lose tokens: it has half of
+        # the row, or what the input leaves.
+        whole, _ = self._before(given, reader, sizes.tokens)
+        kept = target[: min(room, max(sizes.tokens // 2, sizes.tokens - len(whole)))]
+        before, cut = self._before(given, reader, sizes.tokens - len(kept))
+        written = [*kept, end]
+        return given_and_written(before, written, np.ones(len(written), np.int32), sizes,
+                                 (cut, len(target) - len(kept)))
+
+    def prompt(self, record: Record, reader: Reader, sizes: Sizes) -> list[int]:
+        given = fill(self.input, record)
+        if not reader.causal:
+            return read_text(reader, given, sizes.encoder).ids.tolist()
+        room = sizes.tokens - min(self.max_tokens, sizes.tokens // 2)
+        return self._before(given, reader, room)[0]
+
+    def truth(self, record: Record) -> Any:
+        target = fill(self.target, record).strip()
+        if not target:
+            raise UserError(f"a target in {self.target!r}", "an empty one",
+                            "correct the record or the template")
+        return target
+
+    def _before(self, given: str, reader: Reader, room: int) -> tuple[list[int], int]:
+        """The ids before a decoder's answer, and how many were cut from the end of the input."""
+        ids = reader.ids(given + self.separator, end=False)
+        over = len(ids) - room
+        if over <= 0:
+            return ids, 0
+        after = reader.names.encode(self.separator)
+        kept = reader.names.encode(given)[: max(room - len(reader.prefix) - len(after), 0)]
+        return [*reader.prefix, *kept, *after][: max(room, 1)], over
