@@ -65,9 +65,8 @@ class Pairs(WritingTask):
     def prompt(self, record: Record, reader: Reader, sizes: Sizes) -> list[int]:
         given = fill(self.input, record)
         if not reader.causal:
-            return read_text(reader, given, sizes.encoder).ids.tolist()
-        room = sizes.tokens - min(self.max_tokens, sizes.tokens // 2)
-        return self._before(given, reader, room)[0]
+            return read_text(reader, given, self.room(sizes)).ids.tolist()
+        return self._before(given, reader, self.room(sizes))[0]
 
     def truth(self, record: Record) -> Any:
         target = fill(self.target, record).strip()

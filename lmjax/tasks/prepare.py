@@ -241,7 +241,8 @@ class _Part(NamedTuple):
     def _encode(self, reading: _Reading, columns: ColumnWriter, kept: TextIO | None) -> tuple[
             int, list[list[int]], list[tuple[str, str]]]:
         """Returns the number of examples, the tokens of each cut by `CUTS`, what was left out."""
-        number, cuts, left_out, task = 0, [[], []], list[tuple[str, str]](), self.setting.task
+        number, cuts, left_out = 0, [list[int](), list[int]()], list[tuple[str, str]]()
+        task = self.setting.task
         for item in reading.examples(self.split, self.source):
             try:
                 if isinstance(item, Broken):

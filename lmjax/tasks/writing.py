@@ -1,4 +1,4 @@
-"""Tasks whose answers are texts that the model writes: their settings, and how they are measured."""
+"""Tasks whose answers are texts that the model writes: settings, answers and their figures."""
 
 from __future__ import annotations
 
@@ -77,6 +77,10 @@ class WritingTask(Task):
     def ends(self, reader: Reader) -> Ends:
         """What ends an answer."""
         return Ends()
+
+    def room(self, sizes: Sizes) -> int:
+        """The most ids of a prompt: a decoder's row also has room for the answer."""
+        return sizes.encoder or sizes.tokens - min(self.max_tokens, sizes.tokens // 2)
 
     @abc.abstractmethod
     def prompt(self, record: Record, reader: Reader, sizes: Sizes) -> list[int]:

@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "train.microbatches", "train.log_every", "train.loss_chunk",
     "train.compute_dtype",  # "auto" may be spelt out; a checkpoint records the dtype itself
     "model.attention", "model.remat", "model.scan_layers",
+    "task.metric", "task.num_beams", "task.max_tokens", "task.eval_examples",
 )
 # Places that may change, such as $SLURM_TMPDIR/base. What is there must stay: `resume` compares the
 # weights, `prepare` the tokenizer, and the fingerprint of the data covers the rows.

@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -233,8 +234,7 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
             if answers:
                 found |= answers.figures(
                     run.workdir / "answers" / f"{name}.jsonl",
-                    lambda task, some, params=params: written(run, state.whole(params), task, some,
-                                                              until_stopped))
+                    functools.partial(written, run, state.whole(params), each=until_stopped))
             if name == judged and recipe.eval.metric:
                 if most == recipe.eval.batches:
                     run.remember(run.best.after(step, found[recipe.eval.metric]))

@@ -10,7 +10,7 @@ import jax
 
 from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture, Split
-from lmjax.data.reading import Reader, check_told, make_reader
+from lmjax.data.reading import Reader, make_reader
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.decoding.generate import Generator
 from lmjax.decoding.reading import generator_of
@@ -83,14 +83,8 @@ class Run:
 
     @functools.cached_property
     def writer(self) -> Generator:
-        """What writes the answers of a task.
-
-        Raises:
-          UserError: an error of `check_told`.
-        """
+        """What writes the answers of a task."""
         assert isinstance(self.recipe.task, WritingTask)
-        if "huggingface" in self.about:
-            check_told(self.about["huggingface"])
         return generator_of(self.model, self.layout, self.reader,
                             self.recipe.task.ends(self.reader).ids)
 

@@ -22,6 +22,7 @@ from lmjax.runtime.distributed import agreed
 from lmjax.runtime.files import write_whole
 from lmjax.sharding import make_layout
 from lmjax.tasks.task import Facts, Task
+from lmjax.tasks.writing import WritingTask
 from lmjax.training.announce import announce
 from lmjax.training.best import Best
 from lmjax.training.checkpoint import Checkpointer, checkpoint_steps
@@ -106,7 +107,8 @@ def _source(recipe: Recipe, workdir: Path) -> Pretrained | None:
                         checkpoint_steps(recipe.checkpoint.path(workdir)))):
         return None
     found = find(recipe.train.init_from)
-    check_answers(found)
+    if not isinstance(recipe.task, WritingTask):  # its rows begin as the model's own answers do
+        check_answers(found)
     return found
 
 

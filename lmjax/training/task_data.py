@@ -1,12 +1,14 @@
 """The data of a run: prepared text, or the examples of a task."""
 
 from lmjax.data.pipeline import Mixture, Split, open_splits
-from lmjax.data.reading import make_reader
+from lmjax.data.reading import check_told, make_reader
 from lmjax.data.tokenizers import prepared_tokenizer
+from lmjax.decoding.inputs import check_positions
 from lmjax.errors import UserError
 from lmjax.tasks.prepare import Setting, prepare_examples, read_manifest
 from lmjax.tasks.rows import open_examples
 from lmjax.tasks.task import Facts, Sizes, Task
+from lmjax.tasks.writing import WritingTask
 from lmjax.training.pretrained import Pretrained, make_tokenizer
 from lmjax.training.recipe import Recipe
 from lmjax.training.run import Log
@@ -31,6 +33,11 @@ def prepare_task(recipe: Recipe, directory: str, source: Pretrained | None, log:
         raise UserError("a model with a tokenizer", f"{source.where}, which has none",
                         "set data.tokenizer.path", where="train.init_from")
     about = {} if source is None else {**source.about, "init_from": source.where}
+    if isinstance(recipe.task, WritingTask):
+        check_positions(recipe.model, recipe.task.room(sizes_of(recipe)), "config.task.max_tokens",
+                        answer=recipe.task.max_tokens)
+        if "huggingface" in about:
+            check_told(about["huggingface"])
     prepare_examples(
         Setting(recipe.task, recipe.data, sizes_of(recipe)), directory, log=log,
         make_tokenizer=lambda texts: tokenizer or make_tokenizer(recipe.data.tokenizer, texts),
