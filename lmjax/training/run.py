@@ -79,7 +79,9 @@ class Run:
     def reader(self) -> Reader:
         """How the model reads texts; only with a tokenizer, once the run has its first state."""
         assert self.tokenizer is not None
-        return make_reader(self.tokenizer, self.model.config.family, self.recipe.data, self.about)
+        config = self.model.config
+        return make_reader(self.tokenizer, config.family, self.recipe.data, self.about,
+                           rows=config.vocab_size)
 
     @functools.cached_property
     def writer(self) -> Generator:
