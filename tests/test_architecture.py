@@ -50,7 +50,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAUNCHERS = [file for file in (ROOT / "launch").iterdir()
              if file.suffix == ".py" or b"python3" in file.read_bytes()[:30]]
 ALL_FILES = sorted([*FILES, *LAUNCHERS,
-                    *(path for folder in ("configs", "docs", "tests")
+                    *(path for folder in ("configs", "docs", "examples", "tests")
                       for path in (ROOT / folder).rglob("*.py"))])
 
 

@@ -27,6 +27,11 @@ SMALL = {
                               "checkpoint.every=2", "eval.batches=2", "sample.every=0",
                               "data.heldout_fraction=0.1", "data.tokenizer.vocab_size=400"],
     "configs/synthetic.py": ["train.steps=4", "optimizer.warmup_steps=1"],
+    "configs/bert.py": ["train.steps=2", "optimizer.warmup_steps=1", "checkpoint.every=2",
+                        "eval.every=2", "data.heldout_fraction=0.2",
+                        "data.tokenizer.vocab_size=399"],
+    "configs/tasks/tagging.py": ["train.init_from=runs/bert", "train.steps=4"],
+    "configs/tasks/questions.py": ["train.init_from=runs/bert", "train.steps=4"],
     "configs/llama2_7b.py": ["mesh.fsdp=1"],
     "configs/data/python_stdlib.py": ["data.tokenizer.vocab_size=512",
                                       "data.curate.decontaminate.sources=[]"],
@@ -44,7 +49,8 @@ for config, overrides in small.items():
         variant = "" if "bench" in config or "data" in config else ":tiny"
         args[args.index(config)] = config + variant
         uri = ["data.sources.0.uri=text:{sysconfig.get_paths()['stdlib']}/json/*.py"]
-        uri = uri if "quickstart" in config and "config.data.sources" not in given else []
+        uri = uri if ("quickstart" in config or "bert" in config) and (
+            "config.data.sources" not in given) else []
         args += ["--config." + item for item in overrides + uri
                  if "config." + item.split("=")[0] not in given]
 if args[0] == "plan":  # the TPU compiler is not on every machine that runs tests
@@ -68,11 +74,12 @@ def blocks(page: pathlib.Path, language: str) -> list[str]:
 def shell(tmp_path_factory):
     """A function that runs a script in a directory like a checkout, with `lmjax` on the PATH."""
     folder = tmp_path_factory.mktemp("reader")
-    for name in ("configs", "docs", "lmjax", "launch", "README.md"):
+    for name in ("configs", "docs", "examples", "lmjax", "launch", "README.md"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "bin").mkdir()
-    (folder / "bin" / "lmjax").write_text(STAND_IN)
-    (folder / "bin" / "lmjax").chmod(0o755)
+    for name, text in (("lmjax", STAND_IN), ("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')):
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}",
                    "PYTHONPATH": str(ROOT),
                    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),

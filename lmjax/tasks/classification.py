@@ -24,6 +24,7 @@ from lmjax.models.heads import HEAD_KINDS, HeadConfig
 from lmjax.models.model import Batch, Model, ModelConfig
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
+from lmjax.tasks.labels import check_different, check_examples, index_of
 from lmjax.tasks.losses import LossFn, next_token_loss
 from lmjax.tasks.reading import read_text
 from lmjax.tasks.task import (
@@ -67,9 +68,7 @@ class Classification(Task):
         if self.class_weights and self.kind != "single":
             raise UserError("kind=single with class_weights", self.kind, "leave them out",
                             where="class_weights")
-        if len(set(self.labels)) < len(self.labels):
-            raise UserError("different labels", list(self.labels), "name each once",
-                            where="labels")
+        check_different(self.labels)
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -105,11 +104,7 @@ class Classification(Task):
             counts.update(map(as_text, found if isinstance(found, list) else [found])
                           if found is not None else ())
         labels = list(self.labels) or sorted(counts, key=_natural)
-        empty = [label for label in labels if not counts[label]]
-        if empty:
-            raise UserError("a training example of every class", f"none of {empty[0]!r}",
-                            "add some, or take the class out of task.labels",
-                            where="config.task.labels")
+        check_examples(labels, counts)
         if len(labels) < 2 and self.kind == "single":
             raise UserError("at least two classes", labels, "correct task.label",
                             where="config.task.label")
@@ -137,11 +132,11 @@ class Classification(Task):
                 raise UserError(f"a list of labels under {self.label!r}", repr(truth)[:60],
                                 "write a list, or set task.kind=single")
             several = np.zeros(len(facts["labels"]), np.float32)
-            several[[_index(label, facts["labels"]) for label in truth or ()]] = 1.0
+            several[[index_of(label, facts["labels"]) for label in truth or ()]] = 1.0
             columns["label_values"] = several
         else:
             columns["targets"] = np.zeros(n, np.int32)
-            columns["targets"][at] = _index(truth, facts["labels"]) if labelled else 0
+            columns["targets"][at] = index_of(truth, facts["labels"]) if labelled else 0
         return Encoded(columns, read.cut)
 
     def length_of(self, side: str, sizes: Sizes, facts: Facts) -> int:
@@ -249,14 +244,6 @@ def multi_label_loss(model: Model) -> LossFn:
         return Loss(total, jax.lax.stop_gradient(total), jnp.sum(real_B), extra)
 
     return loss_fn
-
-
-def _index(label: Any, labels: Sequence[str]) -> int:
-    text = as_text(label)
-    if text not in labels:
-        raise UserError(f"one of the labels {', '.join(labels)[:200]}", repr(text)[:60],
-                        "correct the record, or name the class in task.labels")
-    return labels.index(text)
 
 
 def _number(found: Any) -> float:

@@ -30,6 +30,17 @@ def single_label(predicted: Sequence[str], truth: Sequence[str],
             "matthews": float(metrics.matthews_corrcoef(truth, predicted))}
 
 
+def tags(predicted: Sequence[str], truth: Sequence[str],
+         labels: Sequence[str]) -> dict[str, float]:
+    """Accuracy of words, and the means over tags of precision, recall and F1."""
+    from sklearn import metrics
+
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        truth, predicted, labels=list(labels), average="macro", zero_division=0.0)
+    return {"accuracy": float(metrics.accuracy_score(truth, predicted)),
+            "precision": float(precision), "recall": float(recall), "f1": float(f1)}
+
+
 def multi_label(predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str]],
                 labels: Sequence[str]) -> dict[str, float]:
     """F1 over all decisions (micro) and as the mean of the classes (macro), and exact matches."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from lmjax.tasks.classification import Classification
 from lmjax.tasks.pairs import Pairs
+from lmjax.tasks.questions import Questions
+from lmjax.tasks.tagging import Tagging
 
 
 @dataclass(frozen=True)
@@ -15,4 +17,4 @@ class LanguageModeling:
     name: str = ""
 
 
-AnyTask = LanguageModeling | Classification | Pairs
+AnyTask = LanguageModeling | Classification | Tagging | Questions | Pairs

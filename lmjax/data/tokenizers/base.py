@@ -17,6 +17,7 @@ import numpy as np
 
 from lmjax.data.rows import ramps
 from lmjax.data.tokenizers.files import named_tokens
+from lmjax.errors import UserError
 
 SPACE = "\u2581"  # the sign that SentencePiece writes for a space
 MASKS = ("[MASK]", "<mask>")  # BERT's and RoBERTa's names for the token that hides others
@@ -73,6 +74,35 @@ class Tokenizer(abc.ABC):
           texts: the documents.
           num_threads: by default one per core; the result does not depend on it.
         """
+
+    @abc.abstractmethod
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Token ids of every word of a text with single spaces between its words.
+
+        A word keeps the space before it. The first word has one too in byte-level tokenizers, as
+        in `transformers` with is_split_into_words=True.
+        """
+
+    def spans(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Token ids of a text, as `encode` gives them, and the place of each in the text.
+
+        Returns:
+          (ids, the characters [begin, end) that each token stands for, int64 [n, 2]). A token that
+          is some bytes of a character has that whole character.
+        Raises:
+          UserError: the tokens do not make up the text.
+        """
+        ids, data = self.encode(text), text.encode()
+        raw, lengths = self.surface(np.array(ids, np.int64))
+        lead = len(raw) - len(data)  # 1: a space that the tokenizer puts before a text
+        if lead not in (0, 1) or raw[lead:] != data:
+            raise UserError("a tokenizer whose tokens make up the text", "one that changes "
+                            f"{text[:40]!r}", "use another one, such as one with a tokenizer.json")
+        ends = np.maximum(np.cumsum(lengths) - lead, 0)
+        begins = np.maximum(np.cumsum(lengths) - lengths - lead, 0)
+        begun = np.cumsum((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)  # by each byte's end
+        begun = np.concatenate([[0], begun, [len(text) + 1]])
+        return ids, np.stack([begun[begins + 1] - 1, begun[ends]], axis=1)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids. Special tokens are dropped; invalid UTF-8 becomes U+FFFD."""

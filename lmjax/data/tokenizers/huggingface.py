@@ -127,6 +127,24 @@ class HuggingFaceTokenizer(Tokenizer):
         return [np.array(e.ids, np.int32)
                 for e in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Token ids of every word, with the space before it if the rules do not add one."""
+        texts = [word if word.startswith(" ") else self._before[i > 0] + word
+                 for i, word in enumerate(words)]
+        return [e.ids for e in self._hf.encode_batch(texts, add_special_tokens=False)]
+
+    def spans(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Token ids of a text, and the characters of each; see `Tokenizer.spans`."""
+        encoded = self._hf.encode(text, add_special_tokens=False)
+        return encoded.ids, np.array(encoded.offsets, np.int64).reshape(-1, 2)
+
+    @functools.cached_property
+    def _before(self) -> tuple[str, str]:
+        """What stands before the first of several words, and before each of the others."""
+        if self._byte_of:
+            return " ", " "
+        return "", "" if self.encode("a a") == 2 * self.encode("a") else " "
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, by the tokenizer's own rules. Special tokens are dropped."""
         return self._hf.decode([int(i) for i in ids if i < self.vocab_size])

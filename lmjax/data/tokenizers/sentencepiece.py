@@ -116,6 +116,11 @@ class SentencePieceTokenizer(Tokenizer):
         ends = np.concatenate([[0], np.cumsum(length_U)])[np.cumsum([0, *map(len, units)])]
         return [out[a:b] for a, b in itertools.pairwise(ends.tolist())]
 
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Token ids of every word, which has the space before it; see `Tokenizer.encode_words`."""
+        return [self.encode(word if i == 0 or self.adds_space else f" {word}")
+                for i, word in enumerate(words)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without the space that the model puts before a text."""
         text = super().decode(ids)

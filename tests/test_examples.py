@@ -1,0 +1,49 @@
+"""The scripts in examples/ write records that their recipes can read."""
+
+import json
+import pathlib
+import random
+import runpy
+import sysconfig
+
+from lmjax.tasks.entities import entities, is_iob2
+from lmjax.tasks.questions import Questions
+from lmjax.tasks.tagging import Tagging
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FOLDER = pathlib.Path(sysconfig.get_paths()["stdlib"]) / "json"
+
+
+def test_tags_of_python_are_iob2_and_tell_what_names_stand_for(tmp_path):
+    script = runpy.run_path(str(ROOT / "examples/python_tags.py"))
+    (tmp_path / "a.py").write_text(
+        "import os.path, sys\nfrom xml.dom import Node as node\nclass Thing(Exception): pass\n"
+        "def do(first, *others, **named):\n    x = os.stat(first, sys)\n    return print(Thing)\n")
+    wanted = {
+        "import os . path , sys": "O B-MODULE I-MODULE I-MODULE O B-MODULE",
+        "from xml . dom import Node as node": "O B-MODULE I-MODULE I-MODULE O O O O",
+        "class Thing ( Exception ) : pass": "O B-CLASS O B-CLASS O O O",
+        "def do ( first , * others , ** named ) :":
+            "O B-FUNCTION O B-PARAMETER O B-PARAMETER I-PARAMETER O B-PARAMETER I-PARAMETER O O",
+        "x = os . stat ( first , sys )": "O O B-MODULE O O O B-PARAMETER O B-MODULE O",
+        "return print ( Thing )": "O B-FUNCTION O B-CLASS O"}
+    assert {" ".join(r["words"]): " ".join(r["tags"])
+            for r in script["records"](tmp_path)} == wanted
+    found = script["records"](FOLDER)
+    for record in found:
+        assert Tagging().truth(record) and is_iob2(record["tags"]) and entities(record["tags"])
+    assert len(found) > 100 and len({json.dumps(record) for record in found}) == len(found)
+
+
+def test_questions_about_python_have_their_answers_in_the_source():
+    script = runpy.run_path(str(ROOT / "examples/python_questions.py"))
+    found = [*script["records"](FOLDER, random.Random(0))]
+    answers = [Questions().truth(record) for record in found]  # refuses what is not in its place
+    assert any(answers) and not all(answers) and len(found) > 20
+    for record, its in zip(found, answers, strict=True):
+        if record["question"].startswith("What does the class"):
+            name = record["question"].split()[4]
+            assert f"class {name}({its[0]}" in record["context"]
+        elif its and "default" in record["question"]:
+            name = record["question"].split()[5]
+            assert f"{name}={its[0]}" in record["context"].replace(f"{name} = ", f"{name}=")
