@@ -100,8 +100,9 @@ class Twins:
         largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradients))
         close(got, gradients, 1e-5 * largest)
         layout = make_layout(MeshConfig(data=1), jax.devices()[:1])
-        tx = make_optimizer(OptimizerConfig(peak_lr=RATE, schedule="constant", warmup_steps=0,
-                                            weight_decay=DECAY, clip_norm=0.0, eps=EPSILON), 9, self.model.axes)
+        config = OptimizerConfig(peak_lr=RATE, schedule="constant", warmup_steps=0, clip_norm=0.0,
+                                 weight_decay=DECAY, eps=EPSILON)
+        tx = make_optimizer(config, 9, self.model.axes)
         spec = state_spec(self.model, tx, layout, ema=False)
         step = make_train_step(loss_fn, spec, layout, lambda step: RATE, seed=0)
         state, metrics = step(spec.start(self.params), batch)

@@ -15,6 +15,7 @@ MOST_TEXT = 600  # characters of an example that are shown
 # What every evaluation has besides the metrics of a task.
 COMMON = ("step", "loss", "perplexity", "bits_per_byte", "of_decoded_text", "tokens", "examples",
           "best_step")
+SAID = ("text", "tags")  # what an answer says, where it has more than that
 Line = dict[str, Any]  # of answers/eval.jsonl
 
 
@@ -138,7 +139,8 @@ def _answer(answer: Line) -> tuple[str, str]:
     """(what the model said, how sure it was)."""
     sure = answer.get("confidence")
     rest = {key: value for key, value in answer.items() if key != "confidence"}
-    text = _short(next(iter(rest.values()))) if len(rest) == 1 else _short(rest)
+    said = next((rest[key] for key in SAID if key in rest), rest)
+    text = _short(next(iter(rest.values())) if len(rest) == 1 else said)
     return text, f"{sure:.1%}" if isinstance(sure, float) else ""
 
 

@@ -90,6 +90,7 @@ def test_a_run_learns_and_a_mesh_of_eight_devices_has_its_losses(folder, task):
         answers)
     if task == "tagging":
         assert last["eval/accuracy"] > 0.9 and "windows" not in printed
+        assert "entities" not in (run / "report.html").read_text()  # it shows the tags alone
         scores = entity_scores([line["answer"]["tags"] for line in answers],
                                [line["truth"] for line in answers])
         assert last["eval/f1"] == pytest.approx(scores["f1"])
