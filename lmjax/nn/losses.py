@@ -15,7 +15,7 @@ from jax import lax
 from lmjax.errors import UserError
 from lmjax.nn.moe import MoEConfig, Routing
 from lmjax.nn.ops import barrier, dot, dot_rows
-from lmjax.sharding import constrain, num_devices
+from lmjax.sharding import constrain, current_layout, num_devices
 
 Sums = tuple[jax.Array, jax.Array]  # total and nats, as in `Loss`
 Part = tuple[jax.Array, jax.Array, jax.Array]  # hidden, targets and mask of a chunk
@@ -122,7 +122,10 @@ def _softmax(hidden_BCD: jax.Array, targets_BC: jax.Array, table_VD: jax.Array,
     raw = lax.dot_general(hidden_BCD, table_VD, (((2,), (1,)), ((), ())),
                           preferred_element_type=jnp.float32)
     raw = raw if bias_V is None else raw + bias_V.reshape(1, 1, -1)
-    raw = barrier(constrain(raw, "batch", "seq", "act_vocab"))
+    layout = current_layout()
+    # The classes of a task need not divide. A vocabulary does: the table's sharding is checked.
+    splits = layout is None or len(table_VD) % layout.ways("act_vocab") == 0
+    raw = barrier(constrain(raw, "batch", "seq", "act_vocab" if splits else None))
     logits = softcap * jnp.tanh(raw / softcap) if softcap else raw
     top = jnp.max(logits, axis=-1, keepdims=True)
     exp = barrier(jnp.exp(logits - top))
