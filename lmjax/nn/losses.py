@@ -57,6 +57,31 @@ def cross_entropy(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Ar
     return Loss(total, nats, jnp.sum(mask))
 
 
+def row_log_likelihoods(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array,
+                        mask_BT: jax.Array, *, bias_V: jax.Array | None = None,
+                        softcap: float = 0.0, chunk: int = 0) -> jax.Array:
+    """Sums log softmax(hidden @ table.T + bias)[target] over each row, where the mask counts.
+
+    The backward pass computes the logits of each chunk again.
+
+    Args:
+      hidden_BTD, table_VD, targets_BT, mask_BT, bias_V, softcap, chunk: as for `cross_entropy`.
+
+    Returns:
+      float32 [B], nats.
+    """
+
+    @jax.checkpoint
+    def one(sums_B: jax.Array, part: Part) -> tuple[jax.Array, None]:
+        log_p = _softmax(part[0], part[1], table_VD, bias_V, softcap)
+        return sums_B + jnp.sum((log_p.target - log_p.log_z) * part[2], axis=1), None
+
+    chunk = _checked(chunk, targets_BT.shape[1])
+    zeros_B = jnp.zeros(targets_BT.shape[0], jnp.float32)
+    mask = mask_BT.astype(jnp.float32)
+    return _over_chunks(one, zeros_B, (hidden_BTD, targets_BT, mask), chunk)[0]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _summed(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
             bias_V: jax.Array | None, softcap: float, z_loss: float, chunk: int) -> Sums:

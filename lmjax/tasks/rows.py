@@ -133,25 +133,27 @@ def open_examples(task: Task, data: DataConfig, directory: str, *, sizes: Sizes,
     Returns:
       the training rows, and the rows of each other split (heldout, and test if there is one).
     """
-    manifest = read_manifest(directory)
-    packs = task.packs and data.packing != "none"  # concat would cut examples
-
-    def rows_of(name: str, split: str, entry: dict[str, Any]) -> ExampleRows:
-        columns = {column: SplitStore(directory, f"{name}/{split}", column, facts,
-                                      memory_limit=data.memory_limit_mib << 20)
-                   for column, facts in entry["columns"].items()}
-        text = canonical([manifest["facts"],
-                          {column: kept.fingerprint for column, kept in columns.items()}])
-        lengths = {side_of(column): task.length_of(side_of(column), sizes, manifest["facts"])
-                   for column in columns}
-        return ExampleRows(
-            columns, lengths, name=name, method="best_fit" if packs else "none",
-            vocab_size=vocab_size, fingerprint=hashlib.sha256(text.encode()).hexdigest(),
-            records=None if split == "train" else Path(directory, name, split, RECORDS))
-
     found: dict[str, list[ExampleRows]] = {}
-    for place, entry in manifest["splits"].items():
-        name, _, split = place.rpartition("/")
-        found.setdefault(split, []).append(rows_of(name, split, entry))
+    for place in read_manifest(directory)["splits"]:
+        found.setdefault(place.rpartition("/")[2], []).append(open_rows(
+            task, data, directory, place, sizes=sizes, vocab_size=vocab_size))
     train = Mixture(found.pop("train"), stages=data.mixture, seed=data.seed)
     return train, {split: InOrder(rows) for split, rows in found.items()}
+
+
+def open_rows(task: Task, data: DataConfig, directory: str, place: str, *, sizes: Sizes,
+              vocab_size: int) -> ExampleRows:
+    """Opens the rows of one split of one source; `place` is SOURCE/SPLIT."""
+    manifest, (name, _, split) = read_manifest(directory), place.rpartition("/")
+    columns = {column: SplitStore(directory, place, column, facts,
+                                  memory_limit=data.memory_limit_mib << 20)
+               for column, facts in manifest["splits"][place]["columns"].items()}
+    text = canonical([manifest["facts"],
+                      {column: kept.fingerprint for column, kept in columns.items()}])
+    lengths = {side_of(column): task.length_of(side_of(column), sizes, manifest["facts"])
+               for column in columns}
+    packs = task.packs and data.packing != "none"  # concat would cut examples
+    return ExampleRows(
+        columns, lengths, name=name, method="best_fit" if packs else "none",
+        vocab_size=vocab_size, fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+        records=None if split == "train" else Path(directory, name, split, RECORDS))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lmjax.tasks.classification import Classification
 from lmjax.tasks.pairs import Pairs
+from lmjax.tasks.preferences import Preferences
 from lmjax.tasks.questions import Questions
 from lmjax.tasks.tagging import Tagging
 
@@ -17,4 +18,4 @@ class LanguageModeling:
     name: str = ""
 
 
-AnyTask = LanguageModeling | Classification | Tagging | Questions | Pairs
+AnyTask = LanguageModeling | Classification | Pairs | Preferences | Questions | Tagging

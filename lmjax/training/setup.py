@@ -36,6 +36,7 @@ from lmjax.training.pretrained import (
 )
 from lmjax.training.program import Program, make_model, make_program
 from lmjax.training.recipe import Recipe
+from lmjax.training.reference import add_reference
 from lmjax.training.resume import begin
 from lmjax.training.run import Log, Run
 from lmjax.training.saved import Saved, find_saved, given_up, keep_records
@@ -63,6 +64,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log,
     source = _source(recipe, workdir)
     at(0, "preparing data")
     directory = _data(recipe, workdir, source, log)
+    add_reference(recipe, directory, source, log)
     at(0, "setting up")
     run = _open(recipe, workdir, directory, log)
     run.saved = saved

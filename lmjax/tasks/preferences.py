@@ -1,0 +1,191 @@
+"""Preferences: of two answers to a prompt, one is better. Decoders only.
+
+    dpo     arXiv:2305.18290, against the model that the run starts from; with label smoothing cDPO
+    ipo     arXiv:2310.12036, with likelihoods per token as the reference implementations have it
+    orpo    arXiv:2403.07691, without a reference model
+    reward  a head that scores an answer at its last token (Bradley-Terry)
+
+The log-likelihoods of the reference model are computed once, before the first step, and stored with
+the examples (`training/reference.py`).
+
+Shape suffixes: B pairs, T sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmjax.config import choice
+from lmjax.data.reading import Reader
+from lmjax.errors import UserError
+from lmjax.models.heads import HeadConfig
+from lmjax.models.model import Batch, Model, ModelConfig
+from lmjax.nn.losses import Loss, row_log_likelihoods
+from lmjax.nn.module import Params
+from lmjax.tasks.losses import LossFn
+from lmjax.tasks.pairs import Pairs
+from lmjax.tasks.task import Answer, Encoded, Facts, Predicted, Record, Sizes, Task
+from lmjax.tasks.templates import check_template, fill
+
+KINDS = ("dpo", "ipo", "orpo", "reward")
+REJECTED = "rejected_"  # the prefix of the columns of the worse answer
+REFERENCE = "label_values"  # the column of the reference's log-likelihoods: chosen, rejected
+
+
+@dataclass(frozen=True)
+class Preferences(Task):
+    """Which of two answers is better."""
+
+    name: str = "preferences"
+    prompt: str = "{prompt}"
+    chosen: str = "{chosen}"  # the better answer
+    rejected: str = "{rejected}"  # the worse answer
+    separator: str = "\n"  # between the prompt and an answer
+    kind: str = "dpo"  # dpo, ipo, orpo or reward
+    beta: float = 0.1  # dpo, ipo: strength of the pull to the reference; orpo: weight of the odds
+    label_smoothing: float = 0.0  # dpo: the share of pairs that may be labelled the wrong way
+
+    def __post_init__(self) -> None:
+        choice("kind", self.kind, KINDS)
+        for key, template in self.templates.items():
+            check_template(template, key)
+        if not self.beta > 0:
+            raise UserError("more than 0", self.beta, "0.1 is usual", where="beta")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError("a share in [0, 0.5)", self.label_smoothing, "lower it",
+                            where="label_smoothing")
+
+    @property
+    def packs(self) -> bool:
+        return False
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kind in ("dpo", "ipo")
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return ("accuracy", "margin")
+
+    @property
+    def templates(self) -> dict[str, str]:
+        return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+
+    def decides(self) -> dict[str, Any]:
+        plain = super().decides()
+        return {key: plain[key] for key in plain if key not in ("beta", "label_smoothing")}
+
+    def check_installed(self) -> None:
+        """Its metrics need no package."""
+
+    def check(self, model: ModelConfig) -> None:
+        if model.family != "decoder":
+            raise UserError("a decoder", model.family, "use one", where="task.name")
+
+    def texts(self, record: Record) -> list[str]:
+        return [fill(template, record) for template in self.templates.values()]
+
+    def encode(self, record: Record, reader: Reader, facts: Facts, sizes: Sizes, *,
+               labelled: bool = True) -> Encoded:
+        both = [Pairs(input=self.prompt, target=target, separator=self.separator).encode(
+            record, reader, facts, sizes) for target in (self.chosen, self.rejected)]
+        if fill(self.chosen, record) == fill(self.rejected, record):
+            raise UserError("two answers", "the same one twice", "leave the record out")
+        columns = {}
+        for prefix, encoded in zip(("", REJECTED), both, strict=True):
+            its = dict(encoded.columns)
+            if self.kind == "reward":  # read at the last token
+                del its["targets"]
+                its["loss_mask"] = np.eye(1, len(its["tokens"]), len(its["tokens"]) - 1,
+                                          dtype=np.int32)[0]
+            columns |= {f"{prefix}{name}": values for name, values in its.items()}
+        return Encoded(columns, both[0].cut + both[1].cut,
+                       cut_target=both[0].cut_target + both[1].cut_target)
+
+    def length_of(self, side: str, sizes: Sizes, facts: Facts) -> int:
+        return 2 if side == "label_" else sizes.tokens
+
+    def head(self, model: ModelConfig, facts: Facts) -> HeadConfig:
+        return HeadConfig(1, "plain") if self.kind == "reward" else HeadConfig()
+
+    def loss(self, model: Model, facts: Facts, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
+        def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
+            real_B = (batch["segment_ids"][:, 0] > 0).astype(jnp.float32)
+            if self.kind == "reward":
+                chosen_B, rejected_B = rewards(model, params, batch, key)
+                each_B = -jax.nn.log_sigmoid(chosen_B - rejected_B)
+            else:
+                pair = log_likelihoods(model, params, batch, key, chunk=chunk)
+                each_B, chosen_B, rejected_B = self._each(*pair, batch)
+            total = jnp.sum(each_B * real_B)
+            extra = {} if key is not None else {"row_chosen": chosen_B, "row_rejected": rejected_B}
+            return Loss(total, jax.lax.stop_gradient(total), jnp.sum(real_B), extra)
+
+        return loss_fn
+
+    def _each(self, chosen_B: jax.Array, rejected_B: jax.Array,
+              batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The loss of each pair, and the rewards of its answers."""
+        lengths = [jnp.maximum(jnp.sum(batch[f"{prefix}loss_mask"], axis=1), 1.0)
+                   for prefix in ("", REJECTED)]
+        if self.kind == "orpo":
+            a_B, b_B = chosen_B / lengths[0], rejected_B / lengths[1]
+            odds_B = (a_B - b_B) - (jnp.log1p(-jnp.exp(a_B)) - jnp.log1p(-jnp.exp(b_B)))
+            return -a_B - self.beta * jax.nn.log_sigmoid(odds_B), a_B, b_B
+        a_B, b_B = chosen_B - batch[REFERENCE][:, 0], rejected_B - batch[REFERENCE][:, 1]
+        if self.kind == "ipo":
+            gap_B = a_B / lengths[0] - b_B / lengths[1]
+            each_B = jnp.square(gap_B - 1 / (2 * self.beta))
+        else:
+            z_B, smooth = self.beta * (a_B - b_B), self.label_smoothing
+            each_B = -(1 - smooth) * jax.nn.log_sigmoid(z_B) - smooth * jax.nn.log_sigmoid(-z_B)
+        return each_B, self.beta * a_B, self.beta * b_B
+
+    def answer(self, predicted: Predicted, facts: Facts) -> Answer:
+        chosen, rejected = (float(predicted.arrays[f"row_{name}"])
+                            for name in ("chosen", "rejected"))
+        return {"label": "chosen" if chosen > rejected else "rejected",
+                "confidence": float(1 / (1 + np.exp(-abs(chosen - rejected)))),
+                "chosen": chosen, "rejected": rejected}
+
+    def truth(self, record: Record) -> Any:
+        return "chosen"
+
+    def metrics(self, predicted: Sequence[Predicted], facts: Facts) -> dict[str, float]:
+        chosen, rejected = (np.array([float(p.arrays[f"row_{name}"]) for p in predicted])
+                            for name in ("chosen", "rejected"))
+        return {"accuracy": float(np.mean(chosen > rejected)),
+                "margin": float(np.mean(chosen - rejected))}
+
+
+def log_likelihoods(model: Model, params: Params, batch: Batch, key: jax.Array | None = None, *,
+                    chunk: int = 0) -> tuple[jax.Array, jax.Array]:
+    """The log-likelihoods of the better and of the worse answers, float32 [B] each, in nats."""
+    both = _both(batch)
+    hidden = model.hidden(params, both, key)
+    sums = row_log_likelihoods(hidden.x_BTD, hidden.table_VD, both["targets"], both["loss_mask"],
+                               bias_V=hidden.bias_V, softcap=model.config.output_softcap,
+                               chunk=chunk).reshape(-1, 2)
+    return sums[:, 0], sums[:, 1]
+
+
+def rewards(model: Model, params: Params, batch: Batch,
+            key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """What a head of one output gives to the better and to the worse answers, float32 [B] each."""
+    both = _both(batch)
+    scores_NT = model.logits_of(model.hidden(params, both, key))[..., 0]
+    sums = jnp.sum(scores_NT * both["loss_mask"], axis=1).reshape(-1, 2)
+    return sums[:, 0], sums[:, 1]
+
+
+def _both(batch: Batch) -> Batch:
+    """Rows of both answers, [2B, T]: those of a pair are neighbours, and stay on their device."""
+    names = [name.removeprefix(REJECTED) for name in batch if name.startswith(REJECTED)]
+    return {name: jnp.stack([batch[name], batch[REJECTED + name]], axis=1).reshape(
+        -1, batch[name].shape[1]) for name in names}
