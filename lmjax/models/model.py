@@ -113,11 +113,18 @@ class Model:
         Returns:
           ([B, T, D], [B, D] or None); the states of an encoder-decoder are its encoder's.
         """
-        model = self.functional.bind(self.cast(params))
-        x_BTD, _ = model.states(batch, self.dtype)
-        has_pooler = (isinstance(self.config, EncoderConfig) and self.config.pooler
-                      and not self.config.head.outputs)
-        return x_BTD, model.pooled(x_BTD) if has_pooler else None
+        x_BTD = self.states(params, batch)
+        if (not isinstance(self.config, EncoderConfig) or not self.config.pooler
+                or self.config.head.outputs):
+            return x_BTD, None
+        return x_BTD, self.functional.bind(self.cast(params)).pooled(x_BTD)
+
+    def states(self, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """The last hidden states [B, T, D] before any head; of an encoder-decoder, its encoder's.
+
+        key: turns dropout on.
+        """
+        return self.functional.bind(self.cast(params)).states(batch, self.dtype, key)[0]
 
     def init_cache(self, batch_size: int, slots: int, *, params: Params | None = None,
                    batch: Batch | None = None, rings: bool = True) -> Cache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lmjax.tasks.classification import Classification
+from lmjax.tasks.embeddings import Embeddings
 from lmjax.tasks.pairs import Pairs
 from lmjax.tasks.preferences import Preferences
 from lmjax.tasks.questions import Questions
@@ -18,4 +19,4 @@ class LanguageModeling:
     name: str = ""
 
 
-AnyTask = LanguageModeling | Classification | Pairs | Preferences | Questions | Tagging
+AnyTask = LanguageModeling | Classification | Embeddings | Pairs | Preferences | Questions | Tagging

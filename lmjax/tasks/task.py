@@ -70,6 +70,11 @@ class Task(abc.ABC):
     target_len: int = 0  # tokens in a row of an encoder-decoder's decoder; 0: data.seq_len
 
     @property
+    def whole_batch(self) -> bool:
+        """Whether the loss compares the examples of a batch, which then is computed in one part."""
+        return False
+
+    @property
     def writes(self) -> bool:
         """Whether the model writes text, with its unembedding."""
         return False

@@ -219,6 +219,9 @@ class Recipe:
         if isinstance(self.task, Task):
             self.task.check(self.model)
             measures = self.task.measures
+            if self.task.whole_batch and self.train.microbatches > 1:
+                raise UserError(f"1 for {self.task.name}, which compares all rows of a batch",
+                                self.train.microbatches, "lower it", where="train.microbatches")
             if self.sample.every and not self.task.writes:
                 raise UserError(f"0 for {self.task.name}, which writes no text", self.sample.every,
                                 "set 0", where="sample.every")
