@@ -124,6 +124,8 @@ def vectors(model: Model, params: Params, batch: Batch,
     states = model.states(params, both, key).astype(jnp.float32)
     real_NT1 = (both["segment_ids"] > 0).astype(jnp.float32)[..., None]
     mean_ND = jnp.sum(states * real_NT1, axis=1) / jnp.maximum(jnp.sum(real_NT1, axis=1), 1.0)
-    unit_ND = mean_ND / jnp.maximum(jnp.linalg.norm(mean_ND, axis=1, keepdims=True), 1e-12)
+    # Not by the norm: its gradient at 0, where a row is padding, is not a number.
+    squares_N1 = jnp.sum(jnp.square(mean_ND), axis=1, keepdims=True)
+    unit_ND = mean_ND * jax.lax.rsqrt(jnp.maximum(squares_N1, 1e-24))
     pairs_BD = unit_ND.reshape(-1, 2, unit_ND.shape[1])
     return pairs_BD[:, 0], pairs_BD[:, 1]
