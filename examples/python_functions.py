@@ -1,0 +1,82 @@
+"""Writes functions of Python's standard library with what their docstrings say of them.
+
+    python examples/python_functions.py matches runs/data/python-matches.jsonl
+    python examples/python_functions.py preferences runs/data/python-preferences.jsonl
+    python examples/python_functions.py partners runs/data/python-partners.jsonl
+
+Each line of JSON is made of a function, without its docstring, and of the docstring's first line:
+
+    matches      {"code", "summary", "label"}: whether the summary is that of the function; half of
+                 them are those of another function of the same module
+    preferences  {"prompt", "chosen", "rejected"}: the function, its summary, and another's
+    partners     {"first", "second"}: a summary and its function
+
+The name of a function is replaced by `f`, since it would tell too much.
+"""
+
+import argparse
+import ast
+import json
+import pathlib
+import random
+import sysconfig
+from collections import defaultdict
+from collections.abc import Iterator
+
+LEAST, MOST_CODE, MOST_SUMMARY = 15, 600, 120  # characters
+
+
+def functions(folder: pathlib.Path) -> Iterator[tuple[str, str, str]]:
+    """(module, code, summary) of each function of all modules in a folder, each code once."""
+    seen = set()
+    for path in sorted(folder.rglob("*.py")):
+        if {"site-packages", "test", "tests", "lib2to3"} & set(path.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # some files are broken on purpose
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
+                summary, node.name, node.body = text.split("\n")[0].strip(), "f", node.body[1:]
+                if node.body and LEAST <= len(summary) <= MOST_SUMMARY:
+                    code = ast.unparse(node)
+                    if code not in seen and LEAST <= len(code) <= MOST_CODE:
+                        seen.add(code)
+                        yield path.stem, code, summary
+
+
+def records(kind: str, folder: pathlib.Path, rng: random.Random) -> Iterator[dict[str, str]]:
+    """The records of a kind; a wrong summary is drawn from the function's own module."""
+    by_module = defaultdict(list)
+    for module, code, summary in functions(folder):
+        by_module[module].append((code, summary))
+    for found in by_module.values():
+        summaries = sorted({summary for _, summary in found})
+        for code, summary in found:
+            others = [other for other in summaries if other != summary]
+            if kind == "partners":
+                yield {"first": summary, "second": code}
+            elif others and kind == "preferences":
+                yield {"prompt": code, "chosen": summary, "rejected": rng.choice(others)}
+            elif others:
+                is_own = rng.random() < 0.5
+                yield {"code": code, "summary": summary if is_own else rng.choice(others),
+                       "label": "yes" if is_own else "no"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes functions of Python's own source.")
+    parser.add_argument("kind", choices=("matches", "preferences", "partners"))
+    parser.add_argument("out", type=pathlib.Path, help="file of JSON lines to write")
+    args = parser.parse_args()
+    rng = random.Random(0)
+    found = list(records(args.kind, pathlib.Path(sysconfig.get_paths()["stdlib"]), rng))
+    rng.shuffle(found)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
+    print(f"{len(found):,} records are in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
