@@ -10,11 +10,13 @@ import numpy as np
 from lmjax.data.config import DataConfig
 from lmjax.data.objectives import Objective
 from lmjax.data.order import Steps
-from lmjax.data.pipeline import Mixture, open_splits
+from lmjax.data.pipeline import Mixture
 from lmjax.data.tokenizers import NamedIds, prepared_tokenizer
 from lmjax.errors import UserError
+from lmjax.tasks.task import Task
 from lmjax.training.checkpoint import checkpoint_steps, read_about
 from lmjax.training.recipe import Recipe, recorded_recipe
+from lmjax.training.task_data import open_data
 
 CHUNK = 1024  # rows located at once
 # The fields of a row to show, by architecture. A decoder's targets hold the whole text.
@@ -46,7 +48,7 @@ def open_run(workdir: str | Path) -> TrainedData:
                         where=str(workdir))
     recipe = recorded_recipe(json.loads((workdir / "config.json").read_text()))
     directory = recipe.data.directory or str(workdir.absolute() / "data")
-    split, _ = open_splits(recipe.data, directory)
+    split, *_ = open_data(recipe, directory)
     batch_size, checkpoints = recipe.train.batch_size, recipe.checkpoint.path(workdir)
     steps, saved = Steps([(0, 0, batch_size)]), checkpoint_steps(checkpoints)
     if saved:
@@ -74,18 +76,22 @@ def show(workdir: str | Path, step: int) -> None:
                         where="--step")
     g = np.arange(run.steps.rows(step - 1), run.steps.rows(step))
     rows = run.split.rows(g)
-    objective = run.recipe.data.objective
+    objective, task = run.recipe.data.objective, run.recipe.task
     shown = SHOWN[objective.architecture]
     shown = ("tokens", *shown) if objective.augment.share else shown
-    print(f"step {step}: rows {g[0]:,} to {g[-1]:,} of the run, by {objective.name}")
+    if isinstance(task, Task):  # targets are ids of text only where the model writes
+        shown = tuple(name for name in rows if name.endswith("tokens")
+                      or task.writes and name == "targets")
+    name = task.name or objective.name
+    print(f"step {step}: rows {g[0]:,} to {g[-1]:,} of the run, by {name}")
     for i, (row, source, epoch, place) in enumerate(zip(g, *run.split.locate(g), strict=True)):
         part = run.split.sources[source]
         print(f"\nrow {row:,}: {part.name}, epoch {epoch}, packed row {place:,}")
         for segment, (name, first, length) in enumerate(part.documents_at(place), 1):
             print(f"  document {name}, {length} from {first} on")
             for field in shown:
-                encoder = "encoder_" if field.startswith("encoder_") else ""
-                segments = rows[f"{encoder}segment_ids"][i]
+                side = field.removesuffix("tokens") if field.endswith("tokens") else ""
+                segments = rows[f"{side}segment_ids"][i]
                 text = run.text(rows[field][i][segments == segment])
                 label = f"{field}: " if len(shown) > 1 else ""
                 print("\n".join(f"    {label}{line}" for line in text.split("\n")))

@@ -29,6 +29,7 @@ from etils import epath
 from lmjax.errors import UserError, first_line
 
 FORMAT, VERSION = "lmjax-tokens", 1
+EXAMPLES = "lmjax-examples"  # the format of the examples of a task, which lmjax/tasks writes
 SHARD = 1 << 24          # values per file, at most
 CHUNK = 1 << 14          # values per compressed chunk: the least that a read decodes
 CACHE_BYTES = 256 << 20  # limit of an open array's cache of chunks
@@ -187,6 +188,9 @@ def read_manifest(directory: str) -> dict[str, Any]:
     got = manifest
     if isinstance(manifest, dict):
         got = manifest.get("format"), manifest.get("version")
+    if got == (EXAMPLES, 1):
+        raise UserError("prepared text", "the examples of a task", "name that task, or use another "
+                        "data.directory", where=str(path))
     if got != (FORMAT, VERSION):
         raise UserError(f"{FORMAT} version {VERSION}", got, "prepare the data again",
                         where=str(path))

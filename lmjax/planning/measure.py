@@ -26,8 +26,10 @@ from lmjax.planning.kernels import StepFacts
 from lmjax.runtime.chips import Topology, parse_topology
 from lmjax.runtime.devices import matmul_rate
 from lmjax.sharding import use_layout
+from lmjax.tasks.task import Task
 from lmjax.training.program import Program, make_program
 from lmjax.training.recipe import Recipe, recorded_recipe
+from lmjax.training.task_data import open_data
 from lmjax.tree import num_elements, shard_bytes
 
 PLATFORMS = ("cpu", "gpu", "cuda", "tpu")  # in place of a topology: the devices at hand
@@ -52,10 +54,7 @@ def measure(recipe: Recipe, topology: Topology | str) -> tuple[StepFacts, str]:
     """
     devices = topology_devices(topology)
     began = time.monotonic()
-    size = recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
-    objective = Objective(recipe.data.objective, seq_len=recipe.data.seq_len, vocab_size=size)
-    program = make_program(recipe, devices, fields=objective.fields,
-                           vocab_size=recipe.model.vocab_size or objective.vocab_size)
+    program = _program(recipe, devices)
     lowered = program.traced.lower()
     traced = time.monotonic()
     mesh = program.layout.mesh
@@ -82,6 +81,22 @@ def measure(recipe: Recipe, topology: Topology | str) -> tuple[StepFacts, str]:
         "matmul_flops_per_second": matmul_rate(facts["compute_dtype"]) if here else None,
     }
     return facts, step.as_text()
+
+
+def _program(recipe: Recipe, devices: Sequence[jax.Device]) -> Program:
+    """The program of a recipe, whose data need not be there; but the examples of a task must be."""
+    if isinstance(recipe.task, Task):
+        if not recipe.data.directory:
+            raise UserError("the prepared examples of the task, which decide the arrays of a batch",
+                            "none", "train a step first, then set it to WORKDIR/data",
+                            where="config.data.directory")
+        split, _, _, found = open_data(recipe, recipe.data.directory)
+        return make_program(recipe, devices, fields=split.fields, vocab_size=split.vocab_size,
+                            facts=found)
+    size = recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
+    objective = Objective(recipe.data.objective, seq_len=recipe.data.seq_len, vocab_size=size)
+    return make_program(recipe, devices, fields=objective.fields,
+                        vocab_size=recipe.model.vocab_size or objective.vocab_size)
 
 
 def topology_devices(topology: Topology | str) -> Sequence[jax.Device]:

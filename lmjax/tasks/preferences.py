@@ -97,7 +97,7 @@ class Preferences(Task):
             record, reader, facts, sizes) for target in (self.chosen, self.rejected)]
         if fill(self.chosen, record) == fill(self.rejected, record):
             raise UserError("two answers", "the same one twice", "leave the record out")
-        columns = {}
+        columns: dict[str, np.ndarray] = {}
         for prefix, encoded in zip(("", REJECTED), both, strict=True):
             its = dict(encoded.columns)
             if self.kind == "reward":  # read at the last token

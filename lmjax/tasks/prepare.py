@@ -33,7 +33,7 @@ from lmjax.tasks.columns import ColumnWriter
 from lmjax.tasks.examples import Example, check_columns, examples, is_heldout, sources_of
 from lmjax.tasks.task import Facts, Record, Sizes, Task
 
-FORMAT, VERSION = "lmjax-examples", 1
+FORMAT, VERSION = store.EXAMPLES, 1
 RECORDS = "records.jsonl"
 # In an entry of the manifest: examples that were cut, and their tokens; then the same of targets.
 CUTS = (("cut_examples", "cut_tokens"), ("cut_targets", "cut_target_tokens"))

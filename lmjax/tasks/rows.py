@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -122,7 +122,8 @@ def side_of(column: str) -> str:
 
 
 def open_examples(task: Task, data: DataConfig, directory: str, *, sizes: Sizes,
-                  vocab_size: int) -> tuple[Mixture, dict[str, InOrder]]:
+                  vocab_size: int,
+                  verify: bool = False) -> tuple[Mixture, dict[str, InOrder]]:
     """Opens the rows of prepared examples.
 
     Args:
@@ -130,23 +131,24 @@ def open_examples(task: Task, data: DataConfig, directory: str, *, sizes: Sizes,
       directory: of the prepared examples.
       sizes: likewise.
       vocab_size: number of ids of the model's tokens.
+      verify: hash every array against the manifest.
     Returns:
       the training rows, and the rows of each other split (heldout, and test if there is one).
     """
     found: dict[str, list[ExampleRows]] = {}
     for place in read_manifest(directory)["splits"]:
         found.setdefault(place.rpartition("/")[2], []).append(open_rows(
-            task, data, directory, place, sizes=sizes, vocab_size=vocab_size))
+            task, data, directory, place, sizes=sizes, vocab_size=vocab_size, verify=verify))
     train = Mixture(found.pop("train"), stages=data.mixture, seed=data.seed)
     return train, {split: InOrder(rows) for split, rows in found.items()}
 
 
 def open_rows(task: Task, data: DataConfig, directory: str, place: str, *, sizes: Sizes,
-              vocab_size: int) -> ExampleRows:
+              vocab_size: int, verify: bool = False) -> ExampleRows:
     """Opens the rows of one split of one source; `place` is SOURCE/SPLIT."""
     manifest, (name, _, split) = read_manifest(directory), place.rpartition("/")
     columns = {column: SplitStore(directory, place, column, facts,
-                                  memory_limit=data.memory_limit_mib << 20)
+                                  memory_limit=data.memory_limit_mib << 20, verify=verify)
                for column, facts in manifest["splits"][place]["columns"].items()}
     text = canonical([manifest["facts"],
                       {column: kept.fingerprint for column, kept in columns.items()}])

@@ -15,10 +15,10 @@ from lmjax.runtime.files import write_whole
 
 # The metrics that evaluation writes and `eval.metric` may name: whether higher is better.
 HIGHER_IS_BETTER = {
-    "loss": False, "perplexity": False, "bits_per_byte": False, "mse": False,
-    "accuracy": True, "f1": True, "f1_micro": True, "matthews": True, "exact_match": True,
-    "pearson": True, "spearman": True, "precision": True, "recall": True,
-    "bleu": True, "chrf": True, "rouge1": True, "margin": True, "mrr": True, "rouge2": True, "rougeL": True,
+    "loss": False, "perplexity": False, "bits_per_byte": False, "mse": False, "accuracy": True,
+    "f1": True, "f1_micro": True, "matthews": True, "exact_match": True, "pearson": True,
+    "spearman": True, "precision": True, "recall": True, "bleu": True, "chrf": True,
+    "rouge1": True, "margin": True, "mrr": True, "rouge2": True, "rougeL": True,
 }
 FILE = "best.json"  # beside the checkpoints
 

@@ -45,9 +45,14 @@ def prepare_task(recipe: Recipe, directory: str, source: Pretrained | None, log:
                                              rows=recipe.model.vocab_size or made.vocab_size))
 
 
-def open_data(recipe: Recipe,
-              directory: str) -> tuple[Mixture, Split, Split | None, Facts | None]:
+def open_data(recipe: Recipe, directory: str, *, verify: bool = False,
+              ) -> tuple[Mixture, Split, Split | None, Facts | None]:
     """Opens the data of a run.
+
+    Args:
+      recipe: of the run.
+      directory: of the prepared data.
+      verify: hash every array against the manifest.
 
     Returns:
       the training rows; the held-out rows; those of the test examples, and what the task keeps of
@@ -57,10 +62,10 @@ def open_data(recipe: Recipe,
       UserError: it is not prepared, prepared with another config, or damaged.
     """
     if not isinstance(recipe.task, Task):
-        return *open_splits(recipe.data, directory), None, None
+        return *open_splits(recipe.data, directory, verify=verify), None, None
     vocab_size = recipe.model.vocab_size or prepared_tokenizer(directory).vocab_size
     train, others = open_examples(recipe.task, recipe.data, directory, sizes=sizes_of(recipe),
-                                  vocab_size=vocab_size)
+                                  vocab_size=vocab_size, verify=verify)
     return train, others["heldout"], others.get("test"), read_manifest(directory)["facts"]
 
 

@@ -1,16 +1,18 @@
 """The doctor's look at prepared data."""
 
+import contextlib
 import functools
 import os
 from typing import Any
 
 from etils import epath
 
-from lmjax.cli.doctor.diagnosis import NOTE, Diagnosis
+from lmjax.cli.doctor.diagnosis import GOOD, NOTE, Diagnosis
 from lmjax.data.store import SplitStore, read_manifest
 from lmjax.data.tokenizers import prepared_tokenizer
 from lmjax.errors import UserError
 from lmjax.monitoring.units import human_bytes
+from lmjax.tasks.prepare import read_manifest as read_examples
 
 SPLITS = ("train", "heldout")
 
@@ -28,6 +30,8 @@ def is_unfinished(path: str) -> bool:
 
 def examine_prepared(path: str, whole: bool) -> Diagnosis:
     """Examines a directory of prepared data."""
+    with contextlib.suppress(UserError):
+        return _examine_examples(path, read_examples(path), whole)
     found = Diagnosis(path, "prepared data")
     manifests: list[dict[str, Any]] = []
 
@@ -46,6 +50,26 @@ def examine_prepared(path: str, whole: bool) -> Diagnosis:
     if (epath.Path(path) / "ledger.parquet").exists():
         found.uses.append(f"lmjax trace --data {path} --id DOCUMENT")
     return found
+
+
+def _examine_examples(path: str, manifest: dict[str, Any], whole: bool) -> Diagnosis:
+    """Examines the examples of a task."""
+    task = manifest["config"]["task"]["name"]
+    found = Diagnosis(path, f"prepared examples of the task {task}")
+    found.add(GOOD, "manifest", f"fingerprint {manifest['fingerprint'][:12]}")
+    found.check("tokenizer", lambda: _tokenizer(path, manifest))
+    for place, entry in manifest["splits"].items():
+        found.check(place, functools.partial(_columns, path, place, entry, whole))
+    found.uses.append(f"lmjax train --config FILE --workdir DIR --config.data.directory={path}")
+    return found
+
+
+def _columns(path: str, place: str, entry: dict[str, Any], whole: bool) -> str:
+    for column, facts in entry["columns"].items():
+        SplitStore(path, place, column, facts, memory_limit=0, verify=whole)
+    read = "read and equal to the manifest's sha256" if whole else "not read (--quick)"
+    return (f"{entry['examples']:,} examples, {entry['cut_examples']:,} of them cut, "
+            f"{entry['left_out']:,} records left out; {read}")
 
 
 def examine_unfinished(path: str, whole: bool) -> Diagnosis:

@@ -14,13 +14,13 @@ from orbax.checkpoint import StandardCheckpointHandler
 from orbax.checkpoint.args import StandardRestore
 
 from lmjax.cli.doctor.diagnosis import BAD, GOOD, NOTE, Diagnosis
-from lmjax.data.pipeline import open_splits
 from lmjax.errors import UserError, first_line
 from lmjax.monitoring.units import human_bytes, human_count
 from lmjax.training.checkpoint import About, checkpoint_steps, read_about
 from lmjax.training.checksums import verify
 from lmjax.training.recipe import Recipe, recorded_recipe
 from lmjax.training.saved import find_saved
+from lmjax.training.task_data import open_data
 from lmjax.tree import named_leaves, num_bytes
 
 # Commands by architecture.
@@ -236,7 +236,7 @@ def _is_finite(x: jax.Array) -> jax.Array:
 
 def _data(recipe: Recipe, where: Path, about: About | None, whole: bool) -> str:
     directory = recipe.data.directory or str(where.absolute() / "data")
-    split, _ = open_splits(recipe.data, directory, verify=whole)
+    split, *_ = open_data(recipe, directory, verify=whole)
     if about:
         saved, now = about["data"]["fingerprint"], split.fingerprint_of(about["data"]["next_row"])
         if saved != now:
