@@ -15,6 +15,8 @@ from lmjax.errors import UserError, first_line
 
 BATCH_BYTES = 4 << 20  # of text that are decoded at once, as far as a file's statistics tell
 MOST_ROWS = 1024
+# Reads a column piece by piece. Read ahead, or by threads, it would be held whole and encoded.
+LEAN: dict[str, Any] = {"buffer_size": CHUNK, "pre_buffer": False}
 # What Parquet puts between a column of lists and what its items have.
 _LISTS = re.compile(r"\.(list\.(element|item)|bag\.array_element|array)(?=\.|$)")
 
@@ -40,7 +42,7 @@ def read_parquet(name: str, path: str, stream: io.BufferedReader | None,
             while block := stream.read(CHUNK):
                 file.write(block)
             file.seek(0)
-        table = stack.enter_context(pq.ParquetFile(file, buffer_size=CHUNK))
+        table = stack.enter_context(pq.ParquetFile(file, **LEAN))
         check_column(table.schema_arrow, field, path)
         paths = [table.schema.column(i).path for i in range(len(table.schema))]
         leaf = [i for i, full in enumerate(paths) if full == field or not field
@@ -54,11 +56,10 @@ def read_parquet(name: str, path: str, stream: io.BufferedReader | None,
             reader = table
             if field and leaf and _repeats(facts.column(leaf[0])):
                 as_dictionary = as_dictionary or stack.enter_context(
-                    pq.ParquetFile(file, buffer_size=CHUNK, read_dictionary=[
-                        paths[i] for i in leaf]))
+                    pq.ParquetFile(file, **LEAN, read_dictionary=[paths[i] for i in leaf]))
                 reader = as_dictionary
             for batch in reader.iter_batches(rows, row_groups=[group],
-                                            columns=[paths[i] for i in leaf]):
+                                            columns=[paths[i] for i in leaf], use_threads=False):
                 for text in _texts(batch, field):
                     yield f"{name}:{row}", text
                     row += 1
@@ -99,11 +100,23 @@ def check_column(schema: Any, field: str, path: str) -> None:
             if kind is None:
                 break
     if kind is None:
-        raise UserError(f"a column {field!r}", f"{names} in {path}", "set text_field")
+        raise UserError(f"a column {field!r}", f"{_columns(schema)} in {path}", "set text_field")
     while hasattr(kind, "value_type"):
         kind = kind.value_type
     if not any(word in str(kind) for word in ("string", "binary", "null")):
         raise UserError(f"text in the column {field!r}", f"{kind} in {path}", "set text_field")
+
+
+def _columns(schema: Any) -> list[str]:
+    """The names of the columns; the fields of a column without text of its own as a.b."""
+    found = []
+    for column in schema:
+        kind = column.type
+        while hasattr(kind, "value_type"):
+            kind = kind.value_type
+        below = [f"{column.name}.{field.name}" for field in getattr(kind, "fields", ())]
+        found += below or [column.name]
+    return found
 
 
 def _repeats(column: Any) -> bool:

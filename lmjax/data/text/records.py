@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 MOST_BYTES = 256 << 20  # of a record; a longer one is broken, so that memory is bounded
@@ -55,11 +56,21 @@ def text_of(record: Any, field: str) -> str | bytes | Broken:
         return "\n".join(got)
     if isinstance(got, list) and got and all(isinstance(item, bytes) for item in got):
         return b"\n".join(got)
-    keys = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
+    keys = sorted(_keys(record)) if isinstance(record, dict) else type(record).__name__
     if len(keys) > 20 and isinstance(keys, list):
         keys = [*keys[:20], "..."]
     what = "nothing" if got is None else type(got).__name__
     return Broken("", f"{what} under {field!r} (it has {keys})", ascii(record)[:200])
+
+
+def _keys(record: dict[str, Any]) -> Iterator[str]:
+    """The keys of a record; those below a key that has no text itself as a.b."""
+    for key, value in record.items():
+        below = value[0] if isinstance(value, list) and value else value
+        if isinstance(below, dict) and below:
+            yield from (f"{key}.{name}" for name in below)
+        else:
+            yield str(key)
 
 
 def _as_json(value: Any) -> Any:

@@ -162,7 +162,8 @@ def _too_many(where: str, total: int, broken: int, example: Sequence[str],
               budget: float) -> UserError:
     return UserError(f"at most {budget:.1%} of broken records",
                      f"{broken} of {total} (such as {example[0]}: {example[1]})",
-                     f"repair them{where}, or raise data.broken_budget")
+                     "set text_field, " * ("(it has [" in example[1])
+                     + f"repair them{where}, or raise data.broken_budget")
 
 
 def identity(source: SourceConfig) -> str:

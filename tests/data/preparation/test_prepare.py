@@ -278,7 +278,7 @@ def test_evaluation_sets_that_cannot_be_read_are_refused(texts, tmp_path):
     evals = DecontaminateConfig(sources=(SourceConfig("e", f"jsonl:{tmp_path}/e.jsonl"),), words=5)
     config = make_config(texts, curate=CurateConfig(decontaminate=evals, workers=1))
     told = (r"source e .*got 3 of 3 \(such as e.jsonl:1: nothing under 'text' \(it has "
-            r"\['question'\]\)\); repair")
+            r"\['question'\]\)\); set text_field, repair")
     with pytest.raises(ValueError, match=told):
         prepare(config, str(tmp_path / "out"), log=silent)
 
