@@ -6,6 +6,7 @@ from typing import Any
 from lmjax.data.order import Steps
 from lmjax.errors import UserError, first_line
 from lmjax.runtime.distributed import agreed
+from lmjax.tasks.task import Task
 from lmjax.training.adopt import adopted, comparable
 from lmjax.training.announce import announce_epochs, dtype_reason
 from lmjax.training.best import read_best, restored
@@ -45,7 +46,7 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
         if source:
             check_start(source, comparable(run.model.config, source.recipe.model), run.tokenizer,
                         has_adapters=bool(run.model.adapter.kind))
-            if run.tokenizer and not run.recipe.task:
+            if run.tokenizer and not isinstance(run.recipe.task, Task):
                 check_marks(source, run.recipe.data.objective, run.tokenizer)
         # Refuses a run of too many epochs: better before the weights are made than after.
         facts = announce_epochs(run, log)

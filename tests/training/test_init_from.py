@@ -162,6 +162,20 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(source, texts,
         assert not (tmp_path / str(i) / "run.json").exists()
 
 
+def test_a_start_with_other_sentinels_is_refused(texts, tmp_path, capsys):
+    folder, _ = texts
+    options = ["train.steps=2", "optimizer.warmup_steps=1", "checkpoint.every=2", "eval.every=0",
+               "data.seq_len=32", "data.heldout_fraction=0.2", "data.tokenizer.vocab_size=300",
+               "model.vocab_size=316", f"data.sources.0.uri=text:{folder}/a/*.txt"]
+    first = tmp_path / "first"
+    assert run_here(first, *options, config="configs/t5.py:tiny") == 0
+    capsys.readouterr()
+    assert run_here(tmp_path / "second", *options, "data.objective.sentinels=12",
+                    f"train.init_from={first}", f"data.tokenizer.path={first}",
+                    config="configs/t5.py:tiny") == 2
+    assert "<extra_id_0> as id" in one_line(capsys.readouterr().err)
+
+
 @pytest.fixture
 def moved(texts, tmp_path, monkeypatch):
     """The options of a finished run that began from $HERE/hf, after $HERE has moved."""
