@@ -47,3 +47,18 @@ def test_questions_about_python_have_their_answers_in_the_source():
         elif its and record["question"].startswith("What is the default"):
             name = record["question"].split()[5]
             assert f"{name}={its[0]}" in record["context"].replace(f"{name} = ", f"{name}=")
+
+
+def test_functions_of_python_have_their_own_and_others_summaries():
+    script = runpy.run_path(str(ROOT / "examples/python_functions.py"))
+    own = {(code, summary) for _, code, summary in script["functions"](FOLDER)}
+    by_kind = {kind: [*script["records"](kind, FOLDER, random.Random(0))]
+               for kind in ("matches", "preferences", "partners")}
+    for record in by_kind["matches"]:
+        assert ((record["code"], record["summary"]) in own) == (record["label"] == "yes")
+    for record in by_kind["preferences"]:
+        assert (record["prompt"], record["chosen"]) in own
+        assert (record["prompt"], record["rejected"]) not in own
+    assert {(record["second"], record["first"]) for record in by_kind["partners"]} == own
+    assert len(own) > 10 and all('"""' not in code for code, _ in own)
+    assert {record["label"] for record in by_kind["matches"]} == {"yes", "no"}
