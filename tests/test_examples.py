@@ -51,8 +51,9 @@ def test_questions_about_python_have_their_answers_in_the_source():
 
 def test_functions_of_python_have_their_own_and_others_summaries():
     script = runpy.run_path(str(ROOT / "examples/python_functions.py"))
-    own = {(code, summary) for _, code, summary in script["functions"](FOLDER)}
-    by_kind = {kind: [*script["records"](kind, FOLDER, random.Random(0))]
+    folder = FOLDER.parent / "logging"
+    own = {(code, summary) for _, code, summary in script["functions"](folder)}
+    by_kind = {kind: [*script["records"](kind, folder, random.Random(0))]
                for kind in ("matches", "preferences", "partners")}
     for record in by_kind["matches"]:
         assert ((record["code"], record["summary"]) in own) == (record["label"] == "yes")
