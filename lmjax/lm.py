@@ -311,17 +311,23 @@ class LM:
         return LM(plain, merge(self.params), self.layout, self.tokenizer, recipe, about)
 
     def export(self, out: str | os.PathLike, *, log: Callable[[str], None] = print,
-               **options: Any) -> None:
+               peft_base: str = "", **options: Any) -> None:
         """Writes a Hugging Face directory; adapters are merged into the weights.
 
         Args:
           out: the directory, which must not exist yet.
           log: prints a line for the user.
+          peft_base: writes the adapters alone, in the format of PEFT, for the base that
+            transformers finds under this name or in this directory.
           options: fields of `lmjax.huggingface.ExportOptions`, such as dtype="bfloat16".
 
         Raises:
           UserError: `out` exists, or no Hugging Face model type computes the same.
         """
+        if peft_base:
+            huggingface.write_peft(Path(expand(out, "out", bucket=False)), self.model, self.params,
+                                   base=peft_base, source=self.about.get("huggingface"))
+            return log(f"{out}: the adapters alone, for {peft_base}")
         if self.model.adapter.kind:
             log("the adapters are merged into the weights")
             return self.merge().export(out, log=log, **options)

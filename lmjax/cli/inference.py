@@ -169,6 +169,9 @@ def add_export_hf(parser: ArgumentParser) -> None:
         help="float32, bfloat16 or float16 (default: the import's dtype, else float32)")
     add("--max-shard-gb", type=float, default=5.0,
         help="GB per weights file at most (default: 5)")
+    add("--peft-base", default="", metavar="NAME",
+        help="write the adapters alone, in the format of PEFT, for the base of this name or "
+        "directory (default: adapters are merged into the weights)")
 
 
 def export_hf(arguments: Namespace, overrides: Sequence[str]) -> None:
@@ -180,4 +183,4 @@ def export_hf(arguments: Namespace, overrides: Sequence[str]) -> None:
     options = {"model_type": arguments.model_type, "dtype": arguments.dtype,
                "max_shard_bytes": int(arguments.max_shard_gb * 1e9)}
     ExportOptions(**options)  # refuses a wrong option before the model is loaded
-    load(arguments.checkpoint).export(arguments.out, **options)
+    load(arguments.checkpoint).export(arguments.out, peft_base=arguments.peft_base, **options)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from lmjax.data.tokenizers import HF_FILES
 from lmjax.errors import UserError
 from lmjax.huggingface.directory import HFModel, is_hf_directory, read_directory
+from lmjax.huggingface.peft import is_peft_directory, read_peft
 from lmjax.huggingface.tokenizers import SENTENCEPIECE
 
 NAME = r"[\w.-]+(/[\w.-]+)?"  # a model's name on the hub: org/name, or name alone
@@ -36,7 +37,9 @@ def identify(path: str | os.PathLike) -> Place:
     kind, found, model = kind_of(path), Path(path), None
     try:
         found = locate(path)
-        if kind and kind != "tokenizer":
+        if is_peft_directory(found):
+            read_peft(found)
+        elif kind and kind != "tokenizer":
             model = read_directory(found)
     except UserError as error:
         return Place(kind, found, error, None)
@@ -49,16 +52,13 @@ def locate(path: str | os.PathLike) -> Path:
     Any other path is returned as it is.
 
     Raises:
-      UserError: the path is a GGUF file, an adapter, or a part of something that must be whole.
+      UserError: the path is a GGUF file, or a part of something that must be whole.
     """
     where = in_cache(path)
     kind = _kind(where)
     if kind == "GGUF file":
         raise UserError("a directory with config.json and safetensors", "a GGUF file, which lmjax "
                         "does not read yet", "fetch the model's safetensors", str(where))
-    if kind == "adapter":
-        raise UserError("a whole model", "an adapter (adapter_config.json)", "merge it into its "
-                        "base with peft's merge_and_unload, then save that", str(where))
     if kind == "weights file":
         if where.name != "model.safetensors":
             raise UserError("a model's directory", f"the file {where.name} alone", "name its "
@@ -83,7 +83,7 @@ def _kind(path: Path) -> str:
         return {".gguf": "GGUF file", ".safetensors": "weights file"}.get(path.suffix, "")
     if (path / "snapshots").is_dir():
         return "hub cache"
-    if (path / "adapter_config.json").is_file():
+    if is_peft_directory(path):
         return "adapter"
     if path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf")):
         return "GGUF file"

@@ -45,7 +45,7 @@ def open_tensors(directory: Path) -> dict[str, Entry]:
     index = directory / INDEX
     # As in transformers, a whole file goes before an index, which may be older.
     if (directory / SINGLE).is_file() or not index.is_file():
-        return _headers([directory / SINGLE])
+        return headers([directory / SINGLE])
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict):
         raise UserError("weight_map to name each tensor's file", f"{listed!r:.40}",
@@ -54,7 +54,7 @@ def open_tensors(directory: Path) -> dict[str, Entry]:
     if any(file.parent != directory for file in files):
         raise UserError("files of this directory", "a path out of it", "correct the index",
                         where=str(index))
-    entries = _headers(files)
+    entries = headers(files)
     if {name: directory / file for name, file in listed.items()} != {
             name: entry.file for name, entry in entries.items()}:
         odd = sorted(listed.keys() ^ entries.keys()) or ["a tensor in another file"]
@@ -150,7 +150,8 @@ def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _headers(files: list[Path]) -> dict[str, Entry]:
+def headers(files: list[Path]) -> dict[str, Entry]:
+    """Lists the tensors of safetensors files by name."""
     entries = {}
     for file in files:
         with _open(file) as opened:

@@ -5,6 +5,7 @@ before anything is compiled.
 """
 
 import base64
+import dataclasses
 import functools
 import os
 import sys
@@ -26,7 +27,7 @@ from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import HF_FILES, Tokenizer, TokenizerConfig, tokenizer_from_bytes
 from lmjax.errors import UserError, first_line
 from lmjax.models.model import Model, ModelConfig, build_model
-from lmjax.nn.adapters import merge_adapters
+from lmjax.nn.adapters import is_adapter, merge_adapters
 from lmjax.nn.module import Params
 from lmjax.training.best import best_step
 from lmjax.training.checkpoint import About, checkpoint_steps, read_about, restore_params
@@ -52,7 +53,8 @@ def find(path: str | os.PathLike, *, step: int | str | None = None,
 
     Args:
       path: a run's directory, one checkpoint of a run (RUN/checkpoints/best is the best one), a
-        Hugging Face directory, or a model of the hub's local cache (its directory or its name).
+        Hugging Face directory, of a model or of an adapter of PEFT, or a model of the hub's local
+        cache (its directory or its name).
       step: which checkpoint of a run: a number, or "best"; by default the newest.
       ema: whether to take the averaged weights; by default, if the run kept them.
       base: where the weights are that adapters were trained for; "": where they were then.
@@ -63,11 +65,13 @@ def find(path: str | os.PathLike, *, step: int | str | None = None,
     """
     if "://" not in str(path):
         path = huggingface.locate(path)
-        if huggingface.is_hf_directory(path):
+        if huggingface.is_hf_directory(path) or huggingface.is_peft_directory(path):
             if step is not None or ema:
                 raise UserError("a run, which has steps and may have averaged weights",
                                 "a Hugging Face directory", "leave step and ema out",
                                 where=str(path))
+            if huggingface.is_peft_directory(path):
+                return _peft(path, base)
             return _huggingface(path)
     where = _checkpoint(path, step)
     about = read_about(where)
@@ -249,6 +253,29 @@ def _tokenizer(about: About) -> Tokenizer | None:
     """Returns the tokenizer of a checkpoint, None if it was trained on synthetic data."""
     text = about["tokenizer"]
     return tokenizer_from_bytes(base64.b64decode(text)) if text else None
+
+
+def _peft(path: Path, base: str | os.PathLike) -> Pretrained:
+    found = huggingface.read_peft(path)
+    place, fix = str(base or found.base), "say where it is with lmjax.load(path, base=...)"
+    if not place:
+        raise UserError("base_model_name_or_path", "none", fix, where=str(path))
+    try:
+        below = find(place)
+    except UserError as error:
+        raise UserError(f"the model that it is for at {place}", f"none ({first_line(error)})", fix,
+                        where=str(path)) from None
+    found, table = huggingface.on_base(found, below.recipe.model, below.about.get("huggingface"))
+    recipe = dataclasses.replace(below.recipe, adapter=found.config)
+    about = below.about | {"recipe": plain(recipe), "base": {
+        "path": below.where, "step": below.about["step"]}}
+
+    def read(model: Model, shardings: Params) -> Params:
+        shapes, _ = split_tree(model.shapes, is_adapter)
+        return huggingface.read_peft_params(found, table, shapes,
+                                            split_tree(shardings, is_adapter)[0])
+
+    return _on_base(Pretrained(str(path), recipe, below.tokenizer, about, read), place)
 
 
 def _on_base(found: Pretrained, base: str | os.PathLike) -> Pretrained:

@@ -37,6 +37,11 @@ def examine_huggingface(path: str, whole: bool) -> Diagnosis:
              "hub cache": f"a model in the hub's cache, {place.path}",
              "weights file": "a file of weights"}
     found = Diagnosis(path, kinds.get(place.kind, f"a {place.kind}"))
+    if place.kind == "adapter" and place.fault is None:
+        found.kind = "an adapter in the format of PEFT"
+        if found.check("weights", lambda: _load(place.path) if whole else "not read (--quick)"):
+            found.uses += model_uses(path, find(place.path).recipe)
+        return found
     if place.model is None:
         found.add(BAD, "files", str(place.fault))
         return found
