@@ -1,7 +1,7 @@
 """Adapters in the format of Hugging Face's PEFT: adapter_config.json and its safetensors.
 
-PEFT names an adapter's matrices after the module that it adapts, so the tables of weights tell where
-each of ours lies. Only LoRA and its variants on the layers' matrices are read.
+PEFT names an adapter's matrices after the module that it adapts, so the tables of weights tell
+where each of ours lies. Only LoRA and its variants on the layers' matrices are read.
 """
 
 import math

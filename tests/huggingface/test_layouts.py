@@ -171,7 +171,8 @@ LAYOUTS = {
     "flax_model.msgpack": (renamed("flax_model.msgpack"), "model", "got flax_model.msgpack; "),
     "a variant": (renamed("model.fp16.safetensors"), "model", "got model.fp16.*rename a variant"),
     "one shard": (lambda p: renamed(SHARD)(p), "weights file", "expected a model's directory, .*"),
-    "an adapter": (add(adapter_config__json="{}"), "adapter", "an adapter .*merge_and_unload"),
+    "an adapter": (add(adapter_config__json="{}"), "adapter",
+                   "peft_type to be 'LORA'.*merge_and_unload"),
     "GGUF": (gguf, "GGUF file", "a GGUF file, .*fetch the model's safetensors"),
     "a pointer in place of weights": (
         add(model__safetensors=POINTER), "model", "whole safetensors file, .*fetch it again"),
