@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from lmjax.config.paths import expand
 from lmjax.data.reading import Reader, check_told, make_reader
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.decoding.answers import DecodingOptions, answer
-from lmjax.decoding.attention_maps import attention_maps, draw_attention
+from lmjax.decoding.attention_maps import maps_of_text
+from lmjax.decoding.explain import METHODS, Explanation, explain, question_of
 from lmjax.decoding.generate import jit_on
 from lmjax.decoding.inputs import (
     check_array,
@@ -28,9 +28,21 @@ from lmjax.decoding.inputs import (
     check_text,
     check_texts,
 )
-from lmjax.decoding.reading import generator_of, rows_of
-from lmjax.decoding.scoring import batches, continuations, likelihoods, states
+from lmjax.decoding.reading import generator_of
+from lmjax.decoding.scoring import (
+    POOLING,
+    PerToken,
+    Score,
+    TokenScore,
+    draw_surprise,
+    embeddings,
+    likelihoods,
+    states,
+    token_likelihoods,
+    total,
+)
 from lmjax.decoding.speculative import Draft
+from lmjax.decoding.token_texts import labels, token_texts
 from lmjax.errors import UserError
 from lmjax.models.model import Model, build_model
 from lmjax.nn.adapters import NO_ADAPTERS, merge_adapters
@@ -43,29 +55,6 @@ from lmjax.training.pretrained import find
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import TrainState
 from lmjax.tree import split_tree
-
-POOLING = {
-    "mean": lambda x_TD: x_TD.mean(0), "first": lambda x_TD: x_TD[0], "last": lambda x_TD: x_TD[-1]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """How likely a model finds a text."""
-
-    log_likelihood: float  # nats, the sum over all tokens
-    tokens: int  # of the text
-    bytes: int  # of the text, as UTF-8
-    of_decoded_text: bool = False  # whether they are those of the decoded text, which differs
-
-    @property
-    def bits_per_byte(self) -> float:
-        """-log2 of the likelihood, per byte of text."""
-        return -self.log_likelihood / math.log(2) / max(self.bytes, 1)
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean -log likelihood per token."""
-        return math.exp(-self.log_likelihood / max(self.tokens, 1))
 
 
 class LM:
@@ -90,11 +79,13 @@ class LM:
                                               rows=model.config.vocab_size)
             self._generator = generator_of(model, layout, self.reader)
         whole = {"out_shardings": layout.replicated}
-        self._score = jit_on(layout, functools.partial(likelihoods, model), **whole)
+        self._score, self._rank = (jit_on(layout, functools.partial(
+            likelihoods, model, ranks=ranks), **whole) for ranks in (False, True))
         self._states = jit_on(layout, functools.partial(states, model), **whole)
         self._logits = jit_on(layout, model.logits)
 
-    def score(self, texts: Sequence[str]) -> list[Score]:
+    def score(self, texts: Sequence[str], *, tokens: bool = False,
+              picture: str | os.PathLike = "") -> list[Score]:
         """Scores each text as the beginning of a document.
 
         A text longer than the rows of training is read in rows of that length. Each row sees only
@@ -102,6 +93,8 @@ class LM:
 
         Args:
           texts: any number of texts of any length.
+          tokens: whether to score each token, too (`Score.by_token`).
+          picture: a file (.png, .svg) for a drawing of one text's tokens by their surprise.
 
         Returns:
           One score per text.
@@ -110,18 +103,28 @@ class LM:
           UserError: `texts` is no list of texts, or the model is no decoder or has no tokenizer.
         """
         texts = check_texts(texts, "texts")
+        if picture and len(texts) != 1:
+            raise UserError("one text for a picture", len(texts), "pass one", "texts")
         tokenizer, length = self.need_tokenizer(), self.recipe.data.seq_len
         encoded = tokenizer.encode_batch(texts)
         changed = tokenizer.changed(texts, encoded)
         ids = [[tokenizer.bos_id, *x.tolist()] for x in encoded]
         rows = [(i, x[at : at + length + 1])
                 for i, x in enumerate(ids) for at in range(0, len(x) - 1, length)]
-        nats = [0.0] * len(texts)
-        scores = self.continuations([(row, len(row) - 1) for _, row in rows])
-        for (i, _), (value, _) in zip(rows, scores, strict=True):
-            nats[i] += value
-        return [Score(n, len(x) - 1, len(changed.get(i, text).encode()), i in changed)
-                for i, (n, x, text) in enumerate(zip(nats, ids, texts, strict=True))]
+        nats, by_token = [0.0] * len(texts), [[] for _ in texts]
+        scores = self._token_likelihoods([(row, len(row) - 1) for _, row in rows],
+                                         self._rank if tokens or picture else self._score)
+        for (i, _), (log_p, rank) in zip(rows, scores, strict=True):
+            nats[i] += total(log_p)
+            if tokens or picture:
+                by_token[i] += zip(log_p.tolist(), rank.tolist(), strict=True)
+        found = [Score(n, len(x) - 1, len(changed.get(i, text).encode()), i in changed,
+                       tuple(TokenScore(piece, *scored) for piece, scored in
+                             zip(token_texts(tokenizer, x[1:]), by_token[i], strict=False)))
+                 for i, (n, x, text) in enumerate(zip(nats, ids, texts, strict=True))]
+        if picture:
+            draw_surprise(labels(self.reader.names, ids[0][1:]), found[0].by_token, picture)
+        return found
 
     def continuations(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
         """Scores the last ids of each row, given the ids before them.
@@ -140,6 +143,12 @@ class LM:
           UserError: the model is no decoder, a row is longer than its learned positions, an id is
             out of range, or a row has fewer ids than are to be scored after its first.
         """
+        return [(total(log_p), bool((rank == 1).all()))
+                for log_p, rank in self._token_likelihoods(rows, self._score)]
+
+    def _token_likelihoods(self, rows: Sequence[tuple[Sequence[int], int]],
+                           run: Callable[..., Any]) -> list[PerToken]:
+        """`continuations` by token; `run` is `likelihoods`, compiled."""
         if self.model.config.family != "decoder":
             raise UserError("a decoder, which has likelihoods of texts",
                             f"an {self.model.config.family}", "use lm.embed or lm.model")
@@ -151,7 +160,7 @@ class LM:
                                 "put an id before them, such as the tokenizer's bos_id",
                                 f"rows[{i}]")
         rows = [(piece, int(n)) for piece, (_, n) in zip(pieces, rows, strict=True)]
-        return continuations(self.model, self._score, self.params, rows)
+        return token_likelihoods(self.model, run, self.params, rows)
 
     def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
         """Continues each prompt; an encoder-decoder reads the prompt and writes an answer.
@@ -213,15 +222,7 @@ class LM:
         room = self.recipe.data.seq_len - len(self.reader.prefix) - len(self.reader.suffix)
         rows = check_ids([self.reader.ids(text, room) for text in texts], self.model.config,
                          "texts")
-        out = np.zeros((len(rows), self.model.config.embed_dim), np.float32)
-        pieces = [[*row, 0] for row in rows]
-        for part, batch in batches(self.model, pieces, [len(row) for row in rows]):
-            x_BTD = np.asarray(self._states(self.params, batch, np.int32(len(part))), np.float32)
-            for x_TD, i in zip(x_BTD, part, strict=False):
-                out[i] = POOLING[pooling](x_TD[: len(rows[i])])
-        if not normalize:
-            return out
-        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+        return embeddings(self.model, self._states, self.params, rows, pooling, normalize)
 
     def attention_maps(self, text: str, *, picture: str | os.PathLike = "",
                        layer: int = -1) -> tuple[np.ndarray, list[str]]:
@@ -239,21 +240,33 @@ class LM:
           UserError: `text` is no text or is longer than the model's learned positions, there is no
             such layer, or the model has no tokenizer.
         """
-        text, layers = check_text(text, "text"), self.model.config.num_layers
-        if not -layers <= scalar(int, layer, "layer") < layers:
-            raise UserError(f"{-layers} to {layers - 1}", layer, "count from 0, or back from -1",
-                            "layer")
+        text = check_text(text, "text")
         self.need_tokenizer()
-        [ids] = check_ids([self.reader.ids(text)], self.model.config, "text")
-        check_positions(self.model.config, len(ids), "text")
-        rows = rows_of(self.model, [[*ids, 0]], 1, len(ids), [len(ids)])
-        batch = {name: jnp.asarray(x[:, : len(ids)]) for name, x in rows.items()}
-        params = jax.device_put(self.params, jax.devices()[0])
-        maps = attention_maps(self.model, params, batch)[:, 0]
-        tokens = [self.reader.names.decode([i]) or f"[{i}]" for i in ids]
+        return maps_of_text(self.model, self.params, self.reader, text, picture, layer)
+
+    def explain(self, text: str, answer: str = "", *, method: str = METHODS[0],
+                picture: str | os.PathLike = "") -> Explanation:
+        """Computes how much each token that the model reads adds to the likelihood of an answer.
+
+        Args:
+          text: what is read. In an encoder's text, masks such as [MASK] stand for tokens.
+          answer: what follows in a decoder (by default the text itself is explained), the answer
+            of an encoder-decoder, or the tokens of an encoder's masks (by default the likeliest).
+          method: "integrated_gradients" (arXiv:1703.01365) or "gradient_x_input".
+          picture: a file (.png, .svg) for a drawing of the tokens by their values.
+
+        Raises:
+          UserError: there is nothing to explain, or the model has no tokenizer.
+        """
+        choice("method", method, METHODS)
+        text, answer = check_text(text, "text"), check_text(answer, "answer")
+        self.need_tokenizer()
+        question = question_of(self.model, self.reader, text, answer,
+                               functools.partial(self._logits, self.params))
+        found = explain(self.model, self.params, self.layout, self.reader, question, method)
         if picture:
-            draw_attention(maps, tokens, Path(picture), layer=layer)
-        return maps, tokens
+            found.draw(picture)
+        return found
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
         """Computes the logits at every position, for scripts of your own.

@@ -4,6 +4,7 @@ The model's vocabulary is larger than the tokenizer's, as it is when a table is 
 over a mesh.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -163,8 +164,8 @@ def test_input_that_would_be_read_wrongly_is_refused(lm):
 
 
 def test_score_is_the_log_softmax_of_the_logits(lm):
-    scores = lm.score(TEXTS)
-    for text, score in zip(TEXTS, scores, strict=True):
+    scores, with_tokens = lm.score(TEXTS), lm.score(TEXTS, tokens=True)
+    for text, score, each in zip(TEXTS, scores, with_tokens, strict=True):
         ids = [lm.tokenizer.bos_id, *lm.tokenizer.encode(text)]
         pieces = [ids[at : at + LENGTH + 1] for at in range(0, len(ids) - 1, LENGTH)]
         log_p = log_softmax(logits(lm, [piece[:-1] for piece in pieces])) if pieces else []
@@ -172,6 +173,14 @@ def test_score_is_the_log_softmax_of_the_logits(lm):
                    for t, target in enumerate(piece[1:]))
         assert (score.tokens, score.bytes) == (len(ids) - 1, len(text.encode()))
         assert score.log_likelihood == pytest.approx(nats, rel=1e-5)
+        assert score.by_token == () and score == dataclasses.replace(each, by_token=())
+        assert "".join(token.text for token in each.by_token) == text
+        found = [(p[t, target], 1 + (p[t] > p[t, target]).sum())
+                 for p, piece in zip(log_p, pieces, strict=True)
+                 for t, target in enumerate(piece[1:])]
+        assert [token.rank for token in each.by_token] == [rank for _, rank in found]
+        np.testing.assert_allclose([token.log_likelihood for token in each.by_token],
+                                   [value for value, _ in found], rtol=1e-4)
         if text:
             bits = -nats / math.log(2)
             assert score.bits_per_byte == pytest.approx(bits / len(text.encode()), rel=1e-5)

@@ -1,4 +1,4 @@
-"""The commands that use a trained model: generate, score, eval, import-hf, export-hf.
+"""The commands that use a trained model: generate, score, explain, eval, import-hf, export-hf.
 
 Each command has a function that adds its arguments and one that runs it. JAX and everything that
 imports it are imported in the function that runs, so that `lmjax --help` answers at once.
@@ -95,6 +95,51 @@ def score(arguments: Namespace, overrides: Sequence[str]) -> None:
         unit = "bits/byte" + " of decoded text" * found.of_decoded_text
         print(f"{path}: {found.bits_per_byte:.4f} {unit}, perplexity {found.perplexity:.2f}, "
               f"{found.tokens} tokens")
+
+
+def add_explain(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax explain`."""
+    _add_checkpoint(parser)
+    add = parser.add_argument
+    add("--text", required=True, help="what the model reads; [MASK] is a token that an encoder "
+        "predicts")
+    add("--answer", default="", help="what is explained: how a decoder's text goes on (default: "
+        "the text itself), an encoder-decoder's answer, or the tokens of masks (default: the "
+        "likeliest)")
+    add("--method", default="integrated_gradients",
+        choices=("likelihood", "integrated_gradients", "gradient_x_input"),
+        help="likelihood: of each token of a decoder's text, with its rank; else: how much each "
+        "token adds to the answer's log-likelihood (default: integrated_gradients)")
+    add("--picture", default="", type=LocalPath, metavar="FILE",
+        help="draw the tokens coloured by their values (.png, .svg)")
+
+
+def explain(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Prints a value for each token of a text."""
+    if arguments.picture:
+        check_writable(arguments.picture, "--picture", file=True)
+    likelihood = arguments.method == "likelihood"
+    if likelihood and arguments.answer:
+        raise UserError("no answer with --method likelihood, which is of the text",
+                        repr(arguments.answer), "leave it out", where="--answer")
+    from lmjax.lm import load
+
+    lm = load(arguments.checkpoint)
+    if likelihood:
+        [score] = lm.score([arguments.text], tokens=True, picture=arguments.picture)
+        print("log-likelihood      rank  token")
+        for token in score.by_token:
+            print(f"{token.log_likelihood:14.3f}  {token.rank:8,}  {token.text!r}")
+        return
+    found = lm.explain(arguments.text, arguments.answer, method=arguments.method,
+                       picture=arguments.picture)
+    print("  nats  token")
+    for value, label in zip(found.values, found.tokens, strict=True):
+        print(f"{value:6.2f}  {label!r}")
+    print(f"log-likelihood of {''.join(found.target)!r}: {found.log_likelihood:.3f} nats")
+    if arguments.method == "integrated_gradients":
+        print(f"with the mean embedding in place of every token: {found.baseline:.3f}; the values "
+              f"add up to the difference, but for {found.gap:.3f}")
 
 
 def _read(path: str) -> str:

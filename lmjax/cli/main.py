@@ -42,6 +42,8 @@ COMMANDS = {
                         inference.add_generate, inference.generate),
     "score": Command("compute the bits per byte of text files under a trained model",
                      inference.add_score, inference.score),
+    "explain": Command("say how much each token of a text adds to a likelihood, with a picture",
+                       inference.add_explain, inference.explain),
     "eval": Command("evaluate a trained model on tasks of lm-eval",
                     inference.add_eval, inference.evaluate),
     "import-hf": Command("turn a Hugging Face directory into a checkpoint",

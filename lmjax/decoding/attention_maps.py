@@ -1,19 +1,23 @@
-"""The attention weights of a model for a text, as arrays and as a picture.
+"""The attention weights of a model for a text.
 
 Shape suffixes: B batch, T query sequence, S key sequence, H heads, G kv heads, K head_dim.
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Sequence
-from pathlib import Path
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.config import scalar
+from lmjax.data.reading import Reader
+from lmjax.decoding.inputs import check_ids, check_positions
+from lmjax.decoding.reading import rows_of
+from lmjax.decoding.token_texts import labels
+from lmjax.errors import UserError
 from lmjax.models.model import Batch, Model, build_model
 from lmjax.nn.kernels.choose import KERNELS
 from lmjax.nn.kernels.xla import xla_attention
@@ -58,22 +62,21 @@ def attention_maps(model: Model, params: Params, batch: Batch) -> np.ndarray:
     return np.stack(maps)
 
 
-def draw_attention(maps: np.ndarray, tokens: Sequence[str], out: str | Path, *,
-                   layer: int = -1) -> None:
-    """Draws one layer of a text's maps, [layers, H, T, S], with one square per head."""
-    from matplotlib.figure import Figure
+def maps_of_text(model: Model, params: Params, reader: Reader, text: str,
+                 picture: str | os.PathLike, layer: int) -> tuple[np.ndarray, list[str]]:
+    """The attention weights of a text: see `LM.attention_maps`."""
+    layers = model.config.num_layers
+    if not -layers <= scalar(int, layer, "layer") < layers:
+        raise UserError(f"{-layers} to {layers - 1}", layer, "count from 0, or back from -1",
+                        "layer")
+    [ids] = check_ids([reader.ids(text)], model.config, "text")
+    check_positions(model.config, len(ids), "text")
+    rows = rows_of(model, [[*ids, 0]], 1, len(ids), [len(ids)])
+    batch = {name: jnp.asarray(x[:, : len(ids)]) for name, x in rows.items()}
+    maps = attention_maps(model, jax.device_put(params, jax.devices()[0]), batch)[:, 0]
+    tokens = labels(reader.names, ids)
+    if picture:
+        from lmjax.reporting.token_pictures import draw_attention  # matplotlib takes half a second
 
-    heads = maps[layer]
-    columns = math.ceil(math.sqrt(len(heads)))
-    rows = math.ceil(len(heads) / columns)
-    size = max(2.2, 0.16 * len(tokens))
-    figure = Figure(figsize=(size * columns, size * rows), layout="constrained")
-    for head, axes in enumerate(np.atleast_1d(figure.subplots(rows, columns)).ravel()):
-        axes.set_axis_off()
-        if head < len(heads):
-            axes.set_axis_on()
-            axes.imshow(heads[head], cmap="Blues", vmin=0, vmax=1)
-            axes.set_title(f"head {head}", fontsize=8)
-            axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=5)
-            axes.set_yticks(range(len(tokens)), tokens, fontsize=5)
-    figure.savefig(out, dpi=150)
+        draw_attention(maps, tokens, picture, layer=layer)
+    return maps, tokens

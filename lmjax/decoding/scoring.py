@@ -7,6 +7,9 @@ nothing. Logits are computed for the scored positions only, some at a time.
 Shape suffixes: B rows, T sequence, D embed_dim, V vocab_size, K times C scored positions.
 """
 
+import dataclasses
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,7 +36,58 @@ MOST_LENGTHS = 8  # elsewhere
 PASS_TOKENS = {"cpu": 64}
 MOST_TOKENS = 1024  # elsewhere
 FEW = 64  # scored tokens of a row, up to which fewer logits are computed at a time
+PerToken = tuple[np.ndarray, np.ndarray]  # log-likelihoods and ranks
 LOGITS = 1 << 24  # float32 logits that are held at a time (64 MiB), but at least one position's
+
+
+POOLING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mean": lambda x_TD: x_TD.mean(0), "first": lambda x_TD: x_TD[0], "last": lambda x_TD: x_TD[-1]}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenScore:
+    """How likely a model finds a token of a text, given those before it."""
+
+    text: str  # what the token adds to the text: "" if it is a part of a character
+    log_likelihood: float  # nats
+    rank: int  # 1: no other token is likelier
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How likely a model finds a text."""
+
+    log_likelihood: float  # nats, the sum over all tokens
+    tokens: int  # of the text
+    bytes: int  # of the text, as UTF-8
+    of_decoded_text: bool = False  # whether they are those of the decoded text, which differs
+    by_token: tuple[TokenScore, ...] = ()  # of each token, if asked for
+
+    @property
+    def bits_per_byte(self) -> float:
+        """-log2 of the likelihood, per byte of text."""
+        return -self.log_likelihood / math.log(2) / max(self.bytes, 1)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean -log likelihood per token."""
+        return math.exp(-self.log_likelihood / max(self.tokens, 1))
+
+
+def total(log_p: np.ndarray) -> float:
+    """The sum of log-likelihoods, in float64."""
+    return float(log_p.sum(dtype=np.float64))
+
+
+def draw_surprise(tokens: Sequence[str], scores: Sequence[TokenScore],
+                  out: str | os.PathLike) -> None:
+    """Draws the labels of a text's tokens by -log2 of their likelihoods; `out`: .png or .svg."""
+    from lmjax.reporting.token_pictures import draw_tokens  # matplotlib takes half a second
+
+    bits = [-score.log_likelihood / math.log(2) for score in scores]
+    mean = sum(bits) / max(len(bits), 1)
+    draw_tokens(tokens, bits, out, legend=("expected", "bits: surprising"),
+                title=f"surprise of each token: {mean:.2f} bits on average")
 
 
 def states(model: Model, params: Params, batch: Batch, count: jax.Array) -> jax.Array:
@@ -42,16 +96,18 @@ def states(model: Model, params: Params, batch: Batch, count: jax.Array) -> jax.
 
 
 def likelihoods(model: Model, params: Params, batch: Batch, count: jax.Array, at_KC: jax.Array,
-                targets_KC: jax.Array, scored: jax.Array) -> tuple[jax.Array, jax.Array]:
+                targets_KC: jax.Array, scored: jax.Array, *,
+                ranks: bool = False) -> tuple[jax.Array, jax.Array]:
     """Scores tokens after positions of the first `count` rows, C at a time.
 
     Args:
       at_KC: positions in the rows laid end to end.
       targets_KC: the token after each.
       scored: how many of them count; the others are padding.
+      ranks: whether ranks beyond the first are told apart.
 
     Returns:
-      The targets' log-likelihoods, float32 [K, C], and whether each is the likeliest, bool [K, C].
+      The targets' log-likelihoods, float32 [K, C], and their ranks, int32 [K, C]; 1: the likeliest.
     """
     x_BTD = _in_passes(lambda part: model.hidden(params, part).x_BTD, batch, count)
     x_ND, C = x_BTD.reshape(-1, x_BTD.shape[-1]), at_KC.shape[1]
@@ -67,11 +123,15 @@ def likelihoods(model: Model, params: Params, batch: Batch, count: jax.Array, at
             target_C = jnp.sum(jnp.where(hit_CV, logits_CV, 0.0), axis=1)
         top_C1 = jnp.max(logits_CV, axis=1, keepdims=True)
         log_z = top_C1[:, 0] + jnp.log(jnp.sum(jnp.exp(logits_CV - top_C1), axis=1))
-        found = target_C - log_z, target_C >= top_C1[:, 0]  # an argmax would take another pass
-        log_p_KC, best_KC = (x.at[i].set(part) for x, part in zip(out, found, strict=True))
-        return log_p_KC, best_KC
+        if ranks:
+            rank_C = 1 + jnp.sum(logits_CV > target_C[:, None], axis=1, dtype=jnp.int32)
+        else:  # without another pass over the logits
+            rank_C = jnp.where(target_C >= top_C1[:, 0], 1, 2)
+        log_p_KC, rank_KC = (x.at[i].set(part) for x, part in
+                             zip(out, (target_C - log_z, rank_C), strict=True))
+        return log_p_KC, rank_KC
 
-    empty = jnp.zeros(at_KC.shape, jnp.float32), jnp.zeros(at_KC.shape, jnp.bool_)
+    empty = jnp.zeros(at_KC.shape, jnp.float32), jnp.zeros(at_KC.shape, jnp.int32)
     return lax.fori_loop(0, (scored + C - 1) // C, chunk, empty)
 
 
@@ -107,17 +167,20 @@ def batches(model: Model, pieces: Sequence[Sequence[int]],
                                 [given[i] for i in part])
 
 
-def continuations(model: Model, run: Callable[..., tuple[jax.Array, jax.Array]], params: Params,
-                  rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
-    """Scores the last ids of each row: see `LM.continuations`.
+def token_likelihoods(model: Model, run: Callable[..., tuple[jax.Array, jax.Array]],
+                      params: Params, rows: Sequence[tuple[Sequence[int], int]]) -> list[PerToken]:
+    """Scores the last ids of each row, given the ids before them.
 
     Args:
       model: the decoder.
       run: `likelihoods` of it, compiled.
       params: its parameters.
       rows: (token ids, how many of the last ones to score).
+
+    Returns:
+      Per row, the log-likelihoods of the scored ids, float32 [n], and their ranks, int32 [n].
     """
-    out = [(0.0, True)] * len(rows)
+    out = [(np.zeros(0, np.float32), np.zeros(0, np.int32))] * len(rows)
     asked = [i for i, (_, n) in enumerate(rows) if n]
     pieces = [rows[i][0] for i in asked]
     for part, batch in batches(model, pieces, [len(rows[i][0]) - rows[i][1] for i in asked]):
@@ -130,12 +193,26 @@ def continuations(model: Model, run: Callable[..., tuple[jax.Array, jax.Array]],
         at_KC.reshape(-1)[: len(wanted)] = wanted
         found = run(params, batch, np.int32(len(part)), at_KC,
                     batch["targets"].reshape(-1)[at_KC], np.int32(len(wanted)))
-        nats, best = (np.asarray(x).reshape(-1) for x in found)
+        nats, rank = (np.asarray(x).reshape(-1) for x in found)
         begin = 0
         for i, (_, n) in zip(part, ends, strict=True):
             span = slice(begin, begin := begin + n)
-            out[asked[i]] = (float(nats[span].sum(dtype=np.float64)), bool(best[span].all()))
+            out[asked[i]] = nats[span], rank[span]
     return out
+
+
+def embeddings(model: Model, run: Callable[..., jax.Array], params: Params,
+               rows: Sequence[Sequence[int]], pooling: str, normalize: bool) -> np.ndarray:
+    """One vector per row of ids, float32 [rows, D]: see `LM.embed`; `run` is `states`, compiled."""
+    out = np.zeros((len(rows), model.config.embed_dim), np.float32)
+    pieces = [[*row, 0] for row in rows]
+    for part, batch in batches(model, pieces, [len(row) for row in rows]):
+        x_BTD = np.asarray(run(params, batch, np.int32(len(part))), np.float32)
+        for x_TD, i in zip(x_BTD, part, strict=False):
+            out[i] = POOLING[pooling](x_TD[: len(rows[i])])
+    if not normalize:
+        return out
+    return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
 
 
 def _in_passes(run: Callable[[Batch], jax.Array], batch: Batch, count: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from lmjax.monitoring.units import human_bytes, size_unit, time_unit
 from lmjax.planning.estimate import LEAST, Estimate
+from lmjax.reporting.fonts import for_viewers
 from lmjax.reporting.plots import COLORS, STYLE
 
 PARTS = {  # of a bar, by kind: (label, colour)
@@ -51,7 +52,7 @@ def draw(estimate: Estimate) -> str:
         bottom.set_title(f"time of a step: {duration}", loc="left")
         svg = io.StringIO()
         figure.savefig(svg, format="svg", facecolor="white", metadata={"Date": None})
-    return svg.getvalue()
+    return for_viewers(svg.getvalue())
 
 
 def _bar(axes: Axes, parts: dict[str, float], unit: str, limit: float) -> None:

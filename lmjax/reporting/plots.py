@@ -6,6 +6,7 @@ No pyplot and no global state. Text stays text, and colours become CSS variables
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lmjax.monitoring.units import human_count
+from lmjax.reporting.fonts import for_viewers, quiet
 
 # From the palette of Okabe and Ito (2008), which every common kind of colour blindness tells apart.
 COLORS = {
@@ -132,7 +134,8 @@ def draw(title: str, panels: Sequence[Panel], restarts: Sequence[float] = (),
       marks: other events, as (x, label).
       along: what the x axis counts.
     """
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
+    with warnings.catch_warnings(), matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
+        quiet()
         heights = [2.35, 1.0][: len(panels)]
         figure = Figure(figsize=(6.2, 3.35))
         FigureCanvasSVG(figure)
@@ -162,9 +165,7 @@ def _x_limits(panels: Sequence[Panel]) -> tuple[float, float]:
 
 
 def _text(ax: Axes, x: float, y: float, text: str, color: str, **how: Any) -> None:
-    # The font that measures the text has no other glyphs.
-    ascii_only = text.encode("ascii", "replace").decode()
-    ax.text(x, y, ascii_only, color=color, fontsize=7.8, va="center", **how)
+    ax.text(x, y, text, color=color, fontsize=7.8, va="center", **how)
 
 
 def _draw_panel(ax: Axes, panel: Panel, ticks: int) -> None:
@@ -264,8 +265,7 @@ def _svg(figure: Figure, title: str) -> str:
     # Outlines are rounded to hundredths of a point; tick labels, which are numbers too, are not.
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
     svg = re.sub(r"\n\s*", "\n", svg)
-    svg = svg.replace("'DejaVu Sans'", "system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', "
-                      "sans-serif")
+    svg = for_viewers(svg)
     for name, color in COLORS.items():
         svg = svg.replace(color, f"var(--{name}, {color})")
     escaped = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
