@@ -150,11 +150,12 @@ def _compiled(model: Model, layout: Layout) -> Callable[..., tuple[jax.Array, ..
     def log_likelihood(x_ID: jax.Array, params: Params, batch: Batch) -> jax.Array:
         hidden = apart.hidden({**params, "embedding": {"table": x_ID}}, batch)
         return -cross_entropy(hidden.x_BTD, hidden.table_VD, batch["targets"], batch["loss_mask"],
-                              bias_V=hidden.bias_V, softcap=apart.config.logit_softcap).total
+                              bias_V=hidden.bias_V, softcap=apart.config.output_softcap).total
 
     def run(params: Params, inputs_I: jax.Array, batch: Batch, alphas_N: jax.Array,
             count: jax.Array) -> tuple[jax.Array, ...]:
-        params = {"head": params["embedding"], **params}
+        if not model.config.head.outputs:  # a task's head has a table of its own
+            params = {"head": params["embedding"], **params}
         table_VD = params["embedding"]["table"]
         x_ID, mean_1D = table_VD[inputs_I], jnp.mean(table_VD, axis=0, keepdims=True)
         moved_ID = x_ID - mean_1D
@@ -184,6 +185,9 @@ def question_of(model: Model, reader: Reader, text: str, answer: str,
     Raises:
       UserError: there is no target, a mask is missing, or a row is longer than learned positions.
     """
+    if model.config.head.outputs:
+        raise UserError("a model that predicts tokens", "one with the head of a task",
+                        "explain the model that the run started from")
     if model.config.family == "encoder":
         return _masked(model, reader, text, answer, logits)
     ask = _answered if model.config.family == "encdec" else _continued
