@@ -111,7 +111,8 @@ class LM:
         ids = [[tokenizer.bos_id, *x.tolist()] for x in encoded]
         rows = [(i, x[at : at + length + 1])
                 for i, x in enumerate(ids) for at in range(0, len(x) - 1, length)]
-        nats, by_token = [0.0] * len(texts), [[] for _ in texts]
+        nats = [0.0] * len(texts)
+        by_token: list[list[tuple[float, int]]] = [[] for _ in texts]
         scores = self._token_likelihoods([(row, len(row) - 1) for _, row in rows],
                                          self._rank if tokens or picture else self._score)
         for (i, _), (log_p, rank) in zip(rows, scores, strict=True):

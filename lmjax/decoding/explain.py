@@ -268,7 +268,7 @@ def _question(batch: dict[str, Any], ids: list[int], target: list[int],
               places: Sequence[int]) -> Question:
     """Numbers the places of the row: each place's token is the row of the table that it has."""
     fields = ("encoder_tokens", "tokens") if "encoder_tokens" in batch else ("tokens",)
-    inputs, at = np.zeros(0, np.int32), []
+    inputs, at = np.zeros(0, np.int32), list[int]()
     for name in fields:
         tokens = batch[name][0]
         here = int((batch[name.replace("tokens", "segment_ids")][0] > 0).sum())

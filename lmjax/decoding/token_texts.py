@@ -7,7 +7,8 @@ import numpy as np
 
 from lmjax.data.tokenizers import NamedIds, Tokenizer
 
-VISIBLE = {"\n": "\u21b5", "\t": "\u2192", "\r": "\u240d"}  # in labels, which stay on one line
+# In labels, which stay on one line.
+VISIBLE = str.maketrans({"\n": "\u21b5", "\t": "\u2192", "\r": "\u240d"})
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
@@ -24,7 +25,7 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 def labels(names: NamedIds, ids: Sequence[int]) -> list[str]:
     """A label for each token: its text or its name, or else its bytes or its id, all visible."""
-    return [_label(names, int(i)).translate(str.maketrans(VISIBLE)) for i in ids]
+    return [_label(names, int(i)).translate(VISIBLE) for i in ids]
 
 
 def _label(names: NamedIds, i: int) -> str:

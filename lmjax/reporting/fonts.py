@@ -7,6 +7,7 @@ fonts draw it.
 
 import contextlib
 import functools
+import os
 import re
 import sys
 import warnings
@@ -58,7 +59,7 @@ def fonts_for(texts: Iterable[str]) -> Fonts:
 
 
 @contextlib.contextmanager
-def any_script(texts: Iterable[str], out: str | Path) -> Iterator[Callable[[str], str]]:
+def any_script(texts: Iterable[str], out: str | os.PathLike) -> Iterator[Callable[[str], str]]:
     """Sets matplotlib up for a picture with these texts; use `save` in the block.
 
     What no font here has is written as its code point in a picture of pixels, and said once.
@@ -70,8 +71,8 @@ def any_script(texts: Iterable[str], out: str | Path) -> Iterator[Callable[[str]
     Yields:
       A function that makes a text drawable.
     """
-    settings = {"text.parse_math": False, "svg.fonttype": "none"}  # a "$" is a "$"
-    with warnings.catch_warnings(), matplotlib.rc_context(settings):
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none"}):
+        matplotlib.rcParams["text.parse_math"] = False  # a "$" is a "$"
         if is_svg(out):
             quiet()
             matplotlib.rcParams["font.family"] = [FIRST]
@@ -89,12 +90,12 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from (font|current font)")
 
 
-def is_svg(out: str | Path) -> bool:
+def is_svg(out: str | os.PathLike) -> bool:
     """Whether a picture's file is an SVG, by its name."""
     return Path(out).suffix.lower() == ".svg"
 
 
-def save(figure: Figure, out: str | Path) -> None:
+def save(figure: Figure, out: str | os.PathLike) -> None:
     """Writes a figure; an SVG asks for its viewer's fonts."""
     figure.savefig(out, dpi=150)
     if is_svg(out):

@@ -1,8 +1,8 @@
 """Pictures of texts by token: attention weights as squares, and tokens coloured by their values."""
 
 import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from unicodedata import east_asian_width
 
@@ -23,7 +23,7 @@ MARGIN = 0.18  # inches
 BREAK = "\u21b5"  # the label of a token that ends a line ends with it
 
 
-def draw_attention(maps: np.ndarray, tokens: Sequence[str], out: str | Path, *,
+def draw_attention(maps: np.ndarray, tokens: Sequence[str], out: str | os.PathLike, *,
                    layer: int = -1) -> None:
     """Draws one layer of a text's attention maps, [layers, H, T, S], with one square per head."""
     heads = maps[layer]
@@ -44,8 +44,8 @@ def draw_attention(maps: np.ndarray, tokens: Sequence[str], out: str | Path, *,
         save(figure, out)
 
 
-def draw_tokens(tokens: Sequence[str], values: Sequence[float], out: str | Path, *, title: str,
-                legend: tuple[str, str], marked: Sequence[int] = ()) -> None:
+def draw_tokens(tokens: Sequence[str], values: Sequence[float], out: str | os.PathLike, *,
+                title: str, legend: tuple[str, str], marked: Sequence[int] = ()) -> None:
     """Draws a text with a coloured box for each token.
 
     Args:
