@@ -21,13 +21,7 @@ from lmjax.decoding.answers import DecodingOptions, answer
 from lmjax.decoding.attention_maps import maps_of_text
 from lmjax.decoding.explain import METHODS, Explanation, explain, question_of
 from lmjax.decoding.generate import jit_on
-from lmjax.decoding.inputs import (
-    check_array,
-    check_ids,
-    check_positions,
-    check_text,
-    check_texts,
-)
+from lmjax.decoding.inputs import check_array, check_ids, check_positions, check_text, check_texts
 from lmjax.decoding.reading import generator_of
 from lmjax.decoding.scoring import (
     POOLING,
