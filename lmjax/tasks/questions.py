@@ -119,18 +119,17 @@ class Questions(Task):
         windows = []
         for at in range(0, max(len(ids) - self.stride, 1), room - self.stride):
             its = ids[at : at + room]
-            around, n = (len(before), len(reader.suffix)), len(before) + len(its)
             tokens = np.array([*before, *its, *reader.suffix], np.int32)
             types, targets = np.zeros_like(tokens), np.zeros_like(tokens)
             types[len(before):] = reader.second_type
+            first = last = 0  # where the answer is not in the window as a whole
+            if place is not None and at <= place[0] and place[1] < at + len(its):
+                first, last = (len(before) + token - at for token in place)
             if labelled:
-                first, last = (0, 0) if place is None or not (
-                    at <= place[0] and place[1] < at + len(its)) else (
-                        len(before) - at + place[0], len(before) - at + place[1])
                 targets[first] += START
                 targets[last] += END
-            begins, ends = (np.pad(spans[at : at + room, i], around) for i in (0, 1))
-            assert len(tokens) == len(ends) and n <= sizes.tokens
+            begins, ends = np.pad(spans[at : at + room], ((len(before), len(reader.suffix)),
+                                                          (0, 0))).T
             windows.append({"tokens": tokens, "token_types": types, "targets": targets,
                             "loss_mask": (np.arange(len(tokens)) == 0).astype(np.int32),
                             "begins": begins, "ends": ends})
