@@ -16,6 +16,7 @@ from lmjax.sharding import Layout, make_layout
 from lmjax.tasks.losses import LossFn, next_token_loss
 from lmjax.tasks.task import Facts, Task
 from lmjax.training.frozen import frozen_in
+from lmjax.training.optim.groups import multipliers
 from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.optim.table import make_optimizer
 from lmjax.training.recipe import Recipe
@@ -58,7 +59,8 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     schedule = make_schedule(recipe.optimizer, train.steps)
     frozen = frozen_in(recipe, model)
     trained = model.axes if frozen is None else split_tree(model.axes, frozen.accepts)[1]
-    tx = make_optimizer(recipe.optimizer, train.steps, trained)
+    tx = make_optimizer(recipe.optimizer, train.steps, trained,
+                        multipliers(recipe.optimizer, model.shapes))
     spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0, frozen=frozen)
     _check_batch(recipe, layout)
     loss_fn, eval_loss = _losses(recipe, model, facts)

@@ -2,8 +2,20 @@
 
 import dataclasses
 
-from lmjax.config import at_least
+from lmjax.config import at_least, pattern
 from lmjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupConfig:
+    """Parameters that learn at another rate."""
+
+    parameters: str  # a regular expression, searched in their paths
+    multiplier: float = 1.0  # of the learning rate, and so of the weight decay
+
+    def __post_init__(self) -> None:
+        pattern("parameters", self.parameters)
+        at_least(0, multiplier=self.multiplier)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +47,9 @@ class OptimizerConfig:
     # decay); matrices only.
     weight_decay: float = 0.1
     decay_embeddings: bool = False  # also decays embedding tables, including that of the output
+    groups: tuple[GroupConfig, ...] = ()  # the first that a parameter is in counts
+    # Each layer learns at this multiple of the rate of the layer above it; 1: all at one rate.
+    layer_decay: float = 1.0
     clip_norm: float = 1.0  # largest global norm of a gradient; 0: no clipping
     ema_decay: float = 0.0  # decay of the moving average of the weights; 0: no average
 
@@ -42,6 +57,9 @@ class OptimizerConfig:
         at_least(0, peak_lr=self.peak_lr, warmup_steps=self.warmup_steps,
                  weight_decay=self.weight_decay, clip_norm=self.clip_norm, eps=self.eps)
         at_least(1, muon_iterations=self.muon_iterations)
+        if not 0 < self.layer_decay <= 1:
+            raise UserError("0 < layer_decay <= 1", self.layer_decay, "change it",
+                            where="layer_decay")
         for key in ("b1", "b2", "momentum", "muon_momentum", "ema_decay"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"0 <= {key} < 1", getattr(self, key), "change it", where=key)

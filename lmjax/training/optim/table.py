@@ -1,14 +1,16 @@
 """The table of optimizers, and the optimizer that a config asks for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import optax
 
 from lmjax.config import choice
 from lmjax.training.optim.adam import adamw, lion, sgd
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.factored import adafactor
+from lmjax.training.optim.groups import scale_by_multipliers
 from lmjax.training.optim.muon import muon
 from lmjax.training.optim.parameters import kind_of, map_axes
 from lmjax.training.optim.schedules import make_schedule
@@ -23,8 +25,8 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformat
 }
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int,
-                   axes: Any) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any,
+                   by_path: Mapping[str, np.ndarray] | None = None) -> optax.GradientTransformation:
     """Returns the transformation that turns a gradient into an update of the weights.
 
     It clips, rescales, decays the weights and applies the learning rate, in this order; its state
@@ -34,6 +36,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int,
       config: the optimizer and its numbers.
       total_steps: the step at which the schedule ends.
       axes: a tree like the parameters, whose leaves are tuples of axis names.
+      by_path: of `groups.multipliers`; None or empty: all parameters learn at one rate.
     """
     choice("optimizer.name", config.name, OPTIMIZERS)
     decayed = ("matrix", "embedding") if config.decay_embeddings else ("matrix",)
@@ -42,5 +45,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int,
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         OPTIMIZERS[config.name](config, axes),
         optax.add_decayed_weights(config.weight_decay, mask=mask),
+        # Weights decay at their learning rate, so a multiplier holds for the decay, too.
+        *([scale_by_multipliers(by_path)] if by_path else []),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
     )
