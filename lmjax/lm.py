@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lmjax.data.reading import Reader, check_told, make_reader
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.decoding.answers import DecodingOptions, answer
 from lmjax.decoding.attention_maps import maps_of_text
+from lmjax.decoding.chat import Speaker
 from lmjax.decoding.explain import METHODS, Explanation, explain, question_of
 from lmjax.decoding.generate import jit_on
 from lmjax.decoding.inputs import check_array, check_ids, check_positions, check_text, check_texts
@@ -38,14 +39,15 @@ from lmjax.decoding.scoring import (
 from lmjax.decoding.speculative import Draft
 from lmjax.decoding.token_texts import labels, token_texts
 from lmjax.errors import UserError
-from lmjax.models.model import Model, build_model
+from lmjax.models.model import Model
 from lmjax.nn.adapters import NO_ADAPTERS, merge_adapters
 from lmjax.nn.module import Params
 from lmjax.runtime.files import new_directory
-from lmjax.sharding import Layout, MeshConfig, make_layout
+from lmjax.sharding import Layout
 from lmjax.training.checkpoint import About, Checkpointer
 from lmjax.training.frozen import frozen_in
 from lmjax.training.pretrained import find
+from lmjax.training.program import placed
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import TrainState
 from lmjax.tree import split_tree
@@ -195,6 +197,27 @@ class LM:
             raise UserError("a model with the same tokenizer", "another",
                             "train one on the same prepared data", "draft")
         return answer(self._generator, self.params, self.reader.names, prompts, decoding)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+        """Says what the assistant says next in a conversation.
+
+        Args:
+          messages: what was said, each with a "role" (system, user, assistant) and a "content".
+          options: fields of `DecodingOptions`, such as max_tokens=40 or temperature=0.
+
+        Returns:
+          The answer, up to the end of the turn in the model's chat template.
+
+        Raises:
+          UserError: no messages, a model without a chat template, or see `generate`.
+        """
+        return self.speaker(self.params, messages, **options)
+
+    @functools.cached_property
+    def speaker(self) -> Speaker:
+        """What answers in conversations; raises a UserError without a chat template."""
+        self.need_tokenizer()
+        return Speaker(self.model, self.layout, self.reader, self.about.get("huggingface"))
 
     def embed(self, texts: Sequence[str], *, pooling: str = "mean",
               normalize: bool = True) -> np.ndarray:
@@ -375,27 +398,6 @@ def load(path: str | os.PathLike, *, step: int | str | None = None, ema: bool | 
       UserError: no checkpoint there, a damaged one, or a model that lmjax does not compute.
     """
     found = find(expand(path, "path"), step=step, ema=ema, base=base and expand(base, "base"))
-    model, layout = _placed(found.recipe)
+    model, layout = placed(found.recipe)
     params = found.read(model, layout.tree(model.axes, model.shapes))
     return LM(model, params, layout, found.tokenizer, found.recipe, found.about)
-
-
-def _placed(recipe: Recipe) -> tuple[Model, Layout]:
-    """The recipe's model, and its layout on the devices of this process.
-
-    The weights are split over all devices if they divide, and are whole on each otherwise.
-    """
-    devices = jax.local_devices()
-    platform, count = devices[0].platform, len(devices)
-    # The run may have used an attention kernel of another platform.
-    config = dataclasses.replace(recipe.model, attention="auto")
-    model = build_model(
-        config, vocab_size=config.vocab_size, platform=platform,
-        dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len,
-        prefix_lm=recipe.data.objective.name == "prefix_lm").with_adapters(recipe.adapter)
-    split = make_layout(MeshConfig(data=1, fsdp=count, rules={"batch": ()}), devices)
-    try:
-        split.tree(model.axes, model.shapes)
-    except ValueError:  # a dimension does not divide
-        return model, make_layout(MeshConfig(data=count, rules={"batch": ()}), devices)
-    return model, split

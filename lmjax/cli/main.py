@@ -10,6 +10,7 @@ from typing import NamedTuple, NoReturn
 
 from lmjax.cli import inference, runs
 from lmjax.cli.arguments import parse
+from lmjax.cli.chat import add_chat, chat
 from lmjax.cli.doctor import add_doctor, doctor
 from lmjax.cli.errors import explain, is_transient
 
@@ -40,6 +41,8 @@ COMMANDS = {
                      runs.add_trace, runs.trace, needs_jax=False),
     "generate": Command("continue prompts with a trained model",
                         inference.add_generate, inference.generate),
+    "chat": Command("talk with a model that was fine-tuned on conversations",
+                    add_chat, chat),
     "score": Command("compute the bits per byte of text files under a trained model",
                      inference.add_score, inference.score),
     "explain": Command("say how much each token of a text adds to a likelihood, with a picture",

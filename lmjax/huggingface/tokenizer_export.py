@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lmjax.data.chat import FILE
 from lmjax.data.objectives import MASK
 from lmjax.data.reading import Reader
 from lmjax.data.tokenizers import (
@@ -54,7 +55,8 @@ def write_tokenizer(path: Path, reader: Reader, *, generates: bool = True,
         (path / SENTENCEPIECE).write_bytes(tokenizer.model)
     as_told = not reader.names.new and (
         (reader.prefix, reader.suffix) == (tokenizer.prefix, tokenizer.suffix))
-    if tokenizer.files and as_told:
+    imported = set(tokenizer.files) - {FILE}  # a chat template may be ours
+    if imported and as_told:
         return
     try:
         made, why = _rules(tokenizer)
@@ -70,7 +72,7 @@ def write_tokenizer(path: Path, reader: Reader, *, generates: bool = True,
     write_json(path / HF_FILES[1], _described(made, reader, generates))
     for name in (HF_FILES[2], ADDED):  # the two files above say all of it
         (path / name).unlink(missing_ok=True)
-    if not tokenizer.files:
+    if not imported:
         log(f"tokenizer.json splits {len(PROBES)} probes as tokenizer.model does; only "
             "tokenizer.json reads U+2581 as a space")
 

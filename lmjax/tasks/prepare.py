@@ -89,7 +89,7 @@ def prepare_examples(setting: Setting, out: str, *,
     began = time.monotonic()
     with when_full(full), new_directory(Path(out)) as folder:
         reading = _Reading(setting, log)
-        tokenizer = make_tokenizer(_Texts(reading, setting))
+        tokenizer = setting.task.tokenizer(make_tokenizer(_Texts(reading, setting)), log)
         reader = make_reader(tokenizer)
         facts = setting.task.facts(reading.records("train"))
         entries = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lmjax.tasks.chat import Chat
 from lmjax.tasks.classification import Classification
 from lmjax.tasks.embeddings import Embeddings
 from lmjax.tasks.pairs import Pairs
@@ -19,4 +20,5 @@ class LanguageModeling:
     name: str = ""
 
 
-AnyTask = LanguageModeling | Classification | Embeddings | Pairs | Preferences | Questions | Tagging
+AnyTask = (LanguageModeling | Chat | Classification | Embeddings | Pairs | Preferences | Questions
+           | Tagging)

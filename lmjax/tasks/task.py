@@ -8,7 +8,7 @@ to be predicted lies in `targets`, at the positions where `loss_mask` is not 0.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import numpy as np
 from lmjax.config import plain
 from lmjax.data.reading import Reader
 from lmjax.data.text.sources import SourceConfig
+from lmjax.data.tokenizers import Tokenizer
 from lmjax.models.heads import HeadConfig
 from lmjax.models.model import Batch, Model, ModelConfig
 from lmjax.nn.losses import Loss, cross_entropy
@@ -105,6 +106,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def texts(self, record: Record) -> list[str]:
         """The texts of an example, of which a tokenizer may be trained."""
+
+    def tokenizer(self, tokenizer: Tokenizer, log: Callable[[str], None]) -> Tokenizer:
+        """The tokenizer with what the task adds to its files; its ids stay as they are."""
+        return tokenizer
 
     def facts(self, records: Iterable[Record]) -> Facts:
         """What is to be known of the training examples before any of them is encoded."""

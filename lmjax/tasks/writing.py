@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from lmjax.config import at_least, choice
+from lmjax.data.chat import Ends
 from lmjax.data.hashing import key_of, permute
 from lmjax.data.reading import Reader
 from lmjax.errors import UserError
@@ -25,13 +26,6 @@ MEASURES = {"bleu": (("bleu", "chrf"), "sacrebleu"),
             "exact_match": (("exact_match",), "")}
 # Settings of evaluation, which decide nothing of what is prepared.
 OF_EVALUATION = ("metric", "num_beams", "max_tokens", "eval_examples")
-
-
-class Ends(NamedTuple):
-    """What ends an answer, besides the ids of the model's reader."""
-
-    ids: tuple[int, ...] = ()
-    strings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

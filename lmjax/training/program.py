@@ -12,7 +12,7 @@ from lmjax.models.model import Batch, Model, build_model
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
 from lmjax.nn.quantized import check_matmul_dtype, matmuls_in
-from lmjax.sharding import Layout, make_layout
+from lmjax.sharding import Layout, MeshConfig, make_layout
 from lmjax.tasks.losses import LossFn, next_token_loss
 from lmjax.tasks.task import Facts, Task
 from lmjax.training.frozen import frozen_in
@@ -97,6 +97,27 @@ def make_model(recipe: Recipe, layout: Layout, *, vocab_size: int,
                        context=bool(layout.on("seq")),
                        prefix_lm=recipe.data.objective.name == "prefix_lm"
                        ).with_adapters(recipe.adapter)
+
+
+def placed(recipe: Recipe) -> tuple[Model, Layout]:
+    """The recipe's model, and its layout on the devices of this process.
+
+    The weights are split over all devices if they divide, and are whole on each otherwise.
+    """
+    devices = jax.local_devices()
+    platform, count = devices[0].platform, len(devices)
+    # The run may have used an attention kernel of another platform.
+    config = dataclasses.replace(recipe.model, attention="auto")
+    model = build_model(
+        config, vocab_size=config.vocab_size, platform=platform,
+        dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len,
+        prefix_lm=recipe.data.objective.name == "prefix_lm").with_adapters(recipe.adapter)
+    split = make_layout(MeshConfig(data=1, fsdp=count, rules={"batch": ()}), devices)
+    try:
+        split.tree(model.axes, model.shapes)
+    except ValueError:  # a dimension does not divide
+        return model, make_layout(MeshConfig(data=count, rules={"batch": ()}), devices)
+    return model, split
 
 
 def _losses(recipe: Recipe, model: Model, facts: Facts | None) -> tuple[LossFn, LossFn]:

@@ -157,6 +157,19 @@ class Tokenizer(abc.ABC):
           special: whether to look only at tokens that are no pieces of text.
         """
 
+    def spans_with_specials(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Like `spans`, of a text in which the names of special tokens are these tokens."""
+        return self.spans(text)
+
+    @abc.abstractmethod
+    def with_file(self, name: str, raw: bytes) -> Tokenizer:
+        """The same tokenizer with one more file, or with another one of that name."""
+
+    @property
+    @abc.abstractmethod
+    def special_names(self) -> dict[str, str]:
+        """The names of special tokens by their roles in transformers: bos_token, eos_token, ..."""
+
     @functools.cached_property
     def mask_name(self) -> str | None:
         """The name of the tokenizer's own token for hidden tokens; None if it has none."""

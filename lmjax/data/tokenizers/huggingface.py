@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from lmjax.data.tokenizers.base import SPACE, Tokenizer
-from lmjax.data.tokenizers.files import HF_FILES, join_files, named_tokens, split_files
+from lmjax.data.tokenizers.files import (
+    HF_FILES,
+    join_files,
+    name_of,
+    named_tokens,
+    split_files,
+    tokenizer_settings,
+)
 from lmjax.data.tokenizers.rules import drop_rows, hide_names
 from lmjax.errors import UserError
 
@@ -144,6 +151,19 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._byte_of:
             return " ", " "
         return "", "" if self.encode("a a") == 2 * self.encode("a") else " "
+
+    def with_file(self, name: str, raw: bytes) -> HuggingFaceTokenizer:
+        """The same tokenizer with another file."""
+        made_of = {**self._made_of, **split_files({**self.files, name: raw})}
+        return HuggingFaceTokenizer(json.dumps(made_of).encode())
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """The names that the files give to special tokens."""
+        names = self._made_of.get("names", {})
+        found = {f"{role}_token": name for role, name in named_tokens(self.files, names).items()}
+        found["unk_token"] = name_of(tokenizer_settings(self.files).get("unk_token"))
+        return {role: name for role, name in found.items() if name is not None}
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, by the tokenizer's own rules. Special tokens are dropped."""

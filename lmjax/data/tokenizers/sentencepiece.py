@@ -26,7 +26,7 @@ from lmjax.config import PathText, at_least, choice
 from lmjax.data.hashing import key_of, permute
 from lmjax.data.rows import ramps
 from lmjax.data.tokenizers.base import SPACE, Tokenizer
-from lmjax.data.tokenizers.files import split_files, stated_ends
+from lmjax.data.tokenizers.files import named_tokens, split_files, stated_ends
 from lmjax.errors import UserError, first_line
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
@@ -131,6 +131,31 @@ class SentencePieceTokenizer(Tokenizer):
         i: int = self._sp.piece_to_id(name)  # that of the unknown token if there is none
         found = self._sp.id_to_piece(i) == name and not self._sp.is_unknown(i)
         return i if found and (self._sp.is_control(i) or not special) else None
+
+    def spans_with_specials(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Like `spans`, of a text in which the names of special tokens are these tokens."""
+        names = [self._sp.id_to_piece(i) for i in range(self.vocab_size) if self._sp.is_control(i)]
+        ids, spans, at = list[int](), [np.zeros((0, 2), np.int64)], 0
+        for part in re.split(f"({'|'.join(map(re.escape, names))})", text):
+            whole = [self._sp.piece_to_id(part)], np.array([[0, len(part)]])
+            its, places = whole if part in names else self.spans(part)
+            ids += its
+            spans.append(places + at)
+            at += len(part)
+        return ids, np.concatenate(spans)
+
+    def with_file(self, name: str, raw: bytes) -> SentencePieceTokenizer:
+        """The same tokenizer with another file."""
+        return SentencePieceTokenizer(self._model, {**self.files, name: raw})
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """The names that the files, or else the model, give to special tokens."""
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self._sp.pad_id(),
+               "unk": self._sp.unk_id()}
+        own = {role: self._sp.id_to_piece(i) for role, i in ids.items() if i >= 0}
+        named = {role: name for role, name in named_tokens(self.files).items() if name}
+        return {f"{role}_token": name for role, name in {**own, **named}.items()}
 
     @property
     def model(self) -> bytes:
