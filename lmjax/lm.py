@@ -199,15 +199,11 @@ class LM:
         return answer(self._generator, self.params, self.reader.names, prompts, decoding)
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
-        """Says what the assistant says next in a conversation.
+        """Says what the assistant says next in a conversation, up to the end of its turn.
 
         Args:
           messages: what was said, each with a "role" (system, user, assistant) and a "content".
           options: fields of `DecodingOptions`, such as max_tokens=40 or temperature=0.
-
-        Returns:
-          The answer, up to the end of the turn in the model's chat template.
-
         Raises:
           UserError: no messages, a model without a chat template, or see `generate`.
         """

@@ -41,7 +41,8 @@ class Speaker:
                  **options: Any) -> str:
         """The answer to a conversation, up to the end of the turn; see `LM.chat`."""
         text = self.template.render(check_messages(messages, "messages"), prompt=True)
-        ids = check_ids([self.tokenizer.spans_with_specials(text)[0]], self.generator.model.config, "messages")
+        prompt, _ = self.tokenizer.spans_with_specials(text)
+        ids = check_ids([prompt], self.generator.model.config, "messages")
         stop = options.pop("stop", ())
         stop = [*([stop] if isinstance(stop, str) else stop), *self.ends.strings]
         return answer(self.generator, params, self.reader.names, ids,
