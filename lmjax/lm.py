@@ -45,12 +45,11 @@ from lmjax.nn.module import Params
 from lmjax.runtime.files import new_directory
 from lmjax.sharding import Layout
 from lmjax.training.checkpoint import About, Checkpointer
-from lmjax.training.frozen import frozen_in
+from lmjax.training.frozen import held_by_checkpoints
 from lmjax.training.pretrained import find
 from lmjax.training.program import placed
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import TrainState
-from lmjax.tree import split_tree
 
 
 class LM:
@@ -315,11 +314,8 @@ class LM:
         """
         with (new_directory(Path(expand(out, "out", bucket=False))) as part,
               contextlib.closing(Checkpointer(part / "checkpoints")) as checkpointer):
-            params, frozen = self.params, frozen_in(self.recipe, self.model)
-            if frozen is not None and frozen.base:
-                params = split_tree(params, frozen.accepts)[1]
-            state = TrainState(jnp.int32(self.about["step"]), params, {}, None)
-            checkpointer.save(state, self.about)
+            held = held_by_checkpoints(self.recipe, self.model, self.params)
+            checkpointer.save(TrainState(jnp.int32(self.about["step"]), held, {}, None), self.about)
 
     def merge(self) -> "LM":
         """Returns the same model without adapters: W + scale * A B in place of each weight W.

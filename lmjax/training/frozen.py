@@ -5,9 +5,10 @@ import re
 from lmjax.errors import UserError
 from lmjax.models.model import Model
 from lmjax.nn.adapters import is_adapter
+from lmjax.nn.module import Params
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import Frozen
-from lmjax.tree import named_leaves
+from lmjax.tree import named_leaves, split_tree
 
 
 def frozen_in(recipe: Recipe, model: Model) -> Frozen | None:
@@ -33,6 +34,14 @@ def frozen_in(recipe: Recipe, model: Model) -> Frozen | None:
                         f"{pattern!r}, which {'all' if found else 'none'} of them match",
                         "change it", where="config.train.frozen")
     return Frozen(frozenset(found).__contains__)
+
+
+def held_by_checkpoints(recipe: Recipe, model: Model, params: Params) -> Params:
+    """Returns those of the model's parameters that a checkpoint holds: all, or the adapters."""
+    frozen = frozen_in(recipe, model)
+    if frozen is None or not frozen.base:
+        return params
+    return split_tree(params, frozen.accepts)[1]
 
 
 def _is_of_base(path: str) -> bool:
