@@ -47,10 +47,13 @@ class ColumnWriter:
 
     def write(self, directory: str, place: str) -> dict[str, Any]:
         """Writes directory/place/COLUMN of every column; returns the entries of the manifest."""
-        return {column: store.write_split(
-            directory, place, column, spool.arrays(), self.ids if i == 0 else [],
-            vocab_size=spool.most + 1, text_bytes=0, lengths=spool.lengths)
-            for i, (column, spool) in enumerate(self._spools.items())}
+        found = {}
+        for i, (column, spool) in enumerate(self._spools.items()):
+            size = 1 << 32 if column in FLOATS else spool.most + 1
+            found[column] = store.write_split(
+                directory, place, column, spool.arrays(), self.ids if i == 0 else [],
+                vocab_size=size, text_bytes=0, lengths=spool.lengths)
+        return found
 
 
 class _Spool:

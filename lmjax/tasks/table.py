@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lmjax.tasks.chat import Chat
 from lmjax.tasks.classification import Classification
 from lmjax.tasks.embeddings import Embeddings
+from lmjax.tasks.grpo import Grpo
 from lmjax.tasks.pairs import Pairs
 from lmjax.tasks.preferences import Preferences
 from lmjax.tasks.questions import Questions
@@ -20,5 +21,5 @@ class LanguageModeling:
     name: str = ""
 
 
-AnyTask = (LanguageModeling | Chat | Classification | Embeddings | Pairs | Preferences | Questions
-           | Tagging)
+AnyTask = (LanguageModeling | Chat | Classification | Embeddings | Grpo | Pairs | Preferences
+           | Questions | Tagging)

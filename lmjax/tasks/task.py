@@ -71,6 +71,11 @@ class Task(abc.ABC):
     target_len: int = 0  # tokens in a row of an encoder-decoder's decoder; 0: data.seq_len
 
     @property
+    def samples(self) -> int:
+        """How many rows of a batch an example makes: the answers that the model writes to it."""
+        return 1
+
+    @property
     def whole_batch(self) -> bool:
         """Whether the loss compares the examples of a batch, which then is computed in one part."""
         return False

@@ -11,6 +11,7 @@ from lmjax.data.tokenizers import Tokenizer
 from lmjax.models.flops import embedding_parameters, flops_per_row
 from lmjax.monitoring.units import human_count
 from lmjax.runtime.chips import FLAGS
+from lmjax.tasks.task import Task
 from lmjax.training.run import Log, Run
 from lmjax.tree import num_elements
 
@@ -89,6 +90,7 @@ def announce_epochs(run: Run, log: Log) -> dict[str, Any]:
     """
     recipe, split = run.recipe, run.train_split
     rows = run.steps.rows(recipe.train.steps)
+    rows //= recipe.task.samples if isinstance(recipe.task, Task) else 1
     split.check_epochs(rows, recipe.data.max_epochs)
     epochs = max(split.epochs(rows).values())
     log(f"run: {recipe.train.steps:,} steps of "

@@ -24,10 +24,12 @@ from lmjax.monitoring.progress import to_stderr
 from lmjax.monitoring.watchdog import Watchdog
 from lmjax.reporting.report import write_report
 from lmjax.runtime.signals import StopSignal, stop_signal
+from lmjax.tasks.grpo import Grpo
 from lmjax.training.answers import answers_of, written
 from lmjax.training.evaluate import evaluate
 from lmjax.training.recipe import Recipe
 from lmjax.training.records import Records
+from lmjax.training.rollout import rollout
 from lmjax.training.run import Log, Run
 from lmjax.training.setup import set_up
 from lmjax.training.state import TrainState
@@ -125,6 +127,8 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
 
         # Take a batch and run the next step. While it runs, log the step before it.
         batch = records.next_batch(batches, step + 1)
+        if isinstance(run.recipe.task, Grpo):  # a batch of the model's own answers instead
+            batch = rollout(run, state.whole(state.params), step + 1)
         profiler.before(step + 1)
         assert run.compiled is not None
         state, metrics = run.compiled(state, batch)

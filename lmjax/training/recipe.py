@@ -219,6 +219,10 @@ class Recipe:
         if isinstance(self.task, Task):
             self.task.check(self.model)
             measures = self.task.measures
+            if self.train.batch_size % self.task.samples:
+                raise UserError(f"a multiple of task.group={self.task.samples}",
+                                self.train.batch_size, "change one of them",
+                                where="train.batch_size")
             if self.task.whole_batch and self.train.microbatches > 1:
                 raise UserError(f"1 for {self.task.name}, which compares all rows of a batch",
                                 self.train.microbatches, "lower it", where="train.microbatches")
