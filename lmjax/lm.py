@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax import huggingface
-from lmjax.config import choice, scalar
+from lmjax.config import choice
 from lmjax.config.paths import expand
 from lmjax.data.reading import Reader, check_told, make_reader
 from lmjax.data.tokenizers import Tokenizer
@@ -22,11 +22,16 @@ from lmjax.decoding.attention_maps import maps_of_text
 from lmjax.decoding.chat import Speaker
 from lmjax.decoding.explain import METHODS, Explanation, explain, question_of
 from lmjax.decoding.generate import jit_on
-from lmjax.decoding.inputs import check_array, check_ids, check_positions, check_text, check_texts
+from lmjax.decoding.inputs import (
+    check_array,
+    check_ids,
+    check_positions,
+    check_text,
+    check_texts,
+)
 from lmjax.decoding.reading import generator_of
 from lmjax.decoding.scoring import (
     POOLING,
-    PerToken,
     Score,
     TokenScore,
     draw_surprise,
@@ -108,8 +113,9 @@ class LM:
                 for i, x in enumerate(ids) for at in range(0, len(x) - 1, length)]
         nats = [0.0] * len(texts)
         by_token: list[list[tuple[float, int]]] = [[] for _ in texts]
-        scores = self._token_likelihoods([(row, len(row) - 1) for _, row in rows],
-                                         self._rank if tokens or picture else self._score)
+        run = self._rank if tokens or picture else self._score
+        scores = token_likelihoods(self.model, run, self.params,
+                                   [(row, len(row) - 1) for _, row in rows])
         for (i, _), (log_p, rank) in zip(rows, scores, strict=True):
             nats[i] += total(log_p)
             if tokens or picture:
@@ -140,23 +146,7 @@ class LM:
             out of range, or a row has fewer ids than are to be scored after its first.
         """
         return [(total(log_p), bool((rank == 1).all()))
-                for log_p, rank in self._token_likelihoods(rows, self._score)]
-
-    def _token_likelihoods(self, rows: Sequence[tuple[Sequence[int], int]],
-                           run: Callable[..., Any]) -> list[PerToken]:
-        """`continuations` by token; `run` is `likelihoods`, compiled."""
-        if self.model.config.family != "decoder":
-            raise UserError("a decoder, which has likelihoods of texts",
-                            f"an {self.model.config.family}", "use lm.embed or lm.model")
-        pieces = check_ids([ids for ids, _ in rows], self.model.config, "rows")
-        for i, (piece, (_, n)) in enumerate(zip(pieces, rows, strict=True)):
-            check_positions(self.model.config, len(piece) - 1, f"rows[{i}]")
-            if not 0 <= scalar(int, n, f"rows[{i}]") < len(piece):
-                raise UserError(f"0 to {len(piece) - 1} ids to score, after the first", n,
-                                "put an id before them, such as the tokenizer's bos_id",
-                                f"rows[{i}]")
-        rows = [(piece, int(n)) for piece, (_, n) in zip(pieces, rows, strict=True)]
-        return token_likelihoods(self.model, run, self.params, rows)
+                for log_p, rank in token_likelihoods(self.model, self._score, self.params, rows)]
 
     def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
         """Continues each prompt; an encoder-decoder reads the prompt and writes an answer.

@@ -306,3 +306,18 @@ def test_the_number_of_devices_changes_nothing(run, lm, monkeypatch, count):
         assert a.log_likelihood == pytest.approx(b.log_likelihood, rel=1e-5)
     options = dict(temperature=0, max_tokens=8)
     assert other.generate(TEXTS, **options) == lm.generate(TEXTS, **options)
+
+
+@pytest.mark.long
+def test_an_export_of_a_run_has_a_model_card(run, tmp_path, capsys):
+    """Its figures are those of the averaged weights, which are exported."""
+    out = tmp_path / "hf"
+    assert cli.main(["export-hf", str(run), "--out", str(out)]) == 0
+    text = (out / "README.md").read_text()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    [loss] = [row["eval_ema/loss"] for row in rows if "eval_ema/loss" in row]
+    assert f"| loss, held-out | {loss:.4f} |" in text and f"value: {loss}\n" in text
+    assert "| steps | 4 |" in text and 'lmjax.load("hf")' in text
+    kind = json.loads((out / "config.json").read_text())["architectures"][0]
+    assert f"import AutoTokenizer, {kind}" in text and 'library_name: "transformers"' in text
+    assert "a model card" in capsys.readouterr().out

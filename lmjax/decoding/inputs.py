@@ -114,6 +114,25 @@ def check_positions(config: ModelConfig, length: int, where: str, *, answer: int
                         "shorten one of them" if answer else "shorten them", where)
 
 
+def check_scored(rows: Any, config: ModelConfig) -> list[tuple[list[int], int]]:
+    """Returns rows as (token ids, how many of the last ones to score).
+
+    Raises:
+      UserError: the model is no decoder, a row is longer than its learned positions, or a row has
+        fewer ids than are to be scored after its first; or see `check_ids`.
+    """
+    if config.family != "decoder":
+        raise UserError("a decoder, which has likelihoods of texts", f"an {config.family}",
+                        "use lm.embed or lm.model")
+    pieces = check_ids([ids for ids, _ in rows], config, "rows")
+    for i, (piece, (_, n)) in enumerate(zip(pieces, rows, strict=True)):
+        check_positions(config, len(piece) - 1, f"rows[{i}]")
+        if not 0 <= scalar(int, n, f"rows[{i}]") < len(piece):
+            raise UserError(f"0 to {len(piece) - 1} ids to score, after the first", n,
+                            "put an id before them, such as the tokenizer's bos_id", f"rows[{i}]")
+    return [(piece, int(n)) for piece, (_, n) in zip(pieces, rows, strict=True)]
+
+
 def check_numbers(options: Any) -> None:
     """Converts the int and float fields of a frozen dataclass to these types, in `__post_init__`.
 

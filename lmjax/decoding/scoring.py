@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from lmjax.decoding.generate import size
+from lmjax.decoding.inputs import check_scored
 from lmjax.decoding.reading import rows_of
 from lmjax.models.model import Batch, Model
 from lmjax.nn.module import Params
@@ -179,7 +180,11 @@ def token_likelihoods(model: Model, run: Callable[..., tuple[jax.Array, jax.Arra
 
     Returns:
       Per row, the log-likelihoods of the scored ids, float32 [n], and their ranks, int32 [n].
+
+    Raises:
+      UserError: an error of `check_scored`.
     """
+    rows = check_scored(rows, model.config)
     out = [(np.zeros(0, np.float32), np.zeros(0, np.int32))] * len(rows)
     asked = [i for i, (_, n) in enumerate(rows) if n]
     pieces = [rows[i][0] for i in asked]

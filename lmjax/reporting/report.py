@@ -18,6 +18,7 @@ from lmjax.monitoring.goodput import ACTIVITIES, SLOW_FACTOR
 from lmjax.monitoring.units import human_count, human_seconds
 from lmjax.reporting import page as html
 from lmjax.reporting import task_report
+from lmjax.reporting.model_card import write_card
 from lmjax.reporting.run_files import Columns, RunRecord, last, median, read_run
 from lmjax.reporting.summary import device_name, summarise
 
@@ -28,7 +29,10 @@ MAX_FACTS = 30  # facts of the data manifest that are listed
 
 
 def write_report(workdir: str | os.PathLike[str]) -> Path:
-    """Writes WORKDIR/report.html from the other files there, in one rename; returns its path.
+    """Writes WORKDIR/report.html, and the model card README.md, from the other files there.
+
+    Returns:
+      The path of the report.
 
     Raises:
       UserError: there is no such directory, it has no metrics, or one of its files is not readable.
@@ -45,6 +49,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     title = f"{workdir.resolve().name} \u00b7 lmjax"
     temporary.write_text(html.page(title, body), encoding="utf-8")
     temporary.replace(path)
+    write_card(workdir, run)
     return path
 
 

@@ -16,7 +16,7 @@ def summarise(run: RunRecord) -> str:
     task = run.config.get("task", {}).get("name")
     kind = f"model for {task}" if task else "language model"
     subject = f"A {size}{kind}" + (f" ({', '.join(shape)})" if shape else "")
-    epochs, sources = last(run.train, "epoch"), _sources(run)
+    epochs, sources = last(run.train, "epoch"), source_names(run)
     seen = f"{human_count(float(run.tokens(run.step)))} {run.unit}s"
     seen += f" ({epochs:.2f} epochs)" if epochs > 0 else ""
     seen += f" of {_join(sources)}" if sources else ""
@@ -41,7 +41,8 @@ def _join(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _sources(run: RunRecord) -> list[str]:
+def source_names(run: RunRecord) -> list[str]:
+    """Where the texts came from, as the config names it."""
     sources = run.config.get("data", {}).get("sources", [])
     names = [source.get("uri") or source.get("name") for source in sources
              if isinstance(source, dict)]
