@@ -8,19 +8,33 @@ from lmjax.models.model import ModelConfig, build_model
 from lmjax.nn.module import Params
 from lmjax.training.pretrained import Pretrained
 from lmjax.training.run import Run
+from lmjax.training.vocabulary import extends, with_mean_rows
 from lmjax.tree import named_leaves
 
 # What the head of a task replaces: fields of a model's config that may differ from the source's.
 REPLACED = ("head", "pooler", "mlm_head", "head_activation", "tie_embeddings", "output_bias")
 
 
-def comparable(config: ModelConfig, source: ModelConfig) -> ModelConfig:
-    """`config` with the fields of `source` in what the head of a task replaces, if it has one."""
-    if not config.head.outputs:
-        return config
-    names = {field.name for field in dataclasses.fields(config)} & set(REPLACED)
-    return dataclasses.replace(config, **{name: getattr(source, name) for name in names
-                                          if hasattr(source, name)})
+def comparable(run: Run, source: Pretrained) -> ModelConfig:
+    """The config of the run's model, with the fields of `source` that may differ from it.
+
+    These are what the head of a task replaces, the scaling of RoPE if the recipe says so, and a
+    smaller vocabulary that the run's tokenizer extends.
+    """
+    config, theirs = run.model.config, source.recipe.model
+    may = set(REPLACED) if config.head.outputs else set()
+    may |= {"rope_theta", "rope_scaling"} if run.recipe.train.change_rope else set()
+    may |= {"vocab_size"} if has_new_tokens(run, source) else set()
+    names = {field.name for field in dataclasses.fields(config)} & may
+    return dataclasses.replace(config, **{name: getattr(theirs, name) for name in names
+                                          if hasattr(theirs, name)})
+
+
+def has_new_tokens(run: Run, source: Pretrained) -> bool:
+    """Whether the run's tokenizer is that of `source` with more tokens, which get rows."""
+    rows = run.model.config.vocab_size
+    return not run.model.adapter.kind and rows >= source.recipe.model.vocab_size and extends(
+        run.tokenizer, source.tokenizer)
 
 
 def adopted(run: Run, source: Pretrained) -> tuple[Params, list[str]]:
@@ -36,7 +50,8 @@ def adopted(run: Run, source: Pretrained) -> tuple[Params, list[str]]:
     """
     model, config = run.model.plain, source.recipe.model
     shardings = run.layout.tree(model.axes, model.shapes)
-    if not model.config.head.outputs:
+    grows = has_new_tokens(run, source)
+    if not (model.config.head.outputs or grows):
         return source.read(model, shardings), []
     theirs = build_model(config, vocab_size=config.vocab_size, dtype=model.dtype,
                          platform=run.layout.mesh.devices.flat[0].platform, kernel=model.kernel)
@@ -44,13 +59,17 @@ def adopted(run: Run, source: Pretrained) -> tuple[Params, list[str]]:
     have = dict(named_leaves(read))
     have |= {name.replace("pooler", "task_head/dense", 1): leaf for name, leaf in have.items()
              if name.startswith("pooler/")}
+    placed = dict(named_leaves(shardings))
+    if grows:
+        assert run.tokenizer is not None and source.tokenizer is not None
+        have = with_mean_rows(have, source.tokenizer.vocab_size, run.tokenizer.vocab_size,
+                              model.config.vocab_size, placed)
     if source.about.get("task") != run.facts:
         have = {name: leaf for name, leaf in have.items() if not name.startswith("task_head/t")
                 and name != "task_head/bias"}
     names = [name for name, _ in named_leaves(model.shapes)]
     new = [name for name, shape in named_leaves(model.shapes)
            if name not in have or have[name].shape != shape.shape]
-    placed = dict(named_leaves(shardings))
 
     def make() -> dict[str, jax.Array]:
         made = dict(named_leaves(model.init(jax.random.key(run.recipe.train.seed))))

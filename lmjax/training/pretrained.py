@@ -193,7 +193,8 @@ def check_start(found: Pretrained, config: ModelConfig, tokenizer: Tokenizer | N
     if difference:
         field, ours, theirs = difference
         raise UserError(f"{theirs!r} as train.init_from={found.where} has", repr(ours),
-                        "set it to that, or start from another model",
+                        "set it to that, or start from another model"
+                        + ", or set train.change_rope=true" * field.startswith("rope_"),
                         where=f"config.model.{field}")
     if tokenizer and found.tokenizer and tokenizer.hash != found.tokenizer.hash:
         raise UserError(f"the tokenizer of the data ({tokenizer.hash[:12]})",

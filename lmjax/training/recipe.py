@@ -58,6 +58,8 @@ class TrainConfig:
     # The model whose weights the run starts from: the directory of a run, of a checkpoint or of a
     # Hugging Face model; "": random weights.
     init_from: PathText = ""
+    # Whether rope_theta and rope_scaling may differ from those of init_from, for longer rows.
+    change_rope: bool = False
     # A regular expression: parameters in whose path it is found keep their values and have neither
     # gradients nor optimizer state, for example ^embedding/|layers/.*norm; "": all are trained.
     frozen: str = ""

@@ -7,7 +7,7 @@ from lmjax.data.order import Steps
 from lmjax.errors import UserError, first_line
 from lmjax.runtime.distributed import agreed
 from lmjax.tasks.task import Task
-from lmjax.training.adopt import adopted, comparable
+from lmjax.training.adopt import adopted, comparable, has_new_tokens
 from lmjax.training.announce import announce_epochs, dtype_reason
 from lmjax.training.best import read_best, restored
 from lmjax.training.changes import check_schedule
@@ -44,8 +44,13 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
                                      given_up(run.recipe, run.saved))
     if found is None:
         if source:
-            check_start(source, comparable(run.model.config, source.recipe.model), run.tokenizer,
+            grows = has_new_tokens(run, source)
+            check_start(source, comparable(run, source), None if grows else run.tokenizer,
                         has_adapters=bool(run.model.adapter.kind))
+            if grows and run.tokenizer and source.tokenizer:
+                more = run.tokenizer.vocab_size - source.tokenizer.vocab_size
+                log(f"vocabulary: {more:,} new tokens; their rows of the embedding and of the head "
+                    "begin as the mean of the old rows")
             if run.tokenizer and not isinstance(run.recipe.task, Task):
                 check_marks(source, run.recipe.data.objective, run.tokenizer)
         # Refuses a run of too many epochs: better before the weights are made than after.
