@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax import huggingface
-from lmjax.config import choice
+from lmjax.config import choice, plain
 from lmjax.config.paths import expand
 from lmjax.data.reading import Reader, check_told, make_reader
 from lmjax.data.tokenizers import Tokenizer
@@ -254,7 +254,8 @@ class LM:
         Args:
           text: what is read. In an encoder's text, masks such as [MASK] stand for tokens.
           answer: what follows in a decoder (by default the text itself is explained), the answer
-            of an encoder-decoder, or the tokens of an encoder's masks (by default the likeliest).
+            of an encoder-decoder, the tokens of an encoder's masks, or the number of a classifier's
+            class (by default the likeliest).
           method: "integrated_gradients" (arXiv:1703.01365) or "gradient_x_input".
           picture: a file (.png, .svg) for a drawing of the tokens by their values.
 
@@ -262,6 +263,11 @@ class LM:
           UserError: there is nothing to explain, or the model has no tokenizer.
         """
         choice("method", method, METHODS)
+        task = plain(self.recipe.task)
+        known = [task.get(key, "") for key in ("name", "kind", "pair")]
+        if self.model.config.head.outputs and known != ["classification", "single", ""]:
+            raise UserError("a model of tokens, or a classifier of single texts", "another head",
+                            "explain the model that its run started from", "lm.explain")
         text, answer = check_text(text, "text"), check_text(answer, "answer")
         self.need_tokenizer()
         question = question_of(self.model, self.reader, text, answer,

@@ -54,7 +54,7 @@ class Explanation:
     values: np.ndarray  # float32 [tokens], nats
     target: tuple[str, ...]  # labels of the tokens whose likelihood it is
     # Where each of the target stands among the tokens; an answer's last token is not read and
-    # stands after them.
+    # stands after them. A class stands nowhere.
     places: tuple[int, ...]
     log_likelihood: float  # of the target, nats
     # Its log-likelihood where every token has the mean embedding; nan for gradient_x_input.
@@ -73,7 +73,7 @@ class Explanation:
         names, values = [*self.tokens, ""], [*self.values, math.nan]
         for place, label in zip(self.places, self.target, strict=True):
             names[place] = label
-        count = max(len(self.tokens), *(place + 1 for place in self.places))
+        count = max([len(self.tokens), *(place + 1 for place in self.places)])
         whole = len(self.places) == len(self.tokens)  # the text itself is explained
         what = "the text" if whole else f"\u201c{''.join(self.target).strip()}\u201d"
         draw_tokens(
@@ -94,6 +94,7 @@ class Question:
     batch: Batch  # [1, T]; `loss_mask` is 1 on the targets
     target: list[int]
     places: list[int]  # as in `Explanation`
+    classes: bool = False  # whether the target is a class, and no token
 
 
 def explain(model: Model, params: Params, layout: Layout, reader: Reader, question: Question,
@@ -119,7 +120,8 @@ def explain(model: Model, params: Params, layout: Layout, reader: Reader, questi
         baseline = math.nan
     return Explanation(
         tuple(labels(reader.names, question.ids)), values_I[question.at].astype(np.float32),
-        tuple(labels(reader.names, question.target)), tuple(question.places), float(value),
+        tuple(f"class {i}" for i in question.target) if question.classes
+        else tuple(labels(reader.names, question.target)), tuple(question.places), float(value),
         float(baseline), method)
 
 
@@ -179,15 +181,14 @@ def question_of(model: Model, reader: Reader, text: str, answer: str,
     Args:
       text: what it reads. In an encoder's text, masks stand for tokens.
       answer: the target. A decoder's "" is the text itself, an encoder's the likeliest tokens in
-        place of the masks.
+        place of the masks. Of a classifier it is the number of a class, by default the likeliest.
       logits: of a batch, [B, T, V].
 
     Raises:
       UserError: there is no target, a mask is missing, or a row is longer than learned positions.
     """
     if model.config.head.outputs:
-        raise UserError("a model that predicts tokens", "one with the head of a task",
-                        "explain the model that the run started from")
+        return _classified(model, reader, text, answer, logits)
     if model.config.family == "encoder":
         return _masked(model, reader, text, answer, logits)
     ask = _answered if model.config.family == "encdec" else _continued
@@ -240,6 +241,21 @@ def _masked(model: Model, reader: Reader, text: str, answer: str,
     batch["loss_mask"][0, at] = 1.0
     batch["targets"][0, at] = target
     return _question(batch, ids, target, at)
+
+
+def _classified(model: Model, reader: Reader, text: str, answer: str,
+                logits: Callable[[Batch], jax.Array]) -> Question:
+    ids, count = reader.ids(text), model.config.head.outputs
+    check_positions(model.config, len(ids), "text")
+    at = len(ids) - 1 if model.config.family == "decoder" else 0  # as in training
+    batch = _row(model, [*ids, 0], len(ids))
+    chosen = answer or str(int(np.argmax(np.asarray(logits(batch))[0, at])))
+    if not (chosen.isdecimal() and int(chosen) < count):
+        raise UserError(f"the number of a class, 0 to {count - 1}", repr(answer), "write one, or "
+                        "leave it out for the likeliest", "answer")
+    batch["loss_mask"][:], batch["targets"][0, at] = 0.0, int(chosen)
+    batch["loss_mask"][0, at] = 1.0
+    return dataclasses.replace(_question(batch, ids, [int(chosen)], ()), classes=True)
 
 
 def mask_of(reader: Reader) -> tuple[str, int]:

@@ -38,14 +38,15 @@ def tokenizer():
     return train_tokenizer(TokenizerConfig(vocab_size=KNOWN), texts)
 
 
-def model_of(tokenizer, keys, objective, weights=True) -> LM:
+def model_of(tokenizer, keys, objective, weights=True, task=False) -> LM:
     """An untrained model; without weights, one that only reads."""
     def recipe_of(vocab_size):
         return build_recipe({
             "model": dict(num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=2, mlp_dim=24,
                           init_std=0.5, embedding_std=0.3, vocab_size=vocab_size) | keys,
             "data": {"seq_len": 48, "objective": objective,
-                     "tokenizer": {"vocab_size": KNOWN}}})
+                     "tokenizer": {"vocab_size": KNOWN}},
+            **({"task": {"name": "classification"}} if task else {})})
 
     made = Objective(recipe_of(2 * KNOWN).data.objective, seq_len=48, vocab_size=KNOWN,
                      tokenizer=tokenizer)
@@ -99,6 +100,28 @@ def test_what_cannot_be_explained_is_refused(lm, tokenizer):
     t5 = model_of(tokenizer, *FAMILIES["t5"][:2], weights=False)
     with pytest.raises(UserError, match="answer: expected an answer, whose likelihood is expl"):
         t5.explain("Document 7")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family, at", [("bert", 0), ("llama", -1)])
+def test_a_class_is_explained_by_the_head(family, at, tokenizer):
+    """The head reads the first token of an encoder, the last of a decoder, as in training."""
+    keys, objective, *_ = FAMILIES[family]
+    lm = model_of(tokenizer, keys | {"head": {"outputs": 3}}, objective, task=True)
+    text = "Document 7 tells"
+    logits = np.asarray(lm.logits([lm.reader.ids(text)]), np.float64)[0, at]
+    log_p = logits - np.log(np.exp(logits).sum())
+    for chosen in range(3):
+        found = lm.explain(text, str(chosen))
+        assert found.target == (f"class {chosen}",)
+        assert found.log_likelihood == pytest.approx(log_p[chosen], rel=1e-4)
+        assert abs(found.gap) < 0.011 * max(abs(found.log_likelihood - found.baseline), 1.0)
+    assert lm.explain(text).target == (f"class {log_p.argmax()}",)
+    with pytest.raises(UserError, match="answer: expected the number of a class, 0 to 2, got '3'"):
+        lm.explain(text, "3")
+    other = model_of(tokenizer, keys | {"head": {"outputs": 3}}, objective, weights=False)
+    with pytest.raises(UserError, match="expected a model of tokens, or a classifier of single"):
+        other.explain(text)
 
 
 @pytest.mark.parametrize("name", [
