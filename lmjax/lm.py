@@ -55,9 +55,10 @@ from lmjax.training.pretrained import find
 from lmjax.training.program import placed
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import TrainState
+from lmjax.training.use import TaskUse
 
 
-class LM:
+class LM(TaskUse):
     """A trained model with its parameters and its tokenizer.
 
     Attributes:
@@ -103,6 +104,7 @@ class LM:
           UserError: `texts` is no list of texts, or the model is no decoder or has no tokenizer.
         """
         texts = check_texts(texts, "texts")
+        self.need_vocabulary()
         if picture and len(texts) != 1:
             raise UserError("one text for a picture", len(texts), "pass one", "texts")
         tokenizer, length = self.need_tokenizer(), self.recipe.data.seq_len
@@ -145,6 +147,7 @@ class LM:
           UserError: the model is no decoder, a row is longer than its learned positions, an id is
             out of range, or a row has fewer ids than are to be scored after its first.
         """
+        self.need_vocabulary()
         return [(total(log_p), bool((rank == 1).all()))
                 for log_p, rank in token_likelihoods(self.model, self._score, self.params, rows)]
 
@@ -177,6 +180,9 @@ class LM:
         tokenizer = self.need_tokenizer()
         if not isinstance(draft, LM | None):
             raise UserError("an LM", type(draft).__name__, "pass lmjax.load(path)", "draft")
+        for model in (self, draft):
+            if model is not None:
+                model.need_vocabulary()
         drafting = Draft(draft.model, draft.params) if draft else None
         decoding = DecodingOptions(draft=drafting, **options)
         prompts = check_ids(prompts, self.model.config, "prompts")
@@ -353,21 +359,9 @@ class LM:
         huggingface.write_directory(
             Path(expand(out, "out", bucket=False)), self.model, self.params,
             None if self.tokenizer is None else self.reader,
-            options=huggingface.ExportOptions(**options), source=self.about.get("huggingface"),
+            options=huggingface.ExportOptions(**options, head=self.task_head()),
+            source=self.about.get("huggingface"),
             max_positions=self.recipe.data.seq_len, log=log)
-
-    def need_tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer.
-
-        Raises:
-          UserError: the model has none.
-        """
-        if self.tokenizer is None:
-            raise UserError("a model with a tokenizer",
-                            "one of synthetic data, or imported without tokenizer.model and "
-                            "tokenizer.json", "use lm.logits(ids), or write tokenizer.json with "
-                            "AutoTokenizer of transformers (save_pretrained) and load again")
-        return self.tokenizer
 
 
 def load(path: str | os.PathLike, *, step: int | str | None = None, ema: bool | None = None,

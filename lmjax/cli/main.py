@@ -13,6 +13,7 @@ from lmjax.cli.arguments import parse
 from lmjax.cli.chat import add_chat, chat
 from lmjax.cli.doctor import add_doctor, doctor
 from lmjax.cli.errors import explain, is_transient
+from lmjax.cli.predict import add_predict, predict
 
 
 class Command(NamedTuple):
@@ -49,6 +50,8 @@ COMMANDS = {
                        inference.add_explain, inference.explain),
     "eval": Command("evaluate a trained model on tasks of lm-eval",
                     inference.add_eval, inference.evaluate),
+    "predict": Command("answer the examples in a file with a model that was trained for a task",
+                       add_predict, predict),
     "import-hf": Command("turn a Hugging Face directory into a checkpoint",
                          inference.add_import_hf, inference.import_hf),
     "export-hf": Command("turn a checkpoint into a Hugging Face directory",

@@ -93,7 +93,8 @@ def draw_surprise(tokens: Sequence[str], scores: Sequence[TokenScore],
 
 def states(model: Model, params: Params, batch: Batch, count: jax.Array) -> jax.Array:
     """The last hidden states [B, T, D] (see `Model.encode`) of the first `count` rows."""
-    return _in_passes(lambda part: model.encode(params, part)[0], batch, count)
+    found: jax.Array = in_passes(lambda part: model.encode(params, part)[0], batch, count)
+    return found
 
 
 def likelihoods(model: Model, params: Params, batch: Batch, count: jax.Array, at_KC: jax.Array,
@@ -110,7 +111,7 @@ def likelihoods(model: Model, params: Params, batch: Batch, count: jax.Array, at
     Returns:
       The targets' log-likelihoods, float32 [K, C], and their ranks, int32 [K, C]; 1: the likeliest.
     """
-    x_BTD = _in_passes(lambda part: model.hidden(params, part).x_BTD, batch, count)
+    x_BTD = in_passes(lambda part: model.hidden(params, part).x_BTD, batch, count)
     x_ND, C = x_BTD.reshape(-1, x_BTD.shape[-1]), at_KC.shape[1]
     layout = current_layout()
 
@@ -220,17 +221,27 @@ def embeddings(model: Model, run: Callable[..., jax.Array], params: Params,
     return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
 
 
-def _in_passes(run: Callable[[Batch], jax.Array], batch: Batch, count: jax.Array) -> jax.Array:
-    """Runs the first `count` rows of a batch, always as many at once."""
+def in_passes(run: Callable[[Batch], Any], batch: Batch, count: jax.Array) -> Any:
+    """Runs the first `count` rows of a batch, always as many at once.
+
+    Args:
+      run: from rows to an array, or a tree of arrays, with a first dimension of rows.
+      batch: arrays of rows.
+      count: how many rows matter.
+
+    Returns:
+      What `run` gives for all rows; zeros after those that matter.
+    """
     B, T = batch["tokens"].shape
     G = min(B, max(_pass_tokens() // T, 1))
 
     def part(i: jax.Array | int) -> Batch:
         return {name: lax.dynamic_slice_in_dim(x, i * G, G) for name, x in batch.items()}
 
-    def one(i: jax.Array, out: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(out, run(part(i)), i * G, 0)
+    def one(i: jax.Array, out: Any) -> Any:
+        return jax.tree.map(lambda whole, rows: lax.dynamic_update_slice_in_dim(
+            whole, rows, i * G, 0), out, run(part(i)))
 
-    shape = jax.eval_shape(lambda: run(part(0)))
-    return lax.fori_loop(0, (count + G - 1) // G, one,
-                         jnp.zeros((B, *shape.shape[1:]), shape.dtype))
+    shapes = jax.eval_shape(lambda: run(part(0)))
+    zeros = jax.tree.map(lambda x: jnp.zeros((B, *x.shape[1:]), x.dtype), shapes)
+    return lax.fori_loop(0, (count + G - 1) // G, one, zeros)

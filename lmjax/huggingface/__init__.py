@@ -8,6 +8,7 @@ from lmjax.huggingface.directory import (
     read_params,
     write_directory,
 )
+from lmjax.huggingface.heads import TaskHead
 from lmjax.huggingface.peft import (
     is_peft_directory,
     on_base,
@@ -20,7 +21,7 @@ from lmjax.huggingface.settings import decided, difference, passed_over
 from lmjax.huggingface.tokenizers import SENTENCEPIECE, UNREAD, read_tokenizer, why_unread
 
 __all__ = [
-    "SENTENCEPIECE", "UNREAD", "ExportOptions", "HFModel", "Place", "decided", "difference",
-    "identify", "in_cache", "is_hf_directory", "is_peft_directory", "kind_of", "locate",
-    "on_base", "passed_over", "read_directory", "read_params", "read_peft", "read_peft_params",
-    "read_tokenizer", "why_unread", "write_directory", "write_peft"]
+    "SENTENCEPIECE", "UNREAD", "ExportOptions", "HFModel", "Place", "TaskHead", "decided",
+    "difference", "identify", "in_cache", "is_hf_directory", "is_peft_directory", "kind_of",
+    "locate", "on_base", "passed_over", "read_directory", "read_params", "read_peft",
+    "read_peft_params", "read_tokenizer", "why_unread", "write_directory", "write_peft"]

@@ -1,7 +1,7 @@
 """A Hugging Face directory as a whole: config.json, safetensors, tokenizer."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lmjax.config import at_least, choice
 from lmjax.data.reading import Reader
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.errors import UserError
+from lmjax.huggingface.heads import TaskHead, read_head
 from lmjax.huggingface.model_types import MODEL_TYPES
 from lmjax.huggingface.settings import (
     kept_settings,
@@ -54,6 +55,7 @@ class HFModel:
     # What a checkpoint of ours remembers about the import: config.json ("settings"),
     # generation_config.json ("generation") and the weights' "dtype".
     source: dict[str, Any]
+    head: TaskHead | None  # of a task, in place of the vocabulary's
     untied: bool  # config.json ties the head to the embedding, and the files hold two that differ
 
 
@@ -64,6 +66,7 @@ class ExportOptions:
     model_type: str = ""  # of config.json; "" takes the first that can express the model
     dtype: str = ""  # of the stored tensors; "" takes that of the import, or else float32
     max_shard_bytes: int = 5_000_000_000  # limit of a weight file's size
+    head: TaskHead | None = None  # what the model's head was trained for, if it has one
 
     def __post_init__(self) -> None:
         choice("model_type", self.model_type, ("", *MODEL_TYPES))
@@ -108,7 +111,18 @@ def read_directory(path: Path) -> HFModel:
         "settings": settings,
         "dtype": next((name for name, code in DTYPE_CODES.items() if codes == {code}), "float32"),
         "generation": read_json(generation) if generation.exists() else {}}
-    return HFModel(path, config, entries, tokenizer, source, tied and not config.tie_embeddings)
+    head = read_head(settings, MODEL_TYPES[model_type.name], where)
+    if head and head.task == "classification" and config.family == "decoder" and tokenizer:
+        _check_end(settings.get("pad_token_id"), tokenizer.suffix, where)
+    return HFModel(path, config, entries, tokenizer, source, head,
+                   tied and not config.tie_embeddings)
+
+
+def _check_end(pad: Any, suffix: Sequence[int], where: str) -> None:
+    """Refuses padding that ends texts: `transformers` classifies at the last other token."""
+    if suffix and suffix[-1] == pad:
+        raise UserError(f"a pad_token_id other than {pad}, which ends every text", pad,
+                        "give padding an id of its own, with which the model was trained", where)
 
 
 def read_params(found: HFModel, model: Model, shardings: Params) -> Params:
@@ -120,7 +134,7 @@ def read_params(found: HFModel, model: Model, shardings: Params) -> Params:
     Raises:
       UserError: a tensor is missing, not needed or of another shape.
     """
-    model_type = MODEL_TYPES[found.source["settings"]["model_type"]]
+    model_type = model_type_of(found.source["settings"], str(found.path))
     table = rows_for(model_type, model.config)
     check_tensors(found.entries, model.shapes, table, where=str(found.path),
                   ignore=(*model_type.ignore, *BUFFERS))
@@ -159,12 +173,17 @@ def write_directory(out: Path, model: Model, params: Params, reader: Reader | No
         # These positions have no end: a model of ours has as many as its rows had.
         given = config.max_positions if source["settings"] or not max_positions else 0
         config = dataclasses.replace(config, max_positions=max(given, max_positions))
-    ours = write_settings(config, options.model_type or source["settings"].get("model_type", ""))
-    model_type = MODEL_TYPES[ours["model_type"]]
-    kept = kept_settings(source["settings"], model_type)
+    ours = write_settings(config, options.model_type or source["settings"].get("model_type", ""),
+                          options.head)
+    model_type = model_type_of(ours, "config.json")
+    kept = kept_settings(source["settings"], model_type, options.head)
     # An imported model keeps its own special ids, also where a file leaves them to the class.
     ids = {} if reader is None or source["settings"] else _special_ids(reader, config.family, ours)
     generation = source["generation"] or (ids and {**ids, "do_sample": True})
+    if options.head is not None:
+        generation = {}
+        if reader is not None and {**ids, **kept}.get("pad_token_id") is None:
+            kept["pad_token_id"] = pad_of(reader.names.tokenizer)  # which ends no batch's texts
     with new_directory(out) as part:
         write_json(part / "config.json", {**ids, **kept, **ours, "torch_dtype": dtype})
         if generation:
@@ -173,7 +192,9 @@ def write_directory(out: Path, model: Model, params: Params, reader: Reader | No
         write_tensors(part, tensor_shapes(model.shapes, table), tensor_getter(params, table),
                       dtype=dtype, max_shard_bytes=options.max_shard_bytes)
         if reader is not None:
-            write_tokenizer(part, reader, generates=config.family == "decoder", log=log)
+            generates = config.family == "decoder" and options.head is None
+            write_tokenizer(part, reader, generates=generates,
+                            types=getattr(config, "token_types", 0) > 1, log=log)
         _check_written(part, model, params, dtype)
     log(f"{out}: a {model_type.architecture} in {dtype}; read back, it has equal logits")
 

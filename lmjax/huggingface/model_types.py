@@ -7,13 +7,14 @@ refused, because it may change what the model computes. Only settings that are e
 A row is Setting(their name, our field, their default); "" as our field means that the setting must
 have its default. `lmjax.huggingface.schema` explains the other columns: `also`, `only`, `alias`,
 `times` and `plus` of a setting, and `fixed`, `prefix`, `ignore`, `neutral`, `present`, `rope` and
-`is_local` of a model type.
+`is_local` of a model type; `lmjax.huggingface.heads` has its classes with the head of a task.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from lmjax.huggingface.encoder_decoders import MARIAN, MT5, T5
+from lmjax.huggingface.heads import MODERNBERT_HEADS, decoder_heads, encoder_heads
 from lmjax.huggingface.schema import GATED, TIED, UNGATED, UNTIED, ModelType, Setting, defaults
 from lmjax.huggingface.tables import (
     GEMMA_TABLE,
@@ -55,7 +56,8 @@ LLAMA = ModelType(
     "llama", "LlamaForCausalLM",
     (*MODERN, *ATTENTION_BIAS, MLP_BIAS),
     LLAMA_TABLE,
-    prefix="model.")
+    prefix="model.",
+    heads=decoder_heads("Llama", prefix="transformer."))
 GRANITE = ModelType(
     "granite", "GraniteForCausalLM",
     (*LLAMA.settings,
@@ -73,7 +75,8 @@ MISTRAL = ModelType(
     LLAMA_TABLE,
     prefix="model.",
     is_local=lambda settings, i: True,
-    reads_layer_types=False)
+    reads_layer_types=False,
+    heads=decoder_heads("Mistral"))
 PHI3 = ModelType(
     "phi3", "Phi3ForCausalLM",
     (*defaults(MODERN, vocab_size=32064, hidden_size=3072, intermediate_size=8192,
@@ -84,7 +87,8 @@ PHI3 = ModelType(
     is_local=lambda settings, i: True,
     reads_layer_types=False,
     scaling=False,  # its class has longrope, which lmjax does not compute
-    own_code=("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"))
+    own_code=("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"),
+    heads=decoder_heads("Phi3", only=("classification", "tagging")))
 MIXTRAL = ModelType(
     "mixtral", "MixtralForCausalLM",
     (*defaults(MISTRAL_SETTINGS, rms_norm_eps=1e-5), WINDOW._replace(default=None),
@@ -94,7 +98,8 @@ MIXTRAL = ModelType(
     prefix="model.",
     rope={"rope_theta": 1e6},
     is_local=lambda settings, i: True,
-    reads_layer_types=False)
+    reads_layer_types=False,
+    heads=decoder_heads("Mixtral"))
 
 
 def qwen_is_local(settings: Mapping[str, Any], i: int) -> bool:
@@ -128,7 +133,8 @@ QWEN2 = ModelType(
     fixed={"qkv_bias": True},
     prefix="model.",
     neutral=("use_sliding_window",),
-    is_local=qwen_is_local)
+    is_local=qwen_is_local,
+    heads=decoder_heads("Qwen2", prefix="transformer."))
 QWEN3 = ModelType(
     "qwen3", "Qwen3ForCausalLM",
     (*defaults(QWEN_SETTINGS, head_dim=128), *ATTENTION_BIAS),
@@ -136,7 +142,8 @@ QWEN3 = ModelType(
     fixed={"qk_norm": True},
     prefix="model.",
     neutral=("use_sliding_window",),
-    is_local=qwen_is_local)
+    is_local=qwen_is_local,
+    heads=decoder_heads("Qwen3", prefix="transformer."))
 QWEN2_MOE = ModelType(
     "qwen2_moe", "Qwen2MoeForCausalLM",
     (*defaults(QWEN_SETTINGS, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
@@ -149,7 +156,8 @@ QWEN2_MOE = ModelType(
     fixed={"moe.shared_gate": True},
     prefix="model.",
     neutral=("use_sliding_window",),
-    is_local=qwen2_moe_is_local)
+    is_local=qwen2_moe_is_local,
+    heads=decoder_heads("Qwen2Moe"))
 QWEN3_MOE = ModelType(
     "qwen3_moe", "Qwen3MoeForCausalLM",
     (*defaults(QWEN_SETTINGS, hidden_size=2048, intermediate_size=6144, num_hidden_layers=24,
@@ -161,7 +169,8 @@ QWEN3_MOE = ModelType(
     prefix="model.",
     neutral=("use_sliding_window",),
     is_local=lambda settings, i: bool(settings.get("use_sliding_window")),
-    reads_layer_types=False)
+    reads_layer_types=False,
+    heads=decoder_heads("Qwen3Moe", prefix="transformer."))
 
 GEMMA_ROWS = (
     *defaults(tuple(row for row in MODERN if row.ours != "mlp"), vocab_size=256000, head_dim=256,
@@ -192,7 +201,8 @@ GEMMA = ModelType(
      Setting("hidden_activation", "mlp", None, only=GEMMA1_GATED | {None: None})),
     LLAMA_TABLE,
     fixed=GEMMA1_FIXED,
-    prefix="model.")
+    prefix="model.",
+    heads=decoder_heads("Gemma", only=("classification", "tagging")))
 GEMMA2 = ModelType(
     "gemma2", "Gemma2ForCausalLM",
     (*GEMMA_SETTINGS, *SOFTCAPS),
@@ -200,7 +210,8 @@ GEMMA2 = ModelType(
     fixed=GEMMA_FIXED,
     prefix="model.",
     neutral=("hidden_act", "sliding_window_size"),
-    is_local=lambda settings, i: i % 2 == 0)
+    is_local=lambda settings, i: i % 2 == 0,
+    heads=decoder_heads("Gemma2", only=("classification", "tagging")))
 GEMMA3 = ModelType(
     "gemma3_text", "Gemma3ForCausalLM",
     (*defaults(GEMMA_SETTINGS, vocab_size=262208, max_position_embeddings=131072),
@@ -212,7 +223,8 @@ GEMMA3 = ModelType(
              "sliding_window_pattern",  # read by `is_local`
              "_sliding_window_pattern"),
     rope={"rope_theta": 1e6, "rope_local_base_freq": 10_000.0},
-    is_local=lambda settings, i: (i + 1) % settings.get("sliding_window_pattern", 6) != 0)
+    is_local=lambda settings, i: (i + 1) % settings.get("sliding_window_pattern", 6) != 0,
+    heads=decoder_heads("Gemma3Text", only=("classification",)))
 
 GPT2 = ModelType(
     "gpt2", "GPT2LMHeadModel",
@@ -232,7 +244,8 @@ GPT2 = ModelType(
     fixed={"positions": "learned", "norm": "layernorm", "use_bias": True},
     prefix="transformer.",
     ignore=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
-    rope={})
+    rope={},
+    heads=decoder_heads("GPT2", tagging="classifier"))
 
 # Encoders
 
@@ -268,7 +281,8 @@ BERT = ModelType(
     present={"mlm_head": ("cls.predictions.transform.dense.weight", True, False),
              "pooler": ("bert.pooler.dense.weight", True, False)},
     config=EncoderConfig,
-    rope={})
+    rope={},
+    heads=encoder_heads("Bert", "bert.pooler.dense", "classifier"))
 
 
 def roberta(name: str, architecture: str, vocab_size: int) -> ModelType:
@@ -290,7 +304,9 @@ def roberta(name: str, architecture: str, vocab_size: int) -> ModelType:
         present={"mlm_head": ("lm_head.dense.weight", True, False),
                  "pooler": ("roberta.pooler.dense.weight", True, False)},
         config=EncoderConfig,
-        rope={})
+        rope={},
+        heads=encoder_heads(architecture.removesuffix("ForMaskedLM"), "classifier.dense",
+                            "classifier.out_proj"))
 
 
 ROBERTA = roberta("roberta", "RobertaForMaskedLM", 50265)
@@ -319,7 +335,8 @@ MODERNBERT = ModelType(
     present={"mlm_head": ("head.dense.weight", True, False)},
     config=EncoderConfig,
     is_local=lambda settings, i: i % settings.get("global_attn_every_n_layers", 3) != 0,
-    rope={"global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0})
+    rope={"global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0},
+    heads=MODERNBERT_HEADS)
 
 # An export without --model-type takes the first of these that can express the whole model.
 MODEL_TYPES = {model_type.name: model_type for model_type in (

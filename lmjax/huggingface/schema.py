@@ -31,6 +31,16 @@ class Setting(NamedTuple):
     power: float = 0.0  # not 0: ours = theirs ** power
 
 
+class HeadType(NamedTuple):
+    """A class of a model type that has the head of a task."""
+
+    architecture: str  # the class in transformers
+    kind: str  # of `lmjax.models.heads`
+    table: Table  # where the head's parameters are stored
+    prefix: str = ""  # of the other tensors' names, if it is not that of the model type
+    settings: tuple[Setting, ...] = ()  # further ones
+
+
 @dataclass(frozen=True)
 class ModelType:
     """One `model_type` of config.json."""
@@ -66,6 +76,7 @@ class ModelType:
     implied: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     # Code that its first repositories point to (auto_map), which transformers has as this class.
     own_code: tuple[str, ...] = ()
+    heads: Mapping[str, HeadType] = field(default_factory=dict)  # task -> its class
     scaling: bool = True  # whether the class has the RoPE scalings that lmjax has
     # The settings of the global and the local RoPE theta with their defaults; empty without RoPE.
     rope: Mapping[str, float] = field(default_factory=lambda: {"rope_theta": 10_000.0})

@@ -10,6 +10,8 @@ from typing import Any
 
 from lmjax.config import build
 from lmjax.errors import UserError
+from lmjax.huggingface import heads
+from lmjax.huggingface.heads import TaskHead
 from lmjax.huggingface.model_types import MODEL_TYPES
 from lmjax.huggingface.rope import ORIGINAL, read_rope, told_twice, write_rope
 from lmjax.huggingface.schema import NEUTRAL, ONLY, PASSED_OVER, ModelType, Setting
@@ -28,10 +30,11 @@ LAYER_TYPES = {"sliding_attention": "local", "full_attention": "global"}  # thei
 
 
 def model_type_of(settings: Settings, where: str) -> ModelType:
-    """The model type of a config.json.
+    """The model type of a config.json, with the head of a task if it speaks of one.
 
     Raises:
-      UserError: the model needs code of its own, or its `model_type` is not one of `MODEL_TYPES`.
+      UserError: the model needs code of its own, its `model_type` is not one of `MODEL_TYPES`, or
+        lmjax does not compute its head.
     """
     known = ", ".join(MODEL_TYPES)
     name = settings.get("model_type")
@@ -46,7 +49,8 @@ def model_type_of(settings: Settings, where: str) -> ModelType:
     if found is None:
         raise UserError(f"model_type to be one of {known}", repr(name), "convert it to one of them",
                         where)
-    return found
+    head = heads.read_head(settings, found, where)
+    return found if head is None else heads.with_head(found, head)
 
 
 def read_settings(settings: Settings, where: str,
@@ -78,17 +82,22 @@ def passed_over(settings: Settings) -> list[str]:
 
 
 def decided(settings: Settings) -> list[str]:
-    """Which of two places decides, where a config.json that was read says two things of RoPE."""
-    return told_twice(settings, MODEL_TYPES[settings["model_type"]])
+    """Which of two places decides, where a config.json that was read says two things."""
+    model_type = model_type_of(settings, "config.json")
+    lines = told_twice(settings, model_type)
+    return lines + heads.told_twice(settings) if "head.outputs" in model_type.fixed else lines
 
 
-def kept_settings(settings: Settings, model_type: ModelType) -> dict[str, Any]:
-    """The settings of an imported config.json that an export repeats.
+def kept_settings(settings: Settings, model_type: ModelType,
+                  head: TaskHead | None = None) -> dict[str, Any]:
+    """The settings of an imported config.json that an export, with this head, repeats.
 
     They change nothing that the model computes. Settings that say what it is are written anew: a
     list of layers or another name of a size that was left beside them could contradict them.
     """
     kept = NEUTRAL.union(model_type.neutral) - WRITTEN_ANEW
+    if head is not None:
+        kept = kept.difference(heads.HEAD_SETTINGS)
     return {name: value for name, value in settings.items() if name in kept or _is_harmless(name)}
 
 
@@ -101,12 +110,14 @@ def _build(model_type: ModelType, fields: Settings, where: str) -> ModelConfig:
                         f"{error.fix} (config.json, in lmjax's names)", error.where) from None
 
 
-def write_settings(config: ModelConfig, model_type: str = "") -> dict[str, Any]:
+def write_settings(config: ModelConfig, model_type: str = "",
+                   head: TaskHead | None = None) -> dict[str, Any]:
     """Makes a config.json from which `read_settings` builds a model that computes the same.
 
     Args:
       config: the model.
       model_type: one of `MODEL_TYPES`; "" takes the first that can express all of `config`.
+      head: what the model's head says; None if it has none.
 
     Raises:
       UserError: that model type, or every one, lacks something that `config` has.
@@ -118,9 +129,9 @@ def write_settings(config: ModelConfig, model_type: str = "") -> dict[str, Any]:
         name for name, row in MODEL_TYPES.items() if isinstance(config, row.config)]
     reasons = []
     for name in names:
-        row = MODEL_TYPES[name]
         try:
-            settings = _write(row, config)
+            row = MODEL_TYPES[name] if head is None else heads.with_head(MODEL_TYPES[name], head)
+            settings = _write(row, config) | (heads.head_settings(head) if head else {})
             present = {field: getattr(config, field) for field in row.present}
             found = difference(config, read_settings(settings, name, present))
             if found is None:
@@ -367,6 +378,8 @@ def _resolved(config: ModelConfig) -> ModelConfig:
         changes[name] = c.use_bias or getattr(c, name)
     if isinstance(c, DecoderConfig):  # it has no other matrices with a bias
         changes |= dict(use_bias=False)
+    if c.head.outputs:
+        changes |= heads.normal_form(c)
     moe = type(c.moe)()
     if c.moe.experts:
         moe = dataclasses.replace(  # the losses matter only in training

@@ -33,7 +33,7 @@ PROBES = (
 )
 
 
-def write_tokenizer(path: Path, reader: Reader, *, generates: bool = True,
+def write_tokenizer(path: Path, reader: Reader, *, generates: bool = True, types: bool = False,
                     log: Callable[[str], None] = print) -> None:
     """Writes a tokenizer into a directory, so that it reads a text as the model does.
 
@@ -45,6 +45,7 @@ def write_tokenizer(path: Path, reader: Reader, *, generates: bool = True,
       path: the directory.
       reader: the tokenizer, the ids around a text, and names of the objective's ids.
       generates: whether the model continues a text, so that padding must stand before it.
+      types: whether the model tells the tokens of a second text from those of the first.
       log: prints a line for the user.
     """
     tokenizer = reader.names.tokenizer
@@ -69,7 +70,9 @@ def write_tokenizer(path: Path, reader: Reader, *, generates: bool = True,
         return
     _put_around(made, reader, log)
     made.save(str(path / HF_FILES[0]))
-    write_json(path / HF_FILES[1], _described(made, reader, generates))
+    names = ["input_ids", *["token_type_ids"] * types, "attention_mask"]
+    write_json(path / HF_FILES[1], {**_described(made, reader, generates),
+                                    "model_input_names": names})
     for name in (HF_FILES[2], ADDED):  # the two files above say all of it
         (path / name).unlink(missing_ok=True)
     if not imported:
@@ -117,10 +120,12 @@ def _put_around(made: Any, reader: Reader, log: Callable[[str], None]) -> None:
             read = "text" if found is None else f"id {found}, which it had before"
             log(f"tokenizer.json reads {name} as {read}; the model was trained with {i}: give the "
                 "model ids, not this name")
-    ends = {i: made.id_to_token(i) for i in (*reader.prefix, *reader.suffix)}
-    before, after = ([ends[i] for i in part] for part in (reader.prefix, reader.suffix))
+    ends = {i: made.id_to_token(i) for i in (*reader.prefix, *reader.middle, *reader.suffix)}
+    before, between, after = ([ends[i] for i in part] for part in (
+        reader.prefix, reader.middle, reader.suffix))
+    second = [f"{piece}:{reader.second_type}" for piece in ("$B", *after)]
     made.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A", *after], pair=[*before, "$A", *after, "$B", *after],
+        single=[*before, "$A", *after], pair=[*before, "$A", *between, *second],
         special_tokens=[(name, i) for i, name in ends.items()])
 
 
@@ -140,7 +145,6 @@ def _described(made: Any, reader: Reader, generates: bool) -> dict[str, Any]:
     roles |= {"mask_token": mask} if (mask := mask_of(reader)) else {}
     return {**kept, **roles, "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"],
             "padding_side": "left" if generates else "right"}
 
 

@@ -181,6 +181,22 @@ class Classification(Task):
         return {"label": facts["labels"][int(found)],
                 "confidence": round(float(predicted.arrays["confidence"][at]), 6)}
 
+    def classified(self, logits_C: np.ndarray, facts: Facts) -> Answer:
+        """Like `answer`, with the probability of every class."""
+        if self.kind == "regression":
+            return {"value": float(logits_C[0])}
+        if self.kind == "multi":
+            p_C = 1.0 / (1.0 + np.exp(-logits_C.astype(np.float64)))
+        else:
+            p_C = np.exp(logits_C - logits_C.max(), dtype=np.float64)
+            p_C /= p_C.sum()
+        chances = dict(zip(facts["labels"], p_C.tolist(), strict=True))
+        if self.kind == "multi":
+            return {"labels": [label for label, p in chances.items() if p > 0.5],
+                    "probabilities": chances}
+        best = max(chances, key=chances.__getitem__)
+        return {"label": best, "confidence": chances[best], "probabilities": chances}
+
     def truth(self, record: Record) -> Any:
         found = value(record, self.label)
         if self.kind == "regression":

@@ -6,6 +6,7 @@ import jax
 
 from lmjax.models.model import ModelConfig, build_model
 from lmjax.nn.module import Params
+from lmjax.tasks.task import Facts
 from lmjax.training.pretrained import Pretrained
 from lmjax.training.run import Run
 from lmjax.training.vocabulary import extends, with_mean_rows
@@ -64,7 +65,7 @@ def adopted(run: Run, source: Pretrained) -> tuple[Params, list[str]]:
         assert run.tokenizer is not None and source.tokenizer is not None
         have = with_mean_rows(have, source.tokenizer.vocab_size, run.tokenizer.vocab_size,
                               model.config.vocab_size, placed)
-    if source.about.get("task") != run.facts:
+    if _classes(source.about.get("task")) != _classes(run.facts):
         have = {name: leaf for name, leaf in have.items() if not name.startswith("task_head/t")
                 and name != "task_head/bias"}
     names = [name for name, _ in named_leaves(model.shapes)]
@@ -78,3 +79,8 @@ def adopted(run: Run, source: Pretrained) -> tuple[Params, list[str]]:
     made = jax.jit(make, out_shardings={name: placed[name] for name in new})()
     leaves = [made[name] if name in made else have[name] for name in names]
     return jax.tree.unflatten(jax.tree.structure(model.shapes), leaves), new
+
+
+def _classes(facts: Facts | None) -> Facts | None:
+    """What a task keeps of its training examples, without how many there are of each class."""
+    return facts and {name: value for name, value in facts.items() if name != "counts"}

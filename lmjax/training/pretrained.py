@@ -7,6 +7,8 @@ before anything is compiled.
 import base64
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +31,7 @@ from lmjax.errors import UserError, first_line
 from lmjax.models.model import Model, ModelConfig, build_model
 from lmjax.nn.adapters import is_adapter, merge_adapters
 from lmjax.nn.module import Params
+from lmjax.tasks.published import imported_task
 from lmjax.training.best import best_step
 from lmjax.training.checkpoint import About, checkpoint_steps, read_about, restore_params
 from lmjax.training.checksums import checksums
@@ -135,6 +138,16 @@ def _placed_as(shapes: Params, shardings: Params) -> Params:
     whole = NamedSharding(next(iter(known.values())).mesh, PartitionSpec())
     leaves = [known.get(name, whole) for name, _ in named_leaves(shapes)]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def weights_id(found: Pretrained) -> str:
+    """A text that changes with the weights; of a Hugging Face directory, with its files."""
+    kept = found.about.get("checksums") and [
+        found.about["checksums"], found.about.get("base", {}).get("checksums")]
+    if kept is None:
+        stats = [(path.name, path.stat()) for path in Path(found.where).glob("*.safetensors")]
+        kept = sorted([name, s.st_size, s.st_mtime_ns] for name, s in stats)
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
@@ -311,10 +324,11 @@ def _huggingface(path: Path) -> Pretrained:
     if found.untied:
         _tell(f"{path}: the head differs from the embedding that config.json ties it to; it is "
               "loaded untied, as transformers does")
-    recipe = recorded_recipe({"model": plain(found.config),
-                           "data": {"seq_len": found.config.max_positions,
-                                    "objective": {"own_ids": True}}})
-    about = {
+    published = imported_task(found.head, found.config)
+    recipe = recorded_recipe({"model": plain(found.config), "task": published.task,
+                              "data": {"seq_len": found.config.max_positions,
+                                       "objective": {"own_ids": True}}})
+    about = ({} if published.facts is None else {"task": published.facts}) | {
         "recipe": plain(recipe),
         "data": {"fingerprint": "", "next_row": 0, "tokens": {}},
         "step": 0,
