@@ -1,8 +1,9 @@
 """Model FLOPs of training, counted from the parameters' shapes and axis names.
 
-A matmul weight costs 6 FLOPs per token (2 in the forward pass, 4 in the backward pass); attention
-costs 12 * head_dim FLOPs per head, query and key. So counts PaLM (arXiv:2204.02311, appendix B),
-with one difference: here only the keys count that causality and the window leave visible.
+A matmul weight costs 6 FLOPs per token (2 in the forward pass, 4 in the backward pass). Beside
+adapters it costs 4, since it has no gradient. Attention costs 12 * head_dim FLOPs per head, query
+and key. So counts PaLM (arXiv:2204.02311, appendix B), with one difference: here only the keys
+count that causality and the window leave visible.
 """
 
 import math
@@ -12,6 +13,7 @@ import jax
 
 from lmjax.models.encdec import EncDecConfig
 from lmjax.models.model import Model, ModelConfig
+from lmjax.nn.adapters import NAME
 from lmjax.tree import named_leaves
 
 TABLES = {"vocab", "positions"}  # axes of parameters that are looked up, not multiplied with
@@ -26,16 +28,17 @@ def flops_per_token(model: Model, seq_len: int, encoder_len: int = 0) -> float:
     """
     c = model.config
     share = (encoder_len or seq_len) / seq_len  # encoder tokens per decoder token
-    unembedding = float(c.vocab_size * c.embed_dim)
+    cost = 4.0 if model.adapter.kind else 6.0
+    unembedding = cost * c.vocab_size * c.embed_dim
     weights = sum(((share if _reads_source(path) else 1.0) * _multiplied(shape, axes, c)
-                   for path, shape, axes in _leaves(model)
+                   * (6.0 if NAME in path else cost) for path, shape, axes in _leaves(model)
                    if path[0] != "pooler"), start=unembedding)  # the loss does not read the pooler
     pairs = visible_keys(c, c.num_layers, seq_len, causal=c.family != "encoder")
     if isinstance(c, EncDecConfig):
         layers = c.num_encoder_layers or c.num_layers
         within = visible_keys(c, layers, int(share * seq_len), causal=False)
         pairs += share * (c.num_layers * seq_len + within)
-    return 6.0 * weights + 12.0 * c.dims.num_heads * c.dims.head_dim * pairs
+    return weights + 12.0 * c.dims.num_heads * c.dims.head_dim * pairs
 
 
 def flops_per_row(model: Model, lengths: Mapping[str, int]) -> float:
