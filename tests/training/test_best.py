@@ -7,9 +7,10 @@ import signal
 import pytest
 from processes import assert_same_run, lines, one_line, run_here, start, wait_for
 
-import lmjax
+from lmjax.errors import UserError
 from lmjax.training.best import Best, restored
 from lmjax.training.checkpoint import checkpoint_steps
+from lmjax.training.pretrained import find
 
 # The learning rate rises until the loss on held-out data does, too.
 RISING = ("train.steps=40", "optimizer.warmup_steps=20", "optimizer.peak_lr=0.15", "eval.every=1",
@@ -51,10 +52,10 @@ def test_a_run_ends_early_and_keeps_its_best_step(straight, capsys):
     assert f"finished: it ended early at step {last}: 2 evaluations found nothing better" in said
     assert (straight / "metrics.jsonl").read_bytes() == before
     for path, options in ((straight, {"step": "best"}), (straight / "checkpoints" / "best", {})):
-        assert lmjax.load(path, **options).about["step"] == best
-    assert lmjax.load(straight).about["step"] == last
-    with pytest.raises(lmjax.errors.UserError, match=f"the checkpoint of step {best}"):
-        lmjax.load(straight / "checkpoints" / str(best), step=last)
+        assert find(path, **options).about["step"] == best
+    assert find(straight).about["step"] == last
+    with pytest.raises(UserError, match=f"the checkpoint of step {best}"):
+        find(straight / "checkpoints" / str(best), step=last)
 
 
 # Python for a process: it says when an evaluation begins and ends, and waits for a kill each time.
@@ -127,7 +128,7 @@ def test_what_does_not_go_together_is_refused(overrides, said, tmp_path, capsys)
 
 def test_a_model_that_has_no_best_step_says_so(straight, tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(lmjax.errors.UserError, match="a run that records its best step"):
-        lmjax.load(tmp_path, step="best")
-    with pytest.raises(lmjax.errors.UserError, match="step: expected a number, or"):
-        lmjax.load(straight, step="last")
+    with pytest.raises(UserError, match="a run that records its best step"):
+        find(tmp_path, step="best")
+    with pytest.raises(UserError, match="step: expected a number, or"):
+        find(straight, step="last")
