@@ -29,7 +29,16 @@ from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
 from lmjax.tasks import squad
 from lmjax.tasks.losses import LossFn, with_routers
-from lmjax.tasks.task import Answer, Encoded, Facts, Predicted, Record, Sizes, Task
+from lmjax.tasks.task import (
+    Answer,
+    Encoded,
+    Facts,
+    Predicted,
+    Record,
+    Sizes,
+    Task,
+    token_head,
+)
 from lmjax.tasks.templates import value
 
 START, END = 1, 2  # bits of `targets`
@@ -62,13 +71,13 @@ class Questions(Task):
     # No answer is given where it is this much likelier than the best span, in nats; only by models
     # that were trained on questions without an answer.
     no_answer_threshold: float = 0.0
-    head_kind: str = "linear"  # of models.heads
+    head_kind: str = ""  # of models.heads; "": the one that suits the model
     head_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         at_least(0, stride=self.stride)
         at_least(1, max_question=self.max_question, max_answer=self.max_answer, best=self.best)
-        choice("head_kind", self.head_kind, HEAD_KINDS)
+        choice("head_kind", self.head_kind, ("", *HEAD_KINDS))
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -136,7 +145,7 @@ class Questions(Task):
         return Encoded(windows[0], max(len(asked) - self.max_question, 0), tuple(windows[1:]))
 
     def head(self, model: ModelConfig, facts: Facts) -> HeadConfig:
-        return HeadConfig(2, self.head_kind, self.head_dropout)
+        return HeadConfig(2, self.head_kind or token_head(model), self.head_dropout)
 
     def loss(self, model: Model, facts: Facts, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
         return span_loss(model)

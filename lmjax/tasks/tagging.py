@@ -35,6 +35,7 @@ from lmjax.tasks.task import (
     Sizes,
     Task,
     class_arrays,
+    token_head,
 )
 from lmjax.tasks.templates import as_text, value
 
@@ -53,12 +54,12 @@ class Tagging(Task):
     # has a tag of its own; "": iob2 if all tags look like it.
     scheme: str = ""
     label_all_pieces: bool = False  # whether every piece of a word is trained; else its first
-    head_kind: str = "linear"  # of models.heads
+    head_kind: str = ""  # of models.heads; "": the one that suits the model
     head_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         choice("scheme", self.scheme, ("", IOB2, NONE))
-        choice("head_kind", self.head_kind, HEAD_KINDS)
+        choice("head_kind", self.head_kind, ("", *HEAD_KINDS))
         check_different(self.labels)
 
     @property
@@ -115,7 +116,8 @@ class Tagging(Task):
                         "loss_mask": (counts_T > 0).astype(np.int32)}, int(ends[-1]) - len(ids))
 
     def head(self, model: ModelConfig, facts: Facts) -> HeadConfig:
-        return HeadConfig(len(facts["labels"]), self.head_kind, self.head_dropout)
+        kind = self.head_kind or token_head(model)
+        return HeadConfig(len(facts["labels"]), kind, self.head_dropout)
 
     def eval_loss(self, model: Model, facts: Facts) -> LossFn:
         classes = class_arrays(model)

@@ -176,6 +176,15 @@ class Task(abc.ABC):
         """The figures of a set of examples, from the predicted and the right answers."""
 
 
+def token_head(model: ModelConfig) -> str:
+    """The kind of head that `transformers` puts on every token of a model of this architecture.
+
+    ModernBERT keeps the layers of its masked-LM head, BERT and decoders have a matrix alone.
+    """
+    keeps = getattr(model, "mlm_head", False) and model.norm_position == "pre"
+    return "transform" if keeps else "linear"
+
+
 def class_arrays(model: Model) -> LossFn:
     """The cross-entropy of a head's classes, with the likeliest class of every position.
 

@@ -15,7 +15,11 @@ from lmjax.data.tokenizers import TokenizerConfig, sentencepiece_tokenizer
 from lmjax.errors import UserError
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.encdec import EncDecConfig
+from lmjax.models.encoder import EncoderConfig
+from lmjax.models.heads import HeadConfig
+from lmjax.models.presets import with_preset
 from lmjax.tasks.entities import Entity, entities, entity_scores
+from lmjax.tasks.questions import Questions
 from lmjax.tasks.tagging import Tagging
 from lmjax.tasks.task import Predicted, Sizes
 
@@ -183,6 +187,18 @@ def test_a_config_that_means_nothing_is_refused():
     with pytest.raises(UserError, match="a decoder or an encoder"):
         Tagging().check(EncDecConfig())
     Tagging().check(DecoderConfig())
+
+
+@pytest.mark.parametrize("preset, kind", [
+    ("modernbert-base", "transform"), ("bert-base", "linear"), ("roberta-base", "linear"),
+    ("llama3.1-8b", "linear")])
+def test_the_head_is_that_of_transformers(preset, kind):
+    classes = {"encoder": EncoderConfig, "decoder": DecoderConfig}
+    settings = with_preset({"preset": preset})
+    model = build(classes[settings.get("family", "decoder")], settings)
+    assert Tagging().head(model, FACTS) == HeadConfig(5, kind, 0.1)
+    assert Tagging(head_kind="plain").head(model, FACTS).kind == "plain"
+    assert Questions().head(model, {}) == HeadConfig(2, kind, 0.0)
 
 
 def test_entities_and_their_scores_are_those_of_seqeval():
