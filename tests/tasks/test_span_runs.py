@@ -82,7 +82,8 @@ def test_a_run_learns_and_a_mesh_of_eight_devices_has_its_losses(folder, task):
     mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     assert run_here(folder / f"{task}_mesh", *mesh, config=config) == 0  # on the tests' devices
     run, other = folder / f"{task}_run", folder / f"{task}_mesh"
-    np.testing.assert_allclose(losses(other), losses(run), rtol=5e-4)
+    # At this rate, rounding differences grow a thousandfold in the steps after these.
+    np.testing.assert_allclose(losses(other)[:8], losses(run)[:8], rtol=1e-4)
     assert losses(run)[-1] < 0.7 * losses(run)[0]
     last = [record for record in lines(run) if "eval/f1" in record][-1]
     answers = lines(run, "answers/eval.jsonl")
