@@ -33,6 +33,8 @@ SMALL = {
     "configs/tasks/classification.py": ["train.init_from=runs/bert", "train.steps=4"],
     "configs/tasks/embeddings.py": ["train.init_from=runs/bert", "train.steps=4"],
     "configs/tasks/preferences.py": ["train.init_from=runs/quickstart", "train.steps=4"],
+    "configs/tasks/sums.py": ["train.steps=8"],
+    "configs/tasks/grpo.py": ["train.init_from=runs/sums", "train.steps=4"],
     "configs/tasks/tagging.py": ["train.init_from=runs/bert", "train.steps=4"],
     "configs/tasks/questions.py": ["train.init_from=runs/bert", "train.steps=4"],
     "configs/llama2_7b.py": ["mesh.fsdp=1"],
