@@ -80,15 +80,14 @@ class StateSpec(NamedTuple):
 
         return jax.jit(make, out_shardings=self.shardings)(params)
 
-    def on_base(self, state: TrainState, params: Params) -> TrainState:
-        """Returns a restored state with its frozen parameters, from all those of its base."""
+    def on_base(self, state: TrainState, frozen: Params) -> TrainState:
+        """Returns a restored state with its frozen parameters, float32, as they are kept."""
 
-        def make(params: Params) -> Params:
-            assert self.frozen is not None
-            cast = jax.tree.map(jnp.copy, self.model.plain.cast(params))
-            return split_tree(cast, self.frozen.accepts)[0]
+        def make(frozen: Params) -> Params:
+            return jax.tree.map(lambda x, shape: jnp.copy(x).astype(shape.dtype), frozen,
+                                self.shapes.frozen)
 
-        return state._replace(frozen=jax.jit(make, out_shardings=self.shardings.frozen)(params))
+        return state._replace(frozen=jax.jit(make, out_shardings=self.shardings.frozen)(frozen))
 
     def _init(self, params: Params) -> TrainState:
         return _init(self.model, params, self.tx, self.frozen, ema=self.shapes.ema is not None)

@@ -3,11 +3,13 @@
 import json
 import random
 import re
+import shutil
 
 import numpy as np
 import pytest
 from processes import assert_same_run, finish, lines, losses, one_line, run_here, start, wait_for
 
+import lmjax
 from lmjax.training.checkpoint import checkpoint_steps, read_about
 
 pytestmark = pytest.mark.long
@@ -104,6 +106,32 @@ def test_a_mesh_of_eight_devices_has_the_losses_of_one(folder, straight):
     mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     finish(folder / "meshed", *mesh, config=str(folder / "encoder_task.py"), devices=8)
     np.testing.assert_allclose(losses(folder / "meshed"), losses(straight[0]), rtol=2e-4)
+
+
+def test_adapters_and_a_head_learn_beside_a_frozen_encoder(folder):
+    workdir = folder / "lora"
+    lora = ("adapter.kind=lora", "adapter.targets=.", "adapter.dropout=0.1")
+    assert run_here(workdir, *lora, config=str(folder / "encoder_task.py")) == 0
+    before = (workdir / "metrics.jsonl").read_bytes()
+    last = [record for record in lines(workdir) if "eval/accuracy" in record][-1]
+    assert last["eval/accuracy"] > 0.8
+    about = read_about(workdir / "checkpoints" / "24")
+    held = about["checksums"]["params"]
+    assert {"task_head/table", "task_head/bias"} < held.keys()
+    assert all("/adapter/" in name or name.startswith("task_head/") for name in held)
+    assert not any(name.startswith("task_head/") for name in about["base"]["checksums"])
+    # It resumes on its base, to the bit.
+    shutil.rmtree(workdir / "checkpoints" / "24")
+    (workdir / "saved.json").unlink()
+    shutil.move(workdir / "timing.jsonl", folder / "moved.jsonl")
+    assert run_here(workdir, *lora, config=str(folder / "encoder_task.py")) == 0
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert read_about(workdir / "checkpoints" / "24")["checksums"] == about["checksums"]
+    lm = lmjax.load(workdir)
+    texts = ["lovely a great b", "c awful dull"]
+    for one, two in zip(lm.classify(texts), lm.merge().classify(texts), strict=True):
+        assert one["label"] == two["label"]
+        assert one["confidence"] == pytest.approx(two["confidence"], rel=1e-4)
 
 
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(folder, straight):
