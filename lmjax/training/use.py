@@ -15,6 +15,8 @@ from lmjax.nn.module import Params
 from lmjax.sharding import Layout
 from lmjax.tasks.predicting import Predictor
 from lmjax.tasks.published import exported_head
+from lmjax.tasks.questions import Questions
+from lmjax.tasks.tagging import Tagging
 from lmjax.tasks.task import Facts, Task
 from lmjax.training.checkpoint import About
 from lmjax.training.recipe import Recipe
@@ -96,6 +98,53 @@ class TaskUse:
         """
         return self.predictor.classify(self.params, check_texts(texts, "texts"),
                                        None if pairs is None else check_texts(pairs, "pairs"))
+
+    def tag(self, texts: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+        """Gives every word of texts a tag.
+
+        Args:
+          texts: per text, a list of its words.
+
+        Returns:
+          Per text, {"words", "tags", "confidence": one per word}, and with IOB2 tags "entities",
+          each with text, label, first word (start), the word after the last (end) and confidence. A
+          word that did not fit into the model's rows has the tag None.
+
+        Raises:
+          UserError: the model was trained for no tagging, or a text is no list of words.
+        """
+        task = self.predictor.task
+        if not isinstance(task, Tagging):
+            raise UserError("a model that tags words", f"one for the task {task.name}",
+                            "use lm.predict(records)")
+        return self.predict([{task.tokens: check_texts(words, f"texts[{i}]")}
+                             for i, words in enumerate(texts)])
+
+    def answer(self, questions: Sequence[str], contexts: Sequence[str]) -> list[dict[str, Any]]:
+        """Answers questions by parts of texts.
+
+        Args:
+          questions: the questions.
+          contexts: per question, the text in which its answer stands.
+
+        Returns:
+          Per question, {"text", "start", "end": characters of the context, "confidence", "best":
+          the likeliest answers}. Where the context has no answer, "text" is "" and there is no
+          place.
+
+        Raises:
+          UserError: the model was trained for no questions, or there is not one text per question.
+        """
+        task = self.predictor.task
+        if not isinstance(task, Questions):
+            raise UserError("a model that answers questions", f"one for the task {task.name}",
+                            "use lm.predict(records)")
+        asked, read = check_texts(questions, "questions"), check_texts(contexts, "contexts")
+        if len(asked) != len(read):
+            raise UserError(f"{len(asked)} texts, one per question", len(read), "pass them",
+                            where="contexts")
+        return self.predict([{task.question: question, task.context: context}
+                             for question, context in zip(asked, read, strict=True)])
 
     @functools.cached_property
     def predictor(self) -> Predictor:

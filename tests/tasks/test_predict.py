@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from classifiers import LABELS, make, sentence
@@ -14,6 +15,7 @@ from processes import ROOT, one_line
 import lmjax
 from lmjax.cli.main import main
 from lmjax.errors import UserError
+from lmjax.tasks.task import Sizes
 
 TEXTS = [sentence(i, most) for i, most in enumerate([1, 80, 3, 9])]
 
@@ -161,3 +163,56 @@ def test_a_killed_predict_ends_with_the_bytes_of_one_that_was_not(saved, tmp_pat
         assert 0 < killed.stat().st_size < straight.stat().st_size
     assert start(killed).wait(timeout=300) == 0
     assert killed.read_bytes() == straight.read_bytes()
+
+
+IOB2 = {"labels": ["O", "B-X", "I-X"], "counts": [1, 1, 1], "scheme": "iob2"}
+LONG = " ".join(sentence(i, 40) for i in range(8))
+
+
+def test_words_get_the_tags_of_their_first_pieces(tmp_path):
+    tags = make(tmp_path / "tags", name="tagging", tokens="a.w", facts=IOB2)
+    words = [text.split() for text in (TEXTS[0], LONG, *TEXTS[2:])]
+    found = tags.tag(words)
+    assert [answer["words"] for answer in found] == words
+    assert tags.predict([{"a": {"w": words[0]}}]) == found[:1] == tags.tag(words[:1])
+    assert None in found[1]["tags"] and None not in found[0]["tags"]  # the second is too long
+    ids = tags.reader.ids(TEXTS[3])
+    p = np.exp(np.asarray(tags.logits([ids]))[0])
+    firsts = np.cumsum([len(its) for its in tags.tokenizer.encode_words(words[3])])
+    at = len(tags.reader.prefix) + np.array([0, *firsts[:-1]])
+    assert found[3]["tags"] == [IOB2["labels"][i] for i in p[at].argmax(axis=-1)]
+
+
+def test_an_answer_is_the_likeliest_of_all_windows(tmp_path):
+    facts = {"unanswerable": False}
+    lm = make(tmp_path / "asks", name="questions", stride=8, facts=facts, model={"token_types": 0})
+    contexts = [LONG, TEXTS[3], LONG]
+    answers = lm.answer(["film ?"] * 3, contexts)
+    assert answers[0] == answers[2] == lm.answer(["film ?"], contexts[:1])[0]
+    for context, answer in zip(contexts[:2], answers, strict=False):
+        record = {"question": "film ?", "context": context}
+        encoded = lm.recipe.task.encode(record, lm.reader, facts, Sizes(64), labelled=False)
+        best = -np.inf, 0, 0
+        for window in (encoded.columns, *encoded.more):
+            p_T2 = np.asarray(jax.nn.log_softmax(lm.logits([window["tokens"].tolist()])[0], axis=0))
+            inside = np.flatnonzero(window["ends"])
+            best = max(best, *((p_T2[i, 0] + p_T2[j, 1], window["begins"][i], window["ends"][j])
+                               for i in inside for j in inside if i <= j < i + 30))
+        assert (answer["start"], answer["end"]) == best[1:]
+        assert answer["text"] == context[best[1] : best[2]]
+        assert answer["confidence"] == pytest.approx(np.exp(best[0]), abs=1e-5)
+        assert bool(encoded.more) == (context == LONG)
+
+
+def test_what_the_model_was_not_trained_for_is_refused(tmp_path):
+    tags = make(tmp_path / "tags", name="tagging", facts=IOB2)
+    for call, said in ((lambda: tags.answer(["a"], ["b"]), "a model that answers questions"),
+                       (lambda: tags.tag(["a b"]), r"texts\[0\]"),
+                       (lambda: tags.tag([["a"], []]), "a list of words")):
+        with pytest.raises(UserError, match=said):
+            call()
+    asks = make(tmp_path / "asks", name="questions", facts={"unanswerable": False})
+    for call, said in ((lambda: asks.tag([["a"]]), "a model that tags words"),
+                       (lambda: asks.answer(["a", "b"], ["c"]), "2 texts, one per question")):
+        with pytest.raises(UserError, match=said):
+            call()
