@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import shutil
 import tarfile
 
@@ -54,6 +55,20 @@ def test_a_whole_run(folder, monkeypatch):
     assert found.kind == "a run of lmjax, at step 5 of 8" and not found.is_bad
     assert any("checksums" in line for line in texts(found, GOOD))
     assert any(use.startswith("lmjax generate run") for use in found.uses)
+
+
+def test_the_example_in_the_docs_has_the_lines_of_a_real_answer(folder, monkeypatch):
+    """All but the line on older checkpoints, of which the run here has none."""
+    def shape(text):
+        """(level, about what, the first words) of each line, with 0 for every number."""
+        text = re.sub(r"\d[\d.,]*[MBk]?", "0", text.replace("runs/quickstart/", "").replace("run/", ""))
+        found = [line.split() for line in text.splitlines() if re.match(r"  (ok|note|bad) ", line)]
+        return [words[:5] for words in found if words[1] != "checkpoints"]
+
+    page = (ROOT / "docs/training.md").read_text()
+    example = page[page.index("$ lmjax doctor runs/quickstart"):].split("```")[0]
+    monkeypatch.chdir(folder)
+    assert shape(str(diagnose("run"))) == shape(example)
 
 
 def test_a_checkpoint_and_their_directory(folder):
