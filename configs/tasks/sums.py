@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
         schedule="linear",
         warmup_steps=20,
     )
-    config.train = dict(steps=100, batch_size=16)  # about half of the held-out sums are right
+    config.train = dict(steps=100, batch_size=16)  # two of three held-out sums are right
     config.eval = dict(every=20)
     config.checkpoint = dict(every=100)
     if variant == "tiny":
