@@ -68,7 +68,9 @@ def test_the_key_covers_every_file_that_makes_the_step():
              "data/reading.py", "training/best.py", "training/task_data.py"}
     assert {name for name in left_out if name.rpartition("/")[0] not in rooms} <= files, left_out
     assert len(seen & covered) > 40
-    extra = {path for path in covered - seen if path.name != "__init__.py"}
+    # The room of tasks is in the key as a whole: most of its files make a loss or the rows of one.
+    extra = {path for path in covered - seen
+             if path.name != "__init__.py" and path.parent.name != "tasks"}
     assert extra == {package / "planning/compile.py"}  # the environment of the compiler
 
 
