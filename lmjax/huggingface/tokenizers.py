@@ -132,7 +132,17 @@ def _same(tokenizer: SentencePieceTokenizer) -> bool:
     plain = [token["content"] for token in added if not token["special"]]
     return (normalizer == {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
             and split is None and vocab == {piece: i for i, piece in enumerate(pieces)}
-            and {token["content"] for token in added} <= set(pieces) and plain == ["\n"])
+            and {token["content"] for token in added} <= set(pieces) and plain == ["\n"]
+            and _same_ends(tokenizer, pieces, rules.get("post_processor")))
+
+
+def _same_ends(tokenizer: SentencePieceTokenizer, pieces: list[str], rule: Any) -> bool:
+    """Whether a template puts those ids around a text that the SentencePiece model has there."""
+    if not isinstance(rule, dict) or rule.get("type") != "TemplateProcessing":
+        return True
+    names = [part.get("SpecialToken", {}).get("id") for part in rule["single"]]
+    return names == [*(pieces[i] for i in tokenizer.prefix), None,
+                     *(pieces[i] for i in tokenizer.suffix)]
 
 
 def _check_alone(tokenizer: SentencePieceTokenizer, path: Path) -> None:
