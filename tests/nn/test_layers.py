@@ -16,11 +16,11 @@ from lmjax.nn.layers import (
     NORMS,
     Dense,
     Embedding,
-    dropout,
     residual_init,
 )
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import functional, normal
+from lmjax.nn.ops import dropout
 from lmjax.sharding import MeshConfig, make_layout
 from lmjax.tasks.losses import next_token_loss
 from lmjax.training.optim.config import OptimizerConfig
