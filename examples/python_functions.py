@@ -3,6 +3,8 @@
     python examples/python_functions.py matches runs/data/python-matches.jsonl
     python examples/python_functions.py preferences runs/data/python-preferences.jsonl
     python examples/python_functions.py partners runs/data/python-partners.jsonl
+    python examples/python_functions.py summaries runs/data/python-summaries.jsonl
+    python examples/python_functions.py chats runs/data/python-chats.jsonl
 
 Each line of JSON is made of a function, without its docstring, and of the docstring's first line:
 
@@ -10,6 +12,8 @@ Each line of JSON is made of a function, without its docstring, and of the docst
                  them are those of another function of the same module
     preferences  {"prompt", "chosen", "rejected"}: the function, its summary, and another's
     partners     {"first", "second"}: a summary and its function
+    summaries    {"code", "summary"}
+    chats        {"messages"}: a user asks what the function does, and then for its arguments
 
 The name of a function is replaced by `f`, since it would tell too much.
 """
@@ -46,7 +50,17 @@ def functions(folder: pathlib.Path) -> Iterator[tuple[str, str, str]]:
                         yield path.stem, code, summary
 
 
-def records(kind: str, folder: pathlib.Path, rng: random.Random) -> Iterator[dict[str, str]]:
+def conversation(code: str, summary: str) -> list[dict[str, str]]:
+    """Two questions about a function with their answers."""
+    arguments = ast.parse(code).body[0].args
+    names = [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    said = [("user", f"What does this function do?\n{code}"), ("assistant", summary),
+            ("user", "Which arguments does it take?"),
+            ("assistant", ", ".join(names) or "It takes none.")]
+    return [{"role": role, "content": content} for role, content in said]
+
+
+def records(kind: str, folder: pathlib.Path, rng: random.Random) -> Iterator[dict[str, object]]:
     """The records of a kind; a wrong summary is drawn from the function's own module."""
     by_module = defaultdict(list)
     for module, code, summary in functions(folder):
@@ -57,6 +71,10 @@ def records(kind: str, folder: pathlib.Path, rng: random.Random) -> Iterator[dic
             others = [other for other in summaries if other != summary]
             if kind == "partners":
                 yield {"first": summary, "second": code}
+            elif kind == "summaries":
+                yield {"code": code, "summary": summary}
+            elif kind == "chats":
+                yield {"messages": conversation(code, summary)}
             elif others and kind == "preferences":
                 yield {"prompt": code, "chosen": summary, "rejected": rng.choice(others)}
             elif others:
@@ -67,7 +85,8 @@ def records(kind: str, folder: pathlib.Path, rng: random.Random) -> Iterator[dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes functions of Python's own source.")
-    parser.add_argument("kind", choices=("matches", "preferences", "partners"))
+    parser.add_argument("kind", choices=("matches", "preferences", "partners", "summaries",
+                                         "chats"))
     parser.add_argument("out", type=pathlib.Path, help="file of JSON lines to write")
     args = parser.parse_args()
     rng = random.Random(0)

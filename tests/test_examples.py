@@ -54,12 +54,18 @@ def test_functions_of_python_have_their_own_and_others_summaries():
     folder = FOLDER.parent / "logging"
     own = {(code, summary) for _, code, summary in script["functions"](folder)}
     by_kind = {kind: [*script["records"](kind, folder, random.Random(0))]
-               for kind in ("matches", "preferences", "partners")}
+               for kind in ("matches", "preferences", "partners", "summaries", "chats")}
     for record in by_kind["matches"]:
         assert ((record["code"], record["summary"]) in own) == (record["label"] == "yes")
     for record in by_kind["preferences"]:
         assert (record["prompt"], record["chosen"]) in own
         assert (record["prompt"], record["rejected"]) not in own
     assert {(record["second"], record["first"]) for record in by_kind["partners"]} == own
+    assert {(record["code"], record["summary"]) for record in by_kind["summaries"]} == own
+    for record in by_kind["chats"]:
+        ask, answer, _, arguments = (message["content"] for message in record["messages"])
+        code = ask.partition("\n")[2]
+        assert (code, answer) in own
+        assert arguments == "It takes none." or f"def f({arguments.split(', ')[0]}" in code
     assert len(own) > 10 and all('"""' not in code for code, _ in own)
     assert {record["label"] for record in by_kind["matches"]} == {"yes", "no"}
