@@ -8,6 +8,7 @@ Shape suffixes: B batch, T sequence, C classes.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from lmjax.models.heads import HEAD_KINDS, HeadConfig
 from lmjax.models.model import Batch, Model, ModelConfig
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
-from lmjax.tasks.labels import check_different, check_examples, index_of
+from lmjax.tasks.labels import check_different, check_examples, index_of, name_of
 from lmjax.tasks.losses import LossFn, next_token_loss
 from lmjax.tasks.reading import read_text
 from lmjax.tasks.task import (
@@ -37,7 +38,7 @@ from lmjax.tasks.task import (
     Task,
     class_arrays,
 )
-from lmjax.tasks.templates import as_text, check_template, fill, value
+from lmjax.tasks.templates import check_template, fill, value
 
 MEASURES = {"single": ("accuracy", "f1", "matthews"), "multi": ("f1_micro", "f1", "exact_match"),
             "regression": ("mse", "pearson", "spearman")}
@@ -69,6 +70,9 @@ class Classification(Task):
             raise UserError("kind=single with class_weights", self.kind, "leave them out",
                             where="class_weights")
         check_different(self.labels)
+        for name, weight in self.class_weights.items():
+            if not weight > 0:
+                raise UserError("more than 0", weight, "raise it", where=f"class_weights.{name}")
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -100,9 +104,9 @@ class Classification(Task):
             return {}
         counts: Counter[str] = Counter()
         for record in records:
-            found = record.get(self.label)
-            counts.update(map(as_text, found if isinstance(found, list) else [found])
-                          if found is not None else ())
+            with contextlib.suppress(UserError):  # told where the record is encoded
+                named = self.truth(record)
+                counts.update(named if isinstance(named, list) else [named])
         labels = list(self.labels) or sorted(counts, key=_natural)
         check_examples(labels, counts)
         if len(labels) < 2 and self.kind == "single":
@@ -128,15 +132,16 @@ class Classification(Task):
             columns["values"] = np.zeros(n, np.float32)
             columns["values"][at] = _number(truth) if labelled else 0.0
         elif self.kind == "multi":
-            if labelled and not isinstance(truth, list):
-                raise UserError(f"a list of labels under {self.label!r}", repr(truth)[:60],
-                                "write a list, or set task.kind=single")
+            if labelled:
+                self.truth(record)  # refuses what is no list
             several = np.zeros(len(facts["labels"]), np.float32)
-            several[[index_of(label, facts["labels"]) for label in truth or ()]] = 1.0
+            several[[index_of(name_of(label, self.labels), facts["labels"])
+                     for label in truth or ()]] = 1.0
             columns["label_values"] = several
         else:
             columns["targets"] = np.zeros(n, np.int32)
-            columns["targets"][at] = index_of(truth, facts["labels"]) if labelled else 0
+            columns["targets"][at] = index_of(name_of(truth, self.labels),
+                                              facts["labels"]) if labelled else 0
         return Encoded(columns, read.cut)
 
     def length_of(self, side: str, sizes: Sizes, facts: Facts) -> int:
@@ -201,7 +206,12 @@ class Classification(Task):
         found = value(record, self.label)
         if self.kind == "regression":
             return _number(found)
-        return [as_text(label) for label in found] if self.kind == "multi" else as_text(found)
+        if self.kind == "single":
+            return name_of(found, self.labels)
+        if not isinstance(found, list):
+            raise UserError(f"a list of labels under {self.label!r}", repr(found)[:60],
+                            "write a list, or set task.kind=single")
+        return [name_of(label, self.labels) for label in found]
 
     def metrics(self, predicted: Sequence[Predicted], facts: Facts) -> dict[str, float]:
         from lmjax.tasks import metrics

@@ -78,7 +78,7 @@ class Embeddings(Task):
     def encode(self, record: Record, reader: Reader, facts: Facts, sizes: Sizes, *,
                labelled: bool = True) -> Encoded:
         first = read_text(reader, fill(self.first, record), sizes.tokens)
-        second = read_text(reader, fill(self.second, record), sizes.tokens) if labelled else first
+        second = read_text(reader, fill(self.second, record), sizes.tokens)
         return Encoded({"tokens": first.ids, f"{SECOND}tokens": second.ids},
                        first.cut + second.cut)
 

@@ -17,6 +17,7 @@ from lmjax.tasks.task import Record, Task
 from lmjax.tasks.templates import columns_of, value
 
 SPLITS = ("train", "heldout", "test")
+OF_SPLIT = {"train": "sources", "heldout": "validation", "test": "test"}  # keys of a config
 
 
 class Example(NamedTuple):
@@ -36,6 +37,10 @@ def sources_of(task: Task, data: DataConfig) -> list[tuple[str, str, SourceConfi
         found += [(source.name, "heldout", source) for source in data.sources]
     for split, sources in (("heldout", task.validation), ("test", task.test)):
         found += [(source.name, split, source) for source in sources]
+    places = [place[:2] for place in found]
+    if twice := next((place for place in places if places.count(place) > 1), None):
+        raise UserError("sources of different names", f"two that are named {twice[0]!r}",
+                        "rename one", where=f"config.task.{OF_SPLIT[twice[1]]}")
     return found
 
 

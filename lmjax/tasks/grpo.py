@@ -74,6 +74,13 @@ class Grpo(Pairs):
         return False
 
     @property
+    def whole_batch(self) -> bool:
+        return self.kind == "dapo"  # which counts the tokens of all answers
+
+    def room(self, sizes: Sizes) -> int:
+        return sizes.tokens + 1 - self.max_tokens  # the last id is only a target
+
+    @property
     def samples(self) -> int:
         return self.group
 
@@ -114,9 +121,12 @@ class Grpo(Pairs):
             # The gradient of advantage * ratio, where the ratio is 1, is that of
             # advantage * log likelihood: a cross-entropy with advantages for weights.
             weights_BT = batch[ADVANTAGES] * token_weights(batch["loss_mask"], self)
+            # Of the distribution that the answers were drawn from: logits over the temperature.
+            scale = 1.0 / self.temperature
+            bias_V = None if hidden.bias_V is None else hidden.bias_V * scale
             of_gradient = cross_entropy(
-                hidden.x_BTD, hidden.table_VD, batch["targets"], weights_BT, bias_V=hidden.bias_V,
-                softcap=model.config.output_softcap, chunk=chunk).total
+                hidden.x_BTD * scale, hidden.table_VD, batch["targets"], weights_BT, bias_V=bias_V,
+                softcap=model.config.output_softcap * scale, chunk=chunk).total
             value = -jnp.sum(weights_BT)
             total = value + of_gradient - jax.lax.stop_gradient(of_gradient)
             answers = jnp.sum(jnp.max(batch["loss_mask"], axis=1))

@@ -24,6 +24,21 @@ def check_examples(labels: Sequence[str], counts: Mapping[str, int]) -> None:
                         where="config.task.labels")
 
 
+def name_of(label: Any, labels: Sequence[str]) -> str:
+    """The class that a record names, or whose number it has in `labels`, the names of a config.
+
+    Raises:
+      UserError: it names none.
+    """
+    is_number = isinstance(label, int) and not isinstance(label, bool)
+    if is_number and str(label) not in labels and 0 <= label < len(labels):
+        return labels[label]
+    text = as_text(label)
+    if not text.strip() or label != label:  # empty, or NaN
+        raise UserError("a class", repr(label), "correct the record")
+    return text
+
+
 def index_of(label: Any, labels: Sequence[str]) -> int:
     """The number of a class that a record names.
 

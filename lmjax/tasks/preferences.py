@@ -121,27 +121,31 @@ class Preferences(Task):
                 chosen_B, rejected_B = rewards(model, params, batch, key)
                 each_B = -jax.nn.log_sigmoid(chosen_B - rejected_B)
             else:
-                pair = log_likelihoods(model, params, batch, key, chunk=chunk)
-                each_B, chosen_B, rejected_B = self._each(*pair, batch)
-            total = jnp.sum(each_B * real_B)
+                pair = log_likelihoods(model, params, batch, chunk=chunk)
+                each_B, chosen_B, rejected_B = self._each(*pair, batch, real_B)
+            total = jnp.sum(jnp.where(real_B > 0, each_B, 0.0))
             extra = {} if key is not None else {"row_chosen": chosen_B, "row_rejected": rejected_B}
             return Loss(total, jax.lax.stop_gradient(total), jnp.sum(real_B), extra)
 
         return loss_fn
 
-    def _each(self, chosen_B: jax.Array, rejected_B: jax.Array,
-              batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _each(self, chosen_B: jax.Array, rejected_B: jax.Array, batch: Batch,
+              real_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The loss of each pair, and the rewards of its answers."""
         lengths = [jnp.maximum(jnp.sum(batch[f"{prefix}loss_mask"], axis=1), 1.0)
                    for prefix in ("", REJECTED)]
         if self.kind == "orpo":
-            a_B, b_B = chosen_B / lengths[0], rejected_B / lengths[1]
+            # An empty row has the likelihood 1, whose odds are infinite.
+            a_B, b_B = (jnp.where(real_B > 0, x_B / length_B, -1.0)
+                        for x_B, length_B in zip((chosen_B, rejected_B), lengths, strict=True))
             odds_B = (a_B - b_B) - (jnp.log1p(-jnp.exp(a_B)) - jnp.log1p(-jnp.exp(b_B)))
             return -a_B - self.beta * jax.nn.log_sigmoid(odds_B), a_B, b_B
-        a_B, b_B = chosen_B - batch[REFERENCE][:, 0], rejected_B - batch[REFERENCE][:, 1]
+        # Records that are only to be answered have no reference: then likelihoods decide.
+        reference_B2 = batch.get(REFERENCE, jnp.zeros((len(chosen_B), 2)))
+        a_B, b_B = chosen_B - reference_B2[:, 0], rejected_B - reference_B2[:, 1]
         if self.kind == "ipo":
-            gap_B = a_B / lengths[0] - b_B / lengths[1]
-            each_B = jnp.square(gap_B - 1 / (2 * self.beta))
+            a_B, b_B = a_B / lengths[0], b_B / lengths[1]
+            each_B = jnp.square(a_B - b_B - 1 / (2 * self.beta))
         else:
             z_B, smooth = self.beta * (a_B - b_B), self.label_smoothing
             each_B = -(1 - smooth) * jax.nn.log_sigmoid(z_B) - smooth * jax.nn.log_sigmoid(-z_B)
@@ -164,11 +168,14 @@ class Preferences(Task):
                 "margin": float(np.mean(chosen - rejected))}
 
 
-def log_likelihoods(model: Model, params: Params, batch: Batch, key: jax.Array | None = None, *,
+def log_likelihoods(model: Model, params: Params, batch: Batch, *,
                     chunk: int = 0) -> tuple[jax.Array, jax.Array]:
-    """The log-likelihoods of the better and of the worse answers, float32 [B] each, in nats."""
+    """The log-likelihoods of the better and of the worse answers, float32 [B] each, in nats.
+
+    Without dropout, as those of the reference: noise would count as a difference from it.
+    """
     both = _both(batch)
-    hidden = model.hidden(params, both, key)
+    hidden = model.hidden(params, both)
     sums = row_log_likelihoods(hidden.x_BTD, hidden.table_VD, both["targets"], both["loss_mask"],
                                bias_V=hidden.bias_V, softcap=model.config.output_softcap,
                                chunk=chunk).reshape(-1, 2)

@@ -26,7 +26,7 @@ from lmjax.data.config import DataConfig
 from lmjax.data.reading import Reader
 from lmjax.data.text.records import Broken
 from lmjax.data.text.sources import SourceConfig, check_budget, identity
-from lmjax.data.tokenizers import Tokenizer
+from lmjax.data.tokenizers import Tokenizer, prepared_tokenizer
 from lmjax.errors import UserError, first_line
 from lmjax.runtime.files import check_writable, new_directory, when_full
 from lmjax.tasks.columns import ColumnWriter
@@ -47,21 +47,23 @@ class Setting(NamedTuple):
     task: Task
     data: DataConfig
     sizes: Sizes
+    family: str = "encoder"  # of the model
 
     def decides(self) -> dict[str, Any]:
         """The settings that decide what is written, as plain JSON values."""
         sources = [plain(source) for source in self.data.sources]
         for source in sources:
             del source["weight"]  # may change from run to run
-        return {"task": self.task.decides(), "sources": sources, "sizes": self.sizes._asdict(),
-                "tokenizer": plain(self.data.tokenizer),
+        return {"task": self.task.decides(), "family": self.family, "sources": sources,
+                "sizes": self.sizes._asdict(), "tokenizer": plain(self.data.tokenizer),
                 "heldout_fraction": self.data.heldout_fraction,
                 "broken_budget": self.data.broken_budget}
 
 
 def prepare_examples(setting: Setting, out: str, *,
                      make_tokenizer: Callable[[Sequence[str]], Tokenizer],
-                     make_reader: Callable[[Tokenizer], Reader], log: Log) -> str:
+                     make_reader: Callable[[Tokenizer], Reader], log: Log,
+                     resumes: bool = False) -> str:
     """Makes a directory of prepared examples, unless `out` already is what `setting` describes.
 
     Args:
@@ -71,6 +73,8 @@ def prepare_examples(setting: Setting, out: str, *,
         read.
       make_reader: says how the model reads texts with that tokenizer.
       log: called with each line of progress.
+      resumes: whether the model may be gone that the run began from, so that `make_reader` does
+        not know how it reads.
     Returns:
       the directory.
     Raises:
@@ -81,7 +85,7 @@ def prepare_examples(setting: Setting, out: str, *,
         raise UserError("a local directory, or one on a mounted file system, for the examples of "
                         "a task", out, "leave data.directory out", where="config.data.directory")
     if (epath.Path(out) / "manifest.json").exists():
-        _reuse(setting, out, log)
+        _reuse(setting, out, log, None if resumes else make_reader)
         return out
     check_writable(out, "config.data.directory")
     full = UserError("room for the prepared examples", "a full disk", "free some space and start "
@@ -97,7 +101,7 @@ def prepare_examples(setting: Setting, out: str, *,
             entries[f"{name}/{split}"] = _Part(setting, reader, facts, name, split,
                                                source).write(reading, folder)
         (folder / "tokenizer.model").write_bytes(tokenizer.to_bytes())
-        manifest = _manifest(setting, tokenizer, facts, entries)
+        manifest = _manifest(setting, tokenizer, facts, entries) | {"reads": _reads(reader)}
         store.write_manifest(str(folder), manifest)
     for line in _table(entries):
         log(line)
@@ -125,7 +129,15 @@ def read_manifest(directory: str) -> dict[str, Any]:
     return manifest
 
 
-def _reuse(setting: Setting, out: str, log: Log) -> None:
+def _reads(reader: Reader) -> dict[str, Any]:
+    """What a model puts around a text, as plain JSON values."""
+    return {"prefix": list(reader.prefix), "middle": list(reader.middle),
+            "suffix": list(reader.suffix), "second_type": reader.second_type,
+            "start": reader.start_id, "ends": list(reader.end_ids)}
+
+
+def _reuse(setting: Setting, out: str, log: Log,
+           make_reader: Callable[[Tokenizer], Reader] | None) -> None:
     """Checks that `out` was prepared as `setting` says; warns if the files have changed since."""
     manifest = read_manifest(out)
     changed = differences(manifest["config"], setting.decides())
@@ -133,6 +145,11 @@ def _reuse(setting: Setting, out: str, log: Log) -> None:
         raise UserError(f"examples prepared with {changed[0].replace(' -> ', ', not with ')}",
                         "another setting", "repeat the settings that they were prepared with, or "
                         "use another directory", where=out)
+    if make_reader is not None:
+        reads = _reads(make_reader(prepared_tokenizer(out)))
+        if reads != manifest.get("reads", reads):
+            raise UserError(f"examples that are read as the model reads texts ({reads})",
+                            manifest["reads"], "use another directory", where=out)
     log(f"examples: using those prepared in {out}, fingerprint {manifest['fingerprint'][:12]}")
     for name, split, source in sources_of(setting.task, setting.data):
         was, now = manifest["splits"][f"{name}/{split}"]["identity"], identity(source)

@@ -39,7 +39,13 @@ def fill(template: str, record: Mapping[str, Any]) -> str:
     def text(match: re.Match[str]) -> str:
         if match[0] in ("{{", "}}"):
             return match[0][0]
-        return as_text(value(record, match[1]))
+        found = value(record, match[1])
+        if isinstance(found, dict) or isinstance(found, list) and not all(
+                isinstance(item, str) for item in found):
+            raise UserError("a text, a number or a list of texts", f"{str(found)[:60]!r} under "
+                            f"{match[1]!r}", "name a key inside it, as in {a.b}; conversations "
+                            "are read by the task chat")
+        return as_text(found)
 
     return _COLUMN.sub(text, template)
 

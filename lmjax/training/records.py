@@ -18,6 +18,7 @@ from lmjax.monitoring.slow_steps import Outliers, SlowStepLog
 from lmjax.monitoring.watchdog import Watchdog
 from lmjax.runtime.chips import peak_flops
 from lmjax.runtime.distributed import late_with, tell_late
+from lmjax.tasks.task import Task
 from lmjax.training.evaluate import bits_per_byte, bits_unit, summary
 from lmjax.training.run import Run
 from lmjax.training.step import Metrics
@@ -118,7 +119,9 @@ class Records:
         values = {name: float(value) for name, value in metrics.items()
                   if name != "weight" and not value.ndim}
         bits = bits_per_byte(values["loss"], self.run.train_split)
-        epoch = max(self.run.train_split.epochs(self.run.steps.rows(step)).values())
+        task = self.run.recipe.task
+        rows = self.run.steps.rows(step) // (task.samples if isinstance(task, Task) else 1)
+        epoch = max(self.run.train_split.epochs(rows).values())
         self.writer.train(step, {**values, **bits, "tokens": self.tokens,
                                  "epoch": epoch})
         row_flops = flops_per_row(self.run.model, self.run.train_split.fields)

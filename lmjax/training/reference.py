@@ -49,7 +49,7 @@ def add_reference(recipe: Recipe, directory: str, source: Pretrained | None, log
                             where="config.train.init_from")
         return
     layout = make_layout(recipe.mesh)
-    model = make_model(recipe, layout, vocab_size=recipe.model.vocab_size)
+    model = make_model(recipe, layout, vocab_size=recipe.model.vocab_size).plain  # no adapters
     params = source.read(model, layout.tree(model.axes, model.shapes))
     sums = checksums(params)
     if known is not None:

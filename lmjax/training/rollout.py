@@ -3,6 +3,7 @@
 import numpy as np
 
 from lmjax.data.batches import local_rows, to_global
+from lmjax.decoding.reading import generator_of
 from lmjax.decoding.sampling import Sampling
 from lmjax.models.model import Batch
 from lmjax.nn.module import Params
@@ -27,9 +28,11 @@ def rollout(run: Run, params: Params, step: int) -> Batch:
     first, last = (run.steps.rows(n) // task.group for n in (step - 1, step))
     pairs = prompts_of(run.train_split.rows(np.arange(first, last)))
     prompts = [prompt for prompt, _ in pairs for _ in range(task.group)]
-    answers = run.writer(params, prompts, max_tokens=task.max_tokens, seed=step,
-                         sampling=Sampling(temperature=task.temperature))
     end, decode = target_end(run.reader), run.reader.names.decode
+    # Only the id that is trained ends an answer, whatever else ends the answers of the model.
+    writer = generator_of(run.model, run.layout, run.reader._replace(end_ids=(end,)))
+    answers = writer(params, prompts, max_tokens=task.max_tokens, seed=step,
+                     sampling=Sampling(temperature=task.temperature))
     targets = [decode(target[:-1]) for _, target in pairs]
     rewards = np.array([task.reward(decode(answer), targets[i // task.group])
                         for i, answer in enumerate(answers)])

@@ -43,7 +43,7 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
         else:
             with use_layout(layout):
                 sums, grads = _gradient(of_trained, state.params, batch, key, microbatches)
-        weight = jnp.maximum(sums.weight, 1.0)
+        weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -39,7 +39,8 @@ def prepare_task(recipe: Recipe, directory: str, source: Pretrained | None, log:
         if "huggingface" in about:
             check_told(about["huggingface"])
     prepare_examples(
-        Setting(recipe.task, recipe.data, sizes_of(recipe)), directory, log=log,
+        Setting(recipe.task, recipe.data, sizes_of(recipe), recipe.model.family), directory,
+        log=log, resumes=source is None and bool(recipe.train.init_from),
         make_tokenizer=lambda texts: tokenizer or make_tokenizer(recipe.data.tokenizer, texts),
         make_reader=lambda made: make_reader(made, recipe.model.family, recipe.data, about,
                                              rows=recipe.model.vocab_size or made.vocab_size))

@@ -170,6 +170,37 @@ def test_a_template_without_columns_is_refused(template):
         check_template(template, "input")
 
 
+def test_a_template_over_messages_is_refused():
+    with pytest.raises(UserError, match="the task chat"):
+        fill("{chosen}", {"chosen": [{"role": "user", "content": "x"}]})
+
+
+def test_numbers_name_the_labels_of_a_config(tmp_path):
+    rows = [{**row, "label": int(row["label"] == "yes")} for row in records()]
+    uri, facts = write(tmp_path / "a.jsonl", rows), {}
+    for name, labels in (("named", ("no", "yes")), ("bare", ())):
+        out = prepared(setting(uri, Classification(labels=labels)), tmp_path / name)
+        facts[name] = read_manifest(out)["facts"]
+    assert facts["named"]["labels"] == ["no", "yes"] and facts["bare"]["labels"] == ["0", "1"]
+    assert facts["named"]["counts"] == facts["bare"]["counts"]
+
+
+def test_examples_of_another_reading_or_family_are_refused(tmp_path):
+    made = setting(write(tmp_path / "a.jsonl", records()))
+    out = prepared(made, tmp_path / "out")
+    with pytest.raises(UserError, match="read as the model reads"):
+        prepared(made, out, family="decoder")
+    with pytest.raises(UserError, match="family"):
+        prepared(made._replace(family="decoder"), out)
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path):
+    uri = write(tmp_path / "a.jsonl", records())
+    task = build(Classification, {"test": [{"name": "t", "uri": uri}, {"name": "t", "uri": uri}]})
+    with pytest.raises(UserError, match="config.task.test: .*'t'"):
+        prepared(setting(uri, task), tmp_path / "out")
+
+
 def broken(rows, **change):
     return [{**row, **(change if i % 5 == 0 else {})} for i, row in enumerate(rows)]
 
@@ -179,7 +210,9 @@ REFUSED = {
     "a label not in the set": ({}, {"labels": ["no", "maybe", "yes"]}, "none of 'maybe'"),
     "a class without a name": ({}, {"labels": ["no"]}, "at least two classes"),
     "a label of no class": ({}, {"labels": ["no", "n"]}, "none of 'n'"),
+    "labels that are empty": ({"label": " "}, {}, "expected a class"),
     "labels that are missing": ({"label": None}, {}, "null under 'label'"),
+    "weights below 0": ({}, {"class_weights": {"yes": -1.0}}, "more than 0"),
     "no number": ({}, {"kind": "regression"}, "expected a number"),
     "no list of labels": ({}, {"kind": "multi"}, "a list of labels under 'label'"),
     "weights of no class": ({}, {"class_weights": {"yess": 2.0}}, "got yess"),
@@ -190,9 +223,8 @@ REFUSED = {
 def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path):
     change, task, message = REFUSED[name]
     uri = write(tmp_path / "a.jsonl", broken(records(), **change))
-    made = setting(uri, build(Classification, task))
     with pytest.raises(UserError) as caught:
-        prepared(made, tmp_path / "out")
+        prepared(setting(uri, build(Classification, task)), tmp_path / "out")
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 

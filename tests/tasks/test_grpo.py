@@ -44,17 +44,18 @@ def answered(seed=0, rows=6):
     return answered_rows(FIELDS, prompts, answers, gains, np.abs(gains)), answers, gains
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])
-def test_loss_and_gradient_are_those_of_the_formula(kind, model, params):
+@pytest.mark.parametrize("kind, temperature", [("grpo", 1.0), ("grpo", 0.6), ("dapo", 1.0),
+                                               ("dr_grpo", 1.0)])
+def test_loss_and_gradient_are_those_of_the_formula(kind, temperature, model, params):
     batch, answers, gains = answered()
-    loss_fn = task_of(kind=kind).loss(model, {}, chunk=4)
+    loss_fn = task_of(kind=kind, temperature=temperature).loss(model, {}, chunk=4)
 
     def ours(params):
         loss = loss_fn(params, batch, None)
         return loss.total / loss.weight
 
     def by_formula(params):  # -mean of advantage * ratio, the ratio of likelihoods being 1
-        log_p = jax.nn.log_softmax(model.logits(params, batch))
+        log_p = jax.nn.log_softmax(model.logits(params, batch) / temperature)
         own = jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
         ratio = jnp.exp(own - jax.lax.stop_gradient(own))
         terms = [jnp.where(mask > 0, gain * r, 0.0).sum()
@@ -164,6 +165,21 @@ def test_killed_it_writes_the_same_answers_again(folder, straight):
     process.wait()
     finish(folder / "killed", *options, config=str(folder / "task.py"))
     assert_same_run(folder / "killed", straight, ["metrics.jsonl", "answers/eval.jsonl"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options, message", [
+    (["task.max_tokens=16"], "less than data.seq_len=16"),
+    (["task.kind=dapo", "train.microbatches=2"], "compares all rows")])
+def test_settings_that_do_not_go_together_are_one_line(options, message, folder, capsys):
+    assert run_here(folder / "never", *options, config=str(folder / "task.py")) == 2
+    assert message in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.long
+def test_long_answers_fit_into_short_rows(folder):
+    assert run_here(folder / "long", "task.max_tokens=14", "train.steps=2", "eval.every=2",
+                    "optimizer.warmup_steps=1", config=str(folder / "task.py")) == 0
 
 
 @pytest.mark.long

@@ -125,6 +125,29 @@ def test_likelihoods_do_not_depend_on_the_chunk_or_on_padding_rows(model, params
     assert float(b.weight) == len(batch["tokens"])
 
 
+def test_records_without_a_reference_are_answered_by_their_likelihoods(model, params):
+    batch = pairs_batch()
+    del batch["label_values"]
+    loss = Preferences(beta=BETA).loss(model, {})(params, batch, None)
+    chosen, rejected = log_likelihoods(model, params, batch)
+    np.testing.assert_allclose(loss.extra["row_chosen"], BETA * chosen, rtol=1e-5)
+    np.testing.assert_allclose(loss.extra["row_rejected"], BETA * rejected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "orpo"])
+def test_padding_rows_have_neither_loss_nor_gradient(kind, model, params):
+    batch = {name: np.concatenate([x, np.zeros_like(x)]) for name, x in pairs_batch().items()}
+    task = Preferences(kind=kind, beta=BETA)
+
+    def total(params, batch):
+        return task.loss(model, {})(params, batch, None).total
+
+    a, b = (jax.grad(total)(params, rows) for rows in (
+        batch, {name: x[: len(x) // 2] for name, x in batch.items()}))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4 * max(1.0, float(jnp.abs(y).max())))
+
+
 @pytest.mark.parametrize("change, message", [
     ({"kind": "ppo"}, "dpo"), ({"beta": 0.0}, "more than 0"), ({"chosen": "x"}, "braces"),
     ({"label_smoothing": 0.5}, "a share")])
@@ -206,6 +229,15 @@ def test_orpo_and_a_reward_model_learn_without_a_reference(kind, folder, capsys)
     assert "reference: the" not in capsys.readouterr().err
     last = [line for line in lines(folder / kind) if "eval/accuracy" in line][-1]
     assert last["eval/accuracy"] > 0.9
+
+
+@pytest.mark.long
+def test_adapters_learn_preferences_on_their_reference(folder):
+    options = ("adapter.kind=lora", "adapter.rank=4", "optimizer.peak_lr=1e-2")
+    assert run_here(folder / "lora", *options, config=str(folder / "task.py")) == 0
+    found = lines(folder / "lora")
+    assert found[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert [line for line in found if "eval/accuracy" in line][-1]["eval/accuracy"] > 0.8
 
 
 @pytest.mark.long

@@ -30,9 +30,9 @@ def get_config():
         task=dict({task}, metric="exact_match", max_tokens=8, eval_examples=12),
         data=dict(sources=[dict(name="s", uri="jsonl:{folder}/examples.jsonl")], seq_len=64,
                   heldout_fraction=0.2),
-        optimizer=dict(peak_lr=1e-2, warmup_steps=4),
+        optimizer=dict(peak_lr={rate}, warmup_steps=4),
         train=dict(steps={steps}, batch_size=8, init_from="{folder}/{family}"),
-        eval=dict(every=8), checkpoint=dict(every=8, keep_last=9))
+        eval=dict(every={every}), checkpoint=dict(every=8, keep_last=9))
 """
 PAIRS = "name='pairs', input='next {q}', target='{a}', target_len=16"
 CHAT = "name='chat', template='plain', turns='all'"
@@ -59,15 +59,16 @@ def folder(tmp_path_factory):
         text = "\n".join(f"next {a} {following(a)}" for a in rng.choices(LETTERS, k=10))
         (made / f"{i}.txt").write_text(text)
     tasks = {"pairs": ("encdec", PAIRS, 16), "lines": ("decoder", PAIRS, 16),
-             "chat": ("decoder", CHAT, 96)}
+             "chat": ("decoder", CHAT, 200)}
     for family in ("encdec", "decoder"):
         config = made / f"{family}.py"
         config.write_text(PRETRAINED.format(
             family=family, folder=made, size=280))
         assert run_here(made / family, config=str(config)) == 0
     for name, (family, task, steps) in tasks.items():
-        (made / f"{name}_task.py").write_text(TASK.format(task=task, folder=made, steps=steps,
-                                                          family=family))
+        rate, every = (3e-3, 200) if name == "chat" else (1e-2, 8)
+        (made / f"{name}_task.py").write_text(TASK.format(
+            task=task, folder=made, steps=steps, family=family, rate=rate, every=every))
     return made
 
 
@@ -111,14 +112,16 @@ def test_beams_answer_as_the_trained_model_does(folder, trained):
     np.testing.assert_array_equal(losses(workdir), losses(trained("pairs")))
 
 
-@pytest.mark.parametrize("name", ["pairs"])
-def test_a_mesh_of_eight_devices_has_the_losses_and_answers_of_one(name, folder, trained):
+@pytest.mark.parametrize("name", ["pairs", "chat"])
+def test_a_mesh_of_eight_devices_has_the_losses_and_answers_of_one(name, folder):
     mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     workdir = folder / f"mesh_{name}"
-    finish(workdir, *mesh, config=str(folder / f"{name}_task.py"), devices=8)
-    # Rounding grows from step to step: the first steps are compared.
-    np.testing.assert_allclose(losses(workdir)[:16], losses(trained(name))[:16], rtol=2e-4)
-    here, there = (lines(run, "answers/eval.jsonl") for run in (workdir, trained(name)))
+    steps = ("train.steps=16", "eval.every=16")
+    finish(workdir, *mesh, *steps, config=str(folder / f"{name}_task.py"), devices=8)
+    alone = folder / f"alone_{name}"
+    assert run_here(alone, *steps, config=str(folder / f"{name}_task.py")) == 0
+    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=2e-4)
+    here, there = (lines(run, "answers/eval.jsonl") for run in (workdir, alone))
     assert [line["id"] for line in here] == [line["id"] for line in there]
     same = [a["answer"] == b["answer"] for a, b in zip(here, there, strict=True)]
     assert np.mean(same) > 0.9  # two letters may be equally likely up to rounding
@@ -142,7 +145,8 @@ def test_a_decoder_answers_in_conversations(trained):
     said = [lm.chat(line["record"]["messages"][:-1], temperature=0, max_tokens=8)
             for line in answers]
     assert said == [line["answer"]["text"] for line in answers]
-    assert losses(trained("chat"))[95] < losses(trained("chat"))[0] / 4
+    right = [line["answer"]["text"] == line["truth"] for line in answers]
+    assert np.mean(right) > 0.6  # one of eight by chance
     pieces = []
     talk = answers[0]["record"]["messages"][:1]
     whole = lm.chat(talk, temperature=0, max_tokens=8, stream=lambda row, text: pieces.append(text))
