@@ -35,6 +35,11 @@ SMALL = {
     "configs/tasks/preferences.py": ["train.init_from=runs/quickstart", "train.steps=4"],
     "configs/tasks/sums.py": ["train.steps=8"],
     "configs/tasks/grpo.py": ["train.init_from=runs/sums", "train.steps=4"],
+    "configs/t5.py": ["train.steps=2", "optimizer.warmup_steps=1", "checkpoint.every=2",
+                      "eval.every=2", "data.heldout_fraction=0.2",
+                      "data.tokenizer.vocab_size=400"],
+    "configs/tasks/pairs.py": ["train.init_from=runs/t5", "train.steps=4"],
+    "configs/tasks/chat.py": ["train.init_from=runs/quickstart", "train.steps=4"],
     "configs/tasks/tagging.py": ["train.init_from=runs/bert", "train.steps=4"],
     "configs/tasks/questions.py": ["train.init_from=runs/bert", "train.steps=4"],
     "configs/llama2_7b.py": ["mesh.fsdp=1"],
@@ -54,7 +59,7 @@ for config, overrides in small.items():
         variant = "" if "bench" in config or "data" in config else ":tiny"
         args[args.index(config)] = config + variant
         uri = ["data.sources.0.uri=text:{sysconfig.get_paths()['stdlib']}/json/*.py"]
-        uri = uri if ("quickstart" in config or "bert" in config) and (
+        uri = uri if any(name in config for name in ("quickstart", "bert", "t5")) and (
             "config.data.sources" not in given) else []
         args += ["--config." + item for item in overrides + uri
                  if "config." + item.split("=")[0] not in given]
