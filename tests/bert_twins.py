@@ -105,7 +105,7 @@ class Twins:
         tx = make_optimizer(config, 9, self.model.axes)
         spec = state_spec(self.model, tx, layout, ema=False)
         step = make_train_step(loss_fn, spec, layout, lambda step: RATE, seed=0)
-        state, metrics = step(spec.start(self.params), batch)
+        state, metrics = step(spec.start(self.params, 0), batch)
         assert float(metrics["loss"]) == pytest.approx(wanted, rel=1e-5)
         close(state.params, updated, 2e-5)
 

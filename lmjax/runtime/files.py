@@ -194,8 +194,9 @@ def when_full(error_to_raise: Exception) -> Iterator[None]:
         yield
     except Exception as error:
         found = of_the_system(error)
-        if (found.errno in (errno.ENOSPC, errno.EDQUOT) if isinstance(found, OSError)
-                else re.search(FULL, str(error))):
+        number = found.errno if isinstance(found, OSError) else None  # NumPy's have none
+        if number in (errno.ENOSPC, errno.EDQUOT) or (
+                number is None and re.search(FULL, str(error))):
             raise error_to_raise from error
         raise
 

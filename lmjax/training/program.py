@@ -63,6 +63,8 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
                         multipliers(recipe.optimizer, model.shapes))
     spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0, frozen=frozen)
     _check_batch(recipe, layout)
+    if not model.config.head.outputs:  # a task has few classes, which need not be split
+        layout.spec(("act_vocab",), (model.config.vocab_size,))
     loss_fn, eval_loss = _losses(recipe, model, facts)
     step_fn = make_train_step(_in(train.matmul_dtype, loss_fn), spec, layout, schedule,
                               seed=train.seed, microbatches=train.microbatches,

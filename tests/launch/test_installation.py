@@ -22,7 +22,7 @@ PINNED_EXTRAS = {
 }
 # Packages whose import name is not their own name.
 IMPORT_NAMES = {"orbax-checkpoint": "orbax", "tensorflow-cpu": "tensorflow",
-                "tensorboardx": "tensorboardX"}
+                "tensorboardx": "tensorboardX", "scikit-learn": "sklearn"}
 
 
 def name_of(requirement: str) -> str:

@@ -145,6 +145,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(folder, straight):
     assert_same_run(workdir, straight[0], ["metrics.jsonl", "answers/eval.jsonl"])
 
 
+@pytest.mark.slow
 def test_early_stopping_on_accuracy_keeps_the_best_checkpoint_through_a_kill(folder):
     options = ("eval.metric=accuracy", "eval.patience=2", "checkpoint.keep_best=true",
                "checkpoint.keep_last=1", "train.steps=60")

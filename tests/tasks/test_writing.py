@@ -127,6 +127,7 @@ def test_a_mesh_of_eight_devices_has_the_losses_and_answers_of_one(name, folder)
     assert np.mean(same) > 0.9  # two letters may be equally likely up to rounding
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(folder):
     config = str(folder / "pairs_task.py")
     finish(folder / "straight", config=config)

@@ -193,6 +193,7 @@ def test_what_adapters_cannot_start_from_is_refused(base, tuned, tmp_path, capsy
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_killed_and_resumed_ends_as_one_that_never_was(base, tmp_path):
     options = [*SHORT, *overrides(ADAPTED | {"adapter.kind": "lora", "train.init_from": base})]
     finish(tmp_path / "straight", *options)

@@ -97,6 +97,7 @@ def test_a_wrong_expression_is_refused_before_anything_is_compiled(frozen, messa
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_killed_and_resumed_ends_as_one_that_never_was(tmp_path):
     options = ["train.steps=24", "optimizer.warmup_steps=1", "checkpoint.every=4", "eval.every=24",
                "optimizer.ema_decay=0.9", f"train.frozen={FROZEN}"]

@@ -99,13 +99,13 @@ def test_sigterm_in_an_evaluation_saves_the_step_and_the_next_start_evaluates_it
         straight, tmp_path, monkeypatch, capsys):
     workdir, evaluate = tmp_path / "run", loop.evaluate
 
-    def told_before_the_second_batch(eval_step, params, batches, split):
+    def told_before_the_second_batch(eval_step, params, batches, *others):
         def watched():
             for i, batch in enumerate(batches):
                 if i == 1:
                     terminate()
                 yield batch
-        return evaluate(eval_step, params, watched(), split)
+        return evaluate(eval_step, params, watched(), *others)
 
     def told_at_the_end(*args):
         found = evaluate(*args)
