@@ -22,7 +22,8 @@ PINNED_EXTRAS = {
 }
 # Packages whose import name is not their own name.
 IMPORT_NAMES = {"orbax-checkpoint": "orbax", "tensorflow-cpu": "tensorflow",
-                "tensorboardx": "tensorboardX", "scikit-learn": "sklearn"}
+                "tensorboardx": "tensorboardX", "scikit-learn": "sklearn",
+                "fonttools": "fontTools", "pyyaml": "yaml"}
 
 
 def name_of(requirement: str) -> str:

@@ -204,7 +204,7 @@ def test_the_head_is_that_of_transformers(preset, kind):
 def test_entities_and_their_scores_are_those_of_seqeval():
     """Over every kind of invalid sequence: I after O, after another label, at the beginning."""
     seqeval = pytest.importorskip("seqeval.metrics", reason=f"seqeval {MISSING}")
-    from seqeval.metrics.sequence_labeling import get_entities
+    get_entities = seqeval.sequence_labeling.get_entities
     rng, tags = random.Random(0), ["O", "B-A", "I-A", "B-B", "I-B", "B-A-B", "I-A-B"]
     several = []
     for _ in range(3000):
