@@ -32,7 +32,7 @@ def get_config():
                   heldout_fraction=0.2),
         optimizer=dict(peak_lr={rate}, warmup_steps=4),
         train=dict(steps={steps}, batch_size=8, init_from="{folder}/{family}"),
-        eval=dict(every={every}), checkpoint=dict(every=8, keep_last=9))
+        eval=dict(every={every}), checkpoint=dict(every={every}, keep_last=9))
 """
 PAIRS = "name='pairs', input='next {q}', target='{a}', target_len=16"
 CHAT = "name='chat', template='plain', turns='all'"
@@ -59,14 +59,14 @@ def folder(tmp_path_factory):
         text = "\n".join(f"next {a} {following(a)}" for a in rng.choices(LETTERS, k=10))
         (made / f"{i}.txt").write_text(text)
     tasks = {"pairs": ("encdec", PAIRS, 16), "lines": ("decoder", PAIRS, 16),
-             "chat": ("decoder", CHAT, 200)}
+             "chat": ("decoder", CHAT, 400)}
     for family in ("encdec", "decoder"):
         config = made / f"{family}.py"
         config.write_text(PRETRAINED.format(
             family=family, folder=made, size=280))
         assert run_here(made / family, config=str(config)) == 0
     for name, (family, task, steps) in tasks.items():
-        rate, every = (3e-3, 200) if name == "chat" else (1e-2, 8)
+        rate, every = (3e-3, 400) if name == "chat" else (1e-2, 8)
         (made / f"{name}_task.py").write_text(TASK.format(
             task=task, folder=made, steps=steps, family=family, rate=rate, every=every))
     return made
@@ -116,7 +116,7 @@ def test_beams_answer_as_the_trained_model_does(folder, trained):
 def test_a_mesh_of_eight_devices_has_the_losses_and_answers_of_one(name, folder):
     mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     workdir = folder / f"mesh_{name}"
-    steps = ("train.steps=16", "eval.every=16")
+    steps = ("train.steps=16", "eval.every=16", "checkpoint.every=16")
     finish(workdir, *mesh, *steps, config=str(folder / f"{name}_task.py"), devices=8)
     alone = folder / f"alone_{name}"
     assert run_here(alone, *steps, config=str(folder / f"{name}_task.py")) == 0
