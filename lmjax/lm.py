@@ -55,10 +55,10 @@ from lmjax.training.pretrained import find
 from lmjax.training.program import placed
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import TrainState
-from lmjax.training.use import TaskUse
+from lmjax.training.task_model import TaskModel
 
 
-class LM(TaskUse):
+class LM(TaskModel):
     """A trained model with its parameters and its tokenizer.
 
     Attributes:

@@ -40,29 +40,29 @@ def predict(arguments: Namespace, overrides: Sequence[str]) -> None:
     check_writable(out, "--out", file=True)
     from lmjax.data.reading import make_reader
     from lmjax.lm import load
-    from lmjax.tasks import predictions
+    from lmjax.tasks import answers_file
     from lmjax.training.pretrained import find, weights_id
     from lmjax.training.task_data import sizes_of
-    from lmjax.training.use import task_of
+    from lmjax.training.task_model import task_of
 
     source, found = _source(arguments.input), find(arguments.checkpoint)
     task, facts, tokenizer = task_of(found.recipe, found.about, found.tokenizer)
     task = with_columns(task, arguments.column)
     recipe = dataclasses.replace(found.recipe, task=cast(Any, task))
     reader = make_reader(tokenizer, recipe.model.family, recipe.data, found.about)
-    predictions.check_records(source, task, reader, facts, sizes_of(recipe))
+    answers_file.check_records(source, task, reader, facts, sizes_of(recipe))
     out.parent.mkdir(parents=True, exist_ok=True)
     busy = Busy("a file that no other command writes", "one that is being written",
                 "wait for it, or choose another", where=str(out))
     held = lock(f"{out}.lock", busy, os.O_RDWR | os.O_CREAT)
     try:
-        done = predictions.whole_lines(
-            out, predictions.origin_of(weights_id(found), source, task))
+        done = answers_file.whole_lines(
+            out, answers_file.origin_of(weights_id(found), source, task))
         if done:
             _tell(f"predict: {done:,} records are answered already")
         lm = load(arguments.checkpoint)
         lm.recipe = recipe
-        counts = predictions.write_answers(lm.predictor, lm.params, source, out, done, _tell)
+        counts = answers_file.write_answers(lm.predictor, lm.params, source, out, done, _tell)
     finally:
         os.close(held)
         os.unlink(f"{out}.lock")

@@ -9,7 +9,7 @@ from lmjax.config import load, plain
 from lmjax.monitoring.progress import to_stderr
 from lmjax.runtime.distributed import process
 from lmjax.training.recipe import Recipe, build_recipe
-from lmjax.training.source import with_source
+from lmjax.training.task_config import with_source
 
 
 def recipe_of(spec: str, overrides: Sequence[str], workdir: str | Path | None = None) -> Recipe:

@@ -16,7 +16,6 @@ from lmjax.errors import UserError
 from lmjax.tasks.task import Record, Task
 from lmjax.tasks.templates import columns_of, value
 
-SPLITS = ("train", "heldout", "test")
 OF_SPLIT = {"train": "sources", "heldout": "validation", "test": "test"}  # keys of a config
 
 

@@ -78,6 +78,9 @@ class Grpo(Pairs):
         return self.kind == "dapo"  # which counts the tokens of all answers
 
     def room(self, sizes: Sizes) -> int:
+        if self.max_tokens >= sizes.tokens:
+            raise UserError(f"less than data.seq_len={sizes.tokens}, which holds a prompt and an "
+                            "answer", self.max_tokens, "lower it", where="config.task.max_tokens")
         return sizes.tokens + 1 - self.max_tokens  # the last id is only a target
 
     @property

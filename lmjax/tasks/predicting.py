@@ -20,7 +20,6 @@ import numpy as np
 
 from lmjax.data.reading import Reader
 from lmjax.data.rows import Rows, empty
-from lmjax.decoding.answers import DecodingOptions, answer
 from lmjax.decoding.generate import Generator, jit_on, size
 from lmjax.decoding.scoring import LENGTH, ROWS, TOKENS, in_passes
 from lmjax.errors import UserError
@@ -31,7 +30,7 @@ from lmjax.tasks.classification import Classification
 from lmjax.tasks.rows import side_of
 from lmjax.tasks.task import Answer, Facts, Predicted, Record, Sizes, Task
 from lmjax.tasks.templates import columns_of
-from lmjax.tasks.writing import WritingTask
+from lmjax.tasks.writing import WritingTask, write_texts
 
 Arrays = dict[str, jax.Array]
 Columns = Mapping[str, np.ndarray]
@@ -104,14 +103,11 @@ class Predictor:
 
     def _written(self, task: WritingTask, params: Params,
                  examples: Sequence[Ready]) -> list[Answer]:
-        options = DecodingOptions(max_tokens=task.max_tokens, temperature=0.0,
-                                  num_beams=task.num_beams, stop=task.ends(self.reader).strings)
         found = []
         for at in range(0, len(examples), ROWS):
             part = examples[at : at + ROWS]
-            texts = answer(self.writer, params, self.reader.names, [e.prompt for e in part],
-                           options)
-            found += [task.answer(Predicted(e.id, e.record, {}, text=text.strip()), self.facts)
+            texts = write_texts(task, self.writer, params, self.reader, [e.prompt for e in part])
+            found += [task.answer(Predicted(e.id, e.record, {}, text=text), self.facts)
                       for e, text in zip(part, texts, strict=True)]
         return found
 

@@ -142,9 +142,8 @@ def _reuse(setting: Setting, out: str, log: Log,
     manifest = read_manifest(out)
     changed = differences(manifest["config"], setting.decides())
     if changed:
-        raise UserError(f"examples prepared with {changed[0].replace(' -> ', ', not with ')}",
-                        "another setting", "repeat the settings that they were prepared with, or "
-                        "use another directory", where=out)
+        raise UserError("the settings that its examples were prepared with",
+                        f"others ({changed[0]})", "undo that, or use another directory", where=out)
     if make_reader is not None:
         reads = _reads(make_reader(prepared_tokenizer(out)))
         if reads != manifest.get("reads", reads):

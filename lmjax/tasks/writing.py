@@ -13,8 +13,11 @@ from lmjax.config import at_least, choice
 from lmjax.data.chat import Ends
 from lmjax.data.hashing import key_of, permute
 from lmjax.data.reading import Reader
+from lmjax.decoding.answers import DecodingOptions, answer
+from lmjax.decoding.generate import Generator
 from lmjax.errors import UserError
 from lmjax.models.model import Model, ModelConfig
+from lmjax.nn.module import Params
 from lmjax.tasks import metrics
 from lmjax.tasks.losses import LossFn
 from lmjax.tasks.task import Answer, Encoded, Facts, Predicted, Record, Sizes, Task
@@ -96,6 +99,14 @@ class WritingTask(Task):
             return metrics.single_label(answers, truths, sorted(set(truths)))
         return {"bleu": metrics.translation, "rouge": metrics.summary,
                 "exact_match": metrics.exact_match}[self.metric](answers, truths)
+
+
+def write_texts(task: WritingTask, writer: Generator, params: Params, reader: Reader,
+                prompts: Sequence[Sequence[int]]) -> list[str]:
+    """What a model writes after prompts: the likeliest answers, without space around them."""
+    options = DecodingOptions(max_tokens=task.max_tokens, temperature=0.0,
+                              num_beams=task.num_beams, stop=task.ends(reader).strings)
+    return [text.strip() for text in answer(writer, params, reader.names, prompts, options)]
 
 
 def target_end(reader: Reader) -> int:

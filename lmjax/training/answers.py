@@ -10,13 +10,12 @@ import numpy as np
 
 from lmjax.data.batches import eval_rows
 from lmjax.data.pipeline import Split
-from lmjax.decoding.answers import DecodingOptions, answer
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
 from lmjax.runtime.files import write_whole
 from lmjax.tasks.rows import ExampleRows
 from lmjax.tasks.task import Facts, Predicted, Task
-from lmjax.tasks.writing import WritingTask
+from lmjax.tasks.writing import WritingTask, write_texts
 from lmjax.training.run import Run
 from lmjax.training.task_data import sizes_of
 
@@ -107,13 +106,11 @@ def written(run: Run, params: Params, task: WritingTask, examples: Parts,
       each: is given the batches of examples.
     """
     reader, sizes = run.reader, sizes_of(run.recipe)
-    options = DecodingOptions(max_tokens=task.max_tokens, temperature=0.0,
-                              num_beams=task.num_beams, stop=task.ends(reader).strings)
     size, found = run.recipe.eval.batch_size or run.recipe.train.batch_size, Parts()
     for part in each(examples[at : at + size] for at in range(0, len(examples), size)):
         prompts = [task.prompt(example.record, reader, sizes) for example in part]
-        texts = answer(run.writer, params, reader.names, prompts, options)
-        found += [example._replace(text=text.strip())
+        texts = write_texts(task, run.writer, params, reader, prompts)
+        found += [example._replace(text=text)
                   for example, text in zip(part, texts, strict=True)]
     return found
 

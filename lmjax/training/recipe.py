@@ -33,7 +33,6 @@ from lmjax.models.presets import with_preset
 from lmjax.nn.adapters import AdapterConfig
 from lmjax.nn.quantized import MATMUL_DTYPES
 from lmjax.sharding import MeshConfig
-from lmjax.tasks.grpo import Grpo
 from lmjax.tasks.table import AnyTask, LanguageModeling
 from lmjax.tasks.task import Task
 from lmjax.training.best import HIGHER_IS_BETTER
@@ -226,10 +225,6 @@ class Recipe:
                 raise UserError(f"a multiple of task.group={self.task.samples}",
                                 self.train.batch_size, "change one of them",
                                 where="train.batch_size")
-            if isinstance(self.task, Grpo) and self.task.max_tokens >= self.data.seq_len:
-                raise UserError(f"less than data.seq_len={self.data.seq_len}, which holds a prompt "
-                                "and an answer", self.task.max_tokens, "lower it",
-                                where="task.max_tokens")
             if self.task.whole_batch and self.train.microbatches > 1:
                 raise UserError(f"1 for {self.task.name}, which compares all rows of a batch",
                                 self.train.microbatches, "lower it", where="train.microbatches")

@@ -1,4 +1,4 @@
-"""What a loaded model does of its task: the part of `lmjax.lm.LM` that tasks give."""
+"""A loaded model that has a task: the methods of `lmjax.lm.LM` that answer its examples."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ def tokenizer_of(tokenizer: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
-class TaskUse:
+class TaskModel:
     """A model with its parameters and its tokenizer; `LM` says what the attributes are."""
 
     model: Model
