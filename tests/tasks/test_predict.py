@@ -91,6 +91,7 @@ def answers(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_predict_writes_a_line_per_record_and_goes_on_after_the_last_whole_one(saved, tmp_path,
                                                                                capsys):
     source, out = write(tmp_path / "in.jsonl", TEXTS * 100), tmp_path / "out.jsonl"
@@ -115,6 +116,7 @@ def test_predict_writes_a_line_per_record_and_goes_on_after_the_last_whole_one(s
     assert out.read_bytes() == before
 
 
+@pytest.mark.long
 def test_predict_reads_other_formats_and_columns_and_tells_what_is_no_record(saved, tmp_path,
                                                                              capsys):
     table = tmp_path / "in.csv"
@@ -169,6 +171,7 @@ IOB2 = {"labels": ["O", "B-X", "I-X"], "counts": [1, 1, 1], "scheme": "iob2"}
 LONG = " ".join(sentence(i, 40) for i in range(8))
 
 
+@pytest.mark.long
 def test_words_get_the_tags_of_their_first_pieces(tmp_path):
     tags = make(tmp_path / "tags", name="tagging", tokens="a.w", facts=IOB2)
     words = [text.split() for text in (TEXTS[0], LONG, *TEXTS[2:])]
@@ -183,6 +186,7 @@ def test_words_get_the_tags_of_their_first_pieces(tmp_path):
     assert found[3]["tags"] == [IOB2["labels"][i] for i in p[at].argmax(axis=-1)]
 
 
+@pytest.mark.long
 def test_an_answer_is_the_likeliest_of_all_windows(tmp_path):
     facts = {"unanswerable": False}
     lm = make(tmp_path / "asks", name="questions", stride=8, facts=facts, model={"token_types": 0})
@@ -204,6 +208,7 @@ def test_an_answer_is_the_likeliest_of_all_windows(tmp_path):
         assert bool(encoded.more) == (context == LONG)
 
 
+@pytest.mark.long
 def test_what_the_model_was_not_trained_for_is_refused(tmp_path):
     tags = make(tmp_path / "tags", name="tagging", facts=IOB2)
     for call, said in ((lambda: tags.answer(["a"], ["b"]), "a model that answers questions"),

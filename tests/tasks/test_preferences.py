@@ -134,7 +134,8 @@ def test_records_without_a_reference_are_answered_by_their_likelihoods(model, pa
     np.testing.assert_allclose(loss.extra["row_rejected"], BETA * rejected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ipo", "orpo"])
+@pytest.mark.parametrize("kind", ["orpo", *(pytest.param(kind, marks=pytest.mark.long)
+                                           for kind in ("dpo", "ipo"))])
 def test_padding_rows_have_neither_loss_nor_gradient(kind, model, params):
     batch = {name: np.concatenate([x, np.zeros_like(x)]) for name, x in pairs_batch().items()}
     task = Preferences(kind=kind, beta=BETA)

@@ -52,6 +52,7 @@ def stepped(devices=1, steps=2, **settings):
 
 @pytest.mark.parametrize("kind", [
     pytest.param(kind, marks=() if kind == "lora" else pytest.mark.slow) for kind in KINDS])
+@pytest.mark.long
 def test_only_adapters_have_gradients_and_optimizer_state(kind):
     settings = {"adapter.kind": kind, "train.compute_dtype": "bfloat16"}
     program, state, _ = stepped(**settings)
