@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 
 from lmjax.monitoring.goodput import SLOW_FACTOR
@@ -54,8 +54,7 @@ class SlowStepLog:
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._log, self._clock = log, clock
         self._began = math.inf  # when the first slow step that is not yet told ended
-        self._ratios: list[float] = []
-        self._causes: Counter[str] = Counter()
+        self._ratios: defaultdict[str, list[float]] = defaultdict(list)  # by cause
 
     def add(self, ratio: float, cause: str) -> None:
         """Notes a slow step that took `ratio` times the median.
@@ -64,8 +63,7 @@ class SlowStepLog:
         """
         if not self._ratios:
             self._began = self._clock()
-        self._ratios.append(ratio)
-        self._causes[cause] += 1
+        self._ratios[cause].append(ratio)
 
     def tick(self) -> None:
         """Prints the line if its minute is over. The loop calls it after every step."""
@@ -76,11 +74,13 @@ class SlowStepLog:
         """Prints the line of the slow steps that were not yet told, if there are any."""
         if not self._ratios:
             return
-        low, high = (f"{ratio:.1f}" for ratio in (min(self._ratios), max(self._ratios)))
+        every = [ratio for ratios in self._ratios.values() for ratio in ratios]
+        low, high = (f"{ratio:.1f}" for ratio in (min(every), max(every)))
         factor = low if low == high else f"{low} to {high}"
-        (cause, count), *others = self._causes.most_common()
-        share = f" in {count} of them" if others else ""
-        number, passed = len(self._ratios), human_seconds(self._clock() - self._began)
+        # The cause that cost the most time: one long wait matters more than many short ones.
+        cause, ratios = max(self._ratios.items(), key=lambda item: sum(item[1]) - len(item[1]))
+        share = f" in {len(ratios)} of them" if len(self._ratios) > 1 else ""
+        number, passed = len(every), human_seconds(self._clock() - self._began)
         when = f" in the last {passed}" if number > 1 else ""
         self._log(f"slow steps: {number}{when}, {factor} times the median; {cause}{share}")
-        self._began, self._ratios, self._causes = math.inf, [], Counter()
+        self._began, self._ratios = math.inf, defaultdict(list)

@@ -45,6 +45,15 @@ def test_the_terminal_gets_at_most_one_line_per_minute():
     assert sum(int(line.split()[2]) for _, line in lines) == 334  # none is left out
 
 
+def test_the_line_names_the_cause_that_cost_the_most_time():
+    lines = []
+    log = SlowStepLog(lines.append)
+    for ratio, cause in ((1.7, RUNNING), (48.0, WAITING), (2.0, RUNNING)):
+        log.add(ratio, cause)
+    log.close()
+    assert lines[0].endswith(f"1.7 to 48.0 times the median; {WAITING} in 1 of them")
+
+
 def test_the_rest_is_told_at_the_end():
     lines = []
     log = SlowStepLog(lines.append)
