@@ -6,6 +6,7 @@ from lmjax.huggingface.directory import (
     is_hf_directory,
     read_directory,
     read_params,
+    remarks,
     write_directory,
 )
 from lmjax.huggingface.heads import TaskHead
@@ -17,11 +18,11 @@ from lmjax.huggingface.peft import (
     write_peft,
 )
 from lmjax.huggingface.places import Place, identify, in_cache, kind_of, locate
-from lmjax.huggingface.settings import decided, difference, passed_over
+from lmjax.huggingface.settings import difference
 from lmjax.huggingface.tokenizers import SENTENCEPIECE, UNREAD, read_tokenizer, why_unread
 
 __all__ = [
-    "SENTENCEPIECE", "UNREAD", "ExportOptions", "HFModel", "Place", "TaskHead", "decided",
-    "difference", "identify", "in_cache", "is_hf_directory", "is_peft_directory", "kind_of",
-    "locate", "on_base", "passed_over", "read_directory", "read_params", "read_peft",
-    "read_peft_params", "read_tokenizer", "why_unread", "write_directory", "write_peft"]
+    "SENTENCEPIECE", "UNREAD", "ExportOptions", "HFModel", "Place", "TaskHead", "difference",
+    "identify", "in_cache", "is_hf_directory", "is_peft_directory", "kind_of", "locate", "on_base",
+    "read_directory", "read_params", "read_peft", "read_peft_params", "read_tokenizer", "remarks",
+    "why_unread", "write_directory", "write_peft"]

@@ -16,14 +16,18 @@ from lmjax.errors import UserError
 from lmjax.huggingface.heads import TaskHead, read_head
 from lmjax.huggingface.model_types import MODEL_TYPES
 from lmjax.huggingface.settings import (
+    decided,
     kept_settings,
     model_type_of,
+    passed_over,
     read_settings,
     write_settings,
 )
 from lmjax.huggingface.stored import BUFFERS, one_of_each, plain_names, rows_for
 from lmjax.huggingface.tensors import (
     DTYPE_CODES,
+    INDEX,
+    SINGLE,
     STORED_DTYPES,
     Entry,
     open_tensors,
@@ -116,6 +120,25 @@ def read_directory(path: Path) -> HFModel:
         _check_end(settings.get("pad_token_id"), tokenizer.suffix, where)
     return HFModel(path, config, entries, tokenizer, source, head,
                    tied and not config.tie_embeddings)
+
+
+def remarks(found: HFModel) -> list[tuple[str, str]]:
+    """What was decided between files or settings that contradict each other, or passed over.
+
+    Returns:
+      Pairs of the file that a remark is about ("" for the directory), and the remark.
+    """
+    settings, told = found.source["settings"], []
+    if unread := passed_over(settings):
+        told.append(("config.json", f"passes over {', '.join(unread)}, which change nothing that "
+                     "the model computes"))
+    told += [("config.json", f"{line}, as in transformers") for line in decided(settings)]
+    if (found.path / SINGLE).is_file() and (found.path / INDEX).is_file():
+        told.append((SINGLE, f"it is read, and {INDEX} beside it is not, as in transformers"))
+    if found.untied:
+        told.append(("", "the head differs from the embedding that config.json ties it to; it is "
+                     "loaded untied, as transformers does"))
+    return told
 
 
 def _check_end(pad: Any, suffix: Sequence[int], where: str) -> None:

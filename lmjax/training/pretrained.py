@@ -315,15 +315,8 @@ def _on_base(found: Pretrained, base: str | os.PathLike) -> Pretrained:
 
 def _huggingface(path: Path) -> Pretrained:
     found = huggingface.read_directory(path)
-    unread = huggingface.passed_over(found.source["settings"])
-    if unread:
-        _tell(f"{path}/config.json: passes over {', '.join(unread)}, which change nothing that the "
-              "model computes")
-    for line in huggingface.decided(found.source["settings"]):
-        _tell(f"{path}/config.json: {line}, as in transformers")
-    if found.untied:
-        _tell(f"{path}: the head differs from the embedding that config.json ties it to; it is "
-              "loaded untied, as transformers does")
+    for file, line in huggingface.remarks(found):
+        _tell(f"{path / file}: {line}")
     published = imported_task(found.head, found.config)
     recipe = recorded_recipe({"model": plain(found.config), "task": published.task,
                               "data": {"seq_len": found.config.max_positions,

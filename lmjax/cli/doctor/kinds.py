@@ -9,6 +9,7 @@ from lmjax.cli.doctor import corpora, data, models, runs
 from lmjax.cli.doctor.diagnosis import BAD, NOTE, Diagnosis, Finding
 from lmjax.config.paths import expand, is_bucket
 from lmjax.errors import UserError
+from lmjax.runtime.files import check_writable
 
 
 def is_recipe(path: str) -> bool:
@@ -67,6 +68,11 @@ def diagnose(path: str, *, whole: bool = True) -> Diagnosis:
     return _unknown(path)
 
 
+def _room(path: str) -> str:
+    check_writable(path, path)
+    return "none; a run or prepared data may be made here"
+
+
 def _unknown(path: str) -> Diagnosis:
     """Says what there is instead of something that lmjax knows."""
     if is_bucket(path):
@@ -77,12 +83,20 @@ def _unknown(path: str) -> Diagnosis:
         parent = os.path.dirname(os.path.abspath(path))
         while not os.path.isdir(parent):
             parent = os.path.dirname(parent)
+        parts = path.split(",")
+        if len(parts) > 1 and all(map(os.path.exists, parts)):
+            found.add(BAD, "path", f"these are {len(parts)} paths: write them with spaces between "
+                      "them, not commas")
+            return found
         near = difflib.get_close_matches(os.path.basename(path), os.listdir(parent), n=3)
         found.add(BAD, "path", f"the last part that exists is {parent}"
                   + f"; similar names there: {', '.join(near)}" * bool(near))
     elif os.path.isdir(path):
         found = Diagnosis(path, "an empty directory")
-        found.add(NOTE, "files", "none; a run or prepared data may be made here")
+        found.check("files", lambda: _room(path))
+    elif os.path.islink(path):
+        found = Diagnosis(path, "a link to nothing")
+        found.add(BAD, "path", f"it leads to {os.readlink(path)}, which is not there")
     else:
         found = Diagnosis(path, "neither a file nor a directory")
         found.add(BAD, "path", "nothing can be read from it")

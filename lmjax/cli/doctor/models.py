@@ -1,21 +1,25 @@
 """The doctor's look at Hugging Face directories."""
 
+import contextlib
+import io
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lmjax import huggingface
 from lmjax.cli.doctor.diagnosis import BAD, GOOD, NOTE, Diagnosis
+from lmjax.cli.doctor.reading import describe_reading
 from lmjax.cli.doctor.runs import describe_model, model_uses, not_finite
 from lmjax.data.objectives import ObjectiveConfig, mark_ids
-from lmjax.data.tokenizers import Tokenizer
+from lmjax.data.tokenizers import HF_FILES, SentencePieceTokenizer, Tokenizer
 from lmjax.errors import UserError
-from lmjax.huggingface.tensors import Entry
+from lmjax.huggingface.stored import BUFFERS
+from lmjax.huggingface.tensors import INDEX, SINGLE, WEIGHTS, Entry
 from lmjax.lm import load
 from lmjax.models.model import ModelConfig
 from lmjax.monitoring.units import human_bytes
 from lmjax.training.announce import told_ids_of
-from lmjax.training.pretrained import find
 from lmjax.training.recipe import DEFAULT_OBJECTIVES
 from lmjax.tree import num_elements
 
@@ -39,8 +43,8 @@ def examine_huggingface(path: str, whole: bool) -> Diagnosis:
     found = Diagnosis(path, kinds.get(place.kind, f"a {place.kind}"))
     if place.kind == "adapter" and place.fault is None:
         found.kind = "an adapter in the format of PEFT"
-        if found.check("weights", lambda: _load(place.path) if whole else "not read (--quick)"):
-            found.uses += model_uses(path, find(place.path).recipe)
+        found.check("weights", lambda: _load(place.path) if whole else "not read (--quick)")
+        _add_reading(found, place.path)
         return found
     if place.model is None:
         found.add(BAD, "files", str(place.fault))
@@ -48,15 +52,21 @@ def examine_huggingface(path: str, whole: bool) -> Diagnosis:
     model = place.model
     found.kind += f" of model_type {model.source['settings']['model_type']}"
     found.add(GOOD, "files", _weights(model.entries))
-    if found.check("weights", lambda: _load(place.path) if whole else "not read (--quick)"):
-        found.uses += model_uses(path, find(place.path).recipe)
+    _note_files(found, model)
+    found.check("weights", lambda: _load(place.path) if whole else "not read (--quick)")
     if model.tokenizer is None:
         found.add(NOTE, "tokenizer", "none that lmjax reads; lmjax.load(path).logits(ids) works")
     else:
         _describe_tokenizer(found, model.tokenizer)
         _note_training(found, model.config, model.tokenizer)
-    _note_ids(found, model.source)
+    _add_reading(found, place.path)
     return found
+
+
+def _add_reading(found: Diagnosis, where: Path) -> None:
+    recipe = describe_reading(found, str(where))
+    if recipe is not None:  # a diagnosis with a fault does not show its uses
+        found.uses += model_uses(found.path, recipe)
 
 
 def _examine_tokenizer(path: str) -> Diagnosis:
@@ -87,9 +97,28 @@ def _weights(entries: Mapping[str, Entry]) -> str:
             f"{human_bytes(size)}")
 
 
+def _note_files(found: Diagnosis, model: huggingface.HFModel) -> None:
+    """Says which of several files and settings decides, and what is read under another name."""
+    for file, line in huggingface.remarks(model):
+        found.add(NOTE, "config" if file == "config.json" else "weights", line)
+    renamed = [(entry.name, name) for name, entry in model.entries.items() if entry.name != name]
+    if renamed:
+        found.add(NOTE, "weights", f"{len(renamed)} are read under other names, such as "
+                  f"{renamed[0][0]} as {renamed[0][1]}")
+    buffers = [name for name in model.entries if any(re.fullmatch(b, name) for b in BUFFERS)]
+    if buffers:
+        found.add(NOTE, "weights", f"{len(buffers)} are buffers, which are made anew: {buffers[0]}")
+    read = {entry.file.name for entry in model.entries.values()} | {SINGLE, INDEX}
+    others = sorted(file.name for file in model.path.iterdir()
+                    if file.suffix in WEIGHTS and file.name not in read)
+    if others:
+        found.add(NOTE, "files", f"weights that are not read: {', '.join(others)}")
+
+
 def _load(path: Path) -> str:
     """Loads the model as every command would, and looks for values that are not finite."""
-    lm = load(path)
+    with contextlib.redirect_stderr(io.StringIO()):  # what it tells is among the findings
+        lm = load(path)
     bad = not_finite(lm.params)
     if bad:
         raise UserError("finite weights", f"NaN or infinity in {bad[0]}"
@@ -99,11 +128,29 @@ def _load(path: Path) -> str:
 
 
 def _describe_tokenizer(found: Diagnosis, tokenizer: Tokenizer) -> None:
-    found.check("tokenizer", lambda: f"{tokenizer.vocab_size:,} tokens")
+    found.add(GOOD, "tokenizer", f"{tokenizer.vocab_size:,} tokens{_files_of(tokenizer)}")
     lost = [text for text in PROBES if tokenizer.decode(tokenizer.encode(text)) != text]
     if lost:
         got = tokenizer.decode(tokenizer.encode(lost[0]))
         found.add(NOTE, "tokenizer", f"loses part of some texts: {lost[0]!r} becomes {got!r}")
+
+
+def _files_of(tokenizer: Tokenizer) -> str:
+    """Which file decides, and which others belong to the tokenizer."""
+    decides = HF_FILES[0]
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        decides = huggingface.SENTENCEPIECE
+    told, rest = f" of {decides}", sorted(tokenizer.files.keys() - {decides})
+    if decides == HF_FILES[0]:
+        if huggingface.SENTENCEPIECE in rest:
+            rest.remove(huggingface.SENTENCEPIECE)
+            told += f"; {huggingface.SENTENCEPIECE} beside it is not read"
+        made = json.loads(tokenizer.to_bytes())
+        if added := made.get("added"):
+            told += f"; {len(added)} are added or changed by other files"
+        if rows := made.get("rows"):
+            told += f"; ids from {rows:,} on have no row in the model and do not exist"
+    return told + f"; kept with it: {', '.join(rest)}" * bool(rest)
 
 
 def _note_training(found: Diagnosis, config: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -116,10 +163,3 @@ def _note_training(found: Diagnosis, config: ModelConfig, tokenizer: Tokenizer) 
         text += f"; the model has free rows for {free} of these {len(new)}"
     if text:
         found.add(NOTE, "training", text)
-
-
-def _note_ids(found: Diagnosis, source: Mapping[str, Any]) -> None:
-    """Says which ids end an answer, where there are several."""
-    ends = source["generation"].get("eos_token_id", source["settings"].get("eos_token_id"))
-    if isinstance(ends, list) and len(ends) > 1:
-        found.add(NOTE, "end of text", f"any of the ids {', '.join(map(str, ends))}")

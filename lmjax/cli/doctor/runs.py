@@ -14,8 +14,10 @@ from orbax.checkpoint import StandardCheckpointHandler
 from orbax.checkpoint.args import StandardRestore
 
 from lmjax.cli.doctor.diagnosis import BAD, GOOD, NOTE, Diagnosis
+from lmjax.cli.doctor.reading import describe_reading
 from lmjax.errors import UserError, first_line
 from lmjax.monitoring.units import human_bytes, human_count
+from lmjax.runtime.files import check_writable
 from lmjax.training.checkpoint import About, checkpoint_steps, read_about
 from lmjax.training.checksums import verify
 from lmjax.training.recipe import Recipe, recorded_recipe
@@ -30,6 +32,7 @@ USES = {
     "encoder": ("lmjax.load('{}').embed(texts)",),
     "encdec": ("lmjax generate {} --prompt 'Once upon a time'",),
 }
+MOST_PROMPTS = 3  # that are shown
 LOSSES = ("loss", "eval/loss", "eval_ema/loss")  # in metrics.jsonl; NaN stands there as "nan"
 MODEL_USES = ("lmjax export-hf {} --out DIR",
               "lmjax train --config FILE --workdir DIR --config.train.init_from={}")
@@ -57,6 +60,7 @@ def examine_checkpoint(path: str, whole: bool) -> Diagnosis:
     found = Diagnosis(path, "a checkpoint of lmjax")
     about = _check_checkpoint(found, epath.Path(path), whole)
     if about:
+        describe_reading(found, path)
         found.uses += model_uses(path, recorded_recipe(about["recipe"]))
     return found
 
@@ -66,6 +70,7 @@ def examine_checkpoints(path: str, whole: bool) -> Diagnosis:
     found = Diagnosis(path, "a directory of checkpoints")
     about = _check_checkpoints(found, path, whole)
     if about:
+        describe_reading(found, path)
         found.uses += model_uses(path, recorded_recipe(about["recipe"]))
     return found
 
@@ -76,7 +81,11 @@ def examine_run(path: str, whole: bool) -> Diagnosis:
     recipe = _read_recipe(found, where)
     directory = recipe.checkpoint.path(where) if recipe else str(where / "checkpoints")
     about = _check_checkpoints(found, directory, whole)
-    found.check("saved.json", lambda: _check_saved(recipe, where))
+    if about:
+        describe_reading(found, directory)
+    found.check("saved.json", lambda: _check_saved(recipe, where, about))
+    for place in dict.fromkeys((path, directory)):
+        _check_place(found, place)
     if recipe is None:
         return found
     found.kind = (f"a run of lmjax, at step {about['step'] if about else 0:,} "
@@ -118,8 +127,12 @@ def _read_recipe(found: Diagnosis, where: Path) -> Recipe | None:
                             "the checkpoints alone", where=str(file)) from None
         return "complete"
 
-    found.check("config", read)
-    return recipes[0] if recipes else None
+    if not found.check("config", read):
+        return None
+    if any(prompts := recipes[0].sample.prompts):
+        shown = ", ".join(map(repr, prompts[:MOST_PROMPTS]))
+        found.add(GOOD, "prompts", f"{len(prompts)} to sample from: {shown}")
+    return recipes[0]
 
 
 def _check_checkpoints(found: Diagnosis, directory: str, whole: bool) -> About | None:
@@ -144,12 +157,25 @@ def _check_checkpoints(found: Diagnosis, directory: str, whole: bool) -> About |
     return newest
 
 
-def _check_saved(recipe: Recipe | None, where: Path) -> str:
+def _check_saved(recipe: Recipe | None, where: Path, about: About | None) -> str:
     """Compares what the run remembers of its checkpoints with those that are there."""
     if recipe is None:
         return "not compared, for want of a config"
-    step = find_saved(recipe, where).step
-    return f"the newest checkpoint, of step {step}, is there" if step else "nothing saved yet"
+    saved = find_saved(recipe, where)
+    if not saved.step:
+        return "nothing saved yet"
+    told = f"the newest checkpoint, of step {saved.step}, is there"
+    if about and about.get("unfinished", False) and saved.evaluated < about["step"]:
+        told += "; its evaluation did not end, and the next start does it again"
+    return told
+
+
+def _check_place(found: Diagnosis, place: str) -> None:
+    """Says whether a run can go on where it is; that it is read-only does not damage it."""
+    try:
+        check_writable(place, place)
+    except UserError as error:
+        found.add(NOTE, "place", f"the run can be read and cannot go on: {first_line(error)}")
 
 
 def _unfinished(where: epath.Path) -> list[str]:

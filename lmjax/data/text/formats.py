@@ -23,6 +23,8 @@ from lmjax.data.text.streams import (
 from lmjax.errors import UserError, first_line
 
 _DELIMITERS = {"csv": ",;\t|", "tsv": "\t"}
+# What the end of a file's name says of its format, where its content does not.
+_SUFFIXES = {"csv": "csv", "tsv": "tsv", "json": "json", "jsonl": "json", "ndjson": "json"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def describe_file(path: str, field: str = "text", limit: int = 1000) -> CorpusFi
         suffixes = name.lower().split(".")[1:]
         plain = head.decode(code or "latin-1", errors="replace").lstrip("\ufeff \t\r\n")
         if not form:
-            form = next((suffix for suffix in suffixes if suffix in _DELIMITERS), "text")
+            form = next((_SUFFIXES[suffix] for suffix in suffixes if suffix in _SUFFIXES), "text")
             if plain[:1] in ("{", "[") and form == "text":
                 form = "json"
         records = read_text(name, path) if form == "text" else (
