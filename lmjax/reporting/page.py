@@ -82,7 +82,7 @@ body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5; 
   font-family: system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif;
   -webkit-text-size-adjust: 100%; }
 main { max-width: 1240px; margin: 0 auto; padding: 32px 20px 40px; display: grid; gap: 18px;
-  grid-template-columns: repeat(12, minmax(0, 1fr)); }
+  grid-template-columns: repeat(12, minmax(0, 1fr)); grid-auto-flow: dense; }
 header, .tiles, .card.wide, .alert, footer { grid-column: 1 / -1; }
 h1 { margin: 0 10px 0 0; font-size: 28px; line-height: 1.2; letter-spacing: -0.02em;
   display: inline; overflow-wrap: anywhere; }
@@ -118,7 +118,11 @@ tbody tr:last-child td { border-bottom: 0; }
 .facts td:first-child { white-space: nowrap; color: var(--muted); }
 .facts .number { white-space: normal; }
 .confusion td, .confusion th { text-align: center; padding: 6px 8px; }
-.confusion tbody th { text-align: right; }
+.confusion th { overflow-wrap: normal; vertical-align: bottom; }
+.confusion tbody th { text-align: right; white-space: nowrap; }
+.confusion.many thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left;
+  vertical-align: middle; padding: 8px 0; }
+.confusion.many td { min-width: 34px; }
 .bar { margin-top: 17px; font-size: 14px; }
 .bar > div:first-child { display: flex; gap: 8px; align-items: baseline; }
 .bar span { flex: 1; font-size: 13px; }

@@ -10,6 +10,7 @@ from lmjax.reporting import page as html
 from lmjax.reporting.run_files import RunRecord, last
 
 MOST_CLASSES = 20  # of a confusion matrix
+NARROW = 6  # so many classes fit into half of the page's width
 SHOWN = 12  # errors, and right answers, that are listed
 MOST_TEXT = 600  # characters of an example that are shown
 # What every evaluation has besides the metrics of a task.
@@ -113,9 +114,11 @@ def _confusion(pairs: Sequence[tuple[str, str]]) -> str:
                    + "".join(cell(truth, said) for said in names)
                    + f'<td class="number muted">{1 - missed[truth] / sizes[truth]:.0%}</td></tr>\n'
                    for truth in names if sizes[truth])
-    table = (f'<div class="scroll"><table class="confusion"><thead><tr><th></th>{head}'
-             f'<th class="number">right</th></tr></thead><tbody>\n{rows}</tbody></table></div>')
-    return html.card("Confusion matrix", table, note)
+    wide = len(names) > NARROW
+    table = (f'<div class="scroll"><table class="confusion{" many" * wide}"><thead><tr><th></th>'
+             f'{head}<th class="number">right</th></tr></thead><tbody>\n{rows}</tbody></table>'
+             "</div>")
+    return html.card("Confusion matrix", table, note, wide=wide)
 
 
 def _examples(name: str, lines: Sequence[Line], note: str) -> str:

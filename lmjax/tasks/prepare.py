@@ -95,7 +95,7 @@ def prepare_examples(setting: Setting, out: str, *,
         reading = _Reading(setting, log)
         tokenizer = setting.task.tokenizer(make_tokenizer(_Texts(reading, setting)), log)
         reader = make_reader(tokenizer)
-        facts = setting.task.facts(reading.records("train"))
+        facts = _facts(reading)
         entries = {}
         for name, split, source in sources_of(setting.task, setting.data):
             entries[f"{name}/{split}"] = _Part(setting, reader, facts, name, split,
@@ -192,6 +192,29 @@ class _Reading:
                         yield item.record
 
 
+def _facts(reading: _Reading) -> Facts:
+    """What the task keeps of the training examples.
+
+    Raises:
+      UserError: the task refuses them; or no record is an example, and why the first one is none.
+    """
+    task = reading.setting.task
+    try:
+        return task.facts(reading.records("train"))
+    except UserError:
+        first: UserError | None = None
+        for record in reading.records("train"):
+            try:
+                task.truth(record)
+            except UserError as error:
+                first = first or error
+            else:
+                raise  # of the facts: some records are examples
+        got = f"none (the first record: {first_line(first)})" if first else "no record"
+        raise UserError("examples to train on", got, "correct config.task or the files",
+                        where="config.data.sources") from None
+
+
 class _Texts(Sequence[str]):
     """Texts of the training examples for a tokenizer, read when they are first asked for."""
 
@@ -240,8 +263,9 @@ class _Part(NamedTuple):
                 kept = stack.enter_context((place / RECORDS).open("w", encoding="utf-8"))
             number, cuts, left_out = self._encode(reading, columns, kept)
             budget = self.setting.data.broken_budget
-            check_budget(self.source, documents=number, broken=len(left_out),
-                         example=left_out[0] if left_out else ("", ""), budget=budget)
+            if left_out:
+                check_budget(self.source, documents=number, broken=len(left_out),
+                             example=left_out[0], budget=budget)
             if not columns.ids:
                 raise UserError(f"at least one example to be {self.split}", "none", "add examples, "
                                 "name files in task.validation, or raise data.heldout_fraction",

@@ -61,7 +61,7 @@ def value(record: Mapping[str, Any], column: str) -> Any:
         has = ", ".join(map(repr, record))
         raise UserError(f"a column {column!r}", f"null under {column!r}" if column in record
                         else f"a record with {has[:200]}", "correct the column's name in "
-                        "config.task, or the file")
+                        "config.task (or for lmjax predict, with --column), or the file")
     return found
 
 

@@ -13,7 +13,8 @@ from lmjax.monitoring.metrics import MetricsWriter
 from lmjax.reporting import run_files
 from lmjax.reporting.plots import smooth, thin
 from lmjax.reporting.report import write_report
-from lmjax.reporting.run_files import read_run
+from lmjax.reporting.run_files import RunRecord, read_run
+from lmjax.reporting.task_report import answer_sections
 
 SVG = "{http://www.w3.org/2000/svg}"
 BASELINES = {
@@ -293,3 +294,14 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="run.json: expected JSON, got .*; move the file away"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("classes", [3, 9])
+def test_a_confusion_matrix_has_a_row_per_class_and_its_width_when_they_are_many(classes, tmp_path):
+    lines = [{"truth": f"c{i}", "answer": {"label": f"c{i // 2}", "confidence": 0.5},
+              "record": {"text": "x"}} for i in range(classes)]
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers/eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    card = answer_sections(RunRecord(tmp_path, {}, {})).split("</section>")[0]
+    assert all(f"<tr><th>c{i}</th>" in card for i in range(classes))
+    assert ("card wide" in card) == ("confusion many" in card) == (classes == 9)

@@ -14,8 +14,10 @@ from lmjax.data.tokenizers import prepared_tokenizer, sentencepiece_tokenizer
 from lmjax.errors import UserError
 from lmjax.tasks.classification import Classification
 from lmjax.tasks.prepare import Setting, prepare_examples, read_manifest
+from lmjax.tasks.questions import Questions
 from lmjax.tasks.reading import read_text
 from lmjax.tasks.rows import open_examples
+from lmjax.tasks.tagging import Tagging
 from lmjax.tasks.task import Sizes
 from lmjax.tasks.templates import check_template, fill
 
@@ -227,6 +229,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path):
         prepared(setting(uri, build(Classification, task)), tmp_path / "out")
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("task", "change", "message"), [
+    (Tagging(tokens="words", tags="tags"), {}, "the first record: expected a list of 2 tags"),
+    (Questions(context="text"), {}, "the first record: expected the answer 'zz' in the context"),
+    (Classification(), {"label": None}, "the first record: expected a column 'label'")])
+def test_if_no_record_is_an_example_the_first_ones_fault_is_told(task, change, message, tmp_path):
+    rows = [{**row, "words": [row["text"], "b"], "tags": ["O"], "question": "why?", "answers": "zz",
+             **change} for row in records()]
+    with pytest.raises(UserError) as caught:
+        prepared(setting(write(tmp_path / "a.jsonl", rows), task), tmp_path / "out")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_share_without_an_example_names_the_share(tmp_path):
+    made = setting(write(tmp_path / "a.jsonl", records(20)), heldout_fraction=1e-4)
+    with pytest.raises(UserError, match=r"one example to be heldout.*raise data.heldout_fraction"):
+        prepared(made, tmp_path / "out")
 
 
 def test_a_few_broken_records_are_counted_and_left_out(tmp_path):
