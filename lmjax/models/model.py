@@ -113,18 +113,23 @@ class Model:
         Returns:
           ([B, T, D], [B, D] or None); the states of an encoder-decoder are its encoder's.
         """
-        x_BTD = self.states(params, batch)
+        x_BTD, _ = self.states(params, batch)
         if (not isinstance(self.config, EncoderConfig) or not self.config.pooler
                 or self.config.head.outputs):
             return x_BTD, None
         return x_BTD, self.functional.bind(self.cast(params)).pooled(x_BTD)
 
-    def states(self, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-        """The last hidden states [B, T, D] before any head; of an encoder-decoder, its encoder's.
+    def states(self, params: Params, batch: Batch,
+               key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
+        """The last hidden states before any head; of an encoder-decoder, its encoder's.
 
-        key: turns dropout on.
+        Args:
+          key: turns dropout on.
+
+        Returns:
+          ([B, T, D], how experts were chosen).
         """
-        return self.functional.bind(self.cast(params)).states(batch, self.dtype, key)[0]
+        return self.functional.bind(self.cast(params)).states(batch, self.dtype, key)
 
     def init_cache(self, batch_size: int, slots: int, *, params: Params | None = None,
                    batch: Batch | None = None, rings: bool = True) -> Cache:

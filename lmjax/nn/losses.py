@@ -196,7 +196,7 @@ def with_experts(loss: Loss, routing: Routing, config: MoEConfig) -> Loss:
              "experts_most": jnp.max(load_LE), "experts_least": jnp.min(load_LE)}
     total = loss.total + loss.weight * (config.balance_loss * balance + config.z_loss * z)
     extra = {name: lax.stop_gradient(loss.weight * mean) for name, mean in means.items()}
-    return loss._replace(total=total, extra={**extra, "expert_counts": counts_LE})
+    return loss._replace(total=total, extra={**loss.extra, **extra, "expert_counts": counts_LE})
 
 
 def _checked(chunk: int, length: int) -> int:

@@ -26,7 +26,7 @@ from lmjax.models.model import Batch, Model, ModelConfig
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
 from lmjax.tasks.labels import check_different, check_examples, index_of, name_of
-from lmjax.tasks.losses import LossFn, next_token_loss
+from lmjax.tasks.losses import LossFn, next_token_loss, tokens_of, with_routers
 from lmjax.tasks.reading import read_text
 from lmjax.tasks.task import (
     Answer,
@@ -248,11 +248,13 @@ def regression_loss(model: Model) -> LossFn:
     """The squared error of the head's number where `loss_mask` counts."""
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
-        numbers_BT = model.logits_of(model.hidden(params, batch, key))[..., 0]
-        mask_BT = batch["loss_mask"]
+        hidden = model.hidden(params, batch, key)
+        numbers_BT, mask_BT = model.logits_of(hidden)[..., 0], batch["loss_mask"]
         error = jnp.sum(jnp.square(numbers_BT - batch["values"]) * mask_BT)
-        extra = {} if key is not None else {"predicted": numbers_BT, "counts": mask_BT}
-        return Loss(error, jax.lax.stop_gradient(error), jnp.sum(mask_BT), extra)
+        loss = Loss(error, jax.lax.stop_gradient(error), jnp.sum(mask_BT))
+        if key is not None:
+            return with_routers(loss, hidden.routing, model.config.moe, tokens_of(batch))
+        return loss._replace(extra={"predicted": numbers_BT, "counts": mask_BT})
 
     return loss_fn
 
@@ -261,13 +263,15 @@ def multi_label_loss(model: Model) -> LossFn:
     """The mean over classes of the binary cross-entropy, at the one position that counts."""
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
-        logits_BTC = model.logits_of(model.hidden(params, batch, key))
-        logits_BC = jnp.einsum("BTC,BT->BC", logits_BTC, batch["loss_mask"])
+        hidden = model.hidden(params, batch, key)
+        logits_BC = jnp.einsum("BTC,BT->BC", model.logits_of(hidden), batch["loss_mask"])
         truth_BC, real_B = batch["label_values"], jnp.max(batch["loss_mask"], axis=1)
         each_BC = jnp.logaddexp(0.0, logits_BC) - truth_BC * logits_BC
         total = jnp.sum(jnp.mean(each_BC, axis=1) * real_B)
-        extra = {} if key is not None else {"row_probabilities": jax.nn.sigmoid(logits_BC)}
-        return Loss(total, jax.lax.stop_gradient(total), jnp.sum(real_B), extra)
+        loss = Loss(total, jax.lax.stop_gradient(total), jnp.sum(real_B))
+        if key is not None:
+            return with_routers(loss, hidden.routing, model.config.moe, real_B)
+        return loss._replace(extra={"row_probabilities": jax.nn.sigmoid(logits_BC)})
 
     return loss_fn
 

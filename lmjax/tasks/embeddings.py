@@ -22,7 +22,8 @@ from lmjax.errors import UserError
 from lmjax.models.model import Batch, Model, ModelConfig
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
-from lmjax.tasks.losses import LossFn
+from lmjax.nn.moe import Routing
+from lmjax.tasks.losses import LossFn, with_routers
 from lmjax.tasks.reading import read_text
 from lmjax.tasks.task import Answer, Encoded, Facts, Predicted, Record, Sizes, Task
 from lmjax.tasks.templates import check_template, fill
@@ -84,14 +85,16 @@ class Embeddings(Task):
 
     def loss(self, model: Model, facts: Facts, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
         def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
-            first_BD, second_BD = vectors(model, params, batch, key)
+            first_BD, second_BD, routing = vectors(model, params, batch, key)
             real_B = (batch["segment_ids"][:, 0] > 0).astype(jnp.float32)
             scores_BB = first_BD @ second_BD.T / self.temperature
             scores_BB = jnp.where(real_B[None] > 0, scores_BB, -1e9)
             log_p_B = jnp.diagonal(jax.nn.log_softmax(scores_BB))
             total = -jnp.sum(log_p_B * real_B)
-            extra = {} if key is not None else {"row_first": first_BD, "row_second": second_BD}
-            return Loss(total, jax.lax.stop_gradient(total), jnp.sum(real_B), extra)
+            loss = Loss(total, jax.lax.stop_gradient(total), jnp.sum(real_B))
+            if key is not None:
+                return with_routers(loss, routing, model.config.moe, jnp.repeat(real_B / 2, 2))
+            return loss._replace(extra={"row_first": first_BD, "row_second": second_BD})
 
         return loss_fn
 
@@ -116,16 +119,20 @@ class Embeddings(Task):
 
 
 def vectors(model: Model, params: Params, batch: Batch,
-            key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The vectors of the first and of the second texts, float32 [B, D] each."""
+            key: jax.Array | None) -> tuple[jax.Array, jax.Array, Routing | None]:
+    """The vectors of the first and of the second texts, float32 [B, D] each.
+
+    Returned as well: how experts were chosen.
+    """
     names = [name.removeprefix(SECOND) for name in batch if name.startswith(SECOND)]
     both = {name: jnp.stack([batch[name], batch[SECOND + name]], axis=1).reshape(
         -1, batch[name].shape[1]) for name in names}
-    states = model.states(params, both, key).astype(jnp.float32)
+    states, routing = model.states(params, both, key)
     real_NT1 = (both["segment_ids"] > 0).astype(jnp.float32)[..., None]
+    states = states.astype(jnp.float32)
     mean_ND = jnp.sum(states * real_NT1, axis=1) / jnp.maximum(jnp.sum(real_NT1, axis=1), 1.0)
     # Not by the norm: its gradient at 0, where a row is padding, is not a number.
     squares_N1 = jnp.sum(jnp.square(mean_ND), axis=1, keepdims=True)
     unit_ND = mean_ND * jax.lax.rsqrt(jnp.maximum(squares_N1, 1e-24))
     pairs_BD = unit_ND.reshape(-1, 2, unit_ND.shape[1])
-    return pairs_BD[:, 0], pairs_BD[:, 1]
+    return pairs_BD[:, 0], pairs_BD[:, 1], routing

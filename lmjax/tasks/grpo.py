@@ -26,7 +26,7 @@ from lmjax.errors import UserError
 from lmjax.models.model import Batch, Model, ModelConfig
 from lmjax.nn.losses import Loss, cross_entropy
 from lmjax.nn.module import Params
-from lmjax.tasks.losses import LossFn, next_token_loss
+from lmjax.tasks.losses import LossFn, next_token_loss, with_routers
 from lmjax.tasks.pairs import Pairs
 from lmjax.tasks.rewards import REWARDS
 from lmjax.tasks.task import Encoded, Facts, Record, Sizes
@@ -132,9 +132,10 @@ class Grpo(Pairs):
                 softcap=model.config.output_softcap * scale, chunk=chunk).total
             value = -jnp.sum(weights_BT)
             total = value + of_gradient - jax.lax.stop_gradient(of_gradient)
-            answers = jnp.sum(jnp.max(batch["loss_mask"], axis=1))
-            return Loss(total, jax.lax.stop_gradient(value), answers,
+            real_B = jnp.max(batch["loss_mask"], axis=1)
+            loss = Loss(total, jax.lax.stop_gradient(value), jnp.sum(real_B),
                         {"reward": jnp.sum(batch[REWARD])})
+            return with_routers(loss, hidden.routing, model.config.moe, real_B)
 
         return loss_fn
 

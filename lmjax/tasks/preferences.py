@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,8 @@ from lmjax.models.heads import HeadConfig
 from lmjax.models.model import Batch, Model, ModelConfig
 from lmjax.nn.losses import Loss, row_log_likelihoods
 from lmjax.nn.module import Params
-from lmjax.tasks.losses import LossFn
+from lmjax.nn.moe import Routing
+from lmjax.tasks.losses import LossFn, with_routers
 from lmjax.tasks.pairs import Pairs
 from lmjax.tasks.task import Answer, Encoded, Facts, Predicted, Record, Sizes, Task
 from lmjax.tasks.templates import check_template, fill
@@ -36,6 +37,14 @@ from lmjax.tasks.templates import check_template, fill
 KINDS = ("dpo", "ipo", "orpo", "reward")
 REJECTED = "rejected_"  # the prefix of the columns of the worse answer
 REFERENCE = "label_values"  # the column of the reference's log-likelihoods: chosen, rejected
+
+
+class Pair(NamedTuple):
+    """What a model gives to the answers of each pair, float32 [B] each."""
+
+    chosen_B: jax.Array
+    rejected_B: jax.Array
+    routing: Routing | None  # how experts were chosen
 
 
 @dataclass(frozen=True)
@@ -118,20 +127,24 @@ class Preferences(Task):
         def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
             real_B = (batch["segment_ids"][:, 0] > 0).astype(jnp.float32)
             if self.kind == "reward":
-                chosen_B, rejected_B = rewards(model, params, batch, key)
+                chosen_B, rejected_B, routing = rewards(model, params, batch, key)
                 each_B = -jax.nn.log_sigmoid(chosen_B - rejected_B)
             else:
-                pair = log_likelihoods(model, params, batch, chunk=chunk)
-                each_B, chosen_B, rejected_B = self._each(*pair, batch, real_B)
+                found = log_likelihoods(model, params, batch, chunk=chunk)
+                each_B, chosen_B, rejected_B = self._each(found, batch, real_B)
+                routing = found.routing
             total = jnp.sum(jnp.where(real_B > 0, each_B, 0.0))
-            extra = {} if key is not None else {"row_chosen": chosen_B, "row_rejected": rejected_B}
-            return Loss(total, jax.lax.stop_gradient(total), jnp.sum(real_B), extra)
+            loss = Loss(total, jax.lax.stop_gradient(total), jnp.sum(real_B))
+            if key is not None:
+                return with_routers(loss, routing, model.config.moe, jnp.repeat(real_B / 2, 2))
+            return loss._replace(extra={"row_chosen": chosen_B, "row_rejected": rejected_B})
 
         return loss_fn
 
-    def _each(self, chosen_B: jax.Array, rejected_B: jax.Array, batch: Batch,
+    def _each(self, found: Pair, batch: Batch,
               real_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The loss of each pair, and the rewards of its answers."""
+        chosen_B, rejected_B, _ = found
         lengths = [jnp.maximum(jnp.sum(batch[f"{prefix}loss_mask"], axis=1), 1.0)
                    for prefix in ("", REJECTED)]
         if self.kind == "orpo":
@@ -168,9 +181,8 @@ class Preferences(Task):
                 "margin": float(np.mean(chosen - rejected))}
 
 
-def log_likelihoods(model: Model, params: Params, batch: Batch, *,
-                    chunk: int = 0) -> tuple[jax.Array, jax.Array]:
-    """The log-likelihoods of the better and of the worse answers, float32 [B] each, in nats.
+def log_likelihoods(model: Model, params: Params, batch: Batch, *, chunk: int = 0) -> Pair:
+    """The log-likelihoods of the better and of the worse answers, in nats.
 
     Without dropout, as those of the reference: noise would count as a difference from it.
     """
@@ -179,16 +191,16 @@ def log_likelihoods(model: Model, params: Params, batch: Batch, *,
     sums = row_log_likelihoods(hidden.x_BTD, hidden.table_VD, both["targets"], both["loss_mask"],
                                bias_V=hidden.bias_V, softcap=model.config.output_softcap,
                                chunk=chunk).reshape(-1, 2)
-    return sums[:, 0], sums[:, 1]
+    return Pair(sums[:, 0], sums[:, 1], hidden.routing)
 
 
-def rewards(model: Model, params: Params, batch: Batch,
-            key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """What a head of one output gives to the better and to the worse answers, float32 [B] each."""
+def rewards(model: Model, params: Params, batch: Batch, key: jax.Array | None) -> Pair:
+    """What a head of one output gives to the better and to the worse answers."""
     both = _both(batch)
-    scores_NT = model.logits_of(model.hidden(params, both, key))[..., 0]
+    hidden = model.hidden(params, both, key)
+    scores_NT = model.logits_of(hidden)[..., 0]
     sums = jnp.sum(scores_NT * both["loss_mask"], axis=1).reshape(-1, 2)
-    return sums[:, 0], sums[:, 1]
+    return Pair(sums[:, 0], sums[:, 1], hidden.routing)
 
 
 def _both(batch: Batch) -> Batch:

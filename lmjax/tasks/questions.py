@@ -28,7 +28,7 @@ from lmjax.models.model import Batch, Model, ModelConfig
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
 from lmjax.tasks import squad
-from lmjax.tasks.losses import LossFn, with_routers
+from lmjax.tasks.losses import LossFn, tokens_of, with_routers
 from lmjax.tasks.task import (
     Answer,
     Encoded,
@@ -240,9 +240,8 @@ def span_loss(model: Model) -> LossFn:
         hit_BTO = jnp.stack([batch["targets"] & START, batch["targets"] & END], axis=-1) > 0
         total = -0.5 * jnp.sum(jnp.where(hit_BTO, log_p_BTO, 0.0))
         loss = Loss(total, jax.lax.stop_gradient(total), jnp.sum(batch["loss_mask"]))
-        loss = with_routers(loss, model, hidden, batch)
         if key is not None:
-            return loss
+            return with_routers(loss, hidden.routing, model.config.moe, tokens_of(batch))
         return loss._replace(extra={"start": log_p_BTO[..., 0], "end": log_p_BTO[..., 1],
                                     "begins": batch["begins"], "ends": batch["ends"]})
 

@@ -66,8 +66,8 @@ def add_reference(recipe: Recipe, directory: str, source: Pretrained | None, log
     for place, entry in manifest["splits"].items():
         rows = open_rows(task, recipe.data, directory, place, sizes=sizes_of(recipe),
                          vocab_size=model.config.vocab_size)
-        found = [np.stack(jax.device_get(score(params, batch)), axis=1) for batch in eval_batches(
-            InOrder([rows]), size, layout.sharding(("batch", "seq")))]
+        batches = eval_batches(InOrder([rows]), size, layout.sharding(("batch", "seq")))
+        found = [np.stack(jax.device_get(score(params, batch)[:2]), axis=1) for batch in batches]
         values = np.concatenate(found)[: rows.num_rows]
         entry["columns"][REFERENCE] = agreed(functools.partial(_write, directory, rows, place,
                                                                values))
