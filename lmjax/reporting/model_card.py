@@ -96,14 +96,16 @@ def _base(config: Mapping[str, Any]) -> str:
 
 
 def _results(run: RunRecord, step: int) -> Iterator[tuple[str, str, float]]:
-    """(part of the data, metric, value) of every evaluation of the weights after `step` steps.
+    """(part of the data, metric, value) of the last evaluation of the weights after `step` steps.
 
     The weights are the averaged ones, if the run kept an average: those are loaded.
     """
     for part, group in (("held-out", "eval"), ("test", "test")):
         columns: Columns = run.evals.get(f"{group}_ema") or run.evals.get(group) or {}
+        # A test is of the weights of the best step, where that is kept.
+        of = columns.get("best_step") if group == "test" else None
         for name, values in columns.items():
-            found = values[columns["step"] == step]
+            found = values[(columns["step"] if of is None else of) == step]
             if name not in NO_METRICS and len(found) and math.isfinite(found[-1]):
                 yield part, name, float(found[-1])
 

@@ -31,6 +31,8 @@ MAX_FACTS = 30  # facts of the data manifest that are listed
 def write_report(workdir: str | os.PathLike[str]) -> Path:
     """Writes WORKDIR/report.html, and the model card README.md, from the other files there.
 
+    The card is of the best step if its checkpoint is kept, and else of the newest.
+
     Returns:
       The path of the report.
 
@@ -49,7 +51,8 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     title = f"{workdir.resolve().name} \u00b7 lmjax"
     temporary.write_text(html.page(title, body), encoding="utf-8")
     temporary.replace(path)
-    write_card(workdir, run)
+    keeps = run.config.get("checkpoint", {}).get("keep_best")
+    write_card(workdir, run, step=(run.best_step if keeps else 0) or None)
     return path
 
 

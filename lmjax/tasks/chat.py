@@ -113,15 +113,16 @@ class Chat(WritingTask):
         for start, stop in spans:
             counts[(places[:, 0] < stop) & (places[:, 1] > start)] = 1
         room = sizes.tokens + 1  # the last id is only a target
-        kept, first = counts[:room], int(np.argmax(counts))
-        if not kept[1:].any():
-            raise UserError(f"a turn of the assistant within {sizes.tokens} tokens (data.seq_len)",
-                            f"one that begins after {first:,}", "lengthen the rows, or shorten the "
-                            "conversation")
-        ids, first = whole[:room], max(first, 1)
-        lost = int(counts[room:].sum())
-        return given_and_written(ids[:first], ids[first:], kept[first:], sizes,
+        ids, lost = whole[:room], int(counts[room:].sum())
+        first = min(max(int(np.argmax(counts)), 1), len(ids) - 1)  # where the answers begin
+        return given_and_written(ids[:first], ids[first:], counts[first:room], sizes,
                                  (len(counts) - len(ids) - lost, lost))
+
+    def room(self, sizes: Sizes) -> int:
+        """The most ids of a prompt: what a row holds, and an answer to it has positions."""
+        if not sizes.positions:
+            return sizes.tokens
+        return max(min(sizes.tokens, sizes.positions - self.max_tokens), sizes.tokens // 2)
 
     def prompt(self, record: Record, reader: Reader, sizes: Sizes) -> list[int]:
         messages, tokenizer = self._messages(record), reader.names.tokenizer

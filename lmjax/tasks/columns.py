@@ -45,6 +45,10 @@ class ColumnWriter:
             self._spools[column].add(np.asarray(values, np.float32).view(np.uint32) if bits
                                      else np.asarray(values))
 
+    def most(self, column: str) -> int | None:
+        """The largest number in a column of integers so far; None without the column."""
+        return self._spools[column].most if column in self._spools else None
+
     def write(self, directory: str, place: str) -> dict[str, Any]:
         """Writes directory/place/COLUMN of every column; returns the entries of the manifest."""
         found = {}

@@ -30,7 +30,6 @@ from lmjax.tasks.losses import LossFn, next_token_loss, with_routers
 from lmjax.tasks.pairs import Pairs
 from lmjax.tasks.rewards import REWARDS
 from lmjax.tasks.task import Encoded, Facts, Record, Sizes
-from lmjax.tasks.writing import given_and_written, target_end
 
 # grpo: the mean over answers of the mean over an answer's tokens. dapo: the mean over all tokens
 # (arXiv:2503.14476). dr_grpo: the sum over max_tokens, and advantages without a division by the
@@ -94,21 +93,14 @@ class Grpo(Pairs):
     def decides(self) -> dict[str, Any]:
         decided = super().decides()
         of_steps = ("kind", "group", "temperature", "rewards", "pattern")
-        # max_tokens leaves room for the answers
-        return {key: value for key, value in decided.items() if key not in of_steps} | {
-            "max_tokens": self.max_tokens}
+        return {key: value for key, value in decided.items() if key not in of_steps}
 
     def length_of(self, side: str, sizes: Sizes, facts: Facts) -> int:
         return 1 if side == "label_" else super().length_of(side, sizes, facts)
 
     def encode(self, record: Record, reader: Reader, facts: Facts, sizes: Sizes, *,
                labelled: bool = True) -> Encoded:
-        before = self.prompt(record, reader, sizes)
-        target = reader.names.encode(self.truth(record)) if labelled else []
-        kept = target[: max(sizes.tokens - len(before), 1)]
-        written = [*kept, target_end(reader)]
-        made = given_and_written(before, written, np.ones(len(written), np.int32), sizes,
-                                 (0, len(target) - len(kept)))
+        made = super().encode(record, reader, facts, sizes, labelled=labelled)
         n = len(made.columns["tokens"])
         return made._replace(columns={**made.columns, ADVANTAGES: np.zeros(n, np.float32),
                                       REWARD: np.zeros(1, np.float32)})

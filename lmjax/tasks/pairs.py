@@ -16,7 +16,7 @@ from lmjax.errors import UserError
 from lmjax.tasks.reading import read_text
 from lmjax.tasks.task import Encoded, Facts, Record, Sizes
 from lmjax.tasks.templates import check_template, fill
-from lmjax.tasks.writing import WritingTask, given_and_written, target_end
+from lmjax.tasks.writing import WritingTask, prompt_and_target, prompt_ids, target_end
 
 
 @dataclass(frozen=True)
@@ -44,29 +44,22 @@ class Pairs(WritingTask):
                labelled: bool = True) -> Encoded:
         given = fill(self.input, record)
         target = reader.names.encode(self.truth(record)) if labelled else []
-        end, room = target_end(reader), self.target_len or sizes.tokens
-        if not reader.causal:
-            read = read_text(reader, given, sizes.encoder)
-            kept = target[: room - 1]
-            columns = {"tokens": np.array([reader.start_id, *kept], np.int32),
-                       "targets": np.array([*kept, end], np.int32),
-                       "loss_mask": np.ones(len(kept) + 1, np.int32),
-                       "encoder_tokens": read.ids}
-            return Encoded(columns, read.cut, cut_target=len(target) - len(kept))
-        # The input is cut first. Only if both are long does the target lose tokens: it has half of
-        # the row, or what the input leaves.
-        whole, _ = self._before(given, reader, sizes.tokens)
-        kept = target[: min(room, max(sizes.tokens // 2, sizes.tokens - len(whole)))]
-        before, cut = self._before(given, reader, sizes.tokens - len(kept))
-        written = [*kept, end]
-        return given_and_written(before, written, np.ones(len(written), np.int32), sizes,
-                                 (cut, len(target) - len(kept)))
+        if reader.causal:
+            before = prompt_ids(reader, given, self.separator, self.room(sizes))
+            return prompt_and_target(reader, before, target, sizes, self.target_len)
+        read = read_text(reader, given, sizes.encoder)
+        kept = target[: (self.target_len or sizes.tokens) - 1]
+        columns = {"tokens": np.array([reader.start_id, *kept], np.int32),
+                   "targets": np.array([*kept, target_end(reader)], np.int32),
+                   "loss_mask": np.ones(len(kept) + 1, np.int32),
+                   "encoder_tokens": read.ids}
+        return Encoded(columns, read.cut, cut_target=len(target) - len(kept))
 
     def prompt(self, record: Record, reader: Reader, sizes: Sizes) -> list[int]:
-        given = fill(self.input, record)
+        given, room = fill(self.input, record), self.room(sizes)
         if not reader.causal:
-            return read_text(reader, given, self.room(sizes)).ids.tolist()
-        return self._before(given, reader, self.room(sizes))[0]
+            return read_text(reader, given, room).ids.tolist()
+        return prompt_ids(reader, given, self.separator, room)[0]
 
     def truth(self, record: Record) -> Any:
         target = fill(self.target, record).strip()
@@ -74,13 +67,3 @@ class Pairs(WritingTask):
             raise UserError(f"a target in {self.target!r}", "an empty one",
                             "correct the record or the template")
         return target
-
-    def _before(self, given: str, reader: Reader, room: int) -> tuple[list[int], int]:
-        """The ids before a decoder's answer, and how many were cut from the end of the input."""
-        ids = reader.ids(given + self.separator, end=False)
-        over = len(ids) - room
-        if over <= 0:
-            return ids, 0
-        after = reader.names.encode(self.separator)
-        kept = reader.names.encode(given)[: max(room - len(reader.prefix) - len(after), 0)]
-        return [*reader.prefix, *kept, *after][: max(room, 1)], over

@@ -30,9 +30,9 @@ from lmjax.nn.losses import Loss, row_log_likelihoods
 from lmjax.nn.module import Params
 from lmjax.nn.moe import Routing
 from lmjax.tasks.losses import LossFn, with_routers
-from lmjax.tasks.pairs import Pairs
 from lmjax.tasks.task import Answer, Encoded, Facts, Predicted, Record, Sizes, Task
 from lmjax.tasks.templates import check_template, fill
+from lmjax.tasks.writing import prompt_and_target, prompt_ids
 
 KINDS = ("dpo", "ipo", "orpo", "reward")
 REJECTED = "rejected_"  # the prefix of the columns of the worse answer
@@ -102,10 +102,17 @@ class Preferences(Task):
 
     def encode(self, record: Record, reader: Reader, facts: Facts, sizes: Sizes, *,
                labelled: bool = True) -> Encoded:
-        both = [Pairs(input=self.prompt, target=target, separator=self.separator).encode(
-            record, reader, facts, sizes) for target in (self.chosen, self.rejected)]
-        if fill(self.chosen, record) == fill(self.rejected, record):
-            raise UserError("two answers", "the same one twice", "leave the record out")
+        answers = [fill(template, record).strip() for template in (self.chosen, self.rejected)]
+        if not all(answers) or answers[0] == answers[1]:
+            raise UserError("two answers", "the same one twice" if all(answers) else "an empty one",
+                            "leave the record out")
+        # Both answers follow the same ids. The prompt is cut first; an answer loses tokens only
+        # where it is long as well: it has half of the row, or what the prompt leaves.
+        given, targets = fill(self.prompt, record), [reader.names.encode(a) for a in answers]
+        whole, _ = prompt_ids(reader, given, self.separator, sizes.tokens)
+        longest = min(max(map(len, targets)), max(sizes.tokens // 2, sizes.tokens - len(whole)))
+        prompt = prompt_ids(reader, given, self.separator, sizes.tokens - longest)
+        both = [prompt_and_target(reader, prompt, target, sizes) for target in targets]
         columns: dict[str, np.ndarray] = {}
         for prefix, encoded in zip(("", REJECTED), both, strict=True):
             its = dict(encoded.columns)
@@ -114,8 +121,7 @@ class Preferences(Task):
                 its["loss_mask"] = np.eye(1, len(its["tokens"]), len(its["tokens"]) - 1,
                                           dtype=np.int32)[0]
             columns |= {f"{prefix}{name}": values for name, values in its.items()}
-        return Encoded(columns, both[0].cut + both[1].cut,
-                       cut_target=both[0].cut_target + both[1].cut_target)
+        return Encoded(columns, prompt[1], cut_target=sum(its.cut_target for its in both))
 
     def length_of(self, side: str, sizes: Sizes, facts: Facts) -> int:
         return 2 if side == "label_" else sizes.tokens

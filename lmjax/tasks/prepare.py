@@ -54,8 +54,10 @@ class Setting(NamedTuple):
         sources = [plain(source) for source in self.data.sources]
         for source in sources:
             del source["weight"]  # may change from run to run
+        sizes = self.sizes._asdict()
+        del sizes["positions"]  # limits what is answered
         return {"task": self.task.decides(), "family": self.family, "sources": sources,
-                "sizes": self.sizes._asdict(), "tokenizer": plain(self.data.tokenizer),
+                "sizes": sizes, "tokenizer": plain(self.data.tokenizer),
                 "heldout_fraction": self.data.heldout_fraction,
                 "broken_budget": self.data.broken_budget}
 
@@ -266,6 +268,11 @@ class _Part(NamedTuple):
             if left_out:
                 check_budget(self.source, documents=number, broken=len(left_out),
                              example=left_out[0], budget=budget)
+            if self.split == "train" and columns.most("loss_mask") == 0:
+                raise UserError("something to learn within data.seq_len="
+                                f"{self.setting.data.seq_len} tokens of an example",
+                                f"none in {number:,} examples", "raise it, or shorten them",
+                                where=f"source {self.name} ({self.source.uri})")
             if not columns.ids:
                 raise UserError(f"at least one example to be {self.split}", "none", "add examples, "
                                 "name files in task.validation, or raise data.heldout_fraction",
@@ -274,7 +281,7 @@ class _Part(NamedTuple):
         entry = {"examples": number, "windows": len(columns.ids), "columns": written,
                  "left_out": len(left_out), "identity": identity(self.source)}
         for (what, tokens), cut in zip(CUTS, cuts, strict=True):
-            if self.setting.task.writes or what == CUTS[0][0]:
+            if cut or self.setting.task.writes or what == CUTS[0][0]:
                 entry |= {what: len(cut), tokens: sum(cut)}
         return entry
 
@@ -327,8 +334,8 @@ def _table(splits: dict[str, Any]) -> list[str]:
     for name, part in splits.items():
         cells = [name, f"{part['examples']:,}", f"{part['windows']:,}"]
         for what, tokens in CUTS[: 1 + writes]:
-            share = part[what] / part["examples"]
-            cells += [f"{part[what]:,} ({share:.1%})", f"{part[tokens]:,}"]
+            count = part.get(what, 0)
+            cells += [f"{count:,} ({count / part['examples']:.1%})", f"{part.get(tokens, 0):,}"]
         rows.append((*cells, f"{part['left_out']:,}"))
     if all(part["windows"] == part["examples"] for part in splits.values()):
         rows = [(*row[:2], *row[3:]) for row in rows]

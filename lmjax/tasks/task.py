@@ -59,6 +59,7 @@ class Sizes(NamedTuple):
     tokens: int  # of the model, or of its decoder
     encoder: int = 0  # of the encoder of an encoder-decoder
     prefix: bool = False  # whether a decoder reads what it is given in both directions
+    positions: int = 0  # that the model has learned; 0: it has no such limit
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ MEASURES = {"bleu": (("bleu", "chrf"), "sacrebleu"),
             "accuracy": (("accuracy", "f1", "matthews"), "sklearn"),
             "exact_match": (("exact_match",), "")}
 # Settings of evaluation, which decide nothing of what is prepared.
-OF_EVALUATION = ("metric", "num_beams", "max_tokens", "eval_examples")
+OF_EVALUATION = ("metric", "num_beams", "eval_examples")
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,10 @@ class WritingTask(Task):
     # bleu (with chrf), rouge (1, 2 and L), accuracy (of labels, with f1 and matthews), exact_match
     metric: str = "rouge"
     num_beams: int = 1  # of the answers in evaluation: 1 takes the likeliest token each time
-    max_tokens: int = 64  # tokens of an answer at most
-    eval_examples: int = 256  # that are answered in an evaluation; the loss is of all of them
+    max_tokens: int = 64  # tokens of an answer at most, for which a decoder's rows leave room
+    # Held-out examples that are answered in an evaluation; the loss is of all of them, and all of
+    # the test examples are answered.
+    eval_examples: int = 256
 
     def __post_init__(self) -> None:
         choice("metric", self.metric, MEASURES)
@@ -76,7 +78,11 @@ class WritingTask(Task):
         return Ends()
 
     def room(self, sizes: Sizes) -> int:
-        """The most ids of a prompt: a decoder's row also has room for the answer."""
+        """The most ids of a prompt, in training as in evaluation.
+
+        A decoder's row also has room for the answer, whatever its length: a prompt without its
+        target is cut as it would be with it.
+        """
         return sizes.encoder or sizes.tokens - min(self.max_tokens, sizes.tokens // 2)
 
     @abc.abstractmethod
@@ -113,6 +119,43 @@ def target_end(reader: Reader) -> int:
     """The id that a model learns to write after its answer: one that ends generation."""
     eos = reader.names.tokenizer.eos_id
     return eos if eos in reader.end_ids or not reader.end_ids else reader.end_ids[0]
+
+
+def prompt_ids(reader: Reader, given: str, separator: str, room: int) -> tuple[list[int], int]:
+    """The ids before a decoder's answer, and how many were cut from the end of what is given.
+
+    Args:
+      reader: of the model.
+      given: the text of the prompt.
+      separator: what follows it, which is not cut.
+      room: the most ids.
+    """
+    ids = reader.ids(given + separator, end=False)
+    over = len(ids) - room
+    if over <= 0:
+        return ids, 0
+    after = reader.names.encode(separator)
+    kept = reader.names.encode(given)[: max(room - len(reader.prefix) - len(after), 0)]
+    return [*reader.prefix, *kept, *after][: max(room, 1)], over
+
+
+def prompt_and_target(reader: Reader, prompt: tuple[list[int], int], target: Sequence[int],
+                      sizes: Sizes, most: int = 0) -> Encoded:
+    """A decoder's example: it reads a prompt, and learns a target and its end.
+
+    Args:
+      reader: of the model.
+      prompt: of `prompt_ids`.
+      target: ids, which are cut to fit.
+      sizes: of the row.
+      most: ids of the target at most; 0: what the prompt leaves.
+    """
+    given, cut = prompt
+    left = max(sizes.tokens - len(given), 0)
+    kept = target[: min(most or left, left)]
+    written = [*kept, target_end(reader)]
+    return given_and_written(given, written, np.ones(len(written), np.int32), sizes,
+                             (cut, len(target) - len(kept)))
 
 
 def given_and_written(given: Sequence[int], written: Sequence[int], counts: np.ndarray,

@@ -31,10 +31,12 @@ class Answers:
       split: what is evaluated.
       batch_size: rows per batch.
       most: as for `data.batches.eval_batches`.
+      asks_all: whether a model that writes texts answers every example, or `task.asked` ones.
     """
 
-    def __init__(self, task: Task, facts: Facts, split: Split, *, batch_size: int, most: int):
-        self.task, self.facts, self.split = task, facts, split
+    def __init__(self, task: Task, facts: Facts, split: Split, *, batch_size: int, most: int,
+                 asks_all: bool = False):
+        self.task, self.facts, self.split, self.asks_all = task, facts, split, asks_all
         self._batch_size, self._most = batch_size, most
         self._batches: list[dict[str, jax.Array]] = []
 
@@ -72,7 +74,8 @@ class Answers:
         predicted = self.predicted()
         found: dict[str, float] = {"examples": len(predicted)}
         if isinstance(self.task, WritingTask):
-            predicted = write(self.task, self.task.asked(predicted))
+            predicted = write(self.task,
+                              predicted if self.asks_all else self.task.asked(predicted))
             found["answered"] = len(predicted)
         if jax.process_index() == 0:
             self.write(path, predicted)
@@ -91,7 +94,8 @@ def answers_of(run: Run, split: Split, batch_size: int, most: int) -> Answers | 
     """What collects the answers of an evaluation; None without a task."""
     if not isinstance(run.recipe.task, Task) or run.facts is None:
         return None
-    return Answers(run.recipe.task, run.facts, split, batch_size=batch_size, most=most)
+    return Answers(run.recipe.task, run.facts, split, batch_size=batch_size, most=most,
+                   asks_all=split is run.test)
 
 
 def written(run: Run, params: Params, task: WritingTask, examples: Parts,

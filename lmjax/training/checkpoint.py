@@ -145,6 +145,25 @@ class Checkpointer:
             self._set_aside(bad)
         return None
 
+    def with_weights_of(self, step: int, spec: StateSpec, state: TrainState) -> TrainState:
+        """Returns `state` with the weights of the checkpoint of `step`, their average included.
+
+        Raises:
+          UserError: it is not there, or is damaged.
+        """
+        self.wait()
+        if not self._is_complete(step):
+            raise UserError(f"the checkpoint of the best step, {step}", "none", "bring it back, or "
+                            "train in another --workdir", where=str(self.directory))
+        held = spec.frozen is not None and not spec.frozen.base  # the frozen ones, too
+        shapes = _trees(spec.shapes._replace(opt_state=()), held)
+        found = {name: restore_params(self.directory / str(step), tree, name=name)
+                 for name, tree in shapes.items()}
+        if held and spec.frozen is not None:
+            found = {name: split_tree(tree, spec.frozen.accepts)[1]
+                     for name, tree in found.items()}
+        return state._replace(**found)
+
     def wait(self) -> None:
         """Returns when everything saved is complete on disk."""
         with when_disk_full(self.directory):

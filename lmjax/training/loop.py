@@ -214,7 +214,8 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
     """Evaluates the weights and their moving average; False if a signal stopped it midway.
 
     After the last step the whole held-out set is evaluated. With a metric, that step is evaluated
-    as the steps before it are, too, so that their values compare.
+    as the steps before it are, too, so that their values compare. The test set is evaluated with
+    the weights of the best step, if its checkpoint is kept.
     """
     recipe, judged = run.recipe, "eval" if state.ema is None else "eval_ema"
     size = recipe.eval.batch_size or recipe.train.batch_size
@@ -226,7 +227,7 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
                 raise _Stopped
             yield batch
 
-    def each_group(most: int, of: str, split: Split) -> None:
+    def each_group(most: int, of: str, split: Split, state: TrainState = state) -> None:
         for name, params in ((of, state.params), (f"{of}_ema", state.ema)):
             if params is None:
                 continue
@@ -243,6 +244,8 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
                 if most == recipe.eval.batches:
                     run.remember(run.best.after(step, found[recipe.eval.metric]))
                 found["best_step"] = run.best.step
+            if of == "test" and recipe.checkpoint.keep_best and run.best.step:
+                found["best_step"] = run.best.step  # whose weights these are
             records.evaluated(step, name, found)
 
     with records.timed(step, "eval"):
@@ -255,7 +258,7 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
             if (final or run.out_of_patience) and (recipe.eval.batches or not recipe.eval.metric):
                 each_group(0, "eval", run.heldout)
             if (final or run.out_of_patience) and run.test is not None:
-                each_group(0, "test", run.test)
+                each_group(0, "test", run.test, run.best_of(step, state))
         except _Stopped:
             return False
     return True

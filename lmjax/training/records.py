@@ -134,9 +134,12 @@ class Records:
         self.progress.update(step, values["loss"], bits.get("bits_per_byte"), rate, share, **mfu)
 
     def evaluated(self, step: int, name: str, found: Mapping[str, float]) -> None:
-        """Writes the figures of an evaluation; `name` says of what: eval, eval_ema."""
+        """Writes the figures of an evaluation; `name` says of what: eval, eval_ema, test."""
         self.writer.eval(step, {f"{name}/{key}": value for key, value in found.items()})
-        best = f", best at step {found['best_step']:,.0f}" if "best_step" in found else ""
+        best = ""
+        if "best_step" in found:
+            said = "the weights of the best step" if name.startswith("test") else "best at step"
+            best = f", {said} {found['best_step']:,.0f}"
         self.progress.log(f"step {step}: {name} {summary(found, self.run.heldout)}{best}")
 
     def ends_early(self, step: int) -> None:

@@ -75,6 +75,20 @@ class Run:
         if best.metric and jax.process_index() == 0:
             write_best(self.checkpointer.directory, best)
 
+    def best_of(self, step: int, state: TrainState) -> TrainState:
+        """The state with the weights to test: those of the best step, if its checkpoint is kept.
+
+        Args:
+          step, state: of the run, at its end.
+
+        Raises:
+          UserError: the checkpoint is not there, or is damaged.
+        """
+        best = self.best.step
+        if not (self.recipe.checkpoint.keep_best and best) or best == step:
+            return state
+        return self.checkpointer.with_weights_of(best, self.spec, state)
+
     @functools.cached_property
     def reader(self) -> Reader:
         """How the model reads texts; only with a tokenizer, once the run has its first state."""

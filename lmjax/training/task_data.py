@@ -73,7 +73,8 @@ def open_data(recipe: Recipe, directory: str, *, verify: bool = False,
 def sizes_of(recipe: Recipe) -> Sizes:
     """The lengths of the rows of a task."""
     assert isinstance(recipe.task, Task)
-    seq_len = recipe.data.seq_len
-    if recipe.model.family != "encdec":
-        return Sizes(seq_len, prefix=recipe.data.objective.name == "prefix_lm")
-    return Sizes(recipe.task.target_len or seq_len, seq_len)
+    seq_len, model = recipe.data.seq_len, recipe.model
+    if model.family == "encdec":
+        return Sizes(recipe.task.target_len or seq_len, seq_len)
+    return Sizes(seq_len, prefix=recipe.data.objective.name == "prefix_lm",
+                 positions=model.max_positions if model.positions == "learned" else 0)

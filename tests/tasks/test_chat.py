@@ -138,8 +138,24 @@ def test_a_long_conversation_loses_its_end_and_that_is_counted(chatml):
     assert cut.columns["tokens"].tolist() == whole["tokens"][: n - 30].tolist()
     lost = int(whole["loss_mask"][n - 30:].sum())
     assert (cut.cut, cut.cut_target) == (30 - lost, lost) and lost
-    with pytest.raises(UserError, match="a turn of the assistant within 12 tokens"):
-        encode(chatml, TALK, 12)
+    short = Chat().encode({"messages": TALK}, reader_of(chatml), {}, Sizes(12))
+    assert short.columns["tokens"].tolist() == whole["tokens"][:12].tolist()
+    assert not short.columns["loss_mask"].any()  # all of its answers are lost
+    assert (short.cut, short.cut_target) == (n - 12 - int(whole["loss_mask"].sum()),
+                                             int(whole["loss_mask"].sum()))
+
+
+def test_an_answer_follows_the_ids_that_it_followed_in_training(chatml):
+    row = encode(chatml, TALK, 400)
+    n = int(np.flatnonzero(np.diff(row["loss_mask"]) == 1)[-1]) + 2  # ids before the last answer
+
+    def asked(room, positions=0):
+        return Chat(max_tokens=8).prompt({"messages": TALK}, reader_of(chatml),
+                                         Sizes(room, positions=positions))
+
+    assert asked(n) == asked(400, 400) == row["tokens"][:n].tolist()
+    # Where an answer would have no positions, the oldest turns are left out.
+    assert asked(n + 4, n + 4) == row["tokens"][4:n].tolist()
 
 
 def test_a_prefix_lm_reads_all_before_the_last_turn_in_both_directions(chatml):

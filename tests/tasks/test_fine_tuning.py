@@ -162,6 +162,40 @@ def test_early_stopping_on_accuracy_keeps_the_best_checkpoint_through_a_kill(fol
     assert_same_run(folder / "early", folder / "early_killed", ["metrics.jsonl"])
 
 
+def test_the_test_examples_are_answered_by_the_best_weights(folder, tmp_path, capsys):
+    """Also by a run that resumes at its end; `train.frozen` and an average are parts of them."""
+    examples = folder / "examples.jsonl"
+    (folder / "test.jsonl").write_text("".join(examples.read_text().splitlines(True)[:50]))
+    config, workdir = folder / "tested.py", tmp_path / "run"
+    config.write_text(CONFIG.format(examples=examples, source=folder / "encoder").replace(
+        'name="classification"', f"""name="classification", test=[dict(name="t",
+        uri="jsonl:{folder / 'test.jsonl'}")]"""))
+    # The learning rate rises until the model is worse than before.
+    options = ("eval.metric=loss", "checkpoint.keep_best=true", "checkpoint.keep_last=1",
+               "eval.every=2", "train.steps=12", "optimizer.peak_lr=0.3",
+               "optimizer.warmup_steps=12", "train.frozen=embedding", "optimizer.ema_decay=0.5")
+    assert run_here(workdir, *options, config=str(config)) == 0
+    found, = (line for line in lines(workdir) if "test_ema/accuracy" in line)
+    best = int(found["test_ema/best_step"])
+    assert checkpoint_steps(workdir / "checkpoints") == [best, 12] and best < 12
+    assert f"the weights of the best step {best}\n" in capsys.readouterr().err
+    for ema, group in ((True, "test_ema"), (False, "test")):
+        lm, answers = (lmjax.load(workdir, step="best", ema=ema),
+                       lines(workdir, f"answers/{group}.jsonl"))
+        said = lm.predict([line["record"] for line in answers])
+        for one, line in zip(said, answers, strict=True):
+            assert one["label"] == line["answer"]["label"]
+            assert one["confidence"] == pytest.approx(line["answer"]["confidence"], rel=1e-3)
+    page = (workdir / "README.md").read_text()
+    assert f"accuracy, test | {found['test_ema/accuracy']:.4f} |" in page
+    assert f"step={best})" in page
+    before = (workdir / "metrics.jsonl").read_bytes()
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    (workdir / "saved.json").unlink()
+    assert run_here(workdir, *options, config=str(config)) == 0
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
 def test_the_source_may_be_gone_when_a_run_resumes(folder):
     config = folder / "moved_task.py"
     (folder / "encoder").rename(folder / "moved")

@@ -94,13 +94,18 @@ def test_a_decoder_learns_the_target_alone():
 
 @pytest.mark.parametrize("a, b, tokens, cut", [
     ("10 11 12 13 14 15", "20 21", [1, 10, 11, 12, 13, 9, 20, 21], (2, 0)),
+    ("10 11 12 13 14 15", "20", [1, 10, 11, 12, 13, 9, 20], (2, 0)),
     ("10", "20 21 22 23 24 25", [1, 10, 9, 20, 21, 22, 23, 24], (0, 1)),
-    ("10 11 12 13 14", "20 21 22 23 24", [1, 10, 11, 9, 20, 21, 22, 23], (3, 1)),
+    ("10 11 12 13 14", "20 21 22", [1, 10, 11, 12, 13, 9, 20, 21], (1, 1)),
 ])
-def test_a_decoder_cuts_the_input_before_the_target(a, b, tokens, cut):
-    got = encoded("decoder", a, b, Sizes(8))
+def test_a_decoder_reads_the_same_prompt_whatever_the_target(a, b, tokens, cut):
+    """A prompt leaves room for task.max_tokens; in evaluation it is that of training."""
+    got = encoded("decoder", a, b, Sizes(8), max_tokens=2)
     assert got.columns["tokens"].tolist() == tokens and (got.cut, got.cut_target) == cut
     assert got.columns["targets"][-1] == 2
+    asked = Pairs(input="{a}", target="{b}", separator=" 9 ", max_tokens=2).prompt(
+        {"a": a}, reader_of("decoder"), Sizes(8))
+    assert asked == tokens[: int(np.argmax(got.columns["loss_mask"])) + 1]
 
 
 def test_what_was_cut_is_counted_for_inputs_and_targets(tmp_path):

@@ -10,9 +10,11 @@ import pytest
 from processes import assert_same_run, finish, lines, losses, one_line, run_here, start, wait_for
 
 from lmjax import huggingface
+from lmjax.data.reading import Reader
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
 from lmjax.tasks.preferences import Preferences, log_likelihoods
+from lmjax.tasks.task import Sizes
 
 MISSING = "is not installed, so nothing is compared with it: pip install lmjax[oracle]"
 CONFIG = DecoderConfig(num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, vocab_size=64,
@@ -147,6 +149,28 @@ def test_padding_rows_have_neither_loss_nor_gradient(kind, model, params):
         batch, {name: x[: len(x) // 2] for name, x in batch.items()}))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-4 * max(1.0, float(jnp.abs(y).max())))
+
+
+class Numbers:
+    """A tokenizer of numbers: "7 8" has the ids 7 and 8."""
+
+    bos_id, eos_id = 1, 2
+
+    def encode(self, text):
+        return [int(word) for word in text.split()]
+
+
+@pytest.mark.parametrize("chosen, rejected, tokens, cut", [
+    ("20", "21 22 23", ([1, 10, 11, 12, 9, 20], [1, 10, 11, 12, 9, 21, 22, 23]), (3, 0)),
+    ("21 22 23 24 25 26", "20", ([1, 10, 11, 9, 21, 22, 23, 24], [1, 10, 11, 9, 20]), (4, 2))])
+def test_both_answers_follow_the_same_ids_of_a_long_prompt(chosen, rejected, tokens, cut):
+    names = Numbers()
+    names.tokenizer = names
+    record = {"prompt": "10 11 12 13 14 15", "chosen": chosen, "rejected": rejected}
+    got = Preferences(separator=" 9 ").encode(
+        record, Reader(names, (1,), (), 5, (2,), causal=True), {}, Sizes(8))
+    assert tuple(got.columns[f"{side}tokens"].tolist() for side in ("", "rejected_")) == tokens
+    assert (got.cut, got.cut_target) == cut
 
 
 @pytest.mark.parametrize("change, message", [

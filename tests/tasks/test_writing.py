@@ -27,7 +27,8 @@ def get_config():
 TASK = """
 def get_config():
     return dict(
-        task=dict({task}, metric="exact_match", max_tokens=8, eval_examples=12),
+        task=dict({task}, metric="exact_match", max_tokens=8, eval_examples=12,
+                  test=[dict(name="t", uri="jsonl:{folder}/test.jsonl")]),
         data=dict(sources=[dict(name="s", uri="jsonl:{folder}/examples.jsonl")], seq_len=64,
                   heldout_fraction=0.2),
         optimizer=dict(peak_lr={rate}, warmup_steps=4),
@@ -55,6 +56,7 @@ def folder(tmp_path_factory):
             {"role": "assistant", "content": following(letter)})]
         rows.append({"q": asked[0], "a": following(asked[0]), "messages": talk})
     (made / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (made / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:17]))
     for i in range(40):
         text = "\n".join(f"next {a} {following(a)}" for a in rng.choices(LETTERS, k=10))
         (made / f"{i}.txt").write_text(text)
@@ -100,6 +102,8 @@ def test_answers_are_those_of_the_trained_model(name, trained):
     last = [record for record in lines(workdir) if "eval/exact_match" in record][-1]
     assert last["eval/exact_match"] == right and last["eval/answered"] == 12
     assert last["eval/examples"] > 12
+    tested, = (record for record in lines(workdir) if "test/answered" in record)
+    assert tested["test/answered"] == len(lines(workdir, "answers/test.jsonl")) == 17
 
 
 def test_beams_answer_as_the_trained_model_does(folder, trained):
