@@ -260,8 +260,8 @@ class LM(TaskModel):
         Args:
           text: what is read. In an encoder's text, masks such as [MASK] stand for tokens.
           answer: what follows in a decoder (by default the text itself is explained), the answer
-            of an encoder-decoder, the tokens of an encoder's masks, or the number of a classifier's
-            class (by default the likeliest).
+            of an encoder-decoder, the tokens of an encoder's masks, or a classifier's class (by
+            default the likeliest).
           method: "integrated_gradients" (arXiv:1703.01365) or "gradient_x_input".
           picture: a file (.png, .svg) for a drawing of the tokens by their values.
 
@@ -277,7 +277,8 @@ class LM(TaskModel):
         text, answer = check_text(text, "text"), check_text(answer, "answer")
         self.need_tokenizer()
         question = question_of(self.model, self.reader, text, answer,
-                               functools.partial(self._logits, self.params))
+                               functools.partial(self._logits, self.params),
+                               self.about.get("task", {}).get("labels", ()))
         found = explain(self.model, self.params, self.layout, self.reader, question, method)
         if picture:
             found.draw(picture)

@@ -107,8 +107,8 @@ def add_explain(parser: ArgumentParser) -> None:
     add("--text", required=True, help="what the model reads; [MASK] is a token that an encoder "
         "predicts")
     add("--answer", default="", help="what is explained: how a decoder's text goes on (default: "
-        "the text itself), an encoder-decoder's answer, or the tokens of masks (default: the "
-        "likeliest)")
+        "the text itself), an encoder-decoder's answer, or the tokens of masks or a "
+        "classifier's class (default: the likeliest)")
     add("--method", default="integrated_gradients",
         choices=("likelihood", "integrated_gradients", "gradient_x_input"),
         help="likelihood: of each token of a decoder's text, with its rank; else: how much each "

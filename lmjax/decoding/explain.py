@@ -94,7 +94,7 @@ class Question:
     batch: Batch  # [1, T]; `loss_mask` is 1 on the targets
     target: list[int]
     places: list[int]  # as in `Explanation`
-    classes: bool = False  # whether the target is a class, and no token
+    names: tuple[str, ...] = ()  # of the target, where it is a class and no token
 
 
 def explain(model: Model, params: Params, layout: Layout, reader: Reader, question: Question,
@@ -120,9 +120,8 @@ def explain(model: Model, params: Params, layout: Layout, reader: Reader, questi
         baseline = math.nan
     return Explanation(
         tuple(labels(reader.names, question.ids)), values_I[question.at].astype(np.float32),
-        tuple(f"class {i}" for i in question.target) if question.classes
-        else tuple(labels(reader.names, question.target)), tuple(question.places), float(value),
-        float(baseline), method)
+        question.names or tuple(labels(reader.names, question.target)), tuple(question.places),
+        float(value), float(baseline), method)
 
 
 def _integrated(at_points: Callable[[np.ndarray], tuple[np.ndarray, ...]],
@@ -177,20 +176,22 @@ def _compiled(model: Model, layout: Layout) -> Callable[..., tuple[jax.Array, ..
 
 
 def question_of(model: Model, reader: Reader, text: str, answer: str,
-                logits: Callable[[Batch], jax.Array]) -> Question:
+                logits: Callable[[Batch], jax.Array], classes: Sequence[str] = ()) -> Question:
     """What a model of each family is asked about a text.
 
     Args:
       text: what it reads. In an encoder's text, masks stand for tokens.
       answer: the target. A decoder's "" is the text itself, an encoder's the likeliest tokens in
-        place of the masks. Of a classifier it is the number of a class, by default the likeliest.
+        place of the masks. Of a classifier it is a class, by name or number; "": the likeliest.
       logits: of a batch, [B, T, V].
+      classes: the names of a classifier's classes, in order.
 
     Raises:
       UserError: there is no target, a mask is missing, or a row is longer than learned positions.
     """
     if model.config.head.outputs:
-        return _classified(model, reader, text, answer, logits)
+        names = tuple(classes) or tuple(f"class {i}" for i in range(model.config.head.outputs))
+        return _classified(model, reader, text, answer, logits, names)
     if model.config.family == "encoder":
         return _masked(model, reader, text, answer, logits)
     ask = _answered if model.config.family == "encdec" else _continued
@@ -246,18 +247,24 @@ def _masked(model: Model, reader: Reader, text: str, answer: str,
 
 
 def _classified(model: Model, reader: Reader, text: str, answer: str,
-                logits: Callable[[Batch], jax.Array]) -> Question:
-    ids, count = reader.ids(text), model.config.head.outputs
+                logits: Callable[[Batch], jax.Array], names: Sequence[str]) -> Question:
+    ids = reader.ids(text)
     check_positions(model.config, len(ids), "text")
     at = len(ids) - 1 if model.config.family == "decoder" else 0  # as in training
     batch = _row(model, [*ids, 0], len(ids))
-    chosen = answer or str(int(np.argmax(np.asarray(logits(batch))[0, at])))
-    if not (chosen.isdecimal() and int(chosen) < count):
-        raise UserError(f"the number of a class, 0 to {count - 1}", repr(answer), "write one, or "
-                        "leave it out for the likeliest", "answer")
-    batch["loss_mask"][:], batch["targets"][0, at] = 0.0, int(chosen)
+    if answer in names:
+        chosen = names.index(answer)
+    elif answer:
+        chosen = int(answer) if answer.isdecimal() else len(names)
+    else:
+        chosen = int(np.argmax(np.asarray(logits(batch))[0, at]))
+    if chosen >= len(names):
+        raise UserError(f"one of the classes {', '.join(names)[:200]}, or its number, 0 to "
+                        f"{len(names) - 1}", repr(answer), "write one, or leave it out for the "
+                        "likeliest", "answer")
+    batch["loss_mask"][:], batch["targets"][0, at] = 0.0, chosen
     batch["loss_mask"][0, at] = 1.0
-    return dataclasses.replace(_question(batch, ids, [int(chosen)], ()), classes=True)
+    return dataclasses.replace(_question(batch, ids, [chosen], ()), names=(names[chosen],))
 
 
 def mask_of(reader: Reader) -> tuple[str, int]:

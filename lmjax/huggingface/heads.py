@@ -103,7 +103,7 @@ def with_head(model_type: ModelType, head: TaskHead) -> ModelType:
 def normal_form(c: ModelConfig) -> dict[str, Any]:
     """What a model with a head has in place of fields that only its unembedding would use."""
     kind = c.head.kind
-    changes: dict[str, Any] = {"head": dataclasses.replace(c.head, dropout=0.0),
+    changes: dict[str, Any] = {"head": dataclasses.replace(c.head, dropout=0.0, first_dropout=0.0),
                                "tie_embeddings": True, "logit_softcap": 0.0}
     if isinstance(c, DecoderConfig):
         changes |= {"logit_divisor": 1.0}

@@ -26,10 +26,11 @@ class HeadConfig:
 
     outputs: int = 0  # numbers per position, such as classes; 0: the model has its unembedding
     kind: str = "linear"  # linear, plain, pooler or transform
-    dropout: float = 0.0  # before the last matrix, and before that of a pooler
+    dropout: float = 0.0  # before the last matrix
+    first_dropout: float = 0.0  # before the matrix of a pooler: RoBERTa has it, BERT does not
 
     def __post_init__(self) -> None:
-        at_least(0, outputs=self.outputs, dropout=self.dropout)
+        at_least(0, outputs=self.outputs, dropout=self.dropout, first_dropout=self.first_dropout)
         choice("kind", self.kind, HEAD_KINDS)
 
 
@@ -38,7 +39,7 @@ class Head(nnx.Module):
 
     def __init__(self, config: HeadConfig, width: int, *, init_std: float, rngs: nnx.Rngs):
         c, init = config, normal(init_std)
-        self.dropout = c.dropout
+        self.dropout, self.first_dropout = c.dropout, c.first_dropout
         self.dense = (Dense((width,), (width,), ("embed", "mlp"), use_bias=True, init=init,
                             rngs=rngs) if c.kind == "pooler" else None)
         self.table = param(rngs, init, (c.outputs, width), ("outputs", "embed"))
@@ -53,7 +54,7 @@ class Head(nnx.Module):
         if key is not None:  # other keys than those of the layers
             first, second = jax.random.split(jax.random.fold_in(key.reshape(-1)[0], KEY))
         if self.dense is not None:
-            x_BTD = jnp.tanh(self.dense(dropout(x_BTD, self.dropout, first)))
+            x_BTD = jnp.tanh(self.dense(dropout(x_BTD, self.first_dropout, first)))
         return dropout(x_BTD, self.dropout, second)
 
     @property

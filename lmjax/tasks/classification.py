@@ -149,7 +149,10 @@ class Classification(Task):
 
     def head(self, model: ModelConfig, facts: Facts) -> HeadConfig:
         kind = self.head_kind or suitable_head(model)
-        return HeadConfig(len(facts["labels"]) if facts else 1, kind, self.head_dropout)
+        # As in transformers: RoBERTa, whose positions have an offset, drops before both matrices.
+        twice = kind == "pooler" and model.position_offset > 0
+        return HeadConfig(len(facts["labels"]) if facts else 1, kind, self.head_dropout,
+                          self.head_dropout if twice else 0.0)
 
     def loss(self, model: Model, facts: Facts, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
         if self.kind == "regression":

@@ -28,7 +28,9 @@ def imported_task(head: TaskHead | None, model: ModelConfig) -> Published:
         return Published({}, None)
     task: dict[str, Any] = {"name": head.task}
     if head.task == Questions.name:
-        return Published(task, {"unanswerable": False})
+        # No file says whether some questions had no answer. So the likelihood of none decides, as
+        # in pipelines of transformers with handle_impossible_answer.
+        return Published(task, {"unanswerable": True})
     if head.kind == "regression":
         return Published({**task, "kind": head.kind}, {})
     labels = list(head.labels)

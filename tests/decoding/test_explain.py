@@ -110,16 +110,22 @@ def test_a_class_is_explained_by_the_head(family, at, tokenizer):
     keys, objective, *_ = FAMILIES[family]
     lm = model_of(tokenizer, keys | {"head": {"outputs": 3}}, objective, task=True)
     text = "Document 7 tells"
+    lm.about["task"] = {"labels": ["bad", "good", "odd"]}
     logits = np.asarray(lm.logits([lm.reader.ids(text)]), np.float64)[0, at]
     log_p = logits - np.log(np.exp(logits).sum())
     for chosen in range(3):
         found = lm.explain(text, str(chosen))
-        assert found.target == (f"class {chosen}",)
+        assert found.target == ("bad", "good", "odd")[chosen : chosen + 1]
         assert found.log_likelihood == pytest.approx(log_p[chosen], rel=1e-4)
         assert abs(found.gap) < 0.011 * max(abs(found.log_likelihood - found.baseline), 1.0)
-    assert lm.explain(text).target == (f"class {log_p.argmax()}",)
-    with pytest.raises(UserError, match="answer: expected the number of a class, 0 to 2, got '3'"):
-        lm.explain(text, "3")
+    assert lm.explain(text).target == ("bad", "good", "odd")[log_p.argmax() :][:1]
+    by_name = lm.explain(text, "good", method="gradient_x_input")
+    assert by_name.log_likelihood == pytest.approx(log_p[1], rel=1e-4)
+    for wrong in ("3", "Good"):
+        with pytest.raises(UserError, match=f"bad, good, odd, or its number, 0 to 2, got '{wrong}"):
+            lm.explain(text, wrong)
+    del lm.about["task"]
+    assert lm.explain(text, "2", method="gradient_x_input").target == ("class 2",)
     other = model_of(tokenizer, keys | {"head": {"outputs": 3}}, objective, weights=False)
     with pytest.raises(UserError, match="expected a model of tokens, or a classifier of single"):
         other.explain(text)

@@ -113,6 +113,7 @@ def test_logits_are_those_of_transformers_in_and_out(name, head, saved, tokens, 
         return
     task = lm.recipe.task
     assert task.name == {SEQUENCE: "classification", TOKENS: "tagging"}.get(head, "questions")
+    assert (lm.about["task"] == {"unanswerable": True}) == (head == ANSWERS)
     assert getattr(task, "kind", "single") == "single"
     assert getattr(task, "labels", tuple(LABELS.values())) == tuple(LABELS.values())
     lm.export(tmp_path / "out", log=lambda line: None)
@@ -192,9 +193,13 @@ def test_id2label_decides_over_label2id_and_a_line_says_so(saved, tmp_path, caps
     assert "id2label decides over label2id, which names other labels" in capsys.readouterr().err
 
 
+ROBERTA = {"token_types": 1, "position_offset": 1, "max_positions": 64}
+
+
 @pytest.mark.parametrize(("family", "task"), [
     pytest.param("encoder", {}, marks=pytest.mark.long),
     pytest.param("encoder", {"pair": "{other}"}, marks=pytest.mark.long),
+    pytest.param("encoder", {"pair": "{other}", "model": ROBERTA}, marks=pytest.mark.long),
     pytest.param("encoder", {"kind": "multi"}, marks=pytest.mark.long),
     pytest.param("decoder", {}, marks=pytest.mark.long),
     pytest.param("decoder", {"kind": "regression"}, marks=pytest.mark.long)])

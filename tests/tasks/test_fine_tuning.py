@@ -173,7 +173,7 @@ def test_the_test_examples_are_answered_by_the_best_weights(folder, tmp_path, ca
     # The learning rate rises until the model is worse than before.
     options = ("eval.metric=loss", "checkpoint.keep_best=true", "checkpoint.keep_last=1",
                "eval.every=2", "train.steps=12", "optimizer.peak_lr=0.3",
-               "optimizer.warmup_steps=12", "train.frozen=embedding", "optimizer.ema_decay=0.5")
+               "optimizer.warmup_steps=11", "train.frozen=embedding", "optimizer.ema_decay=0.5")
     assert run_here(workdir, *options, config=str(config)) == 0
     found, = (line for line in lines(workdir) if "test_ema/accuracy" in line)
     best = int(found["test_ema/best_step"])
