@@ -47,6 +47,7 @@ from lmjax.errors import UserError
 from lmjax.models.model import Model
 from lmjax.nn.adapters import NO_ADAPTERS, merge_adapters
 from lmjax.nn.module import Params
+from lmjax.reporting.model_card import write_export_card
 from lmjax.runtime.files import new_directory
 from lmjax.sharding import Layout
 from lmjax.training.checkpoint import About, Checkpointer
@@ -69,11 +70,12 @@ class LM(TaskModel):
       reader: turns texts into ids as in the model's training; only with a tokenizer.
       recipe: of the run that trained it.
       about: what its checkpoint says of itself: step, versions, data position.
+      source: its checkpoint, or its Hugging Face directory; "" for a model made by hand.
     """
 
     def __init__(self, model: Model, params: Params, layout: Layout, tokenizer: Tokenizer | None,
-                 recipe: Recipe, about: About):
-        self.model, self.params, self.layout = model, params, layout
+                 recipe: Recipe, about: About, source: str = ""):
+        self.model, self.params, self.layout, self.source = model, params, layout, source
         self.tokenizer, self.recipe, self.about = tokenizer, recipe, about
         if tokenizer is not None:
             self.reader: Reader = make_reader(tokenizer, model.config.family, recipe.data, about,
@@ -334,11 +336,14 @@ class LM(TaskModel):
         recipe = dataclasses.replace(self.recipe, adapter=NO_ADAPTERS)
         about = {key: value for key, value in self.about.items() if key != "base"}
         about["recipe"] = about["recipe"] | {"adapter": dataclasses.asdict(NO_ADAPTERS)}
-        return LM(plain, merge(self.params), self.layout, self.tokenizer, recipe, about)
+        return LM(plain, merge(self.params), self.layout, self.tokenizer, recipe, about,
+                  self.source)
 
     def export(self, out: str | os.PathLike, *, log: Callable[[str], None] = print,
                peft_base: str = "", **options: Any) -> None:
         """Writes a Hugging Face directory; adapters are merged into the weights.
+
+        If the run that trained the model is at hand, a model card is written, too.
 
         Args:
           out: the directory, which must not exist yet.
@@ -350,19 +355,20 @@ class LM(TaskModel):
         Raises:
           UserError: `out` exists, or no Hugging Face model type computes the same.
         """
+        path, imported = Path(expand(out, "out", bucket=False)), self.about.get("huggingface")
         if peft_base:
-            huggingface.write_peft(Path(expand(out, "out", bucket=False)), self.model, self.params,
-                                   base=peft_base, source=self.about.get("huggingface"))
-            return log(f"{out}: the adapters alone, for {peft_base}")
-        if self.model.adapter.kind:
+            huggingface.write_peft(path, self.model, self.params, base=peft_base, source=imported)
+            log(f"{out}: the adapters alone, for {peft_base}")
+        elif self.model.adapter.kind:
             log("the adapters are merged into the weights")
             return self.merge().export(out, log=log, **options)
-        huggingface.write_directory(
-            Path(expand(out, "out", bucket=False)), self.model, self.params,
-            None if self.tokenizer is None else self.reader,
-            options=huggingface.ExportOptions(**options, head=self.task_head()),
-            source=self.about.get("huggingface"),
-            max_positions=self.recipe.data.seq_len, log=log)
+        else:
+            huggingface.write_directory(
+                path, self.model, self.params, None if self.tokenizer is None else self.reader,
+                options=huggingface.ExportOptions(**options, head=self.task_head()),
+                source=imported, max_positions=self.recipe.data.seq_len, log=log)
+        if card := write_export_card(path, self.source, int(self.about["step"])):
+            log(f"{card}: a model card; add a license and what the model is for")
 
 
 def load(path: str | os.PathLike, *, step: int | str | None = None, ema: bool | None = None,
@@ -383,4 +389,4 @@ def load(path: str | os.PathLike, *, step: int | str | None = None, ema: bool | 
     found = find(expand(path, "path"), step=step, ema=ema, base=base and expand(base, "base"))
     model, layout = placed(found.recipe)
     params = found.read(model, layout.tree(model.axes, model.shapes))
-    return LM(model, params, layout, found.tokenizer, found.recipe, found.about)
+    return LM(model, params, layout, found.tokenizer, found.recipe, found.about, found.where)

@@ -8,14 +8,11 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from lmjax.cli.arguments import AnyPath, LocalPath
 from lmjax.errors import UserError
 from lmjax.runtime.files import check_new, check_writable
-
-if TYPE_CHECKING:
-    from lmjax.lm import LM
 
 GENERATE_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
                     "seed", "stop", "num_beams", "length_penalty")  # those of `LM.generate`
@@ -231,28 +228,4 @@ def export_hf(arguments: Namespace, overrides: Sequence[str]) -> None:
     options = {"model_type": arguments.model_type, "dtype": arguments.dtype,
                "max_shard_bytes": int(arguments.max_shard_gb * 1e9)}
     ExportOptions(**options)  # refuses a wrong option before the model is loaded
-    lm = load(arguments.checkpoint)
-    lm.export(arguments.out, peft_base=arguments.peft_base, **options)
-    _write_card(arguments, lm)
-
-
-def _write_card(arguments: Namespace, lm: "LM") -> None:
-    """Writes a model card beside an exported model, if its run is at hand."""
-    from lmjax.reporting.model_card import write_card
-    from lmjax.reporting.run_files import read_run
-
-    path = Path(arguments.checkpoint)
-    runs = [folder for folder in (path, path.parent, path.parent.parent)
-            if (folder / "metrics.jsonl").exists() and (folder / "config.json").exists()]
-    if not runs:
-        return
-    out = Path(arguments.out)
-    usage = f'import lmjax\n\nlm = lmjax.load("{out.name}")'
-    config = out / "config.json"
-    kinds = json.loads(config.read_text()).get("architectures", []) if config.exists() else []
-    if kinds:
-        usage += (f'\n\nfrom transformers import AutoTokenizer, {kinds[0]}\n\n'
-                  f'model = {kinds[0]}.from_pretrained("{out.name}")\n'
-                  f'tokenizer = AutoTokenizer.from_pretrained("{out.name}")')
-    file = write_card(out, read_run(runs[0]), step=int(lm.about["step"]), usage=usage)
-    print(f"{file}: a model card; add a license and what the model is for")
+    load(arguments.checkpoint).export(arguments.out, peft_base=arguments.peft_base, **options)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmjax.monitoring.units import human_count
-from lmjax.reporting.run_files import Columns, RunRecord
+from lmjax.reporting.run_files import Columns, RunRecord, read_run
 from lmjax.reporting.summary import device_name, source_names
 from lmjax.reporting.task_report import title
 
@@ -48,6 +48,32 @@ def write_card(folder: Path, run: RunRecord, *, step: int | None = None,
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
     return file
+
+
+def write_export_card(out: Path, source: str, step: int) -> Path | None:
+    """Writes a model card beside an exported model, if the run that trained it is at hand.
+
+    Args:
+      out: the Hugging Face directory.
+      source: the run, or one of its checkpoints.
+      step: of the weights.
+
+    Returns:
+      The file, or None if there is no run.
+    """
+    path = Path(source)
+    runs = [folder for folder in (path, path.parent, path.parent.parent)
+            if (folder / "metrics.jsonl").exists() and (folder / "config.json").exists()]
+    if not source or not runs:
+        return None
+    usage = f'import lmjax\n\nlm = lmjax.load("{out.name}")'
+    config = out / "config.json"
+    kinds = json.loads(config.read_text()).get("architectures", []) if config.exists() else []
+    if kinds:
+        usage += (f'\n\nfrom transformers import AutoTokenizer, {kinds[0]}\n\n'
+                  f'model = {kinds[0]}.from_pretrained("{out.name}")\n'
+                  f'tokenizer = AutoTokenizer.from_pretrained("{out.name}")')
+    return write_card(out, read_run(runs[0]), step=step, usage=usage)
 
 
 def card(run: RunRecord, step: int, usage: str = "") -> str:
