@@ -37,6 +37,9 @@ class Pairs(WritingTask):
     def templates(self) -> dict[str, str]:
         return {"input": self.input, "target": self.target}
 
+    def decides(self) -> dict[str, Any]:
+        return super().decides() | {"max_tokens": self.max_tokens}  # a decoder's prompts leave room
+
     def texts(self, record: Record) -> list[str]:
         return [fill(self.input, record), fill(self.target, record)]
 

@@ -56,7 +56,10 @@ class Setting(NamedTuple):
             del source["weight"]  # may change from run to run
         sizes = self.sizes._asdict()
         del sizes["positions"]  # limits what is answered
-        return {"task": self.task.decides(), "family": self.family, "sources": sources,
+        task = self.task.decides()
+        if self.family == "encdec":
+            task.pop("max_tokens", None)  # its rows leave no room for answers
+        return {"task": task, "family": self.family, "sources": sources,
                 "sizes": sizes, "tokenizer": plain(self.data.tokenizer),
                 "heldout_fraction": self.data.heldout_fraction,
                 "broken_budget": self.data.broken_budget}

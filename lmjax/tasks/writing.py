@@ -28,7 +28,7 @@ MEASURES = {"bleu": (("bleu", "chrf"), "sacrebleu"),
             "accuracy": (("accuracy", "f1", "matthews"), "sklearn"),
             "exact_match": (("exact_match",), "")}
 # Settings of evaluation, which decide nothing of what is prepared.
-OF_EVALUATION = ("metric", "num_beams", "eval_examples")
+OF_EVALUATION = ("metric", "num_beams", "max_tokens", "eval_examples")
 
 
 @dataclass(frozen=True)
