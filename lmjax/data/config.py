@@ -196,7 +196,8 @@ class DataConfig:
         keys = ("tokenizer", "heldout_fraction", "broken_budget", "min_chars", "clean")
         sources = [plain(source) for source in self.sources]
         for source in sources:
-            del source["weight"], source["data_dir"]  # may change from run to run
+            # The first two may change from run to run, the third is of tasks.
+            del source["weight"], source["data_dir"], source["where"]
         decided = {key: plain(getattr(self, key)) for key in keys}
         return {"sources": sources} | decided | {"curate": self.curate.decides()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lmjax.data.config import DataConfig
 from lmjax.data.hashing import key_of
@@ -14,7 +14,7 @@ from lmjax.data.text.records import Broken
 from lmjax.data.text.sources import SourceConfig, read, units
 from lmjax.errors import UserError
 from lmjax.tasks.task import Record, Task
-from lmjax.tasks.templates import columns_of, value
+from lmjax.tasks.templates import as_text, columns_of, value
 
 OF_SPLIT = {"train": "sources", "heldout": "validation", "test": "test"}  # keys of a config
 
@@ -44,11 +44,13 @@ def sources_of(task: Task, data: DataConfig) -> list[tuple[str, str, SourceConfi
 
 
 def examples(source: SourceConfig, budget: float) -> Iterator[Example | Broken]:
-    """The records of a source's files, each a JSON object.
+    """The records of a source's files, each a JSON object: those that `source.where` chooses.
 
     Raises (while iterating):
-      UserError: a file cannot be read, or has more broken records than `budget` allows.
+      UserError: a file cannot be read, has more broken records than `budget` allows, or lacks the
+        column of `source.where`.
     """
+    column, chooses, wanted = source.where.partition("=")
     source = dataclasses.replace(source, text_field="")  # the whole record, as JSON
     for unit in units(source, 1 << 62):
         for item in read(source, unit, budget):
@@ -63,7 +65,17 @@ def examples(source: SourceConfig, budget: float) -> Iterator[Example | Broken]:
                 raise UserError("records with columns", f"text in {item.id}", "name a source of "
                                 "jsonl:, csv:, tsv:, parquet:, arrow: or tfds:",
                                 where=f"source {source.name} ({source.uri})")
-            yield Example(item.id, record)
+            if not chooses or as_text(_named(record, column, source)) == wanted:
+                yield Example(item.id, record)
+
+
+def _named(record: Record, column: str, source: SourceConfig) -> Any:
+    """The value of the column that chooses a source's records."""
+    try:
+        return value(record, column)
+    except UserError as error:
+        raise UserError(f"{error.expected} for where={source.where!r}", error.got, "correct it, or "
+                        "the file", where=f"source {source.name} ({source.uri})") from None
 
 
 def is_heldout(record: Record, fraction: float) -> bool:

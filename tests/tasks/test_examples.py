@@ -1,6 +1,7 @@
 """Labelled examples: from files of every format to packed rows, and what is refused on the way."""
 
 import csv
+import dataclasses
 import json
 import random
 
@@ -103,6 +104,30 @@ def test_the_split_by_hash_keeps_every_example_once_and_copies_together(tmp_path
     held = {row["n"] for row in kept}
     copies = [row["n"] for row in kept]
     assert all(copies.count(n) == 1 + (n < 50) for n in held)
+
+
+def test_a_column_may_say_which_split_a_record_belongs_to(tmp_path):
+    rows = [{**row, "part": {"of": ["train", "dev", 3][row["n"] % 3]}} for row in records(90)]
+    uri = write(tmp_path / "a.jsonl", rows)
+    task = build(Classification, {
+        name: [{"name": name, "uri": uri, "where": f"part.of={value}"}]
+        for name, value in (("validation", "dev"), ("test", "3"))})
+    made = setting(uri, task)
+    source = dataclasses.replace(made.data.sources[0], where="part.of=train")
+    made = made._replace(data=dataclasses.replace(made.data, sources=(source,)))
+    out = prepared(made, tmp_path / "out")
+    assert {name: part["examples"] for name, part in read_manifest(out)["splits"].items()} == {
+        "s/train": 30, "validation/heldout": 30, "test/test": 30}
+    text = (tmp_path / "out/validation/heldout/records.jsonl").read_text()
+    assert {json.loads(line)["part"]["of"] for line in text.splitlines()} == {"dev"}
+    for where, said in (("split=train", "a column 'split' for where='split=train'"),
+                        ("part.of=tests", "a training example|at least one example")):
+        bad = made._replace(data=dataclasses.replace(made.data, sources=(
+            dataclasses.replace(source, where=where),)))
+        with pytest.raises(UserError, match=said):
+            prepared(bad, tmp_path / "bad")
+    with pytest.raises(UserError, match="COLUMN=VALUE, such as split=test"):
+        dataclasses.replace(source, where="test")
 
 
 def test_packed_rows_hold_the_examples_of_unpacked_rows(tmp_path):

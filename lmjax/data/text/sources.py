@@ -38,6 +38,8 @@ class SourceConfig:
     # The column or key that holds the text; `a.b`: the key b of a. Tasks read whole records.
     text_field: str = "text"
     data_dir: PathText = ""   # where TensorFlow Datasets keeps its data; "": its own default
+    # Of a task: COLUMN=VALUE reads only the records with this value, as "split=test"; "": all.
+    where: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name):
@@ -46,6 +48,9 @@ class SourceConfig:
         if not self.weight > 0:
             raise UserError("more than 0", self.weight, "raise it or drop the source",
                             where="weight")
+        if self.where and not self.where.partition("=")[0].strip():
+            raise UserError("COLUMN=VALUE, such as split=test", repr(self.where), "correct it",
+                            where="where")
         scheme, _, rest = self.uri.partition(":")
         if is_synthetic(self):
             if rest and not (rest.isdecimal() and int(rest)):
