@@ -139,7 +139,8 @@ def _loop(run: Run, records: Records) -> RunSteps:
 def _figures(run: Run, times: dict[str, list[float]]) -> Report:
     """Returns medians over the rounds: rates, and ratios to the matmul rate and the bare step."""
     tokens = run.recipe.train.batch_size * run.recipe.data.seq_len
-    flops = flops_per_row(run.model, run.train_split.fields) / run.recipe.data.seq_len
+    flops = flops_per_row(run.model, run.train_split.fields,
+                          run.spec.is_frozen) / run.recipe.data.seq_len
     on_cpu = jax.devices()[0].platform == "cpu"  # forced CPU devices share the cores of one
     peak = matmul_rate(str(run.model.dtype)) * (1 if on_cpu else jax.device_count())
     bare = times["bare step"]

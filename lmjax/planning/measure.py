@@ -131,7 +131,8 @@ def _model_facts(recipe: Recipe, program: Program) -> StepFacts:
         "parameters": num_elements(model.shapes), "compute_dtype": str(model.dtype),
         "tokens": recipe.train.batch_size * seq_len, "seq_len": seq_len,
         "window": _window(model.config), "causal": causal, "spread": spread,
-        "expert_ways": expert_ways, "flops_per_token": flops_per_row(model, fields) / seq_len,
+        "expert_ways": expert_ways,
+        "flops_per_token": flops_per_row(model, fields, program.spec.is_frozen) / seq_len,
         "attention": {"kernel": model.kernel.name, "reason": model.kernel_reason},
     }
 

@@ -61,7 +61,8 @@ def announce(run: Run, directory: str, log: Log) -> dict[str, Any]:
         "parameters": parameters,
         "embedding_parameters": embedding,
         "tokens_per_step": recipe.train.batch_size * recipe.data.seq_len,
-        "flops_per_token": flops_per_row(model, train.fields) / recipe.data.seq_len,
+        "flops_per_token": flops_per_row(
+            model, train.fields, run.spec.is_frozen) / recipe.data.seq_len,
         "compute_dtype": str(model.dtype),
         "steps": recipe.train.steps,
         "data": {"fingerprint": train.fingerprint, "directory": directory},

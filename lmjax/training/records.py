@@ -124,7 +124,8 @@ class Records:
         epoch = max(self.run.train_split.epochs(rows).values())
         self.writer.train(step, {**values, **bits, "tokens": self.tokens,
                                  "epoch": epoch})
-        row_flops = flops_per_row(self.run.model, self.run.train_split.fields)
+        row_flops = flops_per_row(self.run.model, self.run.train_split.fields,
+                                  self.run.spec.is_frozen)
         flops = row_flops * train.batch_size / seconds
         mfu = {} if math.isnan(self._peak) else {"mfu": flops / self._peak}
         rate, share = train.batch_size * self.run.recipe.data.seq_len / seconds, waited / seconds

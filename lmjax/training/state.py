@@ -52,6 +52,11 @@ class StateSpec(NamedTuple):
     frozen: Frozen | None = None  # None: all parameters are trained
 
     @property
+    def is_frozen(self) -> Callable[[str], bool] | None:
+        """Whether the parameter of a path is not trained; None: all are trained."""
+        return self.frozen.accepts if self.frozen else None
+
+    @property
     def shardings(self) -> TrainState:
         """The `NamedSharding` of every leaf."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from lmjax.models.decoder import DecoderConfig
-from lmjax.models.flops import embedding_parameters, flops_per_token
+from lmjax.models.flops import embedding_parameters, flops_per_row, flops_per_token
+from lmjax.models.heads import HeadConfig
 from lmjax.models.model import build_model
 from lmjax.tasks.losses import next_token_loss
 from lmjax.tree import named_leaves, num_elements
@@ -67,6 +69,27 @@ def test_parameter_counts(keys, layer, outside):
     tables = V * D * (1 if keys.get("tie_embeddings") else 2)
     tables += 32 * D if keys.get("positions") == "learned" else 0
     assert embedding_parameters(model) == tables
+
+
+def test_flops_of_frozen_weights_are_those_of_the_gradients_that_pass_through():
+    """4 per frozen weight after what is trained, 2 before it; attention likewise."""
+    length, model = 32, model_of(head=HeadConfig(5, "plain"))
+    lengths = {"tokens": length, "targets": length}
+    up = LAYERS * D * F
+    layers, head = LAYERS * 4 * D * D + 3 * up, 5 * D
+    pairs = LAYERS * H * (D // H) * np.mean(np.arange(length) + 1)
+    for frozen, expected in (
+            (None, 6 * (layers + head) + 12 * pairs),
+            (r"mlp/up", 6 * (layers - up + head) + 4 * up + 12 * pairs),
+            (r"layers/|^norm", 4 * layers + 6 * head + 12 * pairs),  # the embeddings are trained
+            (r"embedding|layers/|^norm", 2 * layers + 6 * head + 4 * pairs)):
+        accepts = None if frozen is None else lambda path, f=frozen: bool(re.search(f, path))
+        found = flops_per_row(model, lengths, accepts)
+        assert found == pytest.approx(length * expected, rel=1e-6), frozen
+    both = flops_per_row(model, {**lengths, "rejected_tokens": length})
+    assert both == 2 * flops_per_row(model, lengths)
+    states = flops_per_row(model_of(), {"tokens": length, "second_tokens": length})
+    assert states == pytest.approx(2 * length * (6 * layers + 12 * pairs), rel=1e-6)
 
 
 @pytest.mark.parametrize("keys, matrices", [
