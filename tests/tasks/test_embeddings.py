@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import lines, losses, one_line, run_here
+from processes import finish, lines, losses, one_line, run_here
 
 import lmjax
 from lmjax.models.encoder import EncoderConfig
@@ -92,16 +92,23 @@ def get_config():
 """
 
 
-@pytest.mark.long
-def test_a_run_learns_which_texts_belong_together_and_lm_embed_gives_its_vectors(
-        tmp_path, capsys):
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """The recipe of a run on pairs of texts."""
+    made = tmp_path_factory.mktemp("embeddings")
     rng, words = random.Random(0), "red blue green one two three four five six".split()
     rows = [{"a": " ".join(pair), "b": " ".join(reversed(pair))}
             for pair in (rng.sample(words, 3) for _ in range(200))]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = tmp_path / "task.py"
-    config.write_text(RECIPE.format(examples=tmp_path / "a.jsonl"))
-    assert run_here(tmp_path / "run", config=str(config)) == 0
+    (made / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = made / "task.py"
+    config.write_text(RECIPE.format(examples=made / "a.jsonl"))
+    return str(config)
+
+
+@pytest.mark.long
+def test_a_run_learns_which_texts_belong_together_and_lm_embed_gives_its_vectors(
+        config, tmp_path, capsys):
+    assert run_here(tmp_path / "run", config=config) == 0
     found = [line for line in lines(tmp_path / "run") if "eval/mrr" in line]
     assert found[-1]["eval/mrr"] > 2 * found[0]["eval/mrr"] or found[-1]["eval/mrr"] > 0.5
     assert np.isfinite(losses(tmp_path / "run")).all()
@@ -109,5 +116,13 @@ def test_a_run_learns_which_texts_belong_together_and_lm_embed_gives_its_vectors
     first, second = (lm.embed([line["record"][key] for line in answers]) for key in "ab")
     np.testing.assert_allclose(np.sum(first * second, axis=1),
                                [line["answer"]["similarity"] for line in answers], atol=1e-4)
-    assert run_here(tmp_path / "parts", "train.microbatches=2", config=str(config)) == 2
+    assert run_here(tmp_path / "parts", "train.microbatches=2", config=config) == 2
     assert "compares all rows" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_a_mesh_of_eight_devices_has_the_losses_of_one(config, tmp_path):
+    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    assert run_here(tmp_path / "meshed", *mesh, config=config) == 0
+    finish(tmp_path / "alone", config=config)
+    np.testing.assert_allclose(losses(tmp_path / "meshed"), losses(tmp_path / "alone"), rtol=1e-3)

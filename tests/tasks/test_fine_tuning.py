@@ -108,6 +108,18 @@ def test_a_mesh_of_eight_devices_has_the_losses_of_one(folder, straight):
     np.testing.assert_allclose(losses(folder / "meshed"), losses(straight[0]), rtol=2e-4)
 
 
+@pytest.mark.slow
+def test_learning_rates_by_depth_and_group_are_the_same_on_a_mesh(folder, straight):
+    rates = ("optimizer.layer_decay=0.5",
+             'optimizer.groups=[{"parameters": "^task_head/", "multiplier": 4.0}]')
+    config, mesh = str(folder / "encoder_task.py"), ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    finish(folder / "rates", *rates, config=config)
+    assert run_here(folder / "rates_meshed", *rates, *mesh, config=config) == 0
+    alone = losses(folder / "rates")
+    np.testing.assert_allclose(losses(folder / "rates_meshed"), alone, rtol=2e-4)
+    assert not np.allclose(alone[2:], losses(straight[0])[2:], rtol=1e-2)
+
+
 def test_adapters_and_a_head_learn_beside_a_frozen_encoder(folder):
     workdir = folder / "lora"
     lora = ("adapter.kind=lora", "adapter.targets=.", "adapter.dropout=0.1")

@@ -168,6 +168,17 @@ def test_killed_it_writes_the_same_answers_again(folder, straight):
     assert_same_run(folder / "killed", straight, ["metrics.jsonl", "answers/eval.jsonl"])
 
 
+@pytest.mark.slow
+def test_a_mesh_of_eight_devices_writes_and_learns_what_one_does(folder, straight):
+    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    assert run_here(folder / "meshed", "train.steps=40", "eval.every=40", *mesh,
+                    config=str(folder / "task.py")) == 0
+    for name in ("loss", "reward"):  # as long as rounding changes none of the answers
+        here, there = ([line[name] for line in lines(run) if name in line]
+                       for run in (folder / "meshed", straight))
+        np.testing.assert_allclose(here[:10], there[:10], atol=1e-4)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("options, message", [
     (["task.max_tokens=16"], "less than data.seq_len=16"),

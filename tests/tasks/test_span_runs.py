@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from processes import finish, lines, losses, one_line, run_here
+from processes import assert_same_run, finish, lines, losses, one_line, run_here, start, wait_for
 
 from lmjax.tasks import squad
 from lmjax.tasks.entities import entity_scores
@@ -107,6 +107,21 @@ def test_a_run_learns_and_a_mesh_of_eight_devices_has_its_losses(folder, task):
         if line["answer"]["text"]:
             text = line["record"]["context"][line["answer"]["start"] : line["answer"]["end"]]
             assert text == line["answer"]["text"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["tagging", "questions"])
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(folder, task):
+    config, steps = str(folder / f"{task}.py"), ("eval.every=8", "checkpoint.every=4")
+    straight, killed = folder / f"{task}_straight", folder / f"{task}_killed"
+    finish(straight, *steps, config=config)
+    for step in (6, 14):
+        process = start(killed, *steps, config=config)
+        wait_for(process, lambda step=step: len(losses(killed)) > step)
+        process.kill()
+        process.wait()
+    finish(killed, *steps, config=config)
+    assert_same_run(killed, straight, ["metrics.jsonl", "answers/eval.jsonl"])
 
 
 def test_bad_records_end_the_run_with_the_first_of_them_in_one_line(folder, capsys):

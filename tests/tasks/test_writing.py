@@ -132,16 +132,20 @@ def test_a_mesh_of_eight_devices_has_the_losses_and_answers_of_one(name, folder)
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(folder):
-    config = str(folder / "pairs_task.py")
-    finish(folder / "straight", config=config)
+@pytest.mark.parametrize("name", ["pairs", "chat"])
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(name, folder):
+    config, steps = str(folder / f"{name}_task.py"), ("train.steps=16", "eval.every=8",
+                                                      "checkpoint.every=4")
+    straight, killed = folder / f"{name}_straight", folder / f"{name}_killed"
+    finish(straight, *steps, config=config)
     for step in (3, 9):
-        process = start(folder / "killed", config=config)
-        wait_for(process, lambda step=step: len(losses(folder / "killed")) > step)
+        process = start(killed, *steps, config=config)
+        wait_for(process, lambda step=step: len(losses(killed)) > step)
         process.kill()
         process.wait()
-    finish(folder / "killed", config=config)
-    assert_same_run(folder / "killed", folder / "straight", ["metrics.jsonl", "answers/eval.jsonl"])
+    finish(killed, *steps, config=config)
+    assert_same_run(killed, straight, ["metrics.jsonl", "answers/eval.jsonl",
+                                       "answers/test.jsonl"])
 
 
 def test_a_decoder_answers_in_conversations(trained):
