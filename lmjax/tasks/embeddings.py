@@ -1,10 +1,12 @@
 """Sentence embeddings: texts that belong together get vectors that are close.
 
 Each first text is to find its second text among those of the whole batch (in-batch negatives, as in
-arXiv:1705.00652). A vector is what `lm.embed` gives: the mean of a text's last hidden states, of
+arXiv:1705.00652), and among texts that records name as near but wrong (hard negatives, as in
+arXiv:2004.04906). A vector is what `lm.embed` gives: the mean of a text's last hidden states, of
 length 1.
 
-Shape suffixes: B pairs of the batch, T sequence, D embed_dim, N pairs of an evaluation.
+Shape suffixes: B pairs of the batch, S texts among which a first text is to find its own, K texts
+of a record, T sequence, D embed_dim, N pairs of an evaluation.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from lmjax.tasks.reading import read_text
 from lmjax.tasks.task import Answer, Encoded, Facts, Predicted, Record, Sizes, Task
 from lmjax.tasks.templates import check_template, fill
 
-SECOND = "second_"  # the prefix of the columns of the second text
+SECOND, NEGATIVE = "second_", "negative_"  # prefixes of the columns of further texts
 COMPARED = 1024  # first texts whose similarities to all second texts are in memory at a time
 
 
@@ -39,6 +41,7 @@ class Embeddings(Task):
     name: str = "embeddings"
     first: str = "{first}"
     second: str = "{second}"  # the text that belongs to the first
+    negative: str = ""  # a text that does not, though it seems to; "": there are none
     temperature: float = 0.05  # similarities are divided by it
 
     def __post_init__(self) -> None:
@@ -61,7 +64,8 @@ class Embeddings(Task):
 
     @property
     def templates(self) -> dict[str, str]:
-        return {"first": self.first, "second": self.second}
+        return {"first": self.first, "second": self.second} | (
+            {"negative": self.negative} if self.negative else {})
 
     def decides(self) -> dict[str, Any]:
         return {key: value for key, value in super().decides().items() if key != "temperature"}
@@ -74,27 +78,32 @@ class Embeddings(Task):
             raise UserError("an encoder or a decoder", model.family, "use one", where="task.name")
 
     def texts(self, record: Record) -> list[str]:
-        return [fill(self.first, record), fill(self.second, record)]
+        return [fill(template, record) for template in self.templates.values()]
 
     def encode(self, record: Record, reader: Reader, facts: Facts, sizes: Sizes, *,
                labelled: bool = True) -> Encoded:
-        first = read_text(reader, fill(self.first, record), sizes.tokens)
-        second = read_text(reader, fill(self.second, record), sizes.tokens)
-        return Encoded({"tokens": first.ids, f"{SECOND}tokens": second.ids},
-                       first.cut + second.cut)
+        texts = {"": self.first, SECOND: self.second} | (
+            {NEGATIVE: self.negative} if self.negative and labelled else {})
+        read = {prefix: read_text(reader, fill(template, record), sizes.tokens)
+                for prefix, template in texts.items()}
+        return Encoded({f"{prefix}tokens": its.ids for prefix, its in read.items()},
+                       sum(its.cut for its in read.values()))
 
     def loss(self, model: Model, facts: Facts, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
         def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
-            first_BD, second_BD, routing = vectors(model, params, batch, key)
+            (first_BD, *others), routing = vectors(model, params, batch, key)
             real_B = (batch["segment_ids"][:, 0] > 0).astype(jnp.float32)
-            scores_BB = first_BD @ second_BD.T / self.temperature
-            scores_BB = jnp.where(real_B[None] > 0, scores_BB, -1e9)
-            log_p_B = jnp.diagonal(jax.nn.log_softmax(scores_BB))
+            scores_BS = first_BD @ jnp.concatenate(others).T / self.temperature
+            real_1S = jnp.tile(real_B, len(others))[None]
+            scores_BS = jnp.where(real_1S > 0, scores_BS, -1e9)
+            log_p_B = jnp.diagonal(jax.nn.log_softmax(scores_BS))
             total = -jnp.sum(log_p_B * real_B)
             loss = Loss(total, jax.lax.stop_gradient(total), jnp.sum(real_B))
             if key is not None:
-                return with_routers(loss, routing, model.config.moe, jnp.repeat(real_B / 2, 2))
-            return loss._replace(extra={"row_first": first_BD, "row_second": second_BD})
+                texts = 1 + len(others)
+                return with_routers(loss, routing, model.config.moe,
+                                    jnp.repeat(real_B / texts, texts))
+            return loss._replace(extra={"row_first": first_BD, "row_second": others[0]})
 
         return loss_fn
 
@@ -119,20 +128,23 @@ class Embeddings(Task):
 
 
 def vectors(model: Model, params: Params, batch: Batch,
-            key: jax.Array | None) -> tuple[jax.Array, jax.Array, Routing | None]:
-    """The vectors of the first and of the second texts, float32 [B, D] each.
+            key: jax.Array | None) -> tuple[list[jax.Array], Routing | None]:
+    """The vectors of the first, the second and any further texts, and how experts were chosen.
 
-    Returned as well: how experts were chosen.
+    Returns:
+      float32 [B, D] per text of a record; the routing.
     """
+    texts = ["", SECOND, *([NEGATIVE] if f"{NEGATIVE}tokens" in batch else [])]
     names = [name.removeprefix(SECOND) for name in batch if name.startswith(SECOND)]
-    both = {name: jnp.stack([batch[name], batch[SECOND + name]], axis=1).reshape(
+    # The texts of a record are neighbours, and stay on their device.
+    rows = {name: jnp.stack([batch[text + name] for text in texts], axis=1).reshape(
         -1, batch[name].shape[1]) for name in names}
-    states, routing = model.states(params, both, key)
-    real_NT1 = (both["segment_ids"] > 0).astype(jnp.float32)[..., None]
-    states = states.astype(jnp.float32)
-    mean_ND = jnp.sum(states * real_NT1, axis=1) / jnp.maximum(jnp.sum(real_NT1, axis=1), 1.0)
+    states, routing = model.states(params, rows, key)
+    states, real = states.astype(jnp.float32), (rows["segment_ids"] > 0).astype(jnp.float32)
+    mean = jnp.sum(states * real[..., None], axis=1) / jnp.maximum(
+        jnp.sum(real, axis=1, keepdims=True), 1.0)
     # Not by the norm: its gradient at 0, where a row is padding, is not a number.
-    squares_N1 = jnp.sum(jnp.square(mean_ND), axis=1, keepdims=True)
-    unit_ND = mean_ND * jax.lax.rsqrt(jnp.maximum(squares_N1, 1e-24))
-    pairs_BD = unit_ND.reshape(-1, 2, unit_ND.shape[1])
-    return pairs_BD[:, 0], pairs_BD[:, 1], routing
+    squares = jnp.sum(jnp.square(mean), axis=1, keepdims=True)
+    unit_BKD = (mean * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))).reshape(
+        -1, len(texts), mean.shape[1])
+    return [unit_BKD[:, i] for i in range(len(texts))], routing

@@ -48,9 +48,10 @@ def examples(source: SourceConfig, budget: float) -> Iterator[Example | Broken]:
 
     Raises (while iterating):
       UserError: a file cannot be read, has more broken records than `budget` allows, or lacks the
-        column of `source.where`.
+        column of `source.where`; or no record is chosen.
     """
     column, chooses, wanted = source.where.partition("=")
+    chosen = 0
     source = dataclasses.replace(source, text_field="")  # the whole record, as JSON
     for unit in units(source, 1 << 62):
         for item in read(source, unit, budget):
@@ -66,7 +67,11 @@ def examples(source: SourceConfig, budget: float) -> Iterator[Example | Broken]:
                                 "jsonl:, csv:, tsv:, parquet:, arrow: or tfds:",
                                 where=f"source {source.name} ({source.uri})")
             if not chooses or as_text(_named(record, column, source)) == wanted:
+                chosen += 1
                 yield Example(item.id, record)
+    if chooses and not chosen:
+        raise UserError(f"records with where={source.where!r}", "none", "correct it, or the file",
+                        where=f"source {source.name} ({source.uri})")
 
 
 def _named(record: Record, column: str, source: SourceConfig) -> Any:

@@ -20,7 +20,7 @@ from lmjax.tasks.prepare import RECORDS, read_manifest
 from lmjax.tasks.task import Record, Sizes, Task
 
 # The sides of a row: columns that begin with these names lie at the tokens of that side.
-SIDES = ("encoder_", "rejected_", "second_", "label_", "")
+SIDES = ("encoder_", "rejected_", "second_", "negative_", "label_", "")
 
 
 class Place(NamedTuple):

@@ -19,9 +19,9 @@ CONFIG = EncoderConfig(num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, mlp=
                        vocab_size=64, init_std=0.3)
 
 
-def batch_of(rows=6, length=10, seed=0):
+def batch_of(rows=6, length=10, seed=0, sides=("", "second_")):
     rng, batch = np.random.default_rng(seed), {}
-    for side in ("", "second_"):
+    for side in sides:
         lengths = rng.integers(2, length + 1, rows)
         real = np.arange(length) < lengths[:, None]
         batch |= {f"{side}tokens": np.where(real, rng.integers(3, 64, (rows, length)), 0),
@@ -43,23 +43,27 @@ def params(model):
 def by_hand(model, params, batch, temperature):
     """The mean of -log softmax(cosine / temperature) of each pair, in float64."""
     sides = []
-    for side in ("", "second_"):
+    for side in ("", "second_", "negative_"):
+        if f"{side}tokens" not in batch:
+            continue
         rows = {name: batch[side + name] for name in ("tokens", "positions", "segment_ids")}
         states = np.asarray(model.encode(params, rows)[0], np.float64)
         means = [x[: int(n)].mean(0) for x, n in zip(states, rows["segment_ids"].sum(1),
                                                     strict=True)]
         sides.append(np.stack([mean / np.linalg.norm(mean) for mean in means]))
-    scores = sides[0] @ sides[1].T / temperature
+    scores = sides[0] @ np.concatenate(sides[1:]).T / temperature
     own = np.diagonal(scores)
     return float(np.mean(np.log(np.exp(scores - own[:, None]).sum(1)))), sides
 
 
-def test_the_loss_is_that_of_the_formula_and_padding_rows_do_not_count(model, params):
-    batch, task = batch_of(), Embeddings(temperature=0.1)
+@pytest.mark.parametrize("sides", [("", "second_"), pytest.param(
+    ("", "second_", "negative_"), marks=pytest.mark.long)])
+def test_the_loss_is_that_of_the_formula_and_padding_rows_do_not_count(sides, model, params):
+    batch, task = batch_of(sides=sides), Embeddings(temperature=0.1)
     loss = task.loss(model, {})(params, batch, None)
     expected, sides = by_hand(model, params, batch, 0.1)
     assert float(loss.total / loss.weight) == pytest.approx(expected, rel=1e-5)
-    for name, side in zip(("row_first", "row_second"), sides, strict=True):
+    for name, side in zip(("row_first", "row_second"), sides[:2], strict=True):
         np.testing.assert_allclose(loss.extra[name], side, atol=1e-5)
     padded = {name: np.concatenate([x, np.zeros_like(x)]) for name, x in batch.items()}
     more = task.loss(model, {})(params, padded, None)
@@ -97,7 +101,7 @@ def config(tmp_path_factory):
     """The recipe of a run on pairs of texts."""
     made = tmp_path_factory.mktemp("embeddings")
     rng, words = random.Random(0), "red blue green one two three four five six".split()
-    rows = [{"a": " ".join(pair), "b": " ".join(reversed(pair))}
+    rows = [{"a": " ".join(pair), "b": " ".join(reversed(pair)), "c": pair[0]}
             for pair in (rng.sample(words, 3) for _ in range(200))]
     (made / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = made / "task.py"
@@ -118,6 +122,19 @@ def test_a_run_learns_which_texts_belong_together_and_lm_embed_gives_its_vectors
                                [line["answer"]["similarity"] for line in answers], atol=1e-4)
     assert run_here(tmp_path / "parts", "train.microbatches=2", config=config) == 2
     assert "compares all rows" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.long
+def test_texts_that_do_not_belong_together_are_read_from_a_column(config, tmp_path, capsys):
+    steps = ("train.steps=2", "optimizer.warmup_steps=1", "eval.every=2")
+    assert run_here(tmp_path / "run", "task.negative={c}", *steps, config=config) == 0
+    splits = json.loads((tmp_path / "run/data/manifest.json").read_text())["splits"].values()
+    assert all("negative_tokens" in split["columns"] for split in splits)
+    assert np.isfinite(losses(tmp_path / "run")).all()
+    lm = lmjax.load(tmp_path / "run")
+    assert lm.predict([{"a": "one", "b": "one"}])[0]["similarity"] == pytest.approx(1)
+    assert run_here(tmp_path / "bad", "task.negative={d}", *steps, config=config) == 2
+    assert "the column 'd' of config.task.negative" in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.slow

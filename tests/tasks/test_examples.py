@@ -121,7 +121,7 @@ def test_a_column_may_say_which_split_a_record_belongs_to(tmp_path):
     text = (tmp_path / "out/validation/heldout/records.jsonl").read_text()
     assert {json.loads(line)["part"]["of"] for line in text.splitlines()} == {"dev"}
     for where, said in (("split=train", "a column 'split' for where='split=train'"),
-                        ("part.of=tests", "a training example|at least one example")):
+                        ("part.of=tests", "records with where='part.of=tests', got none")):
         bad = made._replace(data=dataclasses.replace(made.data, sources=(
             dataclasses.replace(source, where=where),)))
         with pytest.raises(UserError, match=said):
