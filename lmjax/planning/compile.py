@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from lmjax.config import plain
+from lmjax.data.text.sources import identity
 from lmjax.errors import UserError, first_line
 from lmjax.planning.kernels import StepFacts
 from lmjax.planning.measure import versions
 from lmjax.runtime.chips import FLAGS, Topology, tpu_compiler
 from lmjax.runtime.files import cache_directory
+from lmjax.tasks.task import Task
 from lmjax.training.recipe import Recipe
 
 Log = Callable[[str], None]
@@ -56,6 +58,8 @@ def compiled(recipe: Recipe, topology: Topology | str, log: Log) -> tuple[StepFa
     if isinstance(topology, Topology) and not flags["LIBTPU_INIT_ARGS"]:
         flags["LIBTPU_INIT_ARGS"] = topology.flags  # as launch/tpu_pod and launch/gke set them
     request = {"recipe": plain(recipe), "topology": str(topology), "flags": flags}
+    if isinstance(recipe.task, Task) and not recipe.data.directory:  # then they are read
+        request["examples"] = [identity(source) for source in recipe.data.sources]
     if on_tpu and importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler", "no libtpu", "install it with pip install "
                         "'lmjax[tpu]', from a checkout -e '.[tpu]' (it needs no TPU)",

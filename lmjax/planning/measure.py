@@ -10,6 +10,7 @@ import json
 import re
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from lmjax.data.objectives import Objective
 from lmjax.errors import UserError, first_line
 from lmjax.models.flops import flops_per_row
 from lmjax.models.model import ModelConfig
+from lmjax.monitoring.progress import to_stderr
 from lmjax.nn.kernels.choose import uses_balanced_rows
 from lmjax.nn.sequence import num_shards
 from lmjax.planning.kernels import StepFacts
@@ -27,9 +29,10 @@ from lmjax.runtime.chips import Topology, parse_topology
 from lmjax.runtime.devices import matmul_rate
 from lmjax.sharding import use_layout
 from lmjax.tasks.task import Task
+from lmjax.training.pretrained import find
 from lmjax.training.program import Program, make_program
 from lmjax.training.recipe import Recipe, recorded_recipe
-from lmjax.training.task_data import open_data
+from lmjax.training.task_data import open_data, prepare_task
 from lmjax.tree import num_elements, shard_bytes
 
 PLATFORMS = ("cpu", "gpu", "cuda", "tpu")  # in place of a topology: the devices at hand
@@ -84,15 +87,20 @@ def measure(recipe: Recipe, topology: Topology | str) -> tuple[StepFacts, str]:
 
 
 def _program(recipe: Recipe, devices: Sequence[jax.Device]) -> Program:
-    """The program of a recipe, whose data need not be there; but the examples of a task must be."""
+    """The program of a recipe, whose data need not be there; but the examples of a task must be.
+
+    They decide the arrays of a batch and the outputs of the head. Without prepared ones, they are
+    prepared for the time being.
+    """
     if isinstance(recipe.task, Task):
-        if not recipe.data.directory:
-            raise UserError("the prepared examples of the task, which decide the arrays of a batch",
-                            "none", "train a step first, then set it to WORKDIR/data",
-                            where="config.data.directory")
-        split, _, _, found = open_data(recipe, recipe.data.directory)
-        return make_program(recipe, devices, fields=split.fields, vocab_size=split.vocab_size,
-                            facts=found)
+        with tempfile.TemporaryDirectory() as folder:
+            directory = recipe.data.directory
+            if not directory:
+                start, directory = recipe.train.init_from, f"{folder}/data"
+                prepare_task(recipe, directory, find(start) if start else None, to_stderr)
+            split, _, _, found = open_data(recipe, directory)
+            return make_program(recipe, devices, fields=split.fields, vocab_size=split.vocab_size,
+                                facts=found)
     size = recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
     objective = Objective(recipe.data.objective, seq_len=recipe.data.seq_len, vocab_size=size)
     return make_program(recipe, devices, fields=objective.fields,
