@@ -11,6 +11,7 @@ import pytest
 from lmjax.config import build
 from lmjax.data.config import DataConfig
 from lmjax.data.reading import Reader, make_reader
+from lmjax.data.text.sources import read
 from lmjax.data.tokenizers import prepared_tokenizer, sentencepiece_tokenizer
 from lmjax.errors import UserError
 from lmjax.tasks.classification import Classification
@@ -126,6 +127,8 @@ def test_a_column_may_say_which_split_a_record_belongs_to(tmp_path):
             dataclasses.replace(source, where=where),)))
         with pytest.raises(UserError, match=said):
             prepared(bad, tmp_path / "bad")
+    with pytest.raises(UserError, match="where texts are read, got where='part.of=train'"):
+        list(read(source, [("a", str(tmp_path / "a.jsonl"))]))
     with pytest.raises(UserError, match="COLUMN=VALUE, such as split=test"):
         dataclasses.replace(source, where="test")
 

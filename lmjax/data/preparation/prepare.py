@@ -61,9 +61,6 @@ def prepare(config: DataConfig, out: str, *,
     if config.synthetic:
         raise UserError("text to prepare", "synthetic data, which needs no preparing",
                         "train on it directly", where="data.sources")
-    if chosen := next((source for source in config.sources if source.where), None):
-        raise UserError('"" for a corpus, whose texts are all read', repr(chosen.where),
-                        "leave it out, or set config.task", where="data.sources.where")
     out = str(out).rstrip("/")
     if (epath.Path(out) / "manifest.json").exists():
         _reuse(config, out, make_tokenizer, log)

@@ -48,7 +48,8 @@ class SourceConfig:
         if not self.weight > 0:
             raise UserError("more than 0", self.weight, "raise it or drop the source",
                             where="weight")
-        if self.where and not self.where.partition("=")[0].strip():
+        column, equals, _ = self.where.partition("=")
+        if self.where and not (column and equals):
             raise UserError("COLUMN=VALUE, such as split=test", repr(self.where), "correct it",
                             where="where")
         scheme, _, rest = self.uri.partition(":")
@@ -103,6 +104,9 @@ def read(source: SourceConfig, files: Sequence[tuple[str, str]],
       UserError: a file cannot be read to its end, has no text field or too many broken records.
     """
     scheme = SCHEMES[source.uri.partition(":")[0]]
+    if source.where and source.text_field:
+        raise _problem(source, '"" where texts are read', f"where={source.where!r}",
+                       "leave it out; it chooses records of a task")
     for name, path in files:
         texts = broken = size = lost = 0
         example = ("", "")
