@@ -49,7 +49,7 @@ class Grpo(Pairs):
     group: int = 8  # answers to a prompt
     temperature: float = 1.0  # of their sampling
     # What an answer earns: the weights of exact_match (it is the target), number (its last number
-    # is the target's) and pattern (it has the form of `pattern`).
+    # is the target's), pattern (it has the form of `pattern`), or of your own in `REWARDS`.
     rewards: dict[str, float] = field(default_factory=lambda: {"exact_match": 1.0})
     pattern: str = ""
 
@@ -57,8 +57,6 @@ class Grpo(Pairs):
         super().__post_init__()
         choice("kind", self.kind, KINDS)
         at_least(2, group=self.group)
-        for name in self.rewards:
-            choice("rewards", name, REWARDS)
         if not self.rewards or not self.temperature > 0:
             raise UserError("one or more rewards and a temperature above 0",
                             f"{self.rewards}, {self.temperature}", "correct them", where="rewards")
@@ -67,6 +65,12 @@ class Grpo(Pairs):
         except re.error as error:
             raise UserError("a regular expression", f"{self.pattern!r} ({error})", "correct it",
                             where="pattern") from None
+
+    def check_installed(self) -> None:
+        super().check_installed()
+        # Here and not where the config is made: a checkpoint loads without a reward of one's own.
+        for name in self.rewards:
+            choice("config.task.rewards", name, REWARDS)
 
     @property
     def packs(self) -> bool:

@@ -22,6 +22,7 @@ def matches(answer: str, target: str, pattern: str) -> float:
     return float(re.fullmatch(pattern, answer.strip(), re.DOTALL) is not None)
 
 
-# (answer, target, task.pattern) -> a number
+# (answer, target, task.pattern) -> a number. The file of a recipe may add functions of its own. A
+# checkpoint records their names alone, and never runs them.
 REWARDS: dict[str, Callable[[str, str, str], float]] = {
     "exact_match": exact_match, "number": number, "pattern": matches}

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from processes import assert_same_run, finish, lines, losses, one_line, run_here, start, wait_for
 
+from lmjax.config import build, plain
+from lmjax.errors import UserError
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
 from lmjax.tasks.grpo import Grpo, advantages, answered_rows
@@ -101,6 +103,16 @@ def test_rows_hold_prompts_and_answers_and_count_the_answers_only():
     ("pattern", "abab", "", 1), ("pattern", "abc", "", 0)])
 def test_rewards(name, answer, target, expected):
     assert REWARDS[name](answer, target, "(ab)+") == expected
+
+
+def test_a_recipe_brings_a_reward_of_its_own_and_a_checkpoint_loads_without_it(monkeypatch):
+    made = task_of(rewards={"short": 2.0, "exact_match": 1.0})
+    with pytest.raises(UserError, match="rewards: expected one of exact_match, .*got 'short'"):
+        made.check_installed()
+    assert build(Grpo, plain(made)) == made  # as it is read from a checkpoint
+    monkeypatch.setitem(REWARDS, "short", lambda answer, target, pattern: float(len(answer) < 3))
+    made.check_installed()
+    assert (made.reward("ab", "ab"), made.reward("abc", "abc")) == (3.0, 1.0)
 
 
 BASE = """
