@@ -199,7 +199,7 @@ ROBERTA = {"token_types": 1, "position_offset": 1, "max_positions": 64}
 @pytest.mark.parametrize(("family", "task"), [
     pytest.param("encoder", {}, marks=pytest.mark.long),
     pytest.param("encoder", {"pair": "{other}"}, marks=pytest.mark.long),
-    pytest.param("encoder", {"pair": "{other}", "model": ROBERTA}, marks=pytest.mark.long),
+    pytest.param("encoder", {"pair": "{other}", "model": ROBERTA}, marks=pytest.mark.slow),
     pytest.param("encoder", {"kind": "multi"}, marks=pytest.mark.long),
     pytest.param("decoder", {}, marks=pytest.mark.long),
     pytest.param("decoder", {"kind": "regression"}, marks=pytest.mark.long)])

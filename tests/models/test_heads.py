@@ -18,6 +18,7 @@ BERT = EncoderConfig(**SIZES, pooler=True, token_types=2)
 ROBERTA = EncoderConfig(**SIZES, token_types=1, position_offset=2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["Bert", "Roberta"])
 def test_the_head_drops_where_that_of_transformers_does(name):
     torch = pytest.importorskip("torch", reason="torch is not installed: pip install lmjax[oracle]")

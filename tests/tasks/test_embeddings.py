@@ -124,7 +124,7 @@ def test_a_run_learns_which_texts_belong_together_and_lm_embed_gives_its_vectors
     assert "compares all rows" in one_line(capsys.readouterr().err)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_texts_that_do_not_belong_together_are_read_from_a_column(config, tmp_path, capsys):
     steps = ("train.steps=2", "optimizer.warmup_steps=1", "eval.every=2")
     assert run_here(tmp_path / "run", "task.negative={c}", *steps, config=config) == 0

@@ -107,6 +107,7 @@ def test_the_split_by_hash_keeps_every_example_once_and_copies_together(tmp_path
     assert all(copies.count(n) == 1 + (n < 50) for n in held)
 
 
+@pytest.mark.long
 def test_a_column_may_say_which_split_a_record_belongs_to(tmp_path):
     rows = [{**row, "part": {"of": ["train", "dev", 3][row["n"] % 3]}} for row in records(90)]
     uri = write(tmp_path / "a.jsonl", rows)

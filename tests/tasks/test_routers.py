@@ -16,21 +16,18 @@ from lmjax.tasks.classification import Classification
 from lmjax.tasks.embeddings import Embeddings
 from lmjax.tasks.grpo import Grpo
 from lmjax.tasks.preferences import Preferences
-from lmjax.tasks.questions import Questions
 
 SIZES = dict(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=16, vocab_size=32, init_std=0.5)
 MOE = MoEConfig(experts=4, balance_loss=0.3, z_loss=0.1)
 ROWS, LENGTH, CLASSES = 4, 6, 3
 # Each loss of a task: the outputs of the head, and the prefixes of the texts that it reads.
-TASKS = {"classification": (Classification(), CLASSES, ("",)),
-         "multi": (Classification(kind="multi"), CLASSES, ("",)),
+TASKS = {"multi": (Classification(kind="multi"), CLASSES, ("",)),
          "regression": (Classification(kind="regression"), 1, ("",)),
-         "questions": (Questions(), 2, ("",)),
          "embeddings": (Embeddings(), 0, ("", "second_")),
          "grpo": (Grpo(input="{a}", target="{b}"), 0, ("",)),
          "dpo": (Preferences(), 0, ("", "rejected_")),
          "reward": (Preferences(kind="reward"), 1, ("", "rejected_"))}
-ENCODERS = ("classification", "multi", "regression", "questions", "embeddings")
+ENCODERS = ("multi", "regression", "embeddings")
 
 
 def batch_of(prefixes, outputs):
@@ -45,8 +42,7 @@ def batch_of(prefixes, outputs):
             "targets": rng.integers(0, outputs or 32, real.shape).astype(np.int32) * real,
             "positions": np.arange(LENGTH, dtype=np.int32) * real, "segment_ids": real,
             "loss_mask": np.eye(1, LENGTH, 1, dtype=np.float32) * real,
-            "values": rng.normal(size=real.shape).astype(np.float32),
-            "begins": real, "ends": real}.items()}
+            "values": rng.normal(size=real.shape).astype(np.float32)}.items()}
     return batch
 
 
