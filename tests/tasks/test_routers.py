@@ -1,4 +1,4 @@
-"""Experts: the loss of every task has those of the routers, once, and reports the experts' load."""
+"""Experts: losses that tasks compute themselves have those of the routers, once, and their load."""
 
 import dataclasses
 
