@@ -8,7 +8,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import matplotlib
@@ -172,6 +172,8 @@ def _draw_panel(ax: Axes, panel: Panel, ticks: int) -> None:
     seen = [value for _, value in panel.baselines]
     for curve in panel.curves:
         seen += _draw_curve(ax, curve)
+    if not any(value > 0 for value in seen):  # as gradients are where no answer earns a reward
+        panel = replace(panel, log=False)
     if panel.log:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))

@@ -200,6 +200,13 @@ def test_metrics_alone(tmp_path, line):
     assert len(pictures) == 1 and "A language model trained for 5 steps" in text
 
 
+def test_gradients_that_are_all_zero_have_a_picture(tmp_path):
+    lines = [json.dumps({"step": i, "loss": 0.0, "grad_norm": 0.0}) + "\n" for i in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    _, _, pictures = report(tmp_path)  # a warning of Matplotlib is an error here
+    assert any("gradient norm" in "".join(picture.itertext()) for picture in pictures)
+
+
 def test_not_below_the_baselines(tmp_path):
     make_run(tmp_path, loss=lambda step: 4.8)
     text = report(tmp_path)[1]
