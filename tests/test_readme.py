@@ -73,7 +73,7 @@ sys.exit(main(args))
 """
 # tests/launch/test_installation.py and tests/benchmarks run these, or a test machine cannot.
 ELSEWHERE = ("./launch/local", "./launch/test", "pip install", "lmjax bench generate",
-             "lmjax bench score")
+             "lmjax bench score", "lmjax bench tasks")
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:

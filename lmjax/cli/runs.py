@@ -165,18 +165,26 @@ def add_bench(parser: ArgumentParser) -> None:
     """Adds the arguments of `lmjax bench`."""
     _add_config(parser, required=False)
     parser.add_argument("what", nargs="?", default="train",
-                        choices=("train", "generate", "score", "data"),
+                        choices=("train", "generate", "score", "data", "tasks"),
                         help="score: likelihoods of texts beside their logits; "
                         "data: the stages of `lmjax prepare` and the rows of training; "
-                        "it needs no --config (default: train)")
+                        "tasks: what pretraining is worth for the recipes of configs/tasks; "
+                        "the last two need no --config (default: train)")
     parser.add_argument("--seconds", type=float, default=60.0,
                         help="seconds to measure for, per comparison (default: 60)")
     parser.add_argument("--out", default="", type=LocalPath, metavar="FILE",
                         help="write the results as JSON, too")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME",
+                        help="for tasks: which recipes of configs/tasks (default: all)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME.KEY=VALUE",
+                        help="for tasks: overrides of the recipe NAME, or of that of the model it "
+                        "starts from, such as tagging.train.steps=100 bert.train.steps=500")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N",
+                        help="for tasks: runs per start (default: 3)")
 
 
 def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
-    """Measures training, generation, scoring or data preparation."""
+    """Measures training, generation, scoring, data preparation or fine-tuning."""
     options = {"seconds": arguments.seconds, "out": arguments.out}
     if not arguments.seconds > 0:
         raise UserError("more than 0", arguments.seconds, "leave it out for 60", where="--seconds")
@@ -194,6 +202,13 @@ def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
         from lmjax.benchmarks.data import bench_data
 
         bench_data(**options)
+    elif arguments.what == "tasks":
+        from lmjax.benchmarks.finetuning import bench_tasks
+
+        if overrides or arguments.config:
+            raise UserError("no --config, since the recipes are those of configs/tasks", "one",
+                            "write --set NAME.KEY=VALUE", where="--config")
+        bench_tasks(arguments.tasks, arguments.set, seeds=arguments.seeds, out=arguments.out)
     else:
         from lmjax.benchmarks.train import bench
 
