@@ -116,7 +116,7 @@ def _curves(run: RunRecord) -> str:
         curves = curve("training", run.train, column, "train")
         for (group, columns), color in zip(run.evals.items(), ("heldout", "ema", "second"),
                                            strict=False):
-            name = "held-out" if group == "eval" else group.removeprefix("eval_").upper()
+            name = {"eval": "held-out", "eval_ema": "EMA"}.get(group, group)
             curves += curve(name, columns, column, color, "points")
         lines = [(str(b["name"]), float(b[column])) for b in run.baselines
                  if math.isfinite(float(b.get(column, math.nan)))]

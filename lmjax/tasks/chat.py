@@ -150,7 +150,12 @@ class Chat(WritingTask):
             if isinstance(found, list):
                 found = [_role_and_content(message) for message in found]
             return check_messages(found, column)
-        asked, said = (value(record, name) for name in ("prompt", "completion"))
+        pair = ("prompt", "completion")
+        if not any(name in record for name in (*COLUMNS, *pair)):
+            raise UserError(f"a column {', '.join(COLUMNS)}, or prompt and completion",
+                            f"a record with {', '.join(record)[:200]}",
+                            "name the column of the conversations in task.messages")
+        asked, said = (value(record, name) for name in pair)
         return check_messages([*_as_messages(asked, "user"), *_as_messages(said, ASSISTANT)],
                               "prompt, completion")
 

@@ -215,9 +215,14 @@ def _facts(reading: _Reading) -> Facts:
                 first = first or error
             else:
                 raise  # of the facts: some records are examples
-        got = f"none (the first record: {first_line(first)})" if first else "no record"
-        raise UserError("examples to train on", got, "correct config.task or the files",
-                        where="config.data.sources") from None
+        raise _no_examples(first) from None
+
+
+def _no_examples(first: UserError | None) -> UserError:
+    """Says that no record is an example; `first` says why the first one is none."""
+    got = f"none (the first record: {first_line(first)})" if first else "no record"
+    return UserError("examples to train on", got, "correct config.task or the files",
+                     where="config.data.sources")
 
 
 class _Texts(Sequence[str]):
@@ -235,12 +240,17 @@ class _Texts(Sequence[str]):
     def _texts(self) -> list[str]:
         if not self._found:
             room = 4 * self._setting.data.tokenizer.train_bytes
+            first: UserError | None = None
             for record in self._reading.records("train"):
-                with contextlib.suppress(UserError):  # told where the record is encoded
+                try:
                     self._found += self._setting.task.texts(record)
+                except UserError as error:
+                    first = first or error
                 room -= sum(map(len, self._found[-4:]))
                 if room < 0:
                     break
+            if not self._found:
+                raise _no_examples(first)
         return self._found
 
 

@@ -14,6 +14,7 @@ from lmjax.data.reading import Reader, make_reader
 from lmjax.data.text.sources import read
 from lmjax.data.tokenizers import prepared_tokenizer, sentencepiece_tokenizer
 from lmjax.errors import UserError
+from lmjax.tasks.chat import Chat
 from lmjax.tasks.classification import Classification
 from lmjax.tasks.prepare import Setting, prepare_examples, read_manifest
 from lmjax.tasks.questions import Questions
@@ -263,6 +264,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path):
 @pytest.mark.parametrize(("task", "change", "message"), [
     (Tagging(tokens="words", tags="tags"), {}, "the first record: expected a list of 2 tags"),
     (Questions(context="text"), {}, "the first record: expected the answer 'zz' in the context"),
+    (Chat(template="plain"), {}, "the first record: expected a column messages, conv"),
     (Classification(), {"label": None}, "the first record: expected a column 'label'")])
 def test_if_no_record_is_an_example_the_first_ones_fault_is_told(task, change, message, tmp_path):
     rows = [{**row, "words": [row["text"], "b"], "tags": ["O"], "question": "why?", "answers": "zz",
