@@ -69,3 +69,18 @@ def test_functions_of_python_have_their_own_and_others_summaries():
         assert arguments == "It takes none." or f"def f({arguments.split(', ')[0]}" in code
     assert len(own) > 10 and all('"""' not in code for code, _ in own)
     assert {record["label"] for record in by_kind["matches"]} == {"yes", "no"}
+
+
+def test_definitions_of_nouns_have_their_kinds_and_no_examples(tmp_path):
+    script = runpy.run_path(str(ROOT / "examples/wordnet_glosses.py"))
+    (tmp_path / "data.noun").write_text(
+        "  1 a line of the licence | which is no noun  \n"
+        "00000001 03 n 01 thing 0 000 | above all kinds  \n"
+        '00000002 06 n 01 chair 0 000 | what one sits on; "a chair, please"  \n'
+        "00000003 18 n 02 sitter 0 seated 0 000 | who sits; waits  \n"
+        "00000004 04 n 01 seat 0 000 | what one sits on  \n"
+        "00000005 28 n 01 sunday 0 000 | when one sits  \n")
+    assert list(script["records"](tmp_path / "data.noun")) == [
+        {"definition": "what one sits on", "kind": "artifact"},
+        {"definition": "who sits; waits", "kind": "person"},
+        {"definition": "when one sits", "kind": "time"}]

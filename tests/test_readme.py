@@ -71,9 +71,10 @@ if args[0] == "bench":
     sys.modules["torch"] = None  # it compiles for half a minute; tests/benchmarks compares
 sys.exit(main(args))
 """
-# tests/launch/test_installation.py and tests/benchmarks run these, or a test machine cannot.
-ELSEWHERE = ("./launch/local", "./launch/test", "pip install", "lmjax bench generate",
-             "lmjax bench score", "lmjax bench tasks")
+# Other tests run these (tests/launch/test_installation.py, tests/benchmarks,
+# tests/tasks/test_glosses.py), or a test machine cannot.
+ELSEWHERE = ("./launch/local", "./launch/test", "pip install", "pip download",
+             "lmjax bench generate", "lmjax bench score", "lmjax bench tasks")
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:
