@@ -51,7 +51,7 @@ def cross_entropy(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Ar
     Raises:
       UserError: `chunk` does not divide the sequence.
     """
-    chunk = _checked(chunk, targets_BT.shape[1])
+    chunk = checked_chunk(chunk, targets_BT.shape[1])
     mask = mask_BT.astype(jnp.float32)
     total, nats = _summed(hidden_BTD, table_VD, targets_BT, mask, bias_V, softcap, z_loss, chunk)
     return Loss(total, nats, jnp.sum(mask))
@@ -73,13 +73,13 @@ def row_log_likelihoods(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: 
 
     @jax.checkpoint
     def one(sums_B: jax.Array, part: Part) -> tuple[jax.Array, None]:
-        log_p = _softmax(part[0], part[1], table_VD, bias_V, softcap)
+        log_p = softmax_of(part[0], part[1], table_VD, bias_V, softcap)
         return sums_B + jnp.sum((log_p.target - log_p.log_z) * part[2], axis=1), None
 
-    chunk = _checked(chunk, targets_BT.shape[1])
+    chunk = checked_chunk(chunk, targets_BT.shape[1])
     zeros_B = jnp.zeros(targets_BT.shape[0], jnp.float32)
     mask = mask_BT.astype(jnp.float32)
-    return _over_chunks(one, zeros_B, (hidden_BTD, targets_BT, mask), chunk)[0]
+    return over_chunks(one, zeros_B, (hidden_BTD, targets_BT, mask), chunk)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -88,12 +88,12 @@ def _summed(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, m
     """The sums, where nobody asks for gradients."""
 
     def one(sums: Sums, part: Part) -> tuple[Sums, None]:
-        log_p = _softmax(part[0], part[1], table_VD, bias_V, softcap)
+        log_p = softmax_of(part[0], part[1], table_VD, bias_V, softcap)
         total, nats = _sums(log_p, part[2], z_loss)
         return (sums[0] + total, sums[1] + nats), None
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    return _over_chunks(one, zero, (hidden_BTD, targets_BT, mask_BT), chunk)[0]
+    return over_chunks(one, zero, (hidden_BTD, targets_BT, mask_BT), chunk)[0]
 
 
 def _forward(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
@@ -104,7 +104,7 @@ def _forward(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, 
     def one(carry: tuple[Sums, jax.Array, Any],
             part: Part) -> tuple[tuple[Sums, jax.Array, Any], jax.Array]:
         sums, d_table, d_bias = carry
-        log_p = _softmax(part[0], part[1], table_VD, bias_V, softcap)
+        log_p = softmax_of(part[0], part[1], table_VD, bias_V, softcap)
         total, nats = _sums(log_p, part[2], z_loss)
         d_logits = _d_logits(log_p, part[2], z_loss, softcap, part[0].dtype)
         d_table += dot_rows(d_logits, part[0], dtype=jnp.float32)
@@ -116,7 +116,7 @@ def _forward(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     start = (zero, jnp.zeros(table_VD.shape, jnp.float32),
              None if bias_V is None else jnp.zeros_like(bias_V))
-    (sums, d_table, d_bias), d_hidden = _over_chunks(
+    (sums, d_table, d_bias), d_hidden = over_chunks(
         one, start, (hidden_BTD, targets_BT, mask_BT), chunk)
     return sums, (d_hidden, d_table.astype(table_VD.dtype), d_bias)
 
@@ -131,8 +131,8 @@ def _backward(softcap: float, z_loss: float, chunk: int, saved: tuple[jax.Array,
 _summed.defvjp(_forward, _backward)
 
 
-class _Softmax(NamedTuple):
-    """The softmax of C positions, in float32."""
+class Softmax(NamedTuple):
+    """A softmax of C positions, in float32."""
 
     logits: jax.Array  # [B, C, V]
     exp: jax.Array  # exp(logits - their maximum), [B, C, V]
@@ -142,8 +142,9 @@ class _Softmax(NamedTuple):
     hit: jax.Array  # where the target is, bool [B, C, V]
 
 
-def _softmax(hidden_BCD: jax.Array, targets_BC: jax.Array, table_VD: jax.Array,
-             bias_V: jax.Array | None, softcap: float) -> _Softmax:
+def softmax_of(hidden_BCD: jax.Array, targets_BC: jax.Array, table_VD: jax.Array,
+               bias_V: jax.Array | None, softcap: float) -> Softmax:
+    """The softmax of C positions: of their hidden states' logits, with the targets'."""
     raw = lax.dot_general(hidden_BCD, table_VD, (((2,), (1,)), ((), ())),
                           preferred_element_type=jnp.float32)
     raw = raw if bias_V is None else raw + bias_V.reshape(1, 1, -1)
@@ -161,16 +162,16 @@ def _softmax(hidden_BCD: jax.Array, targets_BC: jax.Array, table_VD: jax.Array,
         target = jnp.take_along_axis(logits, targets_BC[..., None], axis=-1, mode="clip")[..., 0]
     else:  # a gather from a sharded vocabulary would collect all logits first
         target = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-    return _Softmax(logits, exp, sum_exp, log_z, target, hit)
+    return Softmax(logits, exp, sum_exp, log_z, target, hit)
 
 
-def _sums(log_p: _Softmax, mask_BC: jax.Array, z_loss: float) -> Sums:
+def _sums(log_p: Softmax, mask_BC: jax.Array, z_loss: float) -> Sums:
     nats = jnp.sum((log_p.log_z - log_p.target) * mask_BC)
     total = nats + z_loss * jnp.sum(jnp.square(log_p.log_z) * mask_BC) if z_loss else nats
     return total, nats
 
 
-def _d_logits(log_p: _Softmax, mask_BC: jax.Array, z_loss: float, softcap: float,
+def _d_logits(log_p: Softmax, mask_BC: jax.Array, z_loss: float, softcap: float,
               dtype: Any) -> jax.Array:
     """d total / d raw logits, [B, C, V] in `dtype`."""
     # d log_z / d logits is the probability
@@ -199,7 +200,7 @@ def with_experts(loss: Loss, routing: Routing, config: MoEConfig) -> Loss:
     return loss._replace(total=total, extra={**loss.extra, **extra, "expert_counts": counts_LE})
 
 
-def _checked(chunk: int, length: int) -> int:
+def checked_chunk(chunk: int, length: int) -> int:
     """Returns the positions per chunk: `chunk`, or all `length` if it is 0 or larger."""
     chunk = min(chunk or length, length)
     if length % chunk:
@@ -208,7 +209,7 @@ def _checked(chunk: int, length: int) -> int:
     return chunk
 
 
-def _over_chunks(body: Callable[..., Any], start: Any, parts: tuple[jax.Array, ...],
+def over_chunks(body: Callable[..., Any], start: Any, parts: tuple[jax.Array, ...],
                  chunk: int) -> tuple[Any, Any]:
     """Scans `body` over chunks of the sequence and joins its outputs along the sequence.
 

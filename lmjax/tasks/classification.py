@@ -154,6 +154,10 @@ class Classification(Task):
         return HeadConfig(len(facts["labels"]) if facts else 1, kind, self.head_dropout,
                           self.head_dropout if twice else 0.0)
 
+    @property
+    def has_targets(self) -> bool:
+        return self.kind == "single" and not self.class_weights
+
     def loss(self, model: Model, facts: Facts, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
         if self.kind == "regression":
             return regression_loss(model)

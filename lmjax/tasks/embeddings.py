@@ -89,6 +89,10 @@ class Embeddings(Task):
         return Encoded({f"{prefix}tokens": its.ids for prefix, its in read.items()},
                        sum(its.cut for its in read.values()))
 
+    @property
+    def has_targets(self) -> bool:
+        return False
+
     def loss(self, model: Model, facts: Facts, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
         def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
             (first_BD, *others), routing = vectors(model, params, batch, key)

@@ -114,6 +114,10 @@ class Grpo(Pairs):
         return sum(weight * REWARDS[name](answer, target, self.pattern)
                    for name, weight in self.rewards.items())
 
+    @property
+    def has_targets(self) -> bool:
+        return False
+
     def loss(self, model: Model, facts: Facts, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
         def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
             hidden = model.hidden(params, batch, key)

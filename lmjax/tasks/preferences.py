@@ -129,6 +129,10 @@ class Preferences(Task):
     def head(self, model: ModelConfig, facts: Facts) -> HeadConfig:
         return HeadConfig(1, "plain") if self.kind == "reward" else HeadConfig()
 
+    @property
+    def has_targets(self) -> bool:
+        return False
+
     def loss(self, model: Model, facts: Facts, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
         def loss_fn(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
             real_B = (batch["segment_ids"][:, 0] > 0).astype(jnp.float32)

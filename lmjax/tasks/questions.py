@@ -147,6 +147,10 @@ class Questions(Task):
     def head(self, model: ModelConfig, facts: Facts) -> HeadConfig:
         return HeadConfig(2, self.head_kind or token_head(model), self.head_dropout)
 
+    @property
+    def has_targets(self) -> bool:
+        return False
+
     def loss(self, model: Model, facts: Facts, *, z_loss: float = 0.0, chunk: int = 0) -> LossFn:
         return span_loss(model)
 

@@ -82,6 +82,11 @@ class Task(abc.ABC):
         return False
 
     @property
+    def has_targets(self) -> bool:
+        """Whether the loss is the cross-entropy of `targets`, which a teacher can predict too."""
+        return True
+
+    @property
     def writes(self) -> bool:
         """Whether the model writes text, with its unembedding."""
         return False

@@ -1,0 +1,205 @@
+"""Cross-entropy mixed with the divergence from a teacher's distribution (Hinton et al. 2015).
+
+With the student's probabilities q and the teacher's p, both of logits divided by a temperature t,
+the loss of a position is
+
+    hard * (-log softmax(logits)[target] + z_loss * log(Z)^2) + (1 - hard) * t^2 * KL(p || q)
+
+(arXiv:1503.02531). The factor t^2 keeps the size of the second gradient whatever t is.
+
+Of a stored teacher only the k largest probabilities are known. All other tokens then count as one,
+in p and in q: the divergence is that of k + 1 outcomes, which is exact for the k tokens and leaves
+open how the student shares out the rest. Renormalising the k probabilities instead would teach it
+that the rest has none.
+
+Shape suffixes: B batch, T sequence, C chunk of the sequence, D embed_dim, V vocab_size, K stored
+tokens of a position.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lmjax.nn.losses import Loss, Softmax, checked_chunk, over_chunks, softmax_of
+from lmjax.nn.ops import barrier, dot, dot_rows
+
+TINY = 1e-30  # what probabilities are at least, where they divide or have a logarithm
+
+
+class Scorer(NamedTuple):
+    """What logits are computed from."""
+
+    x_BTD: jax.Array  # hidden states in the compute dtype
+    table_VD: jax.Array  # in the compute dtype
+    bias_V: jax.Array | None  # float32
+    softcap: float = 0.0  # logits become softcap * tanh(logits / softcap); 0: no cap
+
+
+class Known(NamedTuple):
+    """The largest probabilities of a teacher's distribution."""
+
+    ids_BTK: jax.Array  # int32 token ids, each once per position
+    log_p_BTK: jax.Array  # float32, of the whole distribution at the temperature of the loss
+
+
+class Mix(NamedTuple):
+    """How the two losses are mixed."""
+
+    hard: float = 0.5  # weight of the loss of the targets; that of the teacher is 1 - hard
+    temperature: float = 1.0
+    z_loss: float = 0.0
+
+
+class _Options(NamedTuple):
+    """What is known when the loss is traced."""
+
+    mix: Mix
+    softcap: float
+    teacher_softcap: float
+    chunk: int
+
+
+def distilled_cross_entropy(student: Scorer, targets_BT: jax.Array, mask_BT: jax.Array,
+                            teacher: Scorer | Known, mix: Mix, *, chunk: int = 0) -> Loss:
+    """Sums the loss of this module where the mask counts; only the student has a gradient.
+
+    As in `losses.cross_entropy`, the forward pass also makes the gradient, and no more logits exist
+    than those of a chunk, of the student and of the teacher.
+
+    Args:
+      student: in the compute dtype.
+      targets_BT: token ids.
+      mask_BT: 1 where a token counts, else 0.
+      teacher: what computes its logits, whose ids are those of the student, or what is known of
+        them. Ids that only one of the two has get no probability of the teacher.
+      mix: weights and temperature.
+      chunk: positions whose logits exist at a time; 0: all.
+
+    Returns:
+      The loss. Its `nats` are those of the targets; `extra` has `teacher_kl`, the divergence.
+
+    Raises:
+      UserError: `chunk` does not divide the sequence.
+    """
+    softcap = teacher.softcap if isinstance(teacher, Scorer) else 0.0
+    options = _Options(mix, student.softcap, softcap, checked_chunk(chunk, targets_BT.shape[1]))
+    mask = mask_BT.astype(jnp.float32)
+    if isinstance(teacher, Scorer):
+        rows = student.table_VD.shape[0]
+        bias = teacher.bias_V
+        of_teacher: Any = (teacher.x_BTD,)
+        fixed: Any = (teacher.table_VD[:rows], None if bias is None else bias[:rows])
+    else:
+        of_teacher, fixed = tuple(teacher), None
+    total, nats, kl = _summed(student[:3], (targets_BT, mask, *of_teacher), fixed, options)
+    return Loss(total, nats, jnp.sum(mask), {"teacher_kl": lax.stop_gradient(kl)})
+
+
+def largest(teacher: Scorer, count: int, temperature: float, vocab_size: int) -> Known:
+    """The `count` likeliest tokens of every position among the first `vocab_size` ids."""
+    bias = teacher.bias_V
+    logits = _logits(teacher.x_BTD, teacher.table_VD[:vocab_size],
+                     None if bias is None else bias[:vocab_size], teacher.softcap)
+    log_p, ids = lax.top_k(jax.nn.log_softmax(logits / temperature), count)
+    return Known(ids.astype(jnp.int32), log_p)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _summed(student: Any, parts: Any, fixed: Any, options: _Options) -> tuple[jax.Array, ...]:
+    """The sums (total, nats, divergence) where nobody asks for gradients."""
+    return _forward(student, parts, fixed, options)[0]
+
+
+def _forward(student: Any, parts: Any, fixed: Any,
+             options: _Options) -> tuple[tuple[jax.Array, ...], Any]:
+    """The sums, and the gradients of the total by the student's hidden states, table and bias."""
+    x_BTD, table_VD, bias_V = student
+
+    def one(carry: Any, part: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        sums, d_table, d_bias = carry
+        hidden, targets, mask, *of_teacher = part
+        found = softmax_of(hidden, targets, table_VD, bias_V, options.softcap)
+        more, d_logits = _of_logits(found, mask, of_teacher, fixed, options)
+        d_logits = barrier(d_logits.astype(hidden.dtype))
+        d_table += dot_rows(d_logits, hidden, dtype=jnp.float32)
+        if d_bias is not None:
+            d_bias += jnp.sum(d_logits.astype(jnp.float32), axis=(0, 1))
+        d_hidden = dot(d_logits, table_VD, (((2,), (0,)), ((), ())))
+        return (jax.tree.map(jnp.add, sums, more), d_table, d_bias), d_hidden
+
+    zero = jnp.zeros((), jnp.float32)
+    start = ((zero,) * 3, jnp.zeros(table_VD.shape, jnp.float32),
+             None if bias_V is None else jnp.zeros_like(bias_V))
+    (sums, d_table, d_bias), d_hidden = over_chunks(one, start, (x_BTD, *parts), options.chunk)
+    return sums, (d_hidden, d_table.astype(table_VD.dtype), d_bias)
+
+
+def _backward(options: _Options, saved: Any, g: tuple[jax.Array, ...]) -> tuple[Any, None, None]:
+    d_hidden, d_table, d_bias = saved
+    return (d_hidden * g[0].astype(d_hidden.dtype), d_table * g[0].astype(d_table.dtype),
+            None if d_bias is None else d_bias * g[0]), None, None
+
+
+_summed.defvjp(_forward, _backward)
+
+
+def _of_logits(found: Softmax, mask_BC: jax.Array, of_teacher: Any, fixed: Any,
+               options: _Options) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """The sums (total, nats, divergence) of a chunk, and d total / d raw logits [B, C, V]."""
+    hard, temperature, z_loss = options.mix
+    log_q = jax.nn.log_softmax(found.logits / temperature)
+    if fixed is None:
+        p, kl_BC = _from_known(Known(*of_teacher), log_q)
+    else:
+        log_p = _log_p(of_teacher[0], *fixed, options, log_q.shape[-1])
+        p = jnp.exp(log_p)
+        kl_BC = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
+    nats = jnp.sum((found.log_z - found.target) * mask_BC)
+    kl = jnp.sum(kl_BC * mask_BC)
+    total = (hard * (nats + z_loss * jnp.sum(jnp.square(found.log_z) * mask_BC))
+             + (1 - hard) * temperature**2 * kl)
+    of_q = hard * (1 + 2 * z_loss * found.log_z)[..., None] / found.sum_exp
+    d_logits = (of_q * found.exp - jnp.where(found.hit, hard, 0.0)
+                + (1 - hard) * temperature * (jnp.exp(log_q) - p)) * mask_BC[..., None]
+    if options.softcap:
+        d_logits *= 1 - jnp.square(found.logits / options.softcap)
+    return (total, nats, kl), d_logits
+
+
+def _log_p(x_BCD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, options: _Options,
+           vocab_size: int) -> jax.Array:
+    """The teacher's log-probabilities [B, C, V]; -inf for ids that it does not have."""
+    logits = _logits(x_BCD, table_VD, bias_V, options.teacher_softcap)
+    log_p = jax.nn.log_softmax(logits / options.mix.temperature)
+    missing = vocab_size - log_p.shape[-1]
+    return jnp.pad(log_p, ((0, 0), (0, 0), (0, missing)), constant_values=-jnp.inf)
+
+
+def _logits(x_BCD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None,
+            softcap: float) -> jax.Array:
+    raw = lax.dot_general(x_BCD, table_VD, (((2,), (1,)), ((), ())),
+                          preferred_element_type=jnp.float32)
+    raw = raw if bias_V is None else raw + bias_V.reshape(1, 1, -1)
+    return softcap * jnp.tanh(raw / softcap) if softcap else raw
+
+
+def _from_known(known: Known, log_q_BCV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The distribution whose difference from q is the gradient, and the divergence [B, C].
+
+    The tokens that are not known have the teacher's remaining probability, shared out as the
+    student does.
+    """
+    p_BCK = jnp.exp(known.log_p_BTK)
+    put = jax.vmap(jax.vmap(lambda ids, p: jnp.zeros(log_q_BCV.shape[-1]).at[ids].set(p)))
+    p_BCV = put(known.ids_BTK, p_BCK)
+    known_BCV = put(known.ids_BTK, jnp.ones_like(p_BCK))
+    rest_p = jnp.maximum(1.0 - jnp.sum(p_BCK, axis=-1), 0.0)
+    rest_BCV = jnp.where(known_BCV > 0, 0.0, jnp.exp(log_q_BCV))
+    rest_q = jnp.maximum(jnp.sum(rest_BCV, axis=-1), TINY)
+    log_q_BCK = jnp.take_along_axis(log_q_BCV, known.ids_BTK, axis=-1)
+    kl = jnp.sum(p_BCK * (known.log_p_BTK - log_q_BCK), axis=-1)
+    kl += rest_p * (jnp.log(jnp.maximum(rest_p, TINY)) - jnp.log(rest_q))
+    return p_BCV + rest_BCV * (rest_p / rest_q)[..., None], kl

@@ -1,0 +1,114 @@
+"""Distillation: a student learns from a teacher's predictions as well as from the targets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from lmjax.config import PathText, at_least
+from lmjax.errors import UserError
+from lmjax.models.model import Batch, Model
+from lmjax.nn.distillation import Known, Mix, Scorer, distilled_cross_entropy, largest
+from lmjax.nn.losses import Loss
+from lmjax.nn.module import Params
+from lmjax.nn.quantized import matmuls_in
+from lmjax.tasks.losses import LossFn, with_routers
+from lmjax.tasks.task import Task
+
+IDS, LOG_P = "teacher_ids", "teacher_values"  # arrays of a batch, [B, T * distill.top_k]
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """The `distill` group of a recipe: a teacher, and what is learned from it."""
+
+    # The directory of a run, of a checkpoint or of a Hugging Face model; "": there is no teacher.
+    teacher: PathText = ""
+    hard: float = 0.5  # weight of the loss of the targets; that of the teacher's logits is 1 - hard
+    temperature: float = 1.0  # divides the logits of both; above 1 it brings out unlikely tokens
+    # So many of the teacher's likeliest tokens are stored with each position of the training data,
+    # once, before the first step; 0: the teacher computes all of its logits in every step.
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(0, top_k=self.top_k)
+        if not 0 <= self.hard <= 1:
+            raise UserError("a share in [0, 1]", self.hard, "change it", where="hard")
+        if self.temperature <= 0:
+            raise UserError("more than 0", self.temperature, "raise it", where="temperature")
+
+    @property
+    def mix(self) -> Mix:
+        """How the two losses are mixed, without z_loss."""
+        return Mix(self.hard, self.temperature)
+
+
+class Taught(NamedTuple):
+    """The parameters that the loss of a student takes."""
+
+    student: Params
+    teacher: Params | None  # None: what it predicts lies in the batch
+
+
+def check_task(task: Any) -> None:
+    """Refuses a task whose loss is no cross-entropy of targets that a teacher has logits for.
+
+    Raises:
+      UserError: it has another loss.
+    """
+    if isinstance(task, Task) and not task.has_targets:
+        raise UserError("a task that a teacher's logits can teach (pairs, chat, tagging, "
+                        "classification of one label, or none)", task.name,
+                        "leave distill.teacher out, or train on the teacher's answers",
+                        where="config.distill.teacher")
+
+
+def distilled_loss(student: Model, teacher: Model, config: DistillConfig, *,
+                   z_loss: float = 0.0, chunk: int = 0) -> LossFn:
+    """Returns the loss of `distilled_cross_entropy`, with the routers' losses.
+
+    Its `params` are a `Taught`.
+
+    Args:
+      student, teacher: the models.
+      config: what is learned.
+      z_loss, chunk: as for `next_token_loss`.
+    """
+
+    def loss_fn(params: Any, batch: Batch, key: jax.Array | None) -> Loss:
+        hidden = student.hidden(params.student, batch, key)
+        of_student = Scorer(*hidden[:3], student.config.output_softcap)
+        loss = distilled_cross_entropy(
+            of_student, batch["targets"], batch["loss_mask"],
+            _known(batch) if config.top_k else scorer(teacher, params.teacher, batch),
+            config.mix._replace(z_loss=z_loss), chunk=chunk)
+        routed = with_routers(loss, student, hidden, batch)
+        return routed._replace(extra={**loss.extra, **routed.extra})
+
+    return loss_fn
+
+
+def predictions(teacher: Model, config: DistillConfig, vocab_size: int) -> Any:
+    """(params, batch) -> {IDS, LOG_P}: the arrays [B, T * top_k] that are stored of a teacher."""
+
+    def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        known = largest(scorer(teacher, params, batch), config.top_k, config.temperature,
+                        vocab_size)
+        return {name: x.reshape(len(x), -1) for name, x in zip((IDS, LOG_P), known, strict=True)}
+
+    return predict
+
+
+def scorer(model: Model, params: Params, batch: Batch) -> Scorer:
+    """What the logits of a teacher are computed from, in its compute dtype and without noise."""
+    with matmuls_in("auto"):  # train.matmul_dtype is the student's
+        hidden = model.hidden(params, batch)
+    return Scorer(*hidden[:3], model.config.output_softcap)
+
+
+def _known(batch: Mapping[str, jax.Array]) -> Known:
+    B, T = batch["targets"].shape
+    return Known(batch[IDS].reshape(B, T, -1), batch[LOG_P].reshape(B, T, -1))
