@@ -152,7 +152,7 @@ class Mixture(Split):
                  seed: int):
         super().__init__(sources, f"mixture-1 {list(stages[0][1])} {seed}",
                          key_of("objective", seed))
-        self.stages = stages
+        self.stages, self.seed = stages, seed
         self.order = StagedMixture(names=[s.name for s in sources],
                                    sizes=[s.num_rows for s in sources],
                                    stages=stages, seed=seed)

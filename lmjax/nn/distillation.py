@@ -98,13 +98,23 @@ def distilled_cross_entropy(student: Scorer, targets_BT: jax.Array, mask_BT: jax
     return Loss(total, nats, jnp.sum(mask), {"teacher_kl": lax.stop_gradient(kl)})
 
 
-def largest(teacher: Scorer, count: int, temperature: float, vocab_size: int) -> Known:
-    """The `count` likeliest tokens of every position among the first `vocab_size` ids."""
-    bias = teacher.bias_V
-    logits = _logits(teacher.x_BTD, teacher.table_VD[:vocab_size],
-                     None if bias is None else bias[:vocab_size], teacher.softcap)
-    log_p, ids = lax.top_k(jax.nn.log_softmax(logits / temperature), count)
-    return Known(ids.astype(jnp.int32), log_p)
+def largest(teacher: Scorer, count: int, temperature: float, vocab_size: int, *,
+            chunk: int = 0) -> Known:
+    """The `count` likeliest tokens of every position among the first `vocab_size` ids.
+
+    chunk: as for `distilled_cross_entropy`.
+    """
+    table_VD, bias_V = teacher.table_VD[:vocab_size], teacher.bias_V
+    bias_V = None if bias_V is None else bias_V[:vocab_size]
+    x_BTD = teacher.x_BTD
+
+    def one(_: None, part: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        logits = _logits(part[0], table_VD, bias_V, teacher.softcap)
+        log_p, ids = lax.top_k(jax.nn.log_softmax(logits / temperature), count)
+        return None, (ids.astype(jnp.int32), log_p)
+
+    parts = (x_BTD, jnp.zeros(x_BTD.shape[:2], bool))
+    return Known(*over_chunks(one, None, parts, checked_chunk(chunk, x_BTD.shape[1]))[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -154,7 +164,8 @@ def _of_logits(found: Softmax, mask_BC: jax.Array, of_teacher: Any, fixed: Any,
     if fixed is None:
         p, kl_BC = _from_known(Known(*of_teacher), log_q)
     else:
-        log_p = _log_p(of_teacher[0], *fixed, options, log_q.shape[-1])
+        table_VD, bias_V = fixed
+        log_p = _log_p(of_teacher[0], table_VD, bias_V, options, log_q.shape[-1])
         p = jnp.exp(log_p)
         kl_BC = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
     nats = jnp.sum((found.log_z - found.target) * mask_BC)

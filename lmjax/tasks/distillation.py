@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +50,7 @@ class Taught(NamedTuple):
     """The parameters that the loss of a student takes."""
 
     student: Params
-    teacher: Params | None  # None: what it predicts lies in the batch
+    teacher: Params | None  # None: what it predicts is in the batch
 
 
 def check_task(task: Any) -> None:
@@ -70,7 +70,7 @@ def distilled_loss(student: Model, teacher: Model, config: DistillConfig, *,
                    z_loss: float = 0.0, chunk: int = 0) -> LossFn:
     """Returns the loss of `distilled_cross_entropy`, with the routers' losses.
 
-    Its `params` are a `Taught`.
+    Its `params` are a `Taught`, or the student's where what the teacher predicts is in the batch.
 
     Args:
       student, teacher: the models.
@@ -79,6 +79,7 @@ def distilled_loss(student: Model, teacher: Model, config: DistillConfig, *,
     """
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array | None) -> Loss:
+        params = params if isinstance(params, Taught) else Taught(params, None)
         hidden = student.hidden(params.student, batch, key)
         of_student = Scorer(*hidden[:3], student.config.output_softcap)
         loss = distilled_cross_entropy(
@@ -91,12 +92,15 @@ def distilled_loss(student: Model, teacher: Model, config: DistillConfig, *,
     return loss_fn
 
 
-def predictions(teacher: Model, config: DistillConfig, vocab_size: int) -> Any:
+Predict = Callable[[Params, Batch], dict[str, jax.Array]]
+
+
+def predictions(teacher: Model, config: DistillConfig, vocab_size: int, chunk: int) -> Predict:
     """(params, batch) -> {IDS, LOG_P}: the arrays [B, T * top_k] that are stored of a teacher."""
 
     def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
         known = largest(scorer(teacher, params, batch), config.top_k, config.temperature,
-                        vocab_size)
+                        vocab_size, chunk=chunk)
         return {name: x.reshape(len(x), -1) for name, x in zip((IDS, LOG_P), known, strict=True)}
 
     return predict

@@ -65,7 +65,7 @@ def adopted(run: Run, source: Pretrained) -> tuple[Params, list[str]]:
         assert run.tokenizer is not None and source.tokenizer is not None
         have = with_mean_rows(have, source.tokenizer.vocab_size, run.tokenizer.vocab_size,
                               model.config.vocab_size, placed)
-    if _classes(source.about.get("task")) != _classes(run.facts):
+    if classes(source.about.get("task")) != classes(run.facts):
         have = {name: leaf for name, leaf in have.items() if not name.startswith("task_head/t")
                 and name != "task_head/bias"}
     names = [name for name, _ in named_leaves(model.shapes)]
@@ -81,6 +81,6 @@ def adopted(run: Run, source: Pretrained) -> tuple[Params, list[str]]:
     return jax.tree.unflatten(jax.tree.structure(model.shapes), leaves), new
 
 
-def _classes(facts: Facts | None) -> Facts | None:
+def classes(facts: Facts | None) -> Facts | None:
     """What a task keeps of its training examples, without how many there are of each class."""
     return facts and {name: value for name, value in facts.items() if name != "counts"}

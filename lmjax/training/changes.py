@@ -26,7 +26,7 @@ MAY_CHANGE = (
 )
 # Places that may change, such as $SLURM_TMPDIR/base. What is there must stay: `resume` compares the
 # weights, `prepare` the tokenizer, and the fingerprint of the data covers the rows.
-PLACES = ("train.init_from", "data.tokenizer.path", "data.sources.*.data_dir")
+PLACES = ("train.init_from", "distill.teacher", "data.tokenizer.path", "data.sources.*.data_dir")
 # Keys that may change if every learning rate so far stays the same, as `check_schedule` asks: a run
 # may go on for longer, or begin to decay.
 SCHEDULE_KEYS = ("train.steps", "optimizer.schedule", "optimizer.final_lr_fraction",

@@ -216,13 +216,15 @@ def check_start(found: Pretrained, config: ModelConfig, tokenizer: Tokenizer | N
                         where="train.init_from")
 
 
-def check_marks(found: Pretrained, objective: ObjectiveConfig, tokenizer: Tokenizer) -> None:
+def check_marks(found: Pretrained, objective: ObjectiveConfig, tokenizer: Tokenizer, *,
+                key: str = "train.init_from") -> None:
     """Checks that a mask, modes and sentinels keep the ids that the rows of `found` had.
 
     Args:
       found: the model to start from.
       objective: of the run.
       tokenizer: that of the run's data.
+      key: of the config that names `found`, for the error.
 
     Raises:
       UserError: `found` was trained here with another id for a name that the run uses.
@@ -236,7 +238,7 @@ def check_marks(found: Pretrained, objective: ObjectiveConfig, tokenizer: Tokeni
         name, fix = min(changed), f"set sentinels={before.sentinels} and its denoisers"
         if objective.own_ids != before.own_ids:
             fix = f"set own_ids={str(before.own_ids).lower()}"
-        raise UserError(f"{name} as id {theirs[name]}, as train.init_from={found.where} was "
+        raise UserError(f"{name} as id {theirs[name]}, as {key}={found.where} was "
                         "trained with", f"id {ours[name]}", fix, where="config.data.objective")
 
 

@@ -8,11 +8,12 @@ import jax
 
 from lmjax.data.rows import dtype_of
 from lmjax.errors import UserError
-from lmjax.models.model import Batch, Model, build_model
+from lmjax.models.model import Batch, Model, ModelConfig, build_model
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
 from lmjax.nn.quantized import check_matmul_dtype, matmuls_in
 from lmjax.sharding import Layout, MeshConfig, make_layout
+from lmjax.tasks.distillation import distilled_loss
 from lmjax.tasks.losses import LossFn, next_token_loss
 from lmjax.tasks.task import Facts, Task
 from lmjax.training.frozen import frozen_in
@@ -38,7 +39,8 @@ class Program(NamedTuple):
 
 
 def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: int,
-                 fields: Mapping[str, int], facts: Facts | None = None) -> Program:
+                 fields: Mapping[str, int], facts: Facts | None = None,
+                 teacher: ModelConfig | None = None) -> Program:
     """Makes the program of `recipe` over `devices`.
 
     Args:
@@ -48,6 +50,7 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
       fields: name -> length of a row, for each array of a batch; the objective or the task
         decides them.
       facts: what a task keeps of its training examples; None without a task.
+      teacher: the model of distill.teacher; None without one.
 
     Raises:
       UserError: the mesh does not fit the devices, the model, its activations or the batch, or no
@@ -61,11 +64,14 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     trained = model.axes if frozen is None else split_tree(model.axes, frozen.accepts)[1]
     tx = make_optimizer(recipe.optimizer, train.steps, trained,
                         multipliers(recipe.optimizer, model.shapes))
-    spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0, frozen=frozen)
+    taught_by = None if teacher is None else make_teacher(recipe, layout, teacher)
+    in_step = None if recipe.distill.top_k else taught_by
+    spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0, frozen=frozen,
+                      teacher=in_step)
     _check_batch(recipe, layout)
     if not model.config.head.outputs:  # a task has few classes, which need not be split
         layout.spec(("act_vocab",), (model.config.vocab_size,))
-    loss_fn, eval_loss = _losses(recipe, model, facts)
+    loss_fn, eval_loss = _losses(recipe, model, facts, taught_by)
     step_fn = make_train_step(_in(train.matmul_dtype, loss_fn), spec, layout, schedule,
                               seed=train.seed, microbatches=train.microbatches,
                               ema_decay=recipe.optimizer.ema_decay)
@@ -101,6 +107,20 @@ def make_model(recipe: Recipe, layout: Layout, *, vocab_size: int,
                        ).with_adapters(recipe.adapter)
 
 
+def make_teacher(recipe: Recipe, layout: Layout, config: ModelConfig) -> Model:
+    """Makes the model of a teacher for the devices and the rows of a recipe.
+
+    Raises:
+      UserError: no kernel can serve it.
+    """
+    platform = layout.mesh.devices.flat[0].platform
+    return build_model(dataclasses.replace(config, attention="auto"),
+                       vocab_size=config.vocab_size, platform=platform,
+                       dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len,
+                       context=bool(layout.on("seq")),
+                       prefix_lm=recipe.data.objective.name == "prefix_lm")
+
+
 def placed(recipe: Recipe) -> tuple[Model, Layout]:
     """The recipe's model, and its layout on the devices of this process.
 
@@ -122,14 +142,19 @@ def placed(recipe: Recipe) -> tuple[Model, Layout]:
     return model, split
 
 
-def _losses(recipe: Recipe, model: Model, facts: Facts | None) -> tuple[LossFn, LossFn]:
+def _losses(recipe: Recipe, model: Model, facts: Facts | None,
+            teacher: Model | None) -> tuple[LossFn, LossFn]:
     """What training minimises, and what evaluation computes."""
     train, task = recipe.train, recipe.task
+    loss_fn = next_token_loss(model, z_loss=train.z_loss, chunk=train.loss_chunk)
+    eval_loss = loss_fn
     if isinstance(task, Task) and facts is not None:
         loss_fn = task.loss(model, facts, z_loss=train.z_loss, chunk=train.loss_chunk)
-        return loss_fn, task.eval_loss(model, facts)
-    loss_fn = next_token_loss(model, z_loss=train.z_loss, chunk=train.loss_chunk)
-    return loss_fn, loss_fn
+        eval_loss = task.eval_loss(model, facts)
+    if teacher is not None:
+        loss_fn = distilled_loss(model, teacher, recipe.distill, z_loss=train.z_loss,
+                                 chunk=train.loss_chunk)
+    return loss_fn, eval_loss
 
 
 def _in(matmul_dtype: str, loss_fn: LossFn) -> LossFn:

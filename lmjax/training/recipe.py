@@ -33,6 +33,7 @@ from lmjax.models.presets import with_preset
 from lmjax.nn.adapters import AdapterConfig
 from lmjax.nn.quantized import MATMUL_DTYPES
 from lmjax.sharding import MeshConfig
+from lmjax.tasks.distillation import DistillConfig, check_task
 from lmjax.tasks.table import AnyTask, LanguageModeling
 from lmjax.tasks.task import Task
 from lmjax.training.best import HIGHER_IS_BETTER
@@ -188,6 +189,7 @@ class Recipe:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     task: AnyTask = dataclasses.field(default_factory=LanguageModeling)  # of fine-tuning
 
     def __post_init__(self) -> None:
@@ -214,6 +216,8 @@ class Recipe:
             raise UserError("false, since eval.metric names no metric", True,
                             "set eval.metric=loss, for example", where="checkpoint.keep_best")
         self._check_chunk(seq_len)
+        if self.distill.teacher:
+            check_task(self.task)
 
     def _check_task(self) -> None:
         """Refuses a model, a metric or samples that the task has no use for."""

@@ -22,7 +22,7 @@ from lmjax.training.workdir import same_run
 from lmjax.tree import split_tree
 
 # Keys of a checkpoint's `about` that say which weights the run began with.
-STARTED_FROM = ("init_from", "base", "huggingface")
+STARTED_FROM = ("init_from", "base", "huggingface", "teacher")
 
 
 def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:

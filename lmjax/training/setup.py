@@ -42,6 +42,13 @@ from lmjax.training.run import Log, Run
 from lmjax.training.saved import Saved, find_saved, given_up, keep_records
 from lmjax.training.state import StateSpec
 from lmjax.training.task_data import open_data, prepare_task
+from lmjax.training.teacher import (
+    add_predictions,
+    check_teacher,
+    find_teacher,
+    taught,
+    with_predictions,
+)
 from lmjax.training.workdir import check_places, check_recipe
 from lmjax.tree import shard_bytes
 
@@ -61,15 +68,20 @@ def set_up(recipe: Recipe, workdir: Path, log: Log,
     _check_before_data(recipe)
     check_recipe(recipe, workdir, log)
     saved = Saved(**agreed(lambda: dataclasses.asdict(find_saved(recipe, workdir))))
-    source = _source(recipe, workdir)
+    source, teacher = _source(recipe, workdir), find_teacher(recipe)
     at(0, "preparing data")
     directory = _data(recipe, workdir, source, log)
     add_reference(recipe, directory, source, log)
     at(0, "setting up")
-    run = _open(recipe, workdir, directory, log)
+    run = _open(recipe, workdir, directory, log, teacher)
     run.saved = saved
     at(0, ACTIVITIES["restore"])
     facts = announce(run, directory, log) | begin(run, source, log)
+    if teacher:
+        taught(run, teacher, log)
+        if recipe.distill.top_k:
+            at(0, "preparing data")
+            add_predictions(run, teacher, log)
     _remember(run, log)
     if jax.process_index() == 0:  # only now: a start that is refused leaves the directory as it was
         for name, value in (("run.json", facts), ("config.json", plain(recipe))):
@@ -124,12 +136,18 @@ def _data(recipe: Recipe, workdir: Path, source: Pretrained | None, log: Log) ->
     return directory
 
 
-def _open(recipe: Recipe, workdir: Path, directory: str, log: Log) -> Run:
+def _open(recipe: Recipe, workdir: Path, directory: str, log: Log,
+          teacher: Pretrained | None) -> Run:
     """Opens the data and the checkpoints and makes the program; the run has no state yet."""
     train_split, heldout, test, facts = open_data(recipe, directory)
     tokenizer = None if recipe.data.synthetic else prepared_tokenizer(directory)
+    if teacher:
+        check_teacher(teacher, recipe, tokenizer, facts)
+        if recipe.distill.top_k:
+            train_split = with_predictions(recipe, directory, train_split, teacher)
     program = make_program(recipe, jax.devices(), vocab_size=train_split.vocab_size,
-                           fields=train_split.fields, facts=facts)
+                           fields=train_split.fields, facts=facts,
+                           teacher=teacher and teacher.recipe.model)
     _check_memory(program.spec)
     generator = None if tokenizer is None or program.model.config.head.outputs else Generator(
         program.model, program.layout, end_ids=[tokenizer.eos_id],

@@ -11,6 +11,7 @@ from lmjax.models.model import Model
 from lmjax.nn.adapters import initial_magnitudes
 from lmjax.nn.module import Params
 from lmjax.sharding import Layout
+from lmjax.tasks.distillation import Taught
 from lmjax.training.optim.sharding import state_shardings
 from lmjax.tree import join_trees, named_leaves, split_tree
 
@@ -23,10 +24,17 @@ class TrainState(NamedTuple):
     opt_state: Any  # Optax's
     ema: Params | None  # float32: the moving average of `params`; None when off
     frozen: Params | None = None  # the parameters that no step changes; None: all are trained
+    # Those of the teacher of a distillation, in its compute dtype; a checkpoint does not hold them.
+    teacher: Params | None = None
 
     def whole(self, params: Params) -> Params:
         """The model's parameters: `params`, trained or averaged, together with the frozen ones."""
         return params if self.frozen is None else join_trees(params, self.frozen)
+
+    def taught(self, params: Params) -> Any:
+        """What the loss takes: the model's parameters, with those of a teacher if there is one."""
+        whole = self.whole(params)
+        return whole if self.teacher is None else Taught(whole, self.teacher)
 
 
 class Frozen(NamedTuple):
@@ -62,12 +70,15 @@ class StateSpec(NamedTuple):
         return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
 
     def init(self, seed: int) -> TrainState:
-        """Makes a state with random parameters; each device makes only its own shards."""
+        """Makes a state with random parameters; each device makes only its own shards.
+
+        It has no teacher yet: see `with_teacher`.
+        """
 
         def make() -> TrainState:
             return self._init(self.model.init(jax.random.key(seed)))
 
-        return jax.jit(make, out_shardings=self.shardings)()
+        return jax.jit(make, out_shardings=self.shardings._replace(teacher=None))()
 
     def start(self, params: Params, seed: int) -> TrainState:
         """Makes the state before the first step from these parameters, placed as `shardings`.
@@ -83,23 +94,29 @@ class StateSpec(NamedTuple):
             params = join_trees(jax.tree.map(jnp.copy, params), fresh)
             return self._init(initial_magnitudes(params))
 
-        return jax.jit(make, out_shardings=self.shardings)(params)
+        return jax.jit(make, out_shardings=self.shardings._replace(teacher=None))(params)
+
+    def with_teacher(self, state: TrainState, teacher: Params) -> TrainState:
+        """Returns the state with its teacher's float32 parameters, as they are kept."""
+        return state._replace(teacher=self._kept(teacher, self.shapes.teacher))
 
     def on_base(self, state: TrainState, frozen: Params) -> TrainState:
         """Returns a restored state with its frozen parameters, float32, as they are kept."""
+        return state._replace(frozen=self._kept(frozen, self.shapes.frozen))
 
-        def make(frozen: Params) -> Params:
-            return jax.tree.map(lambda x, shape: jnp.copy(x).astype(shape.dtype), frozen,
-                                self.shapes.frozen)
+    def _kept(self, params: Params, shapes: Any) -> Params:
+        """Copies `params`, which the step will donate, in the dtypes and places of `shapes`."""
+        def make(params: Params) -> Params:
+            return jax.tree.map(lambda x, shape: jnp.copy(x).astype(shape.dtype), params, shapes)
 
-        return state._replace(frozen=jax.jit(make, out_shardings=self.shardings.frozen)(frozen))
+        return jax.jit(make, out_shardings=jax.tree.map(lambda s: s.sharding, shapes))(params)
 
     def _init(self, params: Params) -> TrainState:
         return _init(self.model, params, self.tx, self.frozen, ema=self.shapes.ema is not None)
 
 
 def state_spec(model: Model, tx: optax.GradientTransformation, layout: Layout, *, ema: bool,
-               frozen: Frozen | None = None) -> StateSpec:
+               frozen: Frozen | None = None, teacher: Model | None = None) -> StateSpec:
     """Describes the state of `model` on `layout`.
 
     Args:
@@ -108,6 +125,7 @@ def state_spec(model: Model, tx: optax.GradientTransformation, layout: Layout, *
       layout: the mesh, and how arrays are placed on it.
       ema: whether the trained parameters are averaged.
       frozen: which parameters are not trained; None: all are trained.
+      teacher: whose parameters the state holds as well; None: it has no teacher.
 
     Raises:
       UserError: the mesh does not divide an axis of a parameter.
@@ -120,6 +138,9 @@ def state_spec(model: Model, tx: optax.GradientTransformation, layout: Layout, *
     shardings = TrainState(layout.replicated, params,
                            state_shardings(tx, shapes.params, params, layout.mesh),
                            params if ema else None, kept)
+    if teacher is not None:
+        shapes = shapes._replace(teacher=jax.eval_shape(teacher.cast, teacher.shapes))
+        shardings = shardings._replace(teacher=layout.tree(teacher.axes, teacher.shapes))
     return StateSpec(model, tx, jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes, shardings), frozen)

@@ -25,7 +25,7 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
                     ema_decay: float = 0.0) -> jax.stages.Wrapped:
     """Returns the jitted step: (state, batch of [B, T] arrays) -> (next state, metrics).
 
-    The state is donated; its frozen parameters have no gradient and stay where they are. The
+    The state is donated; its frozen parameters and its teacher stay as they are. The
     gradient is that of the mean over the batch's tokens, however they are split into microbatches.
     Randomness is keyed by (seed, step, microbatch), so any step can be
     run again.
@@ -33,7 +33,7 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def of_trained(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
-            return loss_fn(state.whole(params), batch, key)
+            return loss_fn(state.taught(params), batch, key)
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if layout.on("layers") and microbatches > 1:  # a pipeline takes them all in one pass
@@ -56,7 +56,8 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
             "weight": sums.weight,
             **{name: x if x.ndim else x / weight for name, x in sums.extra.items()},
         }
-        return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, state.frozen,
+                          state.teacher), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(spec.shardings, layout.replicated))
 

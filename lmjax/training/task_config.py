@@ -1,4 +1,4 @@
-"""What a task takes from the model that it starts from: architecture, tokenizer, objective."""
+"""What a config takes from the model that it names: architecture, tokenizer, objective."""
 
 import contextlib
 import json
@@ -16,7 +16,8 @@ def with_source(config: Mapping[str, Any], workdir: str | Path | None = None) ->
     """Fills the config of a task with what the model of `train.init_from` has and it leaves open.
 
     That is the architecture (model), the tokenizer, and the objective, which may have ids of its
-    own. Keys that the config gives stay. A config without a task stays as it is.
+    own. Keys that the config gives stay. A config without a task takes only the tokenizer of
+    `distill.teacher`.
 
     Args:
       config: as `config.load` gives it.
@@ -29,7 +30,7 @@ def with_source(config: Mapping[str, Any], workdir: str | Path | None = None) ->
     task, train = (dict(config.get(key) or {}) for key in ("task", "train"))
     path = train.get("init_from")
     if not task.get("name") or not path:
-        return config
+        return _with_teacher(config)
     taken = _recorded(workdir)
     try:
         taken = _of(find(expand(str(path), "config.train.init_from")), str(path))
@@ -43,6 +44,19 @@ def with_source(config: Mapping[str, Any], workdir: str | Path | None = None) ->
             data[key] = taken[key]
     model = {**taken["model"], **dict(config.get("model") or {})}
     return {**config, "model": model, "data": data}
+
+
+def _with_teacher(config: dict[str, Any]) -> dict[str, Any]:
+    """Takes the tokenizer of distill.teacher for text that is to be prepared anew."""
+    path, data = dict(config.get("distill") or {}).get("teacher"), dict(config.get("data") or {})
+    tokenizer = dict(data.get("tokenizer") or {})
+    if not path or data.get("directory") or tokenizer.get("path"):
+        return config
+    found = find(expand(str(path), "config.distill.teacher"))
+    if found.tokenizer is None:
+        return config
+    tokenizer = {"vocab_size": found.tokenizer.vocab_size, **tokenizer, "path": str(path)}
+    return {**config, "data": {**data, "tokenizer": tokenizer}}
 
 
 def _of(found: Pretrained, path: str) -> dict[str, Any]:

@@ -1,0 +1,180 @@
+"""The teacher of a distillation: found and checked early, in the step or in front of it."""
+
+import contextlib
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+
+from lmjax.data.batches import eval_batches
+from lmjax.data.computed import ComputedMixture, Pairs
+from lmjax.data.objectives import ObjectiveConfig
+from lmjax.data.pipeline import Mixture
+from lmjax.data.store import canonical
+from lmjax.data.tokenizers import Tokenizer
+from lmjax.decoding.generate import jit_on
+from lmjax.errors import UserError
+from lmjax.models.model import Batch
+from lmjax.monitoring.units import human_seconds
+from lmjax.runtime.distributed import agreed
+from lmjax.tasks.distillation import IDS, LOG_P, predictions
+from lmjax.tasks.task import Facts, Task
+from lmjax.training.adopt import classes
+from lmjax.training.checksums import checksums
+from lmjax.training.pretrained import Pretrained, check_marks, find, weights_id
+from lmjax.training.program import make_teacher
+from lmjax.training.recipe import Recipe
+from lmjax.training.run import Log, Run
+
+WHERE = "config.distill.teacher"
+SPOKE_EVERY = 10.0  # seconds between two lines of progress
+
+
+def find_teacher(recipe: Recipe) -> Pretrained | None:
+    """Finds the teacher of a recipe; None if it has none.
+
+    Raises:
+      UserError: there is no such model, or one that cannot read the rows of the recipe.
+    """
+    if not recipe.distill.teacher:
+        return None
+    found = find(recipe.distill.teacher)
+    theirs, ours = found.recipe.model, recipe.model
+    if theirs.family != ours.family:
+        raise UserError(f"a model of the family {ours.family}, as the student is",
+                        f"{found.where}, of the family {theirs.family}", "use another",
+                        where=WHERE)
+    if theirs.positions == "learned" and theirs.max_positions < recipe.data.seq_len:
+        raise UserError(f"a model for rows of data.seq_len={recipe.data.seq_len}",
+                        f"{found.where}, with {theirs.max_positions} positions",
+                        "shorten the rows or use another", where=WHERE)
+    if recipe.distill.top_k > theirs.vocab_size:
+        raise UserError(f"at most the {theirs.vocab_size} tokens of the teacher",
+                        recipe.distill.top_k, "lower it, or set 0", where="config.distill.top_k")
+    if recipe.distill.top_k and not _is_fixed(recipe):
+        raise UserError("0 where the rows of every epoch differ "
+                        f"({recipe.data.objective.name})", recipe.distill.top_k,
+                        "set 0: the teacher then computes in the step",
+                        where="config.distill.top_k")
+    return found
+
+
+def check_teacher(found: Pretrained, recipe: Recipe, tokenizer: Tokenizer | None,
+                  facts: Facts | None) -> None:
+    """Checks that the ids and the classes of a teacher are those of the run.
+
+    Raises:
+      UserError: they are others.
+    """
+    ours, theirs = (t.hash[:12] if t else "none" for t in (tokenizer, found.tokenizer))
+    if ours != theirs:
+        raise UserError(f"the tokenizer of the data ({ours})",
+                        f"{found.where} with another ({theirs})", "prepare the data with "
+                        f"data.tokenizer.path={found.where}, or use another teacher", where=WHERE)
+    if tokenizer and not isinstance(recipe.task, Task):
+        check_marks(found, recipe.data.objective, tokenizer, key="distill.teacher")
+    wanted, got = classes(facts), classes(found.about.get("task"))
+    has_head = isinstance(recipe.task, Task) and not recipe.task.writes
+    if has_head and wanted != got:
+        raise UserError(f"a model that was trained for the same classes ({wanted})",
+                        f"{found.where}, for {got or 'no task'}", "use another", where=WHERE)
+    if not has_head and found.recipe.model.head.outputs:
+        raise UserError("a model that scores the vocabulary", f"{found.where}, with the head of a "
+                        "task", "use another", where=WHERE)
+
+
+def with_predictions(recipe: Recipe, directory: str, split: Mixture,
+                     found: Pretrained) -> ComputedMixture:
+    """The training rows with what is stored of the teacher, which `add_predictions` computes."""
+    config = recipe.distill
+    teacher = canonical([weights_id(found), config.top_k, config.temperature])
+    whole = canonical([split.fingerprint, split.stages, teacher])
+    name = hashlib.sha256(whole.encode()).hexdigest()[:16]
+    return ComputedMixture(split, f"{directory}/teachers/{name}", (IDS, LOG_P),
+                           length=split.fields["targets"], count=config.top_k,
+                           fingerprint=teacher)
+
+
+def add_predictions(run: Run, found: Pretrained, log: Log) -> None:
+    """Computes what is stored of the teacher, as far as that is not done.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    split, layout, config = run.train_split, run.layout, run.recipe.distill
+    assert isinstance(split, ComputedMixture)
+    split.cover(run.steps.rows(run.recipe.train.steps))
+    done = agreed(lambda: split.stored)
+    missing = split.missing
+    log(f"teacher: its {config.top_k} likeliest tokens are stored of {done:,} rows in "
+        f"{split.directory}, of {done + missing.num_rows():,} that the run takes")
+    if not missing.num_rows():
+        return
+    model = make_teacher(run.recipe, layout, found.recipe.model)
+    params = found.read(model, layout.tree(model.axes, model.shapes))
+    predict = jit_on(layout, predictions(model, config, run.model.config.vocab_size,
+                                         run.recipe.train.loss_chunk),
+                     out_shardings=layout.replicated)
+    size = run.recipe.eval.batch_size or run.recipe.train.batch_size
+    with contextlib.closing(eval_batches(missing, size,
+                                         layout.sharding(("batch", "seq")))) as batches:
+        parts = _predicted(batches, functools.partial(predict, params), size, missing.num_rows(),
+                           log)
+        if jax.process_index() == 0:
+            split.write(parts, {"teacher": found.where, "top_k": config.top_k,
+                                "temperature": config.temperature})
+        else:
+            for _ in parts:
+                pass
+    agreed(lambda: split.stored)  # waits for process 0
+
+
+def _predicted(batches: Iterable[Batch], predict: Callable[[Batch], Batch], size: int, total: int,
+               log: Log) -> Iterator[Pairs]:
+    """What the teacher computes of each batch, with lines of progress."""
+    done, began, spoke = 0, time.monotonic(), time.monotonic()
+    for batch in batches:
+        found = jax.device_get(predict(batch))
+        real = min(size, total - done)
+        done += real
+        yield found[IDS][:real], found[LOG_P][:real]
+        now = time.monotonic()
+        if done == total:
+            log(f"teacher: all {total:,} rows are done, in {human_seconds(now - began)}")
+        elif now - spoke > SPOKE_EVERY:
+            left = human_seconds((now - began) / done * (total - done))
+            log(f"teacher: {done:,} of {total:,} rows, {left} left")
+            spoke = now
+
+
+def taught(run: Run, found: Pretrained, log: Log) -> None:
+    """Puts the teacher into the state of a run, and into what its checkpoints record.
+
+    Raises:
+      UserError: the run began with another one.
+    """
+    assert run.state is not None
+    record = {"path": found.where, "step": found.about["step"], "id": weights_id(found)}
+    if run.recipe.distill.top_k == 0:
+        model = make_teacher(run.recipe, run.layout, found.recipe.model)
+        params = found.read(model, run.layout.tree(model.axes, model.shapes))
+        record["checksums"] = checksums(params)
+        run.state = run.spec.with_teacher(run.state, params)
+    before = run.about.get("teacher", record)
+    if before.get("checksums", before["id"]) != record.get("checksums", record["id"]):
+        raise UserError(f"the teacher that this run began with, {before['path']}",
+                        f"{found.where}, which has other weights",
+                        "bring it back, or use another --workdir", where=WHERE)
+    run.about["teacher"] = record
+    where = "its likeliest tokens are stored with the data" if run.recipe.distill.top_k else (
+        "it computes in every step")
+    log(f"teacher: {found.where}, step {found.about['step']:,}; {where}")
+
+
+def _is_fixed(recipe: Recipe) -> bool:
+    """Whether the rows are the same in every epoch: nothing in them is drawn at random."""
+    objective = recipe.data.objective
+    return isinstance(recipe.task, Task) or objective == ObjectiveConfig(
+        own_ids=objective.own_ids)
