@@ -9,6 +9,7 @@ from lmjax.nn.module import Params
 from lmjax.tasks.task import Facts
 from lmjax.training.pretrained import Pretrained
 from lmjax.training.run import Run
+from lmjax.training.shrink import SIZES, check_sizes, shrunk
 from lmjax.training.vocabulary import extends, with_mean_rows
 from lmjax.tree import named_leaves
 
@@ -19,13 +20,19 @@ REPLACED = ("head", "pooler", "mlm_head", "head_activation", "tie_embeddings", "
 def comparable(run: Run, source: Pretrained) -> ModelConfig:
     """The config of the run's model, with the fields of `source` that may differ from it.
 
-    These are what the head of a task replaces, the scaling of RoPE if the recipe says so, and a
-    smaller vocabulary that the run's tokenizer extends.
+    These are what the head of a task replaces, the scaling of RoPE and the sizes of a smaller model
+    if the recipe says so, and a smaller vocabulary that the run's tokenizer extends.
+
+    Raises:
+      UserError: the model cannot be cut out of `source`.
     """
     config, theirs = run.model.config, source.recipe.model
     may = set(REPLACED) if config.head.outputs else set()
     may |= {"rope_theta", "rope_scaling"} if run.recipe.train.change_rope else set()
     may |= {"vocab_size"} if has_new_tokens(run, source) else set()
+    if run.recipe.train.shrink and config.family == theirs.family:
+        check_sizes(config, theirs)
+        may |= set(SIZES)
     names = {field.name for field in dataclasses.fields(config)} & may
     return dataclasses.replace(config, **{name: getattr(theirs, name) for name in names
                                           if hasattr(theirs, name)})
@@ -51,12 +58,14 @@ def adopted(run: Run, source: Pretrained) -> tuple[Params, list[str]]:
     """
     model, config = run.model.plain, source.recipe.model
     shardings = run.layout.tree(model.axes, model.shapes)
-    grows = has_new_tokens(run, source)
-    if not (model.config.head.outputs or grows):
+    grows, shrinks = has_new_tokens(run, source), run.recipe.train.shrink
+    if not (model.config.head.outputs or grows or shrinks):
         return source.read(model, shardings), []
     theirs = build_model(config, vocab_size=config.vocab_size, dtype=model.dtype,
                          platform=run.layout.mesh.devices.flat[0].platform, kernel=model.kernel)
     read = source.read(theirs, run.layout.tree(theirs.axes, theirs.shapes))
+    if shrinks:
+        read = jax.jit(lambda params: shrunk(params, theirs, model))(read)
     have = dict(named_leaves(read))
     have |= {name.replace("pooler", "task_head/dense", 1): leaf for name, leaf in have.items()
              if name.startswith("pooler/")}
@@ -78,7 +87,8 @@ def adopted(run: Run, source: Pretrained) -> tuple[Params, list[str]]:
 
     made = jax.jit(make, out_shardings={name: placed[name] for name in new})()
     leaves = [made[name] if name in made else have[name] for name in names]
-    return jax.tree.unflatten(jax.tree.structure(model.shapes), leaves), new
+    params = jax.tree.unflatten(jax.tree.structure(model.shapes), leaves)
+    return jax.device_put(params, shardings) if shrinks else params, new
 
 
 def classes(facts: Facts | None) -> Facts | None:

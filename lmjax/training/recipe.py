@@ -61,6 +61,9 @@ class TrainConfig:
     init_from: PathText = ""
     # Whether rope_theta and rope_scaling may differ from those of init_from, for longer rows.
     change_rope: bool = False
+    # Whether the model may be smaller than init_from: it begins with some of its layers, evenly
+    # chosen, and with the first entries of every other axis.
+    shrink: bool = False
     # A regular expression: parameters in whose path it is found keep their values and have neither
     # gradients nor optimizer state, for example ^embedding/|layers/.*norm; "": all are trained.
     frozen: str = ""

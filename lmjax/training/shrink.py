@@ -1,0 +1,87 @@
+"""A smaller model out of a larger one's weights: fewer layers, narrower matrices.
+
+Layers are taken evenly, the first and the last among them, as DistilBERT (Sanh et al. 2019,
+arXiv:1910.01108) takes every other. Of every other axis the first entries are taken. Grouped
+queries stay with their keys, since both kinds of heads shrink alike.
+"""
+
+import jax
+import numpy as np
+
+from lmjax.errors import UserError
+from lmjax.models.model import Model, ModelConfig
+from lmjax.nn.module import Params
+from lmjax.tree import named_leaves
+
+# Fields of a model's config that may be smaller than in the model that it is cut from.
+SIZES = ("num_layers", "num_encoder_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim",
+         "mlp_dim")
+
+
+def check_sizes(ours: ModelConfig, theirs: ModelConfig) -> None:
+    """Checks that a model can be cut out of another one.
+
+    Raises:
+      UserError: it is larger in some way, or its heads are other than the other's.
+    """
+    small, large = ours.dims, theirs.dims
+    pairs = {name: (getattr(ours, name, 0), getattr(theirs, name, 0)) for name in SIZES
+             if name not in small._fields}
+    pairs |= dict(zip(small._fields, zip(small, large, strict=True), strict=True))
+    for name, (own, other) in pairs.items():
+        if own > other:
+            raise UserError(f"at most {other}, as train.init_from has", own, "lower it",
+                            where=f"config.model.{name}")
+    if small.head_dim != large.head_dim:
+        raise UserError(f"heads of {large.head_dim} dimensions, as train.init_from has: positions "
+                        "are encoded in pairs of them", small.head_dim, "change num_heads",
+                        where="config.model.head_dim")
+    if small.num_heads * large.num_kv_heads != large.num_heads * small.num_kv_heads:
+        raise UserError(f"{large.num_heads // large.num_kv_heads} query heads for each key head, "
+                        "as train.init_from has", small.num_heads // small.num_kv_heads,
+                        "change num_kv_heads", where="config.model.num_kv_heads")
+
+
+def shrunk(params: Params, theirs: Model, model: Model) -> Params:
+    """Cuts the parameters of `theirs` to the shapes of `model`, where it has them too."""
+    shapes, axes = dict(named_leaves(model.shapes)), _axes(theirs)
+    leaves, tree = jax.tree.flatten(params)
+
+    def cut(name: str, leaf: jax.Array) -> jax.Array:
+        if name not in shapes:
+            return leaf
+        for d, (size, axis) in enumerate(zip(shapes[name].shape, axes[name], strict=True)):
+            if size < leaf.shape[d]:
+                taken = (np.array(evenly(size, leaf.shape[d], model.config, theirs.config))
+                         if axis == "layers" else np.arange(size))
+                leaf = leaf.take(taken, axis=d)
+        return leaf
+
+    names = [name for name, _ in named_leaves(params)]
+    return jax.tree.unflatten(tree, [cut(*pair) for pair in zip(names, leaves, strict=True)])
+
+
+def evenly(count: int, of: int, ours: ModelConfig, theirs: ModelConfig) -> list[int]:
+    """Which of a stack of `of` layers the `count` layers of a smaller model stand for.
+
+    Each stands for one of its own kind (global or local), the nearest to an even share.
+    """
+    def kinds(config: ModelConfig, layers: int) -> list[str]:
+        names, pattern = config.kinds(layers)
+        return [names[pattern[i % len(pattern)]] for i in range(layers)]
+
+    taken: list[int] = []
+    theirs_of, wanted = kinds(theirs, of), np.linspace(0, of - 1, count)
+    for kind, at in zip(kinds(ours, count), wanted, strict=True):
+        same = [i for i in range(of) if theirs_of[i] == kind and i not in taken]
+        if not same:
+            raise UserError(f"a layer of the kind {kind} in train.init_from for each of the model",
+                            theirs.layer_pattern, "take its layer_pattern",
+                            where="config.model.layer_pattern")
+        taken.append(min(same, key=lambda i: abs(i - at)))
+    return taken
+
+
+def _axes(model: Model) -> dict[str, tuple[str, ...]]:
+    flat = jax.tree.leaves(model.axes, is_leaf=lambda x: isinstance(x, tuple))
+    return dict(zip((name for name, _ in named_leaves(model.shapes)), flat, strict=True))
