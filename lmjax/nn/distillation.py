@@ -203,14 +203,17 @@ def _from_known(known: Known, log_q_BCV: jax.Array) -> tuple[jax.Array, jax.Arra
     The tokens that are not known have the teacher's remaining probability, shared out as the
     student does.
     """
-    p_BCK = jnp.exp(known.log_p_BTK)
-    put = jax.vmap(jax.vmap(lambda ids, p: jnp.zeros(log_q_BCV.shape[-1]).at[ids].set(p)))
+    V, log_p_BCK = log_q_BCV.shape[-1], known.log_p_BTK
+    if log_p_BCK.shape[-1] == V:  # there is no rest, whatever rounding has left of it
+        log_p_BCK = jax.nn.log_softmax(log_p_BCK)
+    p_BCK = jnp.exp(log_p_BCK)
+    put = jax.vmap(jax.vmap(lambda ids, p: jnp.zeros(V).at[ids].set(p)))
     p_BCV = put(known.ids_BTK, p_BCK)
     known_BCV = put(known.ids_BTK, jnp.ones_like(p_BCK))
     rest_p = jnp.maximum(1.0 - jnp.sum(p_BCK, axis=-1), 0.0)
     rest_BCV = jnp.where(known_BCV > 0, 0.0, jnp.exp(log_q_BCV))
     rest_q = jnp.maximum(jnp.sum(rest_BCV, axis=-1), TINY)
     log_q_BCK = jnp.take_along_axis(log_q_BCV, known.ids_BTK, axis=-1)
-    kl = jnp.sum(p_BCK * (known.log_p_BTK - log_q_BCK), axis=-1)
+    kl = jnp.sum(p_BCK * (log_p_BCK - log_q_BCK), axis=-1)
     kl += rest_p * (jnp.log(jnp.maximum(rest_p, TINY)) - jnp.log(rest_q))
     return p_BCV + rest_BCV * (rest_p / rest_q)[..., None], kl

@@ -142,7 +142,7 @@ def _open(recipe: Recipe, workdir: Path, directory: str, log: Log,
     train_split, heldout, test, facts = open_data(recipe, directory)
     tokenizer = None if recipe.data.synthetic else prepared_tokenizer(directory)
     if teacher:
-        check_teacher(teacher, recipe, tokenizer, facts)
+        check_teacher(teacher, recipe, tokenizer, vocab_size=train_split.vocab_size, facts=facts)
         if recipe.distill.top_k:
             train_split = with_predictions(recipe, directory, train_split, teacher)
     program = make_program(recipe, jax.devices(), vocab_size=train_split.vocab_size,

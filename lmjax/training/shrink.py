@@ -28,14 +28,14 @@ def check_sizes(ours: ModelConfig, theirs: ModelConfig) -> None:
     pairs = {name: (getattr(ours, name, 0), getattr(theirs, name, 0)) for name in SIZES
              if name not in small._fields}
     pairs |= dict(zip(small._fields, zip(small, large, strict=True), strict=True))
+    if small.head_dim != large.head_dim:
+        raise UserError(f"heads of {large.head_dim} dimensions, as train.init_from has",
+                        small.head_dim, "set model.num_heads so that it divides embed_dim into "
+                        "such heads, or model.head_dim itself", where="config.model.head_dim")
     for name, (own, other) in pairs.items():
         if own > other:
             raise UserError(f"at most {other}, as train.init_from has", own, "lower it",
                             where=f"config.model.{name}")
-    if small.head_dim != large.head_dim:
-        raise UserError(f"heads of {large.head_dim} dimensions, as train.init_from has: positions "
-                        "are encoded in pairs of them", small.head_dim, "change num_heads",
-                        where="config.model.head_dim")
     if small.num_heads * large.num_kv_heads != large.num_heads * small.num_kv_heads:
         raise UserError(f"{large.num_heads // large.num_kv_heads} query heads for each key head, "
                         "as train.init_from has", small.num_heads // small.num_kv_heads,

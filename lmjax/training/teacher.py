@@ -61,8 +61,8 @@ def find_teacher(recipe: Recipe) -> Pretrained | None:
     return found
 
 
-def check_teacher(found: Pretrained, recipe: Recipe, tokenizer: Tokenizer | None,
-                  facts: Facts | None) -> None:
+def check_teacher(found: Pretrained, recipe: Recipe, tokenizer: Tokenizer | None, *,
+                  vocab_size: int, facts: Facts | None) -> None:
     """Checks that the ids and the classes of a teacher are those of the run.
 
     Raises:
@@ -73,6 +73,10 @@ def check_teacher(found: Pretrained, recipe: Recipe, tokenizer: Tokenizer | None
         raise UserError(f"the tokenizer of the data ({ours})",
                         f"{found.where} with another ({theirs})", "prepare the data with "
                         f"data.tokenizer.path={found.where}, or use another teacher", where=WHERE)
+    if tokenizer is None and vocab_size != found.recipe.model.vocab_size:
+        raise UserError(f"a model of the {vocab_size} ids of the data",
+                        f"{found.where}, of {found.recipe.model.vocab_size}", "use another",
+                        where=WHERE)
     if tokenizer and not isinstance(recipe.task, Task):
         check_marks(found, recipe.data.objective, tokenizer, key="distill.teacher")
     wanted, got = classes(facts), classes(found.about.get("task"))
