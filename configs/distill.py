@@ -5,8 +5,9 @@
     lmjax train --config configs/distill.py --workdir runs/alone --config.distill.teacher=""
 
 The last command trains the same student without a teacher, to compare. With
-`--config.distill.top_k=32` the teacher runs once, in front of the training, in place of every step.
-`configs/distill.py:tiny` is the same recipe, made small for tests: its teacher is runs/tiny.
+`--config.distill.stored_tokens=32` the teacher runs once, in front of the training, and not in
+every step. `configs/distill.py:tiny` is the same recipe, made small for tests: its teacher is
+runs/tiny.
 """
 
 from ml_collections import ConfigDict

@@ -7,10 +7,10 @@ the loss of a position is
 
 (arXiv:1503.02531). The factor t^2 keeps the size of the second gradient whatever t is.
 
-Of a stored teacher only the k largest probabilities are known. All other tokens then count as one,
-in p and in q: the divergence is that of k + 1 outcomes, which is exact for the k tokens and leaves
-open how the student shares out the rest. Renormalising the k probabilities instead would teach it
-that the rest has none.
+Of a stored teacher only K tokens of a position are known: the likeliest ones, and as many that were
+drawn from the others. A drawn token stands for an equal share of the others' probability, so that
+the gradient is right on average (importance sampling: Anshumann et al. 2025, arXiv:2503.16870). The
+likeliest tokens alone would teach the student that all others are impossible.
 
 Shape suffixes: B batch, T sequence, C chunk of the sequence, D embed_dim, V vocab_size, K stored
 tokens of a position.
@@ -26,7 +26,7 @@ from jax import lax
 from lmjax.nn.losses import Loss, Softmax, checked_chunk, over_chunks, softmax_of
 from lmjax.nn.ops import barrier, dot, dot_rows
 
-TINY = 1e-30  # what probabilities are at least, where they divide or have a logarithm
+LEAST = -60.0  # of a stored log-probability, which must be finite
 
 
 class Scorer(NamedTuple):
@@ -39,10 +39,15 @@ class Scorer(NamedTuple):
 
 
 class Known(NamedTuple):
-    """The largest probabilities of a teacher's distribution."""
+    """Some tokens of a teacher's distribution: the likeliest, then those drawn from the others."""
 
-    ids_BTK: jax.Array  # int32 token ids, each once per position
+    ids_BTK: jax.Array  # int32; a token may be drawn more than once
     log_p_BTK: jax.Array  # float32, of the whole distribution at the temperature of the loss
+
+    @property
+    def num_drawn(self) -> int:
+        """How many of the K tokens were drawn."""
+        return self.ids_BTK.shape[-1] // 2
 
 
 class Mix(NamedTuple):
@@ -98,22 +103,36 @@ def distilled_cross_entropy(student: Scorer, targets_BT: jax.Array, mask_BT: jax
     return Loss(total, nats, jnp.sum(mask), {"teacher_kl": lax.stop_gradient(kl)})
 
 
-def largest(teacher: Scorer, count: int, temperature: float, vocab_size: int, *,
-            chunk: int = 0) -> Known:
-    """The `count` likeliest tokens of every position among the first `vocab_size` ids.
+def known_of(teacher: Scorer, count: int, temperature: float, key_B: jax.Array, *,
+             vocab_size: int, chunk: int = 0) -> Known:
+    """What is to be stored of a teacher: `count` tokens of every position.
 
-    chunk: as for `distilled_cross_entropy`.
+    Args:
+      teacher: computes its logits; ids from `vocab_size` on do not count.
+      count: K, at most half of the vocabulary.
+      temperature: of the loss.
+      key_B: of the draws, a key per row.
+      vocab_size: of the student.
+      chunk: as for `distilled_cross_entropy`.
     """
     table_VD, bias_V = teacher.table_VD[:vocab_size], teacher.bias_V
     bias_V = None if bias_V is None else bias_V[:vocab_size]
-    x_BTD = teacher.x_BTD
+    x_BTD, num_drawn = teacher.x_BTD, count // 2
+    at_BT = jax.vmap(lambda key: jax.random.uniform(key, x_BTD.shape[1:2]))(key_B)
 
     def one(_: None, part: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         logits = _logits(part[0], table_VD, bias_V, teacher.softcap)
-        log_p, ids = lax.top_k(jax.nn.log_softmax(logits / temperature), count)
-        return None, (ids.astype(jnp.int32), log_p)
+        log_p = jnp.maximum(jax.nn.log_softmax(logits / temperature), LEAST)
+        top = lax.top_k(log_p, count - num_drawn)[1]
+        others = jax.vmap(jax.vmap(lambda p, ids: p.at[ids].set(0.0)))(jnp.exp(log_p), top)
+        # Evenly spaced points of the others' cumulated probability, with one random shift.
+        sums = jnp.cumsum(others, axis=-1)
+        points = (jnp.arange(num_drawn).reshape(1, 1, -1) + part[1][..., None]) / max(num_drawn, 1)
+        drawn = jax.vmap(jax.vmap(jnp.searchsorted))(sums, points * sums[..., -1:])
+        ids = jnp.concatenate([top, jnp.minimum(drawn, log_p.shape[-1] - 1)], axis=-1)
+        return None, (ids.astype(jnp.int32), jnp.take_along_axis(log_p, ids, axis=-1))
 
-    parts = (x_BTD, jnp.zeros(x_BTD.shape[:2], bool))
+    parts = (x_BTD, at_BT)
     return Known(*over_chunks(one, None, parts, checked_chunk(chunk, x_BTD.shape[1]))[1])
 
 
@@ -198,22 +217,14 @@ def _logits(x_BCD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None,
 
 
 def _from_known(known: Known, log_q_BCV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The distribution whose difference from q is the gradient, and the divergence [B, C].
-
-    The tokens that are not known have the teacher's remaining probability, shared out as the
-    student does.
-    """
-    V, log_p_BCK = log_q_BCV.shape[-1], known.log_p_BTK
-    if log_p_BCK.shape[-1] == V:  # there is no rest, whatever rounding has left of it
-        log_p_BCK = jax.nn.log_softmax(log_p_BCK)
-    p_BCK = jnp.exp(log_p_BCK)
-    put = jax.vmap(jax.vmap(lambda ids, p: jnp.zeros(V).at[ids].set(p)))
-    p_BCV = put(known.ids_BTK, p_BCK)
-    known_BCV = put(known.ids_BTK, jnp.ones_like(p_BCK))
-    rest_p = jnp.maximum(1.0 - jnp.sum(p_BCK, axis=-1), 0.0)
-    rest_BCV = jnp.where(known_BCV > 0, 0.0, jnp.exp(log_q_BCV))
-    rest_q = jnp.maximum(jnp.sum(rest_BCV, axis=-1), TINY)
+    """An estimate of the teacher's probabilities [B, C, V] and of the divergence [B, C]."""
+    V, n = log_q_BCV.shape[-1], known.num_drawn
+    p_BCK = jnp.exp(known.log_p_BTK)
+    top = p_BCK[..., : p_BCK.shape[-1] - n]
+    rest = jnp.maximum(1.0 - jnp.sum(top, axis=-1, keepdims=True), 0.0)
+    share = jnp.broadcast_to(rest / max(n, 1), (*rest.shape[:-1], n))
+    weight_BCK = jnp.concatenate([top, share], axis=-1)
+    add = jax.vmap(jax.vmap(lambda ids, weight: jnp.zeros(V).at[ids].add(weight)))
     log_q_BCK = jnp.take_along_axis(log_q_BCV, known.ids_BTK, axis=-1)
-    kl = jnp.sum(p_BCK * (log_p_BCK - log_q_BCK), axis=-1)
-    kl += rest_p * (jnp.log(jnp.maximum(rest_p, TINY)) - jnp.log(rest_q))
-    return p_BCV + rest_BCV * (rest_p / rest_q)[..., None], kl
+    kl = jnp.sum(weight_BCK * (known.log_p_BTK - log_q_BCK), axis=-1)
+    return add(known.ids_BTK, weight_BCK), kl

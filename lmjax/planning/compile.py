@@ -31,6 +31,7 @@ from lmjax.runtime.chips import FLAGS, Topology, tpu_compiler
 from lmjax.runtime.files import cache_directory
 from lmjax.tasks.task import Task
 from lmjax.training.recipe import Recipe
+from lmjax.training.teacher import find_teacher
 
 Log = Callable[[str], None]
 # The files and folders of lmjax/ that decide, together with the config, what a step compiles to:
@@ -58,6 +59,8 @@ def compiled(recipe: Recipe, topology: Topology | str, log: Log) -> tuple[StepFa
     if isinstance(topology, Topology) and not flags["LIBTPU_INIT_ARGS"]:
         flags["LIBTPU_INIT_ARGS"] = topology.flags  # as launch/tpu_pod and launch/gke set them
     request = {"recipe": plain(recipe), "topology": str(topology), "flags": flags}
+    if (teacher := find_teacher(recipe)) is not None:
+        request["teacher"] = plain(teacher.recipe.model)
     if isinstance(recipe.task, Task) and not recipe.data.directory:  # then they are read
         request["examples"] = [identity(source) for source in recipe.data.sources]
     if on_tpu and importlib.util.find_spec("libtpu") is None:

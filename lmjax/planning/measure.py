@@ -28,11 +28,13 @@ from lmjax.planning.kernels import StepFacts
 from lmjax.runtime.chips import Topology, parse_topology
 from lmjax.runtime.devices import matmul_rate
 from lmjax.sharding import use_layout
+from lmjax.tasks.distillation import stored_fields
 from lmjax.tasks.task import Task
 from lmjax.training.pretrained import find
 from lmjax.training.program import Program, make_program
 from lmjax.training.recipe import Recipe, recorded_recipe
 from lmjax.training.task_data import open_data, prepare_task
+from lmjax.training.teacher import find_teacher
 from lmjax.tree import num_elements, shard_bytes
 
 PLATFORMS = ("cpu", "gpu", "cuda", "tpu")  # in place of a topology: the devices at hand
@@ -92,6 +94,8 @@ def _program(recipe: Recipe, devices: Sequence[jax.Device]) -> Program:
     They decide the arrays of a batch and the outputs of the head. Without prepared ones, they are
     prepared for the time being.
     """
+    taught_by = find_teacher(recipe)
+    teacher = None if taught_by is None else taught_by.recipe.model
     if isinstance(recipe.task, Task):
         with tempfile.TemporaryDirectory() as folder:
             directory = recipe.data.directory
@@ -99,12 +103,14 @@ def _program(recipe: Recipe, devices: Sequence[jax.Device]) -> Program:
                 start, directory = recipe.train.init_from, f"{folder}/data"
                 prepare_task(recipe, directory, find(start) if start else None, to_stderr)
             split, _, _, found = open_data(recipe, directory)
-            return make_program(recipe, devices, fields=split.fields, vocab_size=split.vocab_size,
-                                facts=found)
+            fields = stored_fields(recipe.distill, split.fields)
+            return make_program(recipe, devices, fields=fields, vocab_size=split.vocab_size,
+                                facts=found, teacher=teacher)
     size = recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
     objective = Objective(recipe.data.objective, seq_len=recipe.data.seq_len, vocab_size=size)
-    return make_program(recipe, devices, fields=objective.fields,
-                        vocab_size=recipe.model.vocab_size or objective.vocab_size)
+    return make_program(recipe, devices, fields=stored_fields(recipe.distill, objective.fields),
+                        vocab_size=recipe.model.vocab_size or objective.vocab_size,
+                        teacher=teacher)
 
 
 def topology_devices(topology: Topology | str) -> Sequence[jax.Device]:
@@ -161,8 +167,8 @@ def _memory(program: Program, step: jax.stages.Compiled) -> dict[str, int]:
     outputs = max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
     code = analysis.generated_code_size_in_bytes
     ours = {kind: shard_bytes(tree) for kind, tree in (
-        ("parameters", shapes.params), ("frozen", shapes.frozen), ("optimizer", shapes.opt_state),
-        ("average", shapes.ema), ("batch", program.batch))}
+        ("parameters", shapes.params), ("frozen", shapes.frozen), ("teacher", shapes.teacher),
+        ("optimizer", shapes.opt_state), ("average", shapes.ema), ("batch", program.batch))}
     return {**ours, "padding": arguments - sum(ours.values()), "arguments": arguments,
             "temporaries": temporaries, "outputs": outputs, "code": code,
             "peak": arguments + temporaries + outputs + code}

@@ -15,6 +15,7 @@ from lmjax.reporting.plots import COLORS, STYLE
 PARTS = {  # of a bar, by kind: (label, colour)
     "frozen": ("frozen parameters", "#999999"),
     "parameters": ("parameters", COLORS["train"]),
+    "teacher": ("teacher", COLORS["second"]),
     "optimizer": ("optimizer state", "#56b4e9"),
     "average": ("average of weights", COLORS["ema"]),
     "temporaries": ("activations, gradients", "#e69f00"),
@@ -32,7 +33,8 @@ def draw(estimate: Estimate) -> str:
     peak, limit = estimate.memory["peak"], estimate.limit
     (size, of_size), (time, of_time) = size_unit(peak), time_unit(estimate.exposed)
     memory = {kind: estimate.memory[kind] / of_size
-              for kind in ("frozen", "parameters", "optimizer", "average", "temporaries")}
+              for kind in ("frozen", "teacher", "parameters", "optimizer", "average",
+                           "temporaries")}
     memory["rest"] = peak / of_size - sum(memory.values())
     seconds = {kind: s / of_time for kind, s in estimate.seconds.items()}
     hidden, exposed = (f"{s / of_time:.3f} {time}" for s in (estimate.hidden, estimate.exposed))

@@ -56,6 +56,7 @@ def _memory(estimate: Estimate) -> list[str]:
     rows = {
         "trained parameters" if memory["frozen"] else "parameters": memory["parameters"],
         "frozen parameters": memory["frozen"],
+        "teacher": memory["teacher"],
         "optimizer state": memory["optimizer"],
         "average of weights": memory["average"],
         "batch": memory["batch"],

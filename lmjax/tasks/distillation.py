@@ -11,14 +11,14 @@ import jax
 from lmjax.config import PathText, at_least
 from lmjax.errors import UserError
 from lmjax.models.model import Batch, Model
-from lmjax.nn.distillation import Known, Mix, Scorer, distilled_cross_entropy, largest
+from lmjax.nn.distillation import Known, Mix, Scorer, distilled_cross_entropy, known_of
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
 from lmjax.nn.quantized import matmuls_in
-from lmjax.tasks.losses import LossFn, with_routers
+from lmjax.tasks.losses import LossFn, tokens_of, with_routers
 from lmjax.tasks.task import Task
 
-IDS, LOG_P = "teacher_ids", "teacher_values"  # arrays of a batch, [B, T * distill.top_k]
+IDS, LOG_P = "teacher_ids", "teacher_values"  # of a batch: [B, T * stored_tokens]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,13 @@ class DistillConfig:
     teacher: PathText = ""
     hard: float = 0.5  # weight of the loss of the targets; that of the teacher's logits is 1 - hard
     temperature: float = 1.0  # divides the logits of both; above 1 it brings out unlikely tokens
-    # So many of the teacher's likeliest tokens are stored with each position of the training data,
-    # once, before the first step; 0: the teacher computes all of its logits in every step.
-    top_k: int = 0
+    # So many tokens of the teacher's distribution are stored with each position of the training
+    # data, once, before the first step: half of them the likeliest ones, half of them drawn from
+    # the others; 0: the teacher computes its logits in every step.
+    stored_tokens: int = 0
 
     def __post_init__(self) -> None:
-        at_least(0, top_k=self.top_k)
+        at_least(0, stored_tokens=self.stored_tokens)
         if not 0 <= self.hard <= 1:
             raise UserError("a share in [0, 1]", self.hard, "change it", where="hard")
         if self.temperature <= 0:
@@ -84,23 +85,32 @@ def distilled_loss(student: Model, teacher: Model, config: DistillConfig, *,
         of_student = Scorer(*hidden[:3], student.config.output_softcap)
         loss = distilled_cross_entropy(
             of_student, batch["targets"], batch["loss_mask"],
-            _known(batch) if config.top_k else scorer(teacher, params.teacher, batch),
+            _known(batch) if config.stored_tokens else scorer(teacher, params.teacher, batch),
             config.mix._replace(z_loss=z_loss), chunk=chunk)
-        routed = with_routers(loss, student, hidden, batch)
-        return routed._replace(extra={**loss.extra, **routed.extra})
+        return with_routers(loss, hidden.routing, student.config.moe, tokens_of(batch))
 
     return loss_fn
 
 
-Predict = Callable[[Params, Batch], dict[str, jax.Array]]
+Predict = Callable[[Params, Batch, jax.Array], dict[str, jax.Array]]
+
+
+def stored_fields(config: DistillConfig, fields: Mapping[str, int]) -> dict[str, int]:
+    """The fields of rows with what is stored of a teacher, if the config says that it is stored."""
+    width = config.stored_tokens * fields["targets"] if config.teacher else 0
+    return {**fields, IDS: width, LOG_P: width} if width else dict(fields)
 
 
 def predictions(teacher: Model, config: DistillConfig, vocab_size: int, chunk: int) -> Predict:
-    """(params, batch) -> {IDS, LOG_P}: the arrays [B, T * top_k] that are stored of a teacher."""
+    """Returns (params, batch, numbers) -> {IDS, LOG_P}: what is stored, [B, T * stored_tokens].
 
-    def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        known = largest(scorer(teacher, params, batch), config.top_k, config.temperature,
-                        vocab_size, chunk=chunk)
+    numbers: of the rows, int32 [B]; they decide what is drawn.
+    """
+
+    def predict(params: Params, batch: Batch, numbers: jax.Array) -> dict[str, jax.Array]:
+        key_B = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(0), n))(numbers)
+        known = known_of(scorer(teacher, params, batch), config.stored_tokens, config.temperature,
+                         key_B, vocab_size=vocab_size, chunk=chunk)
         return {name: x.reshape(len(x), -1) for name, x in zip((IDS, LOG_P), known, strict=True)}
 
     return predict

@@ -65,7 +65,7 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     tx = make_optimizer(recipe.optimizer, train.steps, trained,
                         multipliers(recipe.optimizer, model.shapes))
     taught_by = None if teacher is None else make_teacher(recipe, layout, teacher)
-    in_step = None if recipe.distill.top_k else taught_by
+    in_step = None if recipe.distill.stored_tokens else taught_by
     spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0, frozen=frozen,
                       teacher=in_step)
     _check_batch(recipe, layout)

@@ -79,7 +79,7 @@ def set_up(recipe: Recipe, workdir: Path, log: Log,
     facts = announce(run, directory, log) | begin(run, source, log)
     if teacher:
         taught(run, teacher, log)
-        if recipe.distill.top_k:
+        if recipe.distill.stored_tokens:
             at(0, "preparing data")
             add_predictions(run, teacher, log)
     _remember(run, log)
@@ -143,7 +143,7 @@ def _open(recipe: Recipe, workdir: Path, directory: str, log: Log,
     tokenizer = None if recipe.data.synthetic else prepared_tokenizer(directory)
     if teacher:
         check_teacher(teacher, recipe, tokenizer, vocab_size=train_split.vocab_size, facts=facts)
-        if recipe.distill.top_k:
+        if recipe.distill.stored_tokens:
             train_split = with_predictions(recipe, directory, train_split, teacher)
     program = make_program(recipe, jax.devices(), vocab_size=train_split.vocab_size,
                            fields=train_split.fields, facts=facts,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
+import numpy as np
 
 from lmjax.data.batches import eval_batches
 from lmjax.data.computed import ComputedMixture, Pairs
@@ -50,14 +51,14 @@ def find_teacher(recipe: Recipe) -> Pretrained | None:
         raise UserError(f"a model for rows of data.seq_len={recipe.data.seq_len}",
                         f"{found.where}, with {theirs.max_positions} positions",
                         "shorten the rows or use another", where=WHERE)
-    if recipe.distill.top_k > theirs.vocab_size:
-        raise UserError(f"at most the {theirs.vocab_size} tokens of the teacher",
-                        recipe.distill.top_k, "lower it, or set 0", where="config.distill.top_k")
-    if recipe.distill.top_k and not _is_fixed(recipe):
+    stored, where = recipe.distill.stored_tokens, "config.distill.stored_tokens"
+    if stored > theirs.vocab_size // 2:
+        raise UserError(f"at most half of the teacher's {theirs.vocab_size} tokens", stored,
+                        "lower it, or set 0", where=where)
+    if stored and not _is_fixed(recipe):
         raise UserError("0 where the rows of every epoch differ "
-                        f"({recipe.data.objective.name})", recipe.distill.top_k,
-                        "set 0: the teacher then computes in the step",
-                        where="config.distill.top_k")
+                        f"({recipe.data.objective.name})", stored,
+                        "set 0: the teacher then computes in the step", where=where)
     return found
 
 
@@ -93,11 +94,11 @@ def with_predictions(recipe: Recipe, directory: str, split: Mixture,
                      found: Pretrained) -> ComputedMixture:
     """The training rows with what is stored of the teacher, which `add_predictions` computes."""
     config = recipe.distill
-    teacher = canonical([weights_id(found), config.top_k, config.temperature])
+    teacher = canonical([weights_id(found), config.stored_tokens, config.temperature])
     whole = canonical([split.fingerprint, split.stages, teacher])
     name = hashlib.sha256(whole.encode()).hexdigest()[:16]
     return ComputedMixture(split, f"{directory}/teachers/{name}", (IDS, LOG_P),
-                           length=split.fields["targets"], count=config.top_k,
+                           length=split.fields["targets"], count=config.stored_tokens,
                            fingerprint=teacher)
 
 
@@ -112,7 +113,7 @@ def add_predictions(run: Run, found: Pretrained, log: Log) -> None:
     split.cover(run.steps.rows(run.recipe.train.steps))
     done = agreed(lambda: split.stored)
     missing = split.missing
-    log(f"teacher: its {config.top_k} likeliest tokens are stored of {done:,} rows in "
+    log(f"teacher: {config.stored_tokens} tokens of each prediction are stored of {done:,} rows in "
         f"{split.directory}, of {done + missing.num_rows():,} that the run takes")
     if not missing.num_rows():
         return
@@ -124,10 +125,10 @@ def add_predictions(run: Run, found: Pretrained, log: Log) -> None:
     size = run.recipe.eval.batch_size or run.recipe.train.batch_size
     with contextlib.closing(eval_batches(missing, size,
                                          layout.sharding(("batch", "seq")))) as batches:
-        parts = _predicted(batches, functools.partial(predict, params), size, missing.num_rows(),
-                           log)
+        parts = _predicted(batches, functools.partial(predict, params), done, size, log,
+                           total=missing.num_rows())
         if jax.process_index() == 0:
-            split.write(parts, {"teacher": found.where, "top_k": config.top_k,
+            split.write(parts, {"teacher": found.where, "stored_tokens": config.stored_tokens,
                                 "temperature": config.temperature})
         else:
             for _ in parts:
@@ -135,12 +136,13 @@ def add_predictions(run: Run, found: Pretrained, log: Log) -> None:
     agreed(lambda: split.stored)  # waits for process 0
 
 
-def _predicted(batches: Iterable[Batch], predict: Callable[[Batch], Batch], size: int, total: int,
-               log: Log) -> Iterator[Pairs]:
-    """What the teacher computes of each batch, with lines of progress."""
+def _predicted(batches: Iterable[Batch], predict: Callable[[Batch, np.ndarray], Batch], first: int,
+               size: int, log: Log, *, total: int) -> Iterator[Pairs]:
+    """What the teacher computes of each batch, with lines of progress; `first`: its first row."""
     done, began, spoke = 0, time.monotonic(), time.monotonic()
     for batch in batches:
-        found = jax.device_get(predict(batch))
+        numbers = np.arange(first + done, first + done + size, dtype=np.int32)
+        found = jax.device_get(predict(batch, numbers))
         real = min(size, total - done)
         done += real
         yield found[IDS][:real], found[LOG_P][:real]
@@ -161,7 +163,7 @@ def taught(run: Run, found: Pretrained, log: Log) -> None:
     """
     assert run.state is not None
     record = {"path": found.where, "step": found.about["step"], "id": weights_id(found)}
-    if run.recipe.distill.top_k == 0:
+    if run.recipe.distill.stored_tokens == 0:
         model = make_teacher(run.recipe, run.layout, found.recipe.model)
         params = found.read(model, run.layout.tree(model.axes, model.shapes))
         record["checksums"] = checksums(params)
@@ -172,7 +174,7 @@ def taught(run: Run, found: Pretrained, log: Log) -> None:
                         f"{found.where}, which has other weights",
                         "bring it back, or use another --workdir", where=WHERE)
     run.about["teacher"] = record
-    where = "its likeliest tokens are stored with the data" if run.recipe.distill.top_k else (
+    where = "what it predicts is stored with the data" if run.recipe.distill.stored_tokens else (
         "it computes in every step")
     log(f"teacher: {found.where}, step {found.about['step']:,}; {where}")
 

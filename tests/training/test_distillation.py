@@ -91,18 +91,18 @@ def test_a_mesh_gives_the_losses_of_one_device(teacher, microbatches):
 
 @pytest.mark.long
 def test_stored_predictions_train_as_the_teacher_in_the_step(teacher, tmp_path, capsys):
-    """All tokens stored: the losses differ by the rounding of the stored numbers alone."""
+    """With half of 64 tokens, what is left to draw is little: the losses differ by little."""
     assert run_here(tmp_path / "online", *of(teacher)) == 0
     data = f"data.directory={tmp_path}/data"
-    assert run_here(tmp_path / "stored", *of(teacher, "distill.top_k=64", data)) == 0
+    assert run_here(tmp_path / "stored", *of(teacher, "distill.stored_tokens=32", data)) == 0
     online, stored = (np.array([[line["loss"], line["teacher_kl"]] for line in lines(tmp_path / w)
                                 if "teacher_kl" in line]) for w in ("online", "stored"))
-    np.testing.assert_allclose(stored[:, 0], online[:, 0], rtol=1e-5)
-    np.testing.assert_allclose(stored[:, 1], online[:, 1], rtol=5e-3)
+    np.testing.assert_allclose(stored[:, 0], online[:, 0], rtol=2e-3)
+    np.testing.assert_allclose(stored[:, 1], online[:, 1], rtol=0.1)
     assert len(online) == 6 and not np.array_equal(stored, online)
     # A longer run adds the rows that it takes; the teacher reads no row twice.
     capsys.readouterr()
-    more = (*of(teacher, "distill.top_k=64", data), "train.steps=8")
+    more = (*of(teacher, "distill.stored_tokens=32", data), "train.steps=8")
     assert run_here(tmp_path / "stored", *more) == 0
     printed = capsys.readouterr().err
     assert "stored of 96 rows" in printed and "all 32 rows are done" in printed
@@ -118,10 +118,10 @@ def test_stored_predictions_train_as_the_teacher_in_the_step(teacher, tmp_path, 
 def test_stored_rows_are_those_that_the_run_takes(teacher, tmp_path):
     """Also in a second epoch, whose order is another one."""
     rows = 'data.sources=[{"name": "chain", "uri": "synthetic:40"}]'
-    assert run_here(tmp_path / "run", *of(teacher, "distill.top_k=4", rows)) == 0
+    assert run_here(tmp_path / "run", *of(teacher, "distill.stored_tokens=4", rows)) == 0
     folder, = (tmp_path / "run" / "data" / "teachers").iterdir()
     assert json.loads((folder / "manifest.json").read_text())["stops"] == [40]
-    recipe = build_recipe(load(SYNTHETIC, of(teacher, "distill.top_k=4", rows)))
+    recipe = build_recipe(load(SYNTHETIC, of(teacher, "distill.stored_tokens=4", rows)))
     split = open_splits(recipe.data)[0]
     taught = with_predictions(recipe, str(tmp_path / "run" / "data"), split, find_teacher(recipe))
     taught.cover(96)
@@ -133,15 +133,16 @@ def test_stored_rows_are_those_that_the_run_takes(teacher, tmp_path):
     log_p = np.asarray(jax.nn.log_softmax(logits))
     ids, stored = (batch[name].reshape(96, 32, 4) for name in (IDS, LOG_P))
     np.testing.assert_allclose(stored, np.take_along_axis(log_p, ids, -1), rtol=2e-3, atol=1e-3)
-    np.testing.assert_allclose(stored, -np.sort(-log_p, axis=-1)[..., :4], rtol=2e-3, atol=1e-3)
+    np.testing.assert_allclose(stored[..., :2], -np.sort(-log_p, axis=-1)[..., :2], rtol=2e-3,
+                               atol=1e-3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("top_k", (0, 8))
-def test_killed_and_resumed_ends_as_one_that_never_was(teacher, tmp_path, top_k):
+@pytest.mark.parametrize("stored", (0, 8))
+def test_killed_and_resumed_ends_as_one_that_never_was(teacher, tmp_path, stored):
     options = ["train.steps=24", "optimizer.warmup_steps=1", "checkpoint.every=4", "eval.every=24",
                "optimizer.ema_decay=0.9", *SMALL, f"distill.teacher={teacher}",
-               f"distill.top_k={top_k}"]
+               f"distill.stored_tokens={stored}"]
     finish(tmp_path / "straight", *options)
     process = start(tmp_path / "run", *options)
     wait_for(process, lambda: checkpoint_steps(tmp_path / "run" / "checkpoints"))
@@ -171,9 +172,9 @@ def test_a_resumed_run_keeps_its_teacher(teacher, tmp_path, capsys):
     (("distill.temperature=0.0",), "config.distill.temperature: expected more than 0"),
     (("distill.teacher=/nowhere",), "/nowhere"),
     (("data.tokenizer.vocab_size=32",), "expected a model of the 32 ids of the data"),
-    (("distill.top_k=65",), "config.distill.top_k: expected at most the 64 tokens"),
-    (("data.objective.name=prefix_lm", "distill.top_k=4"),
-     r"config.distill.top_k: expected 0 where the rows of every epoch differ \(prefix_lm\)"),
+    (("distill.stored_tokens=33",), "config.distill.stored_tokens: expected at most half"),
+    (("data.objective.name=prefix_lm", "distill.stored_tokens=4"),
+     r"config.distill.stored_tokens: expected 0 where the rows .* differ \(prefix_lm\)"),
 ])
 def test_what_cannot_be_learned_is_refused_before_anything_is_compiled(
         teacher, overrides, message, tmp_path, capsys, monkeypatch):
