@@ -1,6 +1,12 @@
 """Generation against full forward passes and against the exact distribution."""
 
+import functools
+import math
+import re
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny_decoder import (
     GREEDY,
@@ -14,9 +20,11 @@ from tiny_decoder import (
     until,
 )
 
-from lmjax.decoding.generate import Generator
+from lmjax.decoding.generate import Generator, padded, prefill
 from lmjax.decoding.sampling import Sampling
-from lmjax.models.model import Model
+from lmjax.decoding.scoring import likelihoods
+from lmjax.models.encdec import EncDecConfig
+from lmjax.models.model import Model, build_model
 from lmjax.nn.moe import MoEConfig
 from lmjax.sharding import MeshConfig, make_layout
 
@@ -141,3 +149,27 @@ def test_generation_follows_the_exact_distribution():
     counts = count_pairs(answers)
     assert counts[pairs == 0].sum() == 0
     assert chi_square(counts.ravel(), pairs.ravel()) < 4
+
+
+def most_logits(run, *args):
+    """The largest number of positions whose float32 logits a program holds, by its trace."""
+    shapes = re.findall(r"f32\[([\d,]+)\]", str(jax.make_jaxpr(run)(*args)))
+    found = [[*map(int, shape.split(","))] for shape in shapes]
+    return max(math.prod(shape[:-1]) for shape in found if shape[-1] == V and len(shape) > 2)
+
+
+def test_logits_are_held_of_the_positions_that_are_wanted():
+    """Of a prompt the last one's; of a text that is scored some at a time."""
+    model, params = tiny_decoder(mlp_dim=20)
+    prompts = padded([[1] * 200] * 4)
+    start = functools.partial(prefill, prompts=prompts, slots=300, start_id=0)
+    assert most_logits(lambda params: start(model, params)[0], params) == 4
+    both = build_model(EncDecConfig(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=20,
+                                    vocab_size=V), vocab_size=V, platform="cpu", dtype=jnp.float32)
+    assert most_logits(lambda params: start(both, params)[0], both.shapes) == 4
+    whole = np.ones((4, 200), np.int32)
+    batch = {"tokens": whole, "positions": whole, "segment_ids": whole}
+    at_KC = np.zeros((50, 16), np.int32)
+    assert most_logits(functools.partial(likelihoods, model), params, batch, np.int32(4), at_KC,
+                       at_KC, np.int32(800)) == 16
+    assert most_logits(model.logits, params, batch) == 800, "what the others would hold"
