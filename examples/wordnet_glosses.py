@@ -1,14 +1,15 @@
 """Writes WordNet's definitions of nouns, each with the kind of thing that it defines.
 
-WordNet comes with many systems. On Debian and Ubuntu, `apt-get install wordnet-base` puts its files
-where this script looks for them; without the right to install, download and unpack them:
+On Debian and Ubuntu, WordNet is the package `wordnet-base`. Download and unpack it; if it is
+installed, leave --wordnet out:
 
-    apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb runs/wordnet
+    mkdir -p runs && apt-get download wordnet-base
+    dpkg-deb -x wordnet-base_*.deb runs/wordnet
     python examples/wordnet_glosses.py runs/data/glosses --wordnet runs/wordnet/usr/share/wordnet
 
-The folder gets two files of JSON lines, `train` and `test`. A record is {"definition", "kind"}: of
-"the quality of being patient" the kind is attribute. The examples that WordNet adds to definitions
-are left out, and so is the word itself.
+The folder gets two files of JSON lines, train.jsonl and test.jsonl. A record is {"definition",
+"kind"}: the kind of "the quality of being patient" is attribute. The word that is defined is left
+out, and so are the examples that WordNet adds to definitions.
 """
 
 import argparse

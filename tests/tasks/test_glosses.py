@@ -54,7 +54,7 @@ def test_it_is_better_than_logistic_regression_on_the_frozen_features(folder):
     train_x, test_x = (lm.embed([row["definition"] for row in rows]) for rows in (train, test))
     train_y, test_y = ([row["kind"] for row in rows] for rows in (train, test))
     frozen = max(linear_model.LogisticRegression(C=strength, max_iter=3000).fit(
-        train_x, train_y).score(test_x, test_y) for strength in (0.3, 1, 3, 10))
+        train_x, train_y).score(test_x, test_y) for strength in (1, 3))  # better than 0.3 and 10
     last = [line for line in records(folder / "runs/glosses/metrics.jsonl")
             if "test/accuracy" in line][-1]
     print(f"frozen features {frozen:.3f}, fine-tuned {last['test/accuracy']:.3f}")
