@@ -137,7 +137,7 @@ SPECS = [((("data", "context"),), (4, 2)), (("data", "context"), (4, 2)),
          ((), (8, 1)), (("data",), (2, 4))]
 
 
-@pytest.mark.parametrize("kind", ["store", "synthetic"])
+@pytest.mark.parametrize("kind", [pytest.param("store", marks=pytest.mark.long), "synthetic"])
 def test_batches_are_the_same_on_any_mesh_and_from_any_start(directory, kind):
     synthetic = (SourceConfig("s", "synthetic:40"),)
     config = make_config() if kind == "store" else make_config(sources=synthetic)

@@ -35,7 +35,8 @@ def exported():
 
 
 @pytest.mark.parametrize("penalty", [
-    1.0, -1.0, pytest.param(0.0, marks=pytest.mark.long),
+    pytest.param(1.0, marks=pytest.mark.long), -1.0,
+    pytest.param(0.0, marks=pytest.mark.long),
     pytest.param(2.5, marks=pytest.mark.long)])
 def test_beams_are_those_of_transformers(penalty):
     model, params = tiny_decoder()
@@ -59,6 +60,7 @@ def test_beams_are_those_of_transformers(penalty):
     assert len(lengths) > 1 or penalty > 2
 
 
+@pytest.mark.long
 def test_an_encoder_decoder_answers_as_that_of_transformers(tmp_path):
     torch = pytest.importorskip("torch", reason=f"torch {MISSING}")
     transformers = pytest.importorskip("transformers", reason=f"transformers {MISSING}")

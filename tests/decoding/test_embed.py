@@ -41,6 +41,7 @@ def test_real_sentence_embeddings_are_those_of_transformers():
     assert (got[0] * got[1]).sum() > 0.6 > 0.2 > (got[0] * got[2]).sum()
 
 
+@pytest.mark.long
 def test_attention_maps_are_those_of_transformers(tmp_path):
     torch = pytest.importorskip("torch", reason=f"torch {MISSING}")
     transformers = pytest.importorskip("transformers", reason=f"transformers {MISSING}")

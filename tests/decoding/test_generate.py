@@ -98,6 +98,7 @@ def test_the_loop_stops_when_all_rows_have_ended(monkeypatch):
     assert max(map(len, answers)) <= 1 and len(steps) <= 4 < 15
 
 
+@pytest.mark.long
 def test_compiles_once_for_every_bucket(monkeypatch):
     """Within the same sizes, all prompts, seeds and sampling settings share a program."""
     model, params = tiny_decoder(num_layers=1)
@@ -123,6 +124,7 @@ def test_compiles_once_for_every_bucket(monkeypatch):
     assert traces[2:] == [(2, 32), (2, 16)]
 
 
+@pytest.mark.long
 def test_a_sharded_model_generates_the_same_from_any_number_of_prompts():
     model, params = tiny_decoder(num_kv_heads=2)
     expected = Generator(model)(params, PROMPTS[:3], max_tokens=4, sampling=GREEDY)

@@ -45,6 +45,7 @@ def tell(directory, file, **keys):
     (directory / file).write_text(json.dumps(told | keys))
 
 
+@pytest.mark.long
 def test_every_end_token_of_a_list_ends_an_answer(directory, tmp_path):
     lm = lmjax.load(directory)
     prompt = [lm.tokenizer.bos_id, *lm.tokenizer.encode(TEXT)]
@@ -83,6 +84,7 @@ def test_generation_config_decides_and_config_json_fills_in(tokenizer, generatio
     assert (told.end, told.start, told.banned) == (end, start, banned)
 
 
+@pytest.mark.long
 def test_banned_tokens_are_never_drawn(directory):
     lm = lmjax.load(directory)
     ids = lm._generator(lm.params, [[1, 40]], max_tokens=1, sampling=GREEDY)[0]

@@ -42,6 +42,7 @@ def test_a_model_that_is_its_own_draft_keeps_every_proposal():
     assert gained == 4  # 3 proposals and the token after them
 
 
+@pytest.mark.long
 def test_speculation_takes_back_tokens_that_a_window_would_have_forgotten():
     """The answers are longer than the windows of both models, which disagree all the time."""
     model, params = tiny_decoder(sliding_window=4, layer_pattern=("local", "global"))

@@ -189,7 +189,8 @@ def test_ragged_prefill_then_decoding_equals_the_full_forward(name):
 
 
 @pytest.mark.parametrize("name, keys", [
-    ("gemma2", dict(moe=EXPERTS)), pytest.param("t5-v1.1", {}, marks=pytest.mark.long),
+    pytest.param("gemma2", dict(moe=EXPERTS), marks=pytest.mark.long),
+    pytest.param("t5-v1.1", {}, marks=pytest.mark.long),
     pytest.param("gemma2", {}, marks=pytest.mark.long),
     pytest.param("qwen2-moe", {}, marks=pytest.mark.long)])
 def test_decoding_on_a_mesh_equals_the_full_forward(name, keys):

@@ -64,6 +64,7 @@ Records.log_step = log_slowly
 """
 
 
+@pytest.mark.long
 def test_sigterm_to_one_of_two_processes_stops_both(one, tmp_path):
     """Pre-emption hits one host: the processes agree on a step, save it, and exit with one code.
 

@@ -46,7 +46,7 @@ def kill_at(workdir: pathlib.Path, moments, *overrides: str, **options) -> None:
 
 @pytest.mark.parametrize("names", [
     ("saving",),
-    pytest.param(("compiling", "line 5", "saving", "line 11"), marks=pytest.mark.long)])
+    pytest.param(("compiling", "line 5", "saving", "line 11"), marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_ends_the_same(names, straight, tmp_path):
     workdir = tmp_path / "run"
     rng = random.Random(0)
