@@ -132,7 +132,8 @@ def test_a_class_is_explained_by_the_head(family, at, tokenizer):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.long if name == "tied" else pytest.mark.slow) for name in FAMILIES])
+    pytest.param(name, marks=pytest.mark.long if name == "tied" else pytest.mark.slow)
+    for name in FAMILIES])
 def test_gradients_are_those_of_transformers(name, tokenizer, tmp_path):
     """gradient x input, and the mean of 200 gradients on the path from the mean embedding."""
     torch = pytest.importorskip("torch", reason=f"torch {MISSING}")
