@@ -30,6 +30,7 @@ from lmjax.training.recipe import Recipe
 from lmjax.training.run import Log, Run
 
 WHERE = "config.distill.teacher"
+METHOD = "likeliest and drawn 1"  # how the stored tokens are chosen: another way, another folder
 SPOKE_EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -94,7 +95,7 @@ def with_predictions(recipe: Recipe, directory: str, split: Mixture,
                      found: Pretrained) -> ComputedMixture:
     """The training rows with what is stored of the teacher, which `add_predictions` computes."""
     config = recipe.distill
-    teacher = canonical([weights_id(found), config.stored_tokens, config.temperature])
+    teacher = canonical([METHOD, weights_id(found), config.stored_tokens, config.temperature])
     whole = canonical([split.fingerprint, split.stages, teacher])
     name = hashlib.sha256(whole.encode()).hexdigest()[:16]
     return ComputedMixture(split, f"{directory}/teachers/{name}", (IDS, LOG_P),
