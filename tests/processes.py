@@ -137,7 +137,8 @@ def final_checksums(workdir: pathlib.Path) -> dict:
     about = read_about(path)
     recipe = build_recipe(about["recipe"])
     model = build_model(recipe.model, vocab_size=0, platform="cpu",
-                        dtype="float32").with_adapters(recipe.adapter)
+                        dtype="float32").with_adapters(recipe.adapter).with_projection(
+                            about.get("projected_dim", 0))
     whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole),
                           split_tree(model.shapes, about["checksums"]["params"].__contains__)[0])

@@ -21,6 +21,7 @@ from lmjax.nn.module import normal
 from lmjax.nn.moe import MoE, Routing
 from lmjax.nn.ops import dropout
 from lmjax.nn.positions import Rotation
+from lmjax.nn.recorded import Recorded, in_layer, record
 from lmjax.nn.sequence import gather_sequence, scatter_sequence, stream_axis
 from lmjax.sharding import constrain
 
@@ -46,6 +47,13 @@ class PerLayer(NamedTuple):
     # the residual stream.
     first: jax.Array | None
     source: KVCache | None  # keys and values of an encoder's states
+
+
+class LayerOut(NamedTuple):
+    """What a layer tells besides its outputs; of a stack, with a leading dimension of layers."""
+
+    routing: Routing | None  # how experts were chosen
+    recorded: Recorded
 
 
 class Block(nnx.Module):
@@ -77,11 +85,11 @@ class Block(nnx.Module):
         self.cross_post_norm = new_norm() if both and cross else None
 
     def __call__(self, x_BTD: jax.Array, layer: PerLayer, cache: KVCache | None,
-                 shared: Shared) -> tuple[jax.Array, KVCache | None, Routing | None]:
+                 shared: Shared) -> tuple[jax.Array, KVCache | None, LayerOut]:
         """Adds all branches to the residual stream x [B, T, D].
 
         Returns:
-          (the new x, the cache with the keys and values of x, how experts were chosen).
+          (the new x, the cache with the keys and values of x, what else there is to tell).
         """
         s, keys = shared, iter((None,) * 3)
         if layer.key is not None:
@@ -105,13 +113,15 @@ class Block(nnx.Module):
                 return scatter_sequence(y), routing
             return scatter_sequence(self.mlp(y)), None
 
-        with adapter_noise(layer.key):
+        with adapter_noise(layer.key), in_layer() as recorded:
             x, cache = self._add(x_BTD, attention, self.attention_norm, self.attention_post_norm,
                                  next(keys), layer.first)
             if self.cross_norm is not None:
                 x, _ = self._add(x, cross, self.cross_norm, self.cross_post_norm, next(keys))
             x, routing = self._add(x, mlp, self.mlp_norm, self.mlp_post_norm, next(keys))
-        return constrain(x, "batch", stream_axis(x), "act_embed"), cache, routing
+            x = constrain(x, "batch", stream_axis(x), "act_embed")
+            record(state=x)
+        return x, cache, LayerOut(routing, recorded)
 
     def _add(self, x: jax.Array, branch: Callable[[jax.Array], tuple[jax.Array, Any]],
              norm: Norm, post_norm: Norm | None, key: jax.Array | None,

@@ -21,7 +21,7 @@ from lmjax.models.encoder import Encoder, EncoderConfig
 from lmjax.models.transformer import TokenInfo
 from lmjax.nn.adapters import NO_ADAPTERS, AdapterConfig
 from lmjax.nn.kernels.choose import Kernel, Needs, choose_kernel
-from lmjax.nn.module import Functional, Params, functional
+from lmjax.nn.module import Functional, Params, functional, normal, param
 from lmjax.nn.moe import Routing
 from lmjax.nn.stack import Unstacked, is_unstacked
 from lmjax.sharding import platform
@@ -29,6 +29,9 @@ from lmjax.sharding import platform
 Batch = Mapping[str, jax.Array]
 ModelConfig = DecoderConfig | EncoderConfig | EncDecConfig  # `family` tells them apart
 FAMILY_MODULES = {DecoderConfig: Decoder, EncoderConfig: Encoder, EncDecConfig: EncDec}
+
+
+PROJECTION = "projection"  # the path of a model's projection, if it has one
 
 
 class Hidden(NamedTuple):
@@ -51,22 +54,38 @@ class Model:
     dtype: Any  # of activations and matmuls; parameters are float32
     prefix_lm: bool = False  # the tokens of a prompt see each other, later ones included
     adapter: AdapterConfig = NO_ADAPTERS
+    # The width to which a trained matrix, `PROJECTION`, maps its states for comparison with those
+    # of a teacher; 0: there is none.
+    projected_dim: int = 0
 
     @functools.cached_property
     def plain(self) -> "Model":
-        """The same model without adapters."""
-        return self.with_adapters(NO_ADAPTERS)
+        """The same model without adapters and without a projection."""
+        return self._with(NO_ADAPTERS, 0)
 
     def with_adapters(self, adapter: AdapterConfig) -> "Model":
         """The same model with these adapters in place of its own, if it has any."""
-        if adapter == self.adapter:
+        return self._with(adapter, self.projected_dim)
+
+    def with_projection(self, dim: int) -> "Model":
+        """The same model with a projection of its states to `dim` dimensions; 0: with none."""
+        return self._with(self.adapter, dim)
+
+    def _with(self, adapter: AdapterConfig, dim: int) -> "Model":
+        if (adapter, dim) == (self.adapter, self.projected_dim):
             return self
 
         def build(rngs: nnx.Rngs) -> nnx.Module:
             module = _module(self.config, self.kernel, rngs)
-            return adapted(module, adapter, rngs) if adapter.kind else module
+            module = adapted(module, adapter, rngs) if adapter.kind else module
+            if dim:
+                width = self.config.embed_dim
+                made = param(rngs, normal(width**-0.5), (width, dim), ("embed", "mlp"))
+                setattr(module, PROJECTION, made)
+            return module
 
-        return dataclasses.replace(self, functional=functional(build), adapter=adapter)
+        return dataclasses.replace(self, functional=functional(build), adapter=adapter,
+                                   projected_dim=dim)
 
     @property
     def shapes(self) -> Params:

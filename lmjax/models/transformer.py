@@ -23,6 +23,7 @@ from lmjax.nn.moe import Routing
 from lmjax.nn.ops import dropout
 from lmjax.nn.pipeline import per_part, split_key
 from lmjax.nn.positions import Rotation, relative_buckets, rope_rotation, sinusoids
+from lmjax.nn.recorded import add_stack
 from lmjax.nn.sequence import balance_sequence, gather_sequence, scatter_sequence
 from lmjax.nn.stack import Stack
 from lmjax.sharding import constrain
@@ -101,7 +102,8 @@ class Trunk(nnx.Module):
         caches = cache or (None,) * len(self.kinds)
         shared = [self._shared(kind, tokens, part and _slots(part), source)
                   for kind, part in zip(self.kinds, caches, strict=True)]
-        x_BTD, new, routing = self.layers(x_BTD, per_layer, caches, shared)
+        x_BTD, new, (routing, recorded) = self.layers(x_BTD, per_layer, caches, shared)
+        add_stack(recorded)
         x_BTD = balance_sequence(x_BTD, back=True) if balance else x_BTD
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
         return gather_sequence(x_BTD), tuple(new), routing

@@ -19,6 +19,7 @@ from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import Initializer
 from lmjax.nn.ops import gradient_barrier
 from lmjax.nn.positions import Rotation, apply_rope
+from lmjax.nn.recorded import record
 from lmjax.nn.sequence import scatter_sequence
 from lmjax.sharding import constrain
 
@@ -141,6 +142,7 @@ class Attention(nnx.Module):
           [B, T, D], and the new cache if one was given.
         """
         kv = self.keys_values(x_BTD, rotation, kernel)
+        record(key=kv.key.swapaxes(1, 2), value=kv.value.swapaxes(1, 2))
         if cache is not None:
             assert update is not None
             both = [update.extend(old, new) for old, new in zip(cache, kv, strict=True)]
@@ -165,6 +167,7 @@ class Attention(nnx.Module):
         q = q if self.query_norm is None else self.query_norm(q)
         q = q if rotation is None else apply_rope(q, rotation)
         q = checkpoint_name(constrain(q, "batch", "seq", "act_heads", None), "query")
+        record(query=q)
         k, v = (x.swapaxes(1, 2) for x in kv)
         y = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap, bias=bias_BHTS,
                    kernel=kernel)

@@ -7,14 +7,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lmjax.config import PathText, at_least
 from lmjax.errors import UserError
-from lmjax.models.model import Batch, Model
+from lmjax.models.layer_map import evenly
+from lmjax.models.model import PROJECTION, Batch, Model
 from lmjax.nn.distillation import Known, Mix, Scorer, distilled_cross_entropy, known_of
 from lmjax.nn.losses import Loss
+from lmjax.nn.matching import relation_divergence, state_difference
 from lmjax.nn.module import Params
 from lmjax.nn.quantized import matmuls_in
+from lmjax.nn.recorded import Recorded, recording
+from lmjax.sharding import Layout
 from lmjax.tasks.losses import LossFn, tokens_of, with_routers
 from lmjax.tasks.task import Task
 
@@ -33,13 +39,29 @@ class DistillConfig:
     # data, once, before the first step: half of them the likeliest ones, half of them drawn from
     # the others; 0: the teacher computes its logits in every step.
     stored_tokens: int = 0
+    # Weights of two more losses, for a teacher in the step: of the difference of the hidden states,
+    # each layer's from that of an evenly chosen layer of the teacher, and of the divergence of the
+    # last layers' attention.
+    states: float = 0.0
+    attention: float = 0.0
+    relation_heads: int = 0  # of the comparison of attention; 0: as many as the student has heads
 
     def __post_init__(self) -> None:
-        at_least(0, stored_tokens=self.stored_tokens)
+        at_least(0, stored_tokens=self.stored_tokens, states=self.states,
+                 attention=self.attention, relation_heads=self.relation_heads)
+        if self.stored_tokens and (self.states or self.attention):
+            raise UserError("0 with distill.states or distill.attention, for which the teacher "
+                            "has to be in the step", self.stored_tokens, "set 0",
+                            where="stored_tokens")
         if not 0 <= self.hard <= 1:
             raise UserError("a share in [0, 1]", self.hard, "change it", where="hard")
         if self.temperature <= 0:
             raise UserError("more than 0", self.temperature, "raise it", where="temperature")
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """Which arrays inside the layers are compared."""
+        return ("state",) * (self.states > 0) + ("query", "key", "value") * (self.attention > 0)
 
     @property
     def mix(self) -> Mix:
@@ -81,18 +103,78 @@ def distilled_loss(student: Model, teacher: Model, config: DistillConfig, *,
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array | None) -> Loss:
         params = params if isinstance(params, Taught) else Taught(params, None)
-        hidden = student.hidden(params.student, batch, key)
+        with recording(*config.recorded) as ours:
+            hidden = student.hidden(params.student, batch, key)
+        with recording(*config.recorded) as theirs:
+            of_teacher = (_known(batch) if config.stored_tokens
+                          else scorer(teacher, params.teacher, batch))
         of_student = Scorer(*hidden[:3], student.config.output_softcap)
-        loss = distilled_cross_entropy(
-            of_student, batch["targets"], batch["loss_mask"],
-            _known(batch) if config.stored_tokens else scorer(teacher, params.teacher, batch),
-            config.mix._replace(z_loss=z_loss), chunk=chunk)
+        loss = distilled_cross_entropy(of_student, batch["targets"], batch["loss_mask"],
+                                       of_teacher, config.mix._replace(z_loss=z_loss), chunk=chunk)
+        if config.recorded:
+            apart = _compared(list(zip(ours, theirs, strict=True)), student, teacher, batch,
+                              params.student.get(PROJECTION), config)
+            loss = _with_means(loss, apart, config)
         return with_routers(loss, hidden.routing, student.config.moe, tokens_of(batch))
 
     return loss_fn
 
 
 Predict = Callable[[Params, Batch, jax.Array], dict[str, jax.Array]]
+
+
+def as_student(student: Model, teacher: Model, config: DistillConfig, layout: Layout) -> Model:
+    """The student, with a projection of its states if they are compared and narrower or wider.
+
+    Raises:
+      UserError: the attention of the models has no common relation heads, or the mesh splits the
+        layers that are compared.
+    """
+    for axis, name in (("seq", "context"), ("layers", "stage")):
+        if config.recorded and layout.on(axis):
+            raise UserError("1 with distill.states or distill.attention, whose layers are "
+                            "compared whole", layout.ways(axis), "set 1",
+                            where=f"config.mesh.{name}")
+    heads = config.relation_heads or student.config.dims.num_heads
+    widths = {number * dims.head_dim for dims in (student.config.dims, teacher.config.dims)
+              for number in (dims.num_heads, dims.num_kv_heads)}
+    if config.attention and any(width % heads for width in widths):
+        raise UserError(f"a divisor of {', '.join(map(str, sorted(widths)))}, the widths of the "
+                        "queries and keys of both models", heads, "change it",
+                        where="config.distill.relation_heads")
+    dim = teacher.config.embed_dim
+    if config.states and dim != student.config.embed_dim:
+        return student.with_projection(dim)
+    return student
+
+
+def _compared(stacks: list[tuple[Recorded, Recorded]], student: Model, teacher: Model,
+              batch: Batch, projection: jax.Array | None,
+              config: DistillConfig) -> dict[str, jax.Array]:
+    """The two differences of the layers, means over the stacks that the models have."""
+    sides = ("encoder_", "") if len(stacks) > 1 else ("",)
+    found: dict[str, list[jax.Array]] = {"teacher_states": [], "teacher_attention": []}
+    for side, (ours, theirs) in zip(sides, stacks, strict=True):
+        segments = batch[f"{side}segment_ids"]
+        causal = student.config.family != "encoder" and not side
+        if config.states:
+            x, y = ours["state"], theirs["state"]
+            y = y[np.array(evenly(len(x), len(y), student.config, teacher.config))]
+            found["teacher_states"].append(state_difference(x, y, projection, segments > 0))
+        if config.attention:
+            heads = config.relation_heads or student.config.dims.num_heads
+            found["teacher_attention"] += [
+                relation_divergence(ours[name][-1], theirs[name][-1], heads, segments,
+                                    causal=causal) for name in ("query", "key", "value")]
+    return {name: jnp.mean(jnp.stack(each)) for name, each in found.items() if each}
+
+
+def _with_means(loss: Loss, apart: dict[str, jax.Array], config: DistillConfig) -> Loss:
+    """Adds means over tokens, which weigh as the loss does."""
+    weights = {"teacher_states": config.states, "teacher_attention": config.attention}
+    total = loss.total + sum(loss.weight * weights[name] * mean for name, mean in apart.items())
+    more = {name: jax.lax.stop_gradient(loss.weight * mean) for name, mean in apart.items()}
+    return loss._replace(total=total, extra=loss.extra | more)
 
 
 def stored_fields(config: DistillConfig, fields: Mapping[str, int]) -> dict[str, int]:

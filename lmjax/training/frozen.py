@@ -3,7 +3,7 @@
 import re
 
 from lmjax.errors import UserError
-from lmjax.models.model import Model
+from lmjax.models.model import PROJECTION, Model
 from lmjax.nn.adapters import is_adapter
 from lmjax.nn.module import Params
 from lmjax.training.recipe import Recipe
@@ -45,5 +45,8 @@ def held_by_checkpoints(recipe: Recipe, model: Model, params: Params) -> Params:
 
 
 def _is_of_base(path: str) -> bool:
-    """Whether a parameter of a run with adapters is one of the base: no adapter, no task's head."""
-    return not (is_adapter(path) or path.startswith("task_head/"))
+    """Whether a parameter of a run with adapters is one of the base.
+
+    Adapters, a task's head and a projection for a teacher are none.
+    """
+    return not (is_adapter(path) or path.startswith("task_head/") or path == PROJECTION)

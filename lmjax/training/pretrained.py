@@ -28,7 +28,7 @@ from lmjax.data.reading import told_start
 from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import HF_FILES, Tokenizer, TokenizerConfig, tokenizer_from_bytes
 from lmjax.errors import UserError, first_line
-from lmjax.models.model import Model, ModelConfig, build_model
+from lmjax.models.model import PROJECTION, Model, ModelConfig, build_model
 from lmjax.nn.adapters import is_adapter, merge_adapters
 from lmjax.nn.module import Params
 from lmjax.tasks.published import imported_task
@@ -85,11 +85,14 @@ def find(path: str | os.PathLike, *, step: int | str | None = None,
     name = "ema" if (has_ema if ema is None else ema) else "params"
 
     def read(model: Model, shardings: Params) -> Params:
+        whole = model.with_projection(about.get("projected_dim", 0))  # read, and then left out
         # Of a run with adapters, the checkpoint holds these alone.
-        shapes, _ = split_tree(model.shapes, about["checksums"][name].__contains__)
-        shardings, _ = split_tree(shardings, about["checksums"][name].__contains__)
-        return restore_params(where, jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(
+        shapes, _ = split_tree(whole.shapes, about["checksums"][name].__contains__)
+        shardings, _ = split_tree(_placed_as(whole.shapes, shardings),
+                                  about["checksums"][name].__contains__)
+        params = restore_params(where, jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(
             shape.shape, shape.dtype, sharding=sharding), shapes, shardings), name=name)
+        return {key: leaf for key, leaf in params.items() if key != PROJECTION}
 
     found = Pretrained(str(where), recorded_recipe(about["recipe"]), _tokenizer(about), about, read)
     return _on_base(found, base) if "base" in about else found

@@ -13,7 +13,7 @@ from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
 from lmjax.nn.quantized import check_matmul_dtype, matmuls_in
 from lmjax.sharding import Layout, MeshConfig, make_layout
-from lmjax.tasks.distillation import distilled_loss
+from lmjax.tasks.distillation import as_student, distilled_loss
 from lmjax.tasks.losses import LossFn, next_token_loss
 from lmjax.tasks.task import Facts, Task
 from lmjax.training.frozen import frozen_in
@@ -59,12 +59,14 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     train = recipe.train
     layout = make_layout(recipe.mesh, devices)
     model = make_model(recipe, layout, vocab_size=vocab_size, facts=facts)
+    taught_by = None if teacher is None else make_teacher(recipe, layout, teacher)
+    if taught_by is not None:
+        model = as_student(model, taught_by, recipe.distill, layout)
     schedule = make_schedule(recipe.optimizer, train.steps)
     frozen = frozen_in(recipe, model)
     trained = model.axes if frozen is None else split_tree(model.axes, frozen.accepts)[1]
     tx = make_optimizer(recipe.optimizer, train.steps, trained,
                         multipliers(recipe.optimizer, model.shapes))
-    taught_by = None if teacher is None else make_teacher(recipe, layout, teacher)
     in_step = None if recipe.distill.stored_tokens else taught_by
     spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0, frozen=frozen,
                       teacher=in_step)

@@ -167,7 +167,8 @@ def _open(recipe: Recipe, workdir: Path, directory: str, log: Log,
 def _about(recipe: Recipe, program: Program, tokenizer: Tokenizer | None,
            facts: Facts | None) -> dict[str, Any]:
     """Returns what every checkpoint of the run records: all that is needed to load it."""
-    return ({} if facts is None else {"task": facts}) | {
+    dim = program.model.projected_dim
+    return ({} if facts is None else {"task": facts}) | ({"projected_dim": dim} if dim else {}) | {
         "recipe": plain(recipe) | {"model": plain(program.model.config)},
         "tokenizer": tokenizer_text(tokenizer),
         "versions": lmjax.versions(),

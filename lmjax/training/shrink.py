@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from lmjax.errors import UserError
+from lmjax.models.layer_map import evenly
 from lmjax.models.model import Model, ModelConfig
 from lmjax.nn.module import Params
 from lmjax.tree import named_leaves
@@ -59,27 +60,6 @@ def shrunk(params: Params, theirs: Model, model: Model) -> Params:
 
     names = [name for name, _ in named_leaves(params)]
     return jax.tree.unflatten(tree, [cut(*pair) for pair in zip(names, leaves, strict=True)])
-
-
-def evenly(count: int, of: int, ours: ModelConfig, theirs: ModelConfig) -> list[int]:
-    """Which of a stack of `of` layers the `count` layers of a smaller model stand for.
-
-    Each stands for one of its own kind (global or local), the nearest to an even share.
-    """
-    def kinds(config: ModelConfig, layers: int) -> list[str]:
-        names, pattern = config.kinds(layers)
-        return [names[pattern[i % len(pattern)]] for i in range(layers)]
-
-    taken: list[int] = []
-    theirs_of, wanted = kinds(theirs, of), np.linspace(0, of - 1, count)
-    for kind, at in zip(kinds(ours, count), wanted, strict=True):
-        same = [i for i in range(of) if theirs_of[i] == kind and i not in taken]
-        if not same:
-            raise UserError(f"a layer of the kind {kind} in train.init_from for each of the model",
-                            theirs.layer_pattern, "take its layer_pattern",
-                            where="config.model.layer_pattern")
-        taken.append(min(same, key=lambda i: abs(i - at)))
-    return taken
 
 
 def _axes(model: Model) -> dict[str, tuple[str, ...]]:

@@ -211,3 +211,34 @@ def test_layers_are_taken_evenly_and_of_their_own_kind():
     assert evenly(12, 12, plain, plain) == list(range(12))
     mixed = DecoderConfig(num_layers=6, sliding_window=4, layer_pattern=("local", "global"))
     assert evenly(4, 6, mixed, mixed) == [0, 1, 4, 5]
+
+
+LAYERS = {"distill.states": 1.0, "distill.attention": 50.0, "distill.relation_heads": 2}
+
+
+@pytest.mark.long
+def test_layers_are_compared_on_a_mesh_as_on_one_device(teacher):
+    one, metrics = stepped(teacher, **LAYERS)
+    many, on_mesh = stepped(teacher, math.prod(MESH.values()), **LAYERS, **MESH)
+    for name in ("loss", "teacher_kl", "teacher_states", "teacher_attention", "grad_norm"):
+        assert on_mesh[name] == pytest.approx(metrics[name], rel=2e-4), name
+    assert one.params["projection"].shape == (16, 32)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+                 many.params, one.params)
+
+
+@pytest.mark.long
+def test_a_student_comes_nearer_and_its_checkpoint_loads_without_the_projection(teacher, tmp_path):
+    options = of(teacher, *(f"{key}={value}" for key, value in LAYERS.items()), "train.steps=12",
+                 "optimizer.ema_decay=0.5")
+    assert run_here(tmp_path / "run", *options) == 0
+    steps = [line for line in lines(tmp_path / "run") if "teacher_states" in line]
+    for name in ("teacher_states", "teacher_attention"):
+        assert steps[-1][name] < steps[0][name], name
+    found = lmjax.load(tmp_path / "run")
+    assert "projection" not in found.params and found.logits([[1, 2]]).shape == (1, 2, 64)
+    # It resumes with the projection: straight and in two parts are the same.
+    first = [*options, "train.steps=12", "checkpoint.every=4"]
+    assert run_here(tmp_path / "parts", *first, "train.steps=8") == 0
+    assert run_here(tmp_path / "parts", *first) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "parts", [])

@@ -14,7 +14,7 @@ from lmjax.training.optim.config import OptimizerConfig
 from lmjax.tree import named_leaves
 
 STACK = "layers/block/"  # in the paths of a stack of layers, whose parameters have depth first
-TOP = ("head", "task_head/", "transform", "pooler/")  # what lies above all layers
+TOP = ("head", "task_head/", "transform", "pooler/", "projection")  # what lies above all layers
 
 
 def multipliers(config: OptimizerConfig, shapes: Any) -> dict[str, np.ndarray]:
