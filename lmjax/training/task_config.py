@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from lmjax.config import plain
 from lmjax.config.paths import expand
 from lmjax.errors import UserError
@@ -27,7 +29,7 @@ def with_source(config: Mapping[str, Any], workdir: str | Path | None = None) ->
       UserError: there is no such model.
     """
     config = dict(config)
-    task, train = (dict(config.get(key) or {}) for key in ("task", "train"))
+    task, train = (_group(config, key) for key in ("task", "train"))
     path = train.get("init_from")
     if not task.get("name") or not path:
         return _with_teacher(config)
@@ -38,18 +40,18 @@ def with_source(config: Mapping[str, Any], workdir: str | Path | None = None) ->
         if taken is None:
             raise
     assert taken is not None
-    data = dict(config.get("data") or {})
+    data = _group(config, "data")
     for key in ("objective", "tokenizer"):
         if not data.get(key):
             data[key] = taken[key]
-    model = {**taken["model"], **dict(config.get("model") or {})}
+    model = {**taken["model"], **_group(config, "model")}
     return {**config, "model": model, "data": data}
 
 
 def _with_teacher(config: dict[str, Any]) -> dict[str, Any]:
     """Takes the tokenizer of distill.teacher for text that is to be prepared anew."""
-    path, data = dict(config.get("distill") or {}).get("teacher"), dict(config.get("data") or {})
-    tokenizer = dict(data.get("tokenizer") or {})
+    path, data = _group(config, "distill").get("teacher"), _group(config, "data")
+    tokenizer = _group(data, "tokenizer")
     if not path or data.get("directory") or tokenizer.get("path"):
         return config
     found = find(expand(str(path), "config.distill.teacher"))
@@ -57,6 +59,12 @@ def _with_teacher(config: dict[str, Any]) -> dict[str, Any]:
         return config
     tokenizer = {"vocab_size": found.tokenizer.vocab_size, **tokenizer, "path": str(path)}
     return {**config, "data": {**data, "tokenizer": tokenizer}}
+
+
+def _group(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A group of a config; empty where there is none, or something else, which is refused later."""
+    found = config.get(key)
+    return dict(found) if isinstance(found, Mapping | ConfigDict) else {}
 
 
 def _of(found: Pretrained, path: str) -> dict[str, Any]:
