@@ -17,8 +17,10 @@ from lmjax.errors import UserError
 from lmjax.models.model import build_model
 from lmjax.runtime.chips import parse_topology
 from lmjax.sharding import MESH_AXES, Layout, MeshConfig, make_layout
+from lmjax.tasks.pairs import Pairs
 from lmjax.training.changes import blocking_changes, check_schedule
 from lmjax.training.recipe import Recipe, build_recipe
+from lmjax.training.task_config import with_source
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SYNTHETIC = str(ROOT / "configs" / "synthetic.py")
@@ -352,3 +354,12 @@ def test_a_new_key_and_a_gone_one_are_changes():
     assert blocking_changes({"train": {"old": 1}}, {"train": {"new": 2}})[0] == [
         "train.old: 1 -> null", "train.new: null -> 2"]
     assert blocking_changes(plain(build_recipe({})), plain(build_recipe({}))) == ([], [])
+
+
+def test_a_group_may_be_a_json_object_also_where_its_name_chooses_the_kind():
+    written = load("configs/tasks/sums.py", ['task={"name": "pairs", "input": "{q}", "target": "{a}"}'])
+    recipe = build_recipe(with_source(written))
+    assert isinstance(recipe.task, Pairs) and recipe.task.input == "{q}"
+    for text in ('{"name": "pairs"', '{"name": "pairs", "name": "chat"}'):
+        with pytest.raises(UserError, match="config.task"):
+            build_recipe(with_source(load("configs/tasks/sums.py", [f"task={text}"])))

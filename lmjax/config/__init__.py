@@ -11,6 +11,7 @@ from lmjax.config.build import build as build
 from lmjax.config.build import choice as choice
 from lmjax.config.build import differences as differences
 from lmjax.config.build import expand_paths as expand_paths
+from lmjax.config.build import group_of as group_of
 from lmjax.config.build import pattern as pattern
 from lmjax.config.build import plain as plain
 from lmjax.config.build import scalar as scalar

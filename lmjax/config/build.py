@@ -40,8 +40,7 @@ def build(cls: type[T], value: Any, path: str = "config") -> T:
         return value
     if hasattr(value, "to_dict"):  # a ConfigDict, which is no Mapping
         value = plain(value)
-    if isinstance(value, Text) and value.startswith("{"):
-        value = parse_json(value, path, "a JSON object")
+    value = group_of(value, path)
     if not isinstance(value, Mapping):
         raise wrong(path, f"a group of keys ({_keys(cls)})", value, "set the keys one by one")
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -58,6 +57,17 @@ def build(cls: type[T], value: Any, path: str = "config") -> T:
         where = f"{path}.{error.where}" if error.where else path
         raise UserError(error.expected, error.got, error.fix + _as_list(value, error.where),
                         where=where) from None
+
+
+def group_of(value: Any, path: str) -> Any:
+    """A group of keys that the command line gives as a JSON object; any other value as it is.
+
+    Raises:
+      UserError: it begins like a JSON object and is none.
+    """
+    if isinstance(value, Text) and value.startswith("{"):
+        return parse_json(value, path, "a JSON object")
+    return value
 
 
 def expand_paths(config: T, path: str = "config") -> T:
@@ -158,6 +168,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if all(map(dataclasses.is_dataclass, args)):
+            value = group_of(value, path)
             return build(_variant(args, value, path), value, path)
         if value is None or (isinstance(value, Text) and value in NOTHING):
             return None

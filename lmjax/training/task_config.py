@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lmjax.config import plain
+from lmjax.config import group_of, plain
 from lmjax.config.paths import expand
 from lmjax.errors import UserError
 from lmjax.training.pretrained import Pretrained, find
@@ -63,7 +63,7 @@ def _with_teacher(config: dict[str, Any]) -> dict[str, Any]:
 
 def _group(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     """A group of a config; empty where there is none, or something else, which is refused later."""
-    found = config.get(key)
+    found = group_of(config.get(key), f"config.{key}")
     return dict(found) if isinstance(found, Mapping | ConfigDict) else {}
 
 
