@@ -357,7 +357,8 @@ def test_a_new_key_and_a_gone_one_are_changes():
 
 
 def test_a_group_may_be_a_json_object_also_where_its_name_chooses_the_kind():
-    written = load("configs/tasks/sums.py", ['task={"name": "pairs", "input": "{q}", "target": "{a}"}'])
+    task = '{"name": "pairs", "input": "{q}", "target": "{a}"}'
+    written = load("configs/tasks/sums.py", [f"task={task}"])
     recipe = build_recipe(with_source(written))
     assert isinstance(recipe.task, Pairs) and recipe.task.input == "{q}"
     for text in ('{"name": "pairs"', '{"name": "pairs", "name": "chat"}'):
