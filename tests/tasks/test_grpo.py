@@ -185,10 +185,10 @@ def test_a_mesh_of_eight_devices_writes_and_learns_what_one_does(folder, straigh
     mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     assert run_here(folder / "meshed", "train.steps=40", "eval.every=40", *mesh,
                     config=str(folder / "task.py")) == 0
-    for name in ("loss", "reward"):  # as long as rounding changes none of the answers
+    for name in ("grad_norm", "reward"):  # as long as rounding changes none of the answers
         here, there = ([line[name] for line in lines(run) if name in line]
                        for run in (folder / "meshed", straight))
-        np.testing.assert_allclose(here[:10], there[:10], atol=1e-4)
+        np.testing.assert_allclose(here[:8], there[:8], rtol=1e-3)
 
 
 @pytest.mark.long
