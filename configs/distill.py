@@ -5,7 +5,7 @@
     lmjax train --config configs/distill.py --workdir runs/alone --config.distill.teacher=""
 
 The last command trains the same student without a teacher, to compare. With
-`--config.distill.stored_tokens=32` the teacher runs once, in front of the training, and not in
+`--config.distill.stored_tokens=32` the teacher runs once, before the training, and not in
 every step. `configs/distill.py:tiny` is the same recipe, made small for tests: its teacher is
 runs/tiny.
 """

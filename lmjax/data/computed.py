@@ -49,7 +49,7 @@ class ComputedMixture(Mixture):
         self._width, self._dtype = length * count, token_dtype(self.vocab_size)
         self.fields = {**self.fields, **dict.fromkeys(names, self._width)}
         self.fingerprint = hashlib.sha256(f"{self.fingerprint} {fingerprint}".encode()).hexdigest()
-        self.through_tensorflow = True
+        self.through_tensorflow = split.through_tensorflow
         self._begin = np.cumsum([0, *(source.num_rows for source in self.sources)])
         self._first = np.zeros(0, np.int64)  # the run's row in which each is used first
         self._slot = np.full(self._begin[-1], -1, np.int64)  # its place in that order
@@ -76,17 +76,20 @@ class ComputedMixture(Mixture):
         """How many rows are stored."""
         return int(self._manifest["stops"][-1]) if self._manifest["stops"] else 0
 
-    @property
-    def missing(self) -> Split:
-        """The rows that are still to be computed, in order."""
-        return _Chosen(self, self._first[self.stored:])
+    def missing(self, stored: int) -> Split:
+        """The rows that are to be computed after the first `stored` ones, in order."""
+        return _Chosen(self, self._first[stored:])
 
-    def write(self, parts: Iterable[Pairs], about: dict[str, Any]) -> None:
-        """Stores the pairs of the rows that are `missing`.
+    def write(self, parts: Iterable[Pairs], stored: int, about: dict[str, Any]) -> None:
+        """Stores the pairs of the rows that are `missing(stored)`.
 
         Args:
           parts: pairs of consecutive rows.
+          stored: how many rows are stored.
           about: what the manifest says besides.
+
+        Raises:
+          UserError: another process stores in the directory, too.
         """
         most = max(1, SHARD // (2 * self._width))
         held: list[np.ndarray] = []
@@ -97,14 +100,18 @@ class ComputedMixture(Mixture):
                     _float(self._dtype)).view(self._dtype)], axis=2)
             held += list(both.reshape(len(ids), -1))
             while len(held) >= most:
-                self._add(held[:most], about)
-                held = held[most:]
+                self._add(held[:most], stored, about)
+                held, stored = held[most:], stored + most
         if held:
-            self._add(held, about)
+            self._add(held, stored, about)
 
-    def _add(self, rows: list[np.ndarray], about: dict[str, Any]) -> None:
+    def _add(self, rows: list[np.ndarray], begin: int, about: dict[str, Any]) -> None:
         """Writes one folder, and then the manifest."""
-        found, begin = self._manifest, self.stored
+        found = self._manifest
+        if self.stored != begin:
+            raise UserError(f"{begin:,} stored rows, as there were",
+                            f"{self.stored:,}: another run stores there, too",
+                            "start this one again when that is done", where=self.directory)
         digest = write_array(f"{self.directory}/{begin}", rows,
                              size=2 * self._width * len(rows), dtype=self._dtype)
         made = {**about, "stops": [*found["stops"], begin + len(rows)],

@@ -3,7 +3,7 @@
 With the student's probabilities q and the teacher's p, both of logits divided by a temperature t,
 the loss of a position is
 
-    hard * (-log softmax(logits)[target] + z_loss * log(Z)^2) + (1 - hard) * t^2 * KL(p || q)
+    hard * (-log softmax(logits)[target]) + (1 - hard) * t^2 * KL(p || q) + z_loss * log(Z)^2
 
 (arXiv:1503.02531). The factor t^2 keeps the size of the second gradient whatever t is.
 
@@ -17,6 +17,7 @@ tokens of a position.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from jax import lax
 
 from lmjax.nn.losses import Loss, Softmax, checked_chunk, over_chunks, softmax_of
 from lmjax.nn.ops import barrier, dot, dot_rows
+from lmjax.sharding import current_layout, num_devices
 
 LEAST = -60.0  # of a stored log-probability, which must be finite
 
@@ -109,7 +111,7 @@ def known_of(teacher: Scorer, count: int, temperature: float, key_B: jax.Array, 
 
     Args:
       teacher: computes its logits; ids from `vocab_size` on do not count.
-      count: K, at most half of the vocabulary.
+      count: K, at least 2 and at most half of the vocabulary.
       temperature: of the loss.
       key_B: of the draws, a key per row.
       vocab_size: of the student.
@@ -123,17 +125,32 @@ def known_of(teacher: Scorer, count: int, temperature: float, key_B: jax.Array, 
     def one(_: None, part: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         logits = _logits(part[0], table_VD, bias_V, teacher.softcap)
         log_p = jnp.maximum(jax.nn.log_softmax(logits / temperature), LEAST)
+        return None, _local(choose)(log_p, part[1])
+
+    def choose(log_p: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
         top = lax.top_k(log_p, count - num_drawn)[1]
         others = jax.vmap(jax.vmap(lambda p, ids: p.at[ids].set(0.0)))(jnp.exp(log_p), top)
         # Evenly spaced points of the others' cumulated probability, with one random shift.
         sums = jnp.cumsum(others, axis=-1)
-        points = (jnp.arange(num_drawn).reshape(1, 1, -1) + part[1][..., None]) / max(num_drawn, 1)
+        points = (jnp.arange(num_drawn).reshape(1, 1, -1) + at[..., None]) / num_drawn
         drawn = jax.vmap(jax.vmap(jnp.searchsorted))(sums, points * sums[..., -1:])
         ids = jnp.concatenate([top, jnp.minimum(drawn, log_p.shape[-1] - 1)], axis=-1)
-        return None, (ids.astype(jnp.int32), jnp.take_along_axis(log_p, ids, axis=-1))
+        return ids.astype(jnp.int32), jnp.take_along_axis(log_p, ids, axis=-1)
 
     parts = (x_BTD, at_BT)
     return Known(*over_chunks(one, None, parts, checked_chunk(chunk, x_BTD.shape[1]))[1])
+
+
+def _local(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, of arrays whose first dimension is the batch, on the rows of each device alone.
+
+    The compiler does not split `top_k` and would gather the logits of the whole batch.
+    """
+    layout = current_layout()
+    if layout is None or num_devices() == 1:
+        return fn
+    rows = layout.spec(("batch",))
+    return jax.shard_map(fn, mesh=layout.mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -189,9 +206,9 @@ def _of_logits(found: Softmax, mask_BC: jax.Array, of_teacher: Any, fixed: Any,
         kl_BC = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
     nats = jnp.sum((found.log_z - found.target) * mask_BC)
     kl = jnp.sum(kl_BC * mask_BC)
-    total = (hard * (nats + z_loss * jnp.sum(jnp.square(found.log_z) * mask_BC))
-             + (1 - hard) * temperature**2 * kl)
-    of_q = hard * (1 + 2 * z_loss * found.log_z)[..., None] / found.sum_exp
+    total = (hard * nats + (1 - hard) * temperature**2 * kl
+             + z_loss * jnp.sum(jnp.square(found.log_z) * mask_BC))
+    of_q = (hard + 2 * z_loss * found.log_z)[..., None] / found.sum_exp
     d_logits = (of_q * found.exp - jnp.where(found.hit, hard, 0.0)
                 + (1 - hard) * temperature * (jnp.exp(log_q) - p)) * mask_BC[..., None]
     if options.softcap:

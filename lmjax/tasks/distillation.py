@@ -53,6 +53,9 @@ class DistillConfig:
             raise UserError("0 with distill.states or distill.attention, for which the teacher "
                             "has to be in the step", self.stored_tokens, "set 0",
                             where="stored_tokens")
+        if self.stored_tokens == 1:
+            raise UserError("0, or at least 2: the likeliest and a drawn one", 1, "raise it",
+                            where="stored_tokens")
         if not 0 <= self.hard <= 1:
             raise UserError("a share in [0, 1]", self.hard, "change it", where="hard")
         if self.temperature <= 0:
@@ -142,6 +145,10 @@ def as_student(student: Model, teacher: Model, config: DistillConfig, layout: La
         raise UserError(f"a divisor of {', '.join(map(str, sorted(widths)))}, the widths of the "
                         "queries and keys of both models", heads, "change it",
                         where="config.distill.relation_heads")
+    depths = student.config.num_layers, teacher.config.num_layers
+    if config.states and depths[0] > depths[1]:
+        raise UserError(f"at most the teacher's {depths[1]} layers, with distill.states", depths[0],
+                        "lower it, or set distill.states=0", where="config.model.num_layers")
     dim = teacher.config.embed_dim
     if config.states and dim != student.config.embed_dim:
         return student.with_projection(dim)

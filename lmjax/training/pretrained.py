@@ -145,11 +145,13 @@ def _placed_as(shapes: Params, shardings: Params) -> Params:
 
 def weights_id(found: Pretrained) -> str:
     """A text that changes with the weights; of a Hugging Face directory, with its files."""
-    kept = found.about.get("checksums") and [
-        found.about["checksums"], found.about.get("base", {}).get("checksums")]
-    if kept is None:
-        stats = [(path.name, path.stat()) for path in Path(found.where).glob("*.safetensors")]
-        kept = sorted([name, s.st_size, s.st_mtime_ns] for name, s in stats)
+    about = found.about
+    kept = [about.get("checksums"), about.get("base", {}).get("checksums")]
+    folders = [found.where, about.get("base", {}).get("path", "")]
+    if not about.get("checksums") or huggingface.is_peft_directory(Path(found.where)):
+        stats = [(path.name, path.stat()) for folder in folders if folder and "://" not in folder
+                 for path in Path(folder).glob("*.safetensors")]
+        kept += sorted([name, s.st_size, s.st_mtime_ns] for name, s in stats)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -245,8 +247,10 @@ def check_marks(found: Pretrained, objective: ObjectiveConfig, tokenizer: Tokeni
                         "trained with", f"id {ours[name]}", fix, where="config.data.objective")
 
 
-def check_answers(found: Pretrained) -> None:
+def check_answers(found: Pretrained, *, key: str = "train.init_from") -> None:
     """Checks that the decoder of an imported model begins as rows of training do.
+
+    key: of the config that names it, for the error.
 
     Raises:
       UserError: it is an encoder-decoder whose answers begin with another id.
@@ -260,7 +264,7 @@ def check_answers(found: Pretrained) -> None:
         raise UserError(f"an encoder-decoder whose answers begin with id {START_ID}, as the rows "
                         "of training do", f"decoder_start_token_id {start}", "train from random "
                         "weights, or from a model with that id, such as T5",
-                        where="train.init_from")
+                        where=key)
 
 
 def tokenizer_text(tokenizer: Tokenizer | None) -> str | None:

@@ -103,6 +103,9 @@ def _check(run: Run, about: About) -> None:
     """
     same_run(run.workdir, about["recipe"], run.about["recipe"])
     _check_source(run, about)
+    before, now = about.get("teacher", {}), run.about.get("teacher", {})
+    if run.recipe.distill.stored_tokens and before.get("id") != now.get("id"):
+        raise other_teacher(before, now)
     step, steps = about["step"], run.recipe.train.steps
     if step > steps:
         raise UserError(f"at least the {step:,} steps that {run.workdir} has done", f"{steps:,}",
@@ -125,6 +128,13 @@ def _check(run: Run, about: About) -> None:
                         f"{dtype} ({dtype_reason(run)})",
                         f"set config.train.compute_dtype={saved} or use another --workdir",
                         where=str(run.workdir))
+
+
+def other_teacher(before: dict[str, Any], now: dict[str, Any]) -> UserError:
+    """The error of a run whose teacher, as recorded, is no longer the one that it began with."""
+    return UserError(f"the teacher that this run began with, {before.get('path')}",
+                     f"{now.get('path')}, which has other weights",
+                     "bring it back, or use another --workdir", where="config.distill.teacher")
 
 
 def _check_source(run: Run, about: About) -> None:

@@ -21,6 +21,7 @@ from lmjax.runtime.devices import device_memory
 from lmjax.runtime.distributed import agreed
 from lmjax.runtime.files import write_whole
 from lmjax.sharding import make_layout
+from lmjax.tasks.distillation import as_student
 from lmjax.tasks.task import Facts, Task
 from lmjax.tasks.writing import WritingTask
 from lmjax.training.announce import announce
@@ -34,7 +35,7 @@ from lmjax.training.pretrained import (
     make_tokenizer,
     tokenizer_text,
 )
-from lmjax.training.program import Program, make_model, make_program
+from lmjax.training.program import Program, make_model, make_program, make_teacher
 from lmjax.training.recipe import Recipe
 from lmjax.training.reference import add_reference
 from lmjax.training.resume import begin
@@ -44,9 +45,10 @@ from lmjax.training.state import StateSpec
 from lmjax.training.task_data import open_data, prepare_task
 from lmjax.training.teacher import (
     add_predictions,
+    add_teacher,
     check_teacher,
     find_teacher,
-    taught,
+    record_of,
     with_predictions,
 )
 from lmjax.training.workdir import check_places, check_recipe
@@ -65,10 +67,11 @@ def set_up(recipe: Recipe, workdir: Path, log: Log,
     """
     at(0, "setting up")
     check_places(recipe, workdir)
-    _check_before_data(recipe)
+    teacher = find_teacher(recipe)
+    _check_before_data(recipe, teacher)
     check_recipe(recipe, workdir, log)
     saved = Saved(**agreed(lambda: dataclasses.asdict(find_saved(recipe, workdir))))
-    source, teacher = _source(recipe, workdir), find_teacher(recipe)
+    source = _source(recipe, workdir)
     at(0, "preparing data")
     directory = _data(recipe, workdir, source, log)
     add_reference(recipe, directory, source, log)
@@ -78,10 +81,9 @@ def set_up(recipe: Recipe, workdir: Path, log: Log,
     at(0, ACTIVITIES["restore"])
     facts = announce(run, directory, log) | begin(run, source, log)
     if teacher:
-        taught(run, teacher, log)
+        add_teacher(run, teacher, log)
         if recipe.distill.stored_tokens:
-            at(0, "preparing data")
-            add_predictions(run, teacher, log)
+            add_predictions(run, teacher, log, lambda: at(0, "preparing data"))
     _remember(run, log)
     if jax.process_index() == 0:  # only now: a start that is refused leaves the directory as it was
         for name, value in (("run.json", facts), ("config.json", plain(recipe))):
@@ -103,14 +105,19 @@ def _remember(run: Run, log: Log) -> None:
     run.checkpointer.completed = lambda step: run.note(step=step)
 
 
-def _check_before_data(recipe: Recipe) -> None:
+def _check_before_data(recipe: Recipe, teacher: Pretrained | None) -> None:
     """Refuses a wrong mesh, schedule or kernel before data is prepared, which may take hours."""
     if recipe.adapter.kind and not recipe.train.init_from:
         raise UserError("the model that the adapters are for", "none", "name a run, a checkpoint "
                         "or a Hugging Face directory", where="config.train.init_from")
     make_schedule(recipe.optimizer, recipe.train.steps)
-    make_model(recipe, make_layout(recipe.mesh),
-               vocab_size=recipe.model.vocab_size or recipe.data.tokenizer.vocab_size)
+    layout = make_layout(recipe.mesh)
+    model = make_model(recipe, layout,
+                       vocab_size=recipe.model.vocab_size or recipe.data.tokenizer.vocab_size)
+    if teacher:
+        theirs = make_teacher(recipe, layout, teacher.recipe.model)
+        as_student(model, theirs, recipe.distill, layout)
+        layout.tree(theirs.axes, theirs.shapes)
 
 
 def _source(recipe: Recipe, workdir: Path) -> Pretrained | None:
@@ -156,7 +163,8 @@ def _open(recipe: Recipe, workdir: Path, directory: str, log: Log,
                                 keep_last=recipe.checkpoint.keep_last,
                                 keep_every=recipe.checkpoint.keep_every)
     run = Run(recipe, workdir, program, train_split, heldout, tokenizer, generator, checkpointer,
-              about=_about(recipe, program, tokenizer, facts),
+              about=_about(recipe, program, tokenizer, facts) | (
+                  {"teacher": record_of(teacher)} if teacher else {}),
               steps=Steps([(0, 0, recipe.train.batch_size)]), best=Best(recipe.eval.metric),
               facts=facts, test=test)
     if recipe.sample.every and generator:

@@ -26,8 +26,8 @@ def check_sizes(ours: ModelConfig, theirs: ModelConfig) -> None:
       UserError: it is larger in some way, or its heads are other than the other's.
     """
     small, large = ours.dims, theirs.dims
-    pairs = {name: (getattr(ours, name, 0), getattr(theirs, name, 0)) for name in SIZES
-             if name not in small._fields}
+    pairs = {name: tuple(getattr(c, name, 0) or c.num_layers for c in (ours, theirs))
+             for name in SIZES if name not in small._fields}
     pairs |= dict(zip(small._fields, zip(small, large, strict=True), strict=True))
     if small.head_dim != large.head_dim:
         raise UserError(f"heads of {large.head_dim} dimensions, as train.init_from has",

@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
         """The model's parameters: `params`, trained or averaged, together with the frozen ones."""
         return params if self.frozen is None else join_trees(params, self.frozen)
 
-    def taught(self, params: Params) -> Any:
+    def for_loss(self, params: Params) -> Any:
         """What the loss takes: the model's parameters, with those of a teacher if there is one."""
         whole = self.whole(params)
         return whole if self.teacher is None else Taught(whole, self.teacher)

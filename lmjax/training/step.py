@@ -33,7 +33,7 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def of_trained(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
-            return loss_fn(state.taught(params), batch, key)
+            return loss_fn(state.for_loss(params), batch, key)
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if layout.on("layers") and microbatches > 1:  # a pipeline takes them all in one pass

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from lmjax.config import group_of, plain
@@ -52,13 +53,23 @@ def _with_teacher(config: dict[str, Any]) -> dict[str, Any]:
     """Takes the tokenizer of distill.teacher for text that is to be prepared anew."""
     path, data = _group(config, "distill").get("teacher"), _group(config, "data")
     tokenizer = _group(data, "tokenizer")
-    if not path or data.get("directory") or tokenizer.get("path"):
+    if not path or tokenizer.get("path") or _has_own_tokenizer(data.get("directory")):
         return config
     found = find(expand(str(path), "config.distill.teacher"))
     if found.tokenizer is None:
         return config
     tokenizer = {"vocab_size": found.tokenizer.vocab_size, **tokenizer, "path": str(path)}
     return {**config, "data": {**data, "tokenizer": tokenizer}}
+
+
+def _has_own_tokenizer(directory: Any) -> bool:
+    """Whether there is prepared text whose tokenizer was trained on it, rather than named."""
+    if not directory:
+        return False
+    file = epath.Path(expand(str(directory), "config.data.directory")) / "manifest.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return not json.loads(file.read_text())["config"]["tokenizer"]["path"]
+    return False
 
 
 def _group(config: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""The teacher of a distillation: found and checked early, in the step or in front of it."""
+"""The teacher of a distillation: found and checked early, in the step or before the training."""
 
 import contextlib
 import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,9 +25,16 @@ from lmjax.tasks.distillation import IDS, LOG_P, predictions
 from lmjax.tasks.task import Facts, Task
 from lmjax.training.adopt import classes
 from lmjax.training.checksums import checksums
-from lmjax.training.pretrained import Pretrained, check_marks, find, weights_id
+from lmjax.training.pretrained import (
+    Pretrained,
+    check_answers,
+    check_marks,
+    find,
+    weights_id,
+)
 from lmjax.training.program import make_teacher
 from lmjax.training.recipe import Recipe
+from lmjax.training.resume import other_teacher
 from lmjax.training.run import Log, Run
 
 WHERE = "config.distill.teacher"
@@ -52,10 +60,18 @@ def find_teacher(recipe: Recipe) -> Pretrained | None:
         raise UserError(f"a model for rows of data.seq_len={recipe.data.seq_len}",
                         f"{found.where}, with {theirs.max_positions} positions",
                         "shorten the rows or use another", where=WHERE)
+    theirs_reads = found.recipe.data.objective.name
+    if recipe.data.objective.name == "prefix_lm" != theirs_reads:
+        raise UserError("a teacher that was trained on prefix_lm, as the student is",
+                        f"{found.where}, on {theirs_reads}", "use another", where=WHERE)
+    check_answers(found, key="distill.teacher")
     stored, where = recipe.distill.stored_tokens, "config.distill.stored_tokens"
     if stored > theirs.vocab_size // 2:
         raise UserError(f"at most half of the teacher's {theirs.vocab_size} tokens", stored,
                         "lower it, or set 0", where=where)
+    if isinstance(recipe.task, Task) and not recipe.task.writes and stored:
+        raise UserError("0 for a task with classes, whose logits are few", stored, "set 0",
+                        where=where)
     if stored and not _is_fixed(recipe):
         raise UserError("0 where the rows of every epoch differ "
                         f"({recipe.data.objective.name})", stored,
@@ -75,10 +91,10 @@ def check_teacher(found: Pretrained, recipe: Recipe, tokenizer: Tokenizer | None
         raise UserError(f"the tokenizer of the data ({ours})",
                         f"{found.where} with another ({theirs})", "prepare the data with "
                         f"data.tokenizer.path={found.where}, or use another teacher", where=WHERE)
-    if tokenizer is None and vocab_size != found.recipe.model.vocab_size:
-        raise UserError(f"a model of the {vocab_size} ids of the data",
-                        f"{found.where}, of {found.recipe.model.vocab_size}", "use another",
-                        where=WHERE)
+    ids = found.recipe.model.vocab_size
+    if ids < vocab_size or (tokenizer is None and ids != vocab_size):
+        raise UserError(f"a model of the {vocab_size} ids of the data", f"{found.where}, of {ids}",
+                        "use another", where=WHERE)
     if tokenizer and not isinstance(recipe.task, Task):
         check_marks(found, recipe.data.objective, tokenizer, key="distill.teacher")
     wanted, got = classes(facts), classes(found.about.get("task"))
@@ -89,6 +105,11 @@ def check_teacher(found: Pretrained, recipe: Recipe, tokenizer: Tokenizer | None
     if not has_head and found.recipe.model.head.outputs:
         raise UserError("a model that scores the vocabulary", f"{found.where}, with the head of a "
                         "task", "use another", where=WHERE)
+
+
+def record_of(found: Pretrained) -> dict[str, Any]:
+    """What a run and its checkpoints record of a teacher."""
+    return {"path": found.where, "step": found.about["step"], "id": weights_id(found)}
 
 
 def with_predictions(recipe: Recipe, directory: str, split: Mixture,
@@ -103,8 +124,10 @@ def with_predictions(recipe: Recipe, directory: str, split: Mixture,
                            fingerprint=teacher)
 
 
-def add_predictions(run: Run, found: Pretrained, log: Log) -> None:
+def add_predictions(run: Run, found: Pretrained, log: Log, at: Callable[[], None]) -> None:
     """Computes what is stored of the teacher, as far as that is not done.
+
+    at: called for every batch.
 
     Raises:
       OSError: the disk is full.
@@ -113,23 +136,24 @@ def add_predictions(run: Run, found: Pretrained, log: Log) -> None:
     assert isinstance(split, ComputedMixture)
     split.cover(run.steps.rows(run.recipe.train.steps))
     done = agreed(lambda: split.stored)
-    missing = split.missing
+    missing = split.missing(done)
     log(f"teacher: {config.stored_tokens} tokens of each prediction are stored of {done:,} rows in "
         f"{split.directory}, of {done + missing.num_rows():,} that the run takes")
     if not missing.num_rows():
         return
     model = make_teacher(run.recipe, layout, found.recipe.model)
-    params = found.read(model, layout.tree(model.axes, model.shapes))
-    predict = jit_on(layout, predictions(model, config, run.model.config.vocab_size,
+    shardings = layout.tree(model.axes, model.shapes)
+    params = jax.jit(model.cast, out_shardings=shardings)(found.read(model, shardings))
+    predict = jit_on(layout, predictions(model, config, split.vocab_size,
                                          run.recipe.train.loss_chunk),
                      out_shardings=layout.replicated)
     size = run.recipe.eval.batch_size or run.recipe.train.batch_size
     with contextlib.closing(eval_batches(missing, size,
                                          layout.sharding(("batch", "seq")))) as batches:
-        parts = _predicted(batches, functools.partial(predict, params), done, size, log,
+        parts = _predicted(batches, functools.partial(predict, params), done, size, log, at,
                            total=missing.num_rows())
         if jax.process_index() == 0:
-            split.write(parts, {"teacher": found.where, "stored_tokens": config.stored_tokens,
+            split.write(parts, done, {"teacher": found.where, "stored_tokens": config.stored_tokens,
                                 "temperature": config.temperature})
         else:
             for _ in parts:
@@ -138,10 +162,11 @@ def add_predictions(run: Run, found: Pretrained, log: Log) -> None:
 
 
 def _predicted(batches: Iterable[Batch], predict: Callable[[Batch, np.ndarray], Batch], first: int,
-               size: int, log: Log, *, total: int) -> Iterator[Pairs]:
+               size: int, log: Log, at: Callable[[], None], *, total: int) -> Iterator[Pairs]:
     """What the teacher computes of each batch, with lines of progress; `first`: its first row."""
     done, began, spoke = 0, time.monotonic(), time.monotonic()
     for batch in batches:
+        at()
         numbers = np.arange(first + done, first + done + size, dtype=np.int32)
         found = jax.device_get(predict(batch, numbers))
         real = min(size, total - done)
@@ -156,24 +181,22 @@ def _predicted(batches: Iterable[Batch], predict: Callable[[Batch, np.ndarray], 
             spoke = now
 
 
-def taught(run: Run, found: Pretrained, log: Log) -> None:
+def add_teacher(run: Run, found: Pretrained, log: Log) -> None:
     """Puts the teacher into the state of a run, and into what its checkpoints record.
 
     Raises:
       UserError: the run began with another one.
     """
     assert run.state is not None
-    record = {"path": found.where, "step": found.about["step"], "id": weights_id(found)}
+    record = dict(record_of(found))
     if run.recipe.distill.stored_tokens == 0:
         model = make_teacher(run.recipe, run.layout, found.recipe.model)
         params = found.read(model, run.layout.tree(model.axes, model.shapes))
         record["checksums"] = checksums(params)
         run.state = run.spec.with_teacher(run.state, params)
-    before = run.about.get("teacher", record)
-    if before.get("checksums", before["id"]) != record.get("checksums", record["id"]):
-        raise UserError(f"the teacher that this run began with, {before['path']}",
-                        f"{found.where}, which has other weights",
-                        "bring it back, or use another --workdir", where=WHERE)
+    before = run.about["teacher"]  # of a resumed run, as its checkpoint has it
+    if before.get("checksums", record.get("checksums")) != record.get("checksums"):
+        raise other_teacher(before, record)
     run.about["teacher"] = record
     where = "what it predicts is stored with the data" if run.recipe.distill.stored_tokens else (
         "it computes in every step")

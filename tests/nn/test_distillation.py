@@ -36,7 +36,8 @@ def plain(student, p_of, targets, mask, mix):
     nats = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     q, p = p_of(jax.nn.softmax(logits / mix.temperature))
     kl = jnp.sum(jnp.where(p > 0, p * (jnp.log(jnp.maximum(p, 1e-30)) - jnp.log(q)), 0.0), -1)
-    each = mix.hard * (nats + mix.z_loss * log_z**2) + (1 - mix.hard) * mix.temperature**2 * kl
+    each = (mix.hard * nats + mix.z_loss * log_z**2
+            + (1 - mix.hard) * mix.temperature**2 * kl)
     return jnp.sum(each * mask), (jnp.sum(nats * mask), jnp.sum(kl * mask))
 
 

@@ -13,8 +13,11 @@ from processes import FINISHED, assert_same_run, finish, lines, one_line, run_he
 import lmjax
 from lmjax.config import load
 from lmjax.data.pipeline import open_splits
+from lmjax.decoding.generate import jit_on
+from lmjax.errors import UserError
 from lmjax.models.decoder import DecoderConfig
-from lmjax.tasks.distillation import IDS, LOG_P
+from lmjax.sharding import MeshConfig, make_layout
+from lmjax.tasks.distillation import IDS, LOG_P, DistillConfig, predictions
 from lmjax.training.checkpoint import checkpoint_steps, read_about
 from lmjax.training.program import make_program
 from lmjax.training.recipe import build_recipe
@@ -169,12 +172,17 @@ def test_a_resumed_run_keeps_its_teacher(teacher, tmp_path, capsys):
 
 @pytest.mark.parametrize("overrides, message", [
     (("distill.hard=1.5",), r"config.distill.hard: expected a share in \[0, 1\], got 1.5"),
+    (("distill.stored_tokens=1",), "config.distill.stored_tokens: expected 0, or at least 2"),
+    (("distill.states=1.0", "model.num_layers=3"),
+     "config.model.num_layers: expected at most the teacher's 2 layers"),
+    (("distill.attention=1.0", "distill.relation_heads=3"),
+     "config.distill.relation_heads: expected a divisor of 16, 32"),
     (("distill.temperature=0.0",), "config.distill.temperature: expected more than 0"),
     (("distill.teacher=/nowhere",), "/nowhere"),
     (("data.tokenizer.vocab_size=32",), "expected a model of the 32 ids of the data"),
     (("distill.stored_tokens=33",), "config.distill.stored_tokens: expected at most half"),
-    (("data.objective.name=prefix_lm", "distill.stored_tokens=4"),
-     r"config.distill.stored_tokens: expected 0 where the rows .* differ \(prefix_lm\)"),
+    (("data.objective.name=prefix_lm",),
+     "config.distill.teacher: expected a teacher that was trained on prefix_lm"),
 ])
 def test_what_cannot_be_learned_is_refused_before_anything_is_compiled(
         teacher, overrides, message, tmp_path, capsys, monkeypatch):
@@ -242,3 +250,44 @@ def test_a_student_comes_nearer_and_its_checkpoint_loads_without_the_projection(
     assert run_here(tmp_path / "parts", *first, "train.steps=8") == 0
     assert run_here(tmp_path / "parts", *first) == 0
     assert_same_run(tmp_path / "run", tmp_path / "parts", [])
+
+
+@pytest.mark.parametrize("of", (6, 18, 26, 34))
+def test_layers_rise_and_have_their_own_kind_for_every_depth(of):
+    pattern = ("local",) * 5 + ("global",)
+    deep = DecoderConfig(num_layers=of, sliding_window=4, layer_pattern=pattern)
+    for count in range(1, of + 1):
+        taken = evenly(count, of, deep, deep)
+        assert taken == sorted(set(taken)) and len(taken) == count
+        assert [pattern[i % 6] for i in taken] == [pattern[i % 6] for i in range(count)]
+
+
+def test_two_runs_do_not_store_into_one_folder_at_once(teacher, tmp_path):
+    recipe = build_recipe(load(SYNTHETIC, of(teacher, "distill.stored_tokens=4")))
+    split, found = open_splits(recipe.data)[0], find_teacher(recipe)
+    first, second = (with_predictions(recipe, str(tmp_path), split, found) for _ in range(2))
+    pairs = np.zeros((2, 128), np.int32), np.zeros((2, 128), np.float32)
+    for rows in (first, second):
+        rows.cover(4)
+    first.write([pairs], 0, {})
+    with pytest.raises(UserError, match="expected 0 stored rows, as there were, got 2: another"):
+        second.write([pairs], 0, {})
+    assert second.stored == 2
+
+
+@pytest.mark.long
+def test_no_device_gathers_the_logits_of_the_whole_batch(teacher):
+    """The largest array that is gathered is far from the batch's logits."""
+    found, layout = lmjax.load(teacher), make_layout(MeshConfig(data=2, fsdp=4))
+    model = found.model
+    shapes = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p),
+                          model.shapes, layout.tree(model.axes, model.shapes))
+    rows = layout.sharding(("batch", "seq"))
+    batch = {name: jax.ShapeDtypeStruct((16, 32), np.int32, sharding=rows)
+             for name in ("tokens", "targets", "positions", "segment_ids")}
+    predict = jit_on(layout, predictions(model, DistillConfig(stored_tokens=4), 64, 0),
+                     out_shardings=layout.replicated)
+    text = predict.lower(shapes, batch, jax.ShapeDtypeStruct((16,), np.int32)).compile().as_text()
+    gathered = [math.prod(map(int, found.split(","))) for found in
+                re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", text)]
+    assert gathered and max(gathered) < 16 * 32 * 64
