@@ -38,7 +38,7 @@ PASS_TOKENS = {"cpu": 64}
 MOST_TOKENS = 1024  # elsewhere
 FEW = 64  # scored tokens of a row, up to which fewer logits are computed at a time
 PerToken = tuple[np.ndarray, np.ndarray]  # log-likelihoods and ranks
-LOGITS = 1 << 24  # float32 logits that are held at a time (64 MiB), but at least one position's
+LOGITS = 1 << 25  # float32 logits that are held at a time (128 MiB), but at least one position's
 
 
 POOLING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
