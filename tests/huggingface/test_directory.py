@@ -93,9 +93,9 @@ MODELS = {
 BARE = {"bert-pooler": "bert.", "modernbert-bare": "model."}  # models without a head: their prefix
 
 
-def models(*quick):
-    """All models; those that are not `quick` only in the long run."""
-    return [pytest.param(name, marks=[] if name in quick else pytest.mark.long) for name in MODELS]
+def models(*quick, others=pytest.mark.long):
+    """All models; those that are not `quick` get the mark `others`."""
+    return [pytest.param(name, marks=[] if name in quick else others) for name in MODELS]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,8 @@ def test_imported_models_compute_what_transformers_computes(name, saved):
     assert np.abs(expected[real]).max() > 1
 
 
-@pytest.mark.parametrize("name", models("gpt2", "llama3", "modernbert-bare", "marian"))
+@pytest.mark.parametrize("name", models(
+    "gpt2", "llama3", "modernbert-bare", others=pytest.mark.slow))
 def test_import_and_export_keep_every_bit(name, saved, tmp_path):
     """The commands turn HF -> our checkpoint -> HF and keep the tensors and the settings."""
     path, theirs = saved(name)

@@ -150,7 +150,7 @@ def outcomes(seeds):
     return counts
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_some_mutated_configs_are_never_another_model():
     assert outcomes(range(40))["agree"] > 5
 

@@ -86,12 +86,12 @@ def model_of(tokenizer, keys, objective):
     return LM(model, params, layout, tokenizer, recipe, {"step": 0})
 
 
-def families(*quick):
-    return [pytest.param(*row, id=name, marks=() if name in quick else pytest.mark.long)
+def families(*quick, others=pytest.mark.long):
+    return [pytest.param(*row, id=name, marks=() if name in quick else others)
             for name, row in FAMILIES.items()]
 
 
-@pytest.mark.parametrize("keys, objective, foreign", families("t5"))
+@pytest.mark.parametrize("keys, objective, foreign", families("gpt2", others=pytest.mark.slow))
 def test_a_text_is_read_and_answered_the_same_everywhere(keys, objective, foreign, ours, theirs,
                                                          tmp_path):
     lm = model_of(theirs if foreign else ours, keys, objective)
@@ -176,7 +176,7 @@ def test_a_name_that_the_tokenizer_has_already_is_told(ours, theirs, tmp_path):
     assert f"reads [MASK] as id {known - 1}" in said[0] and f"trained with {known}" in said[0]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [1, 2, 5])
 def test_positions_are_counted_from_the_padding_id_of_the_tokenizer(offset, ours, tmp_path):
     """RoBERTa's is 1, which is BOS in our tokenizers; transformers counts by the one it is told."""

@@ -221,10 +221,10 @@ def first_loss(theirs, batch):
     return total / float(batch["loss_mask"].sum())
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("make, spare, objective", [
-    (t5, 0, {"name": "span_corruption", "sentinels": COUNT}), (bert, 0, {"name": "masked_lm"}),
-    (roberta, 7, {"name": "masked_lm"})])
+    pytest.param(t5, 0, {"name": "span_corruption", "sentinels": COUNT}, marks=pytest.mark.long),
+    pytest.param(bert, 0, {"name": "masked_lm"}, marks=pytest.mark.slow),
+    pytest.param(roberta, 7, {"name": "masked_lm"}, marks=pytest.mark.slow)])
 def test_an_import_trains_on_its_own_ids_and_keeps_them(make, spare, objective, tmp_path):
     source = make(tmp_path / "hf")
     outside = transformers.AutoTokenizer.from_pretrained(source)

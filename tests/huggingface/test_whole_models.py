@@ -46,6 +46,7 @@ def gemma(tmp_path_factory):
     return path, model, transformers.AutoTokenizer.from_pretrained(path), rows
 
 
+@pytest.mark.long
 def test_a_gemma_3_with_one_token_more_than_rows(gemma):
     path, model, tokenizer, rows = gemma
     assert len(tokenizer) == rows + 1 and tokenizer.convert_tokens_to_ids(

@@ -67,7 +67,7 @@ def test_an_empty_account_and_the_line_of_one(tmp_path):
         "goodput: 90.0% of 1m40s: useful 1m30s, compile 8.0s, down 2.0s")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_ledger_of_a_run(watched):
     workdir, first, second = watched
     rows = list(read_jsonl(workdir / "ledger.jsonl"))

@@ -87,7 +87,7 @@ def test_which_matmuls_of_a_step_are_in_8_bits(model, layers):
     assert (eight("int8"), eight("auto")) == (2 * layers, 0)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_learns_as_well_as_without_8_bits(tmp_path):
     def losses(kind: str) -> list[float]:
         workdir = tmp_path / kind

@@ -34,8 +34,8 @@ def one(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("data", marks=pytest.mark.long),
-                                  pytest.param("fsdp", marks=pytest.mark.long),
+@pytest.mark.parametrize("mesh", [pytest.param("data", marks=pytest.mark.slow),
+                                  pytest.param("fsdp", marks=pytest.mark.slow),
                                   pytest.param("mixed", marks=pytest.mark.long)])
 def test_eight_devices_compute_what_one_does(one, tmp_path, mesh):
     overrides = [f"--config.{item}" for item in (*RUN, *MESHES[mesh])]
@@ -45,7 +45,7 @@ def test_eight_devices_compute_what_one_does(one, tmp_path, mesh):
     np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(one, tmp_path):
     finish_together(tmp_path / "run", *RUN, *TWO_PROCESSES, processes=2, devices=4)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(one), rtol=1e-5)

@@ -64,6 +64,7 @@ def test_a_bad_corpus(folder):
     assert "process 0" in line and "/nowhere/*.txt" in line
 
 
+@pytest.mark.long
 def test_a_config_that_one_process_alone_has_wrong(folder):
     """The option of process 1 comes last and counts; process 0 does not wait for it for long."""
     line = end_together(folder / "config", *RUN, expect=2,

@@ -162,6 +162,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(source, texts,
         assert not (tmp_path / str(i) / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_a_start_with_other_sentinels_is_refused(texts, tmp_path, capsys):
     folder, _ = texts
     options = ["train.steps=2", "optimizer.warmup_steps=1", "checkpoint.every=2", "eval.every=0",
@@ -189,6 +190,7 @@ def moved(texts, tmp_path, monkeypatch):
     return options
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_its_source_is_elsewhere(texts, moved, tmp_path, capsys):
     run = tmp_path / "run"
     assert run_here(run, *moved, config=TEXT) == 0

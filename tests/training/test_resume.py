@@ -137,7 +137,7 @@ def test_sigterm_in_an_evaluation_saves_the_step_and_the_next_start_evaluates_it
             in capsys.readouterr().err)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_sigterm_to_a_process(straight, tmp_path):
     """At whatever line of code the signal finds the process."""
     workdir = tmp_path / "run"
