@@ -86,6 +86,7 @@ def logits(lm, rows):
 # What is loaded
 
 
+@pytest.mark.long
 def test_a_run_its_checkpoints_and_one_of_them(run, lm):
     assert lm.about["step"] == 4
     assert lm.params["embedding"]["table"].shape[0] == PADDED > lm.tokenizer.vocab_size
@@ -96,6 +97,7 @@ def test_a_run_its_checkpoints_and_one_of_them(run, lm):
     assert same(lmjax.load(run / "checkpoints" / "2"), older)
 
 
+@pytest.mark.long
 def test_averaged_weights_are_taken_where_there_are_any(run, synthetic, lm):
     assert same(lmjax.load(run, ema=True), lm) and not same(lmjax.load(run, ema=False), lm)
     assert same(lmjax.load(synthetic), lmjax.load(synthetic, ema=False))

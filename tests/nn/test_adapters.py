@@ -57,6 +57,7 @@ MARKS = {("Decoder", "dora"): (), ("Encoder", "lora"): pytest.mark.long,
          ("EncDec", "rslora"): pytest.mark.long}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family, kind", [
     pytest.param(family, kind, marks=MARKS.get((family, kind), pytest.mark.slow))
     for family in MODELS for kind in KINDS])

@@ -154,7 +154,8 @@ def test_shared_experts_are_added():
     np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("capacity", [0.0, pytest.param(1.0, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("capacity", [0.0, 1.0])
 def test_a_mesh_and_microbatches_change_nothing(capacity):
     """One step gives the same loss, gradient norm and expert counts on 8 devices and on one."""
     config = build(DecoderConfig, dict(

@@ -159,7 +159,7 @@ def straight(folder):
     return folder / "straight"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_learns_what_earns_a_reward(straight):
     rewards = [line["reward"] for line in lines(straight) if "reward" in line]
     assert np.mean(rewards[-8:]) > np.mean(rewards[:4]) + 0.15
@@ -169,7 +169,7 @@ def test_a_run_learns_what_earns_a_reward(straight):
                     for line in answers]) > 0.5
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_killed_it_writes_the_same_answers_again(folder, straight):
     options = ("train.steps=40", "eval.every=40")
     process = start(folder / "killed", *options, config=str(folder / "task.py"))

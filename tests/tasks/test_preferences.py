@@ -112,6 +112,7 @@ def test_loss_and_gradient_equal_those_of_torch(kind, smoothing, model, params, 
         np.testing.assert_allclose(ours, other, atol=1e-5 * max(1, float(jnp.abs(other).max())))
 
 
+@pytest.mark.long
 def test_likelihoods_do_not_depend_on_the_chunk_or_on_padding_rows(model, params):
     batch = pairs_batch()
     whole = log_likelihoods(model, params, batch)
@@ -136,8 +137,8 @@ def test_records_without_a_reference_are_answered_by_their_likelihoods(model, pa
     np.testing.assert_allclose(loss.extra["row_rejected"], BETA * rejected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["orpo", *(pytest.param(kind, marks=pytest.mark.long)
-                                           for kind in ("dpo", "ipo"))])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["orpo", "dpo", "ipo"])
 def test_padding_rows_have_neither_loss_nor_gradient(kind, model, params):
     batch = {name: np.concatenate([x, np.zeros_like(x)]) for name, x in pairs_batch().items()}
     task = Preferences(kind=kind, beta=BETA)
@@ -234,7 +235,7 @@ def test_dpo_begins_at_the_reference_and_learns_the_better_answers(straight):
     assert last["eval/accuracy"] > 0.9 and last["eval/margin"] > 0.05
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_on_a_mesh_and_killed_it_ends_the_same(folder, straight):
     process = start(folder / "killed", config=str(folder / "task.py"))
     wait_for(process, lambda: len(losses(folder / "killed")) > 5)

@@ -46,7 +46,7 @@ def batch_of(prefixes, outputs):
     return batch
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_the_loss_of_a_task_has_those_of_the_routers(name):
     task, outputs, prefixes = TASKS[name]

@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("task", ["tagging", "questions"])
+@pytest.mark.parametrize("task", ["tagging", pytest.param("questions", marks=pytest.mark.slow)])
 def test_a_run_learns_and_a_mesh_of_eight_devices_has_its_losses(folder, task):
     config = str(folder / f"{task}.py")
     printed = finish(folder / f"{task}_run", config=config)

@@ -116,6 +116,7 @@ def test_beams_answer_as_the_trained_model_does(folder, trained):
     np.testing.assert_array_equal(losses(workdir), losses(trained("pairs")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pairs", "chat"])
 def test_a_mesh_of_eight_devices_has_the_losses_and_answers_of_one(name, folder):
     mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")

@@ -154,6 +154,7 @@ def test_a_bad_source_is_refused_at_once(fields):
         SourceConfig(**{"name": "a", "uri": "text:x"} | fields)
 
 
+@pytest.mark.long
 def test_tfds(tmp_path):
     import tensorflow_datasets as tfds
 
