@@ -88,7 +88,7 @@ def trained(folder):
     return run
 
 
-@pytest.mark.parametrize("name", ["pairs", "lines"])
+@pytest.mark.parametrize("name", [pytest.param("pairs", marks=pytest.mark.slow), "lines"])
 def test_answers_are_those_of_the_trained_model(name, trained):
     workdir = trained(name)
     answers = lines(workdir, "answers/eval.jsonl")

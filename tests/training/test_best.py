@@ -74,7 +74,7 @@ loop._evaluate = told
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_kills_change_neither_the_end_nor_the_best(straight, tmp_path):
     workdir, known = tmp_path / "run", best_of(straight)
     best, last = known["step"], known["evaluated"]

@@ -69,7 +69,7 @@ def names(*fast):
 
 
 @pytest.mark.long
-@names("bert", "t5")
+@names("bert")
 def test_a_shipped_config_beats_its_unigram_baseline(recipe_of, name, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *args: ONE)
     recipe = recipe_of(name)

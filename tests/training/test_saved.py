@@ -150,7 +150,7 @@ DATA = ("data.memory_limit_mib=0", "data.tokenizer.vocab_size=300", "train.steps
         "data.heldout_fraction=0.2", "eval.every=0", "sample.every=0", "optimizer.warmup_steps=2")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_damaged_shard_ends_real_processes_with_2(tmp_path):
     """The threads of tf.data must be at rest when the interpreter ends."""
     (tmp_path / "text").mkdir()
