@@ -65,7 +65,8 @@ def test_the_key_covers_every_file_that_makes_the_step():
     left_out = {path.relative_to(package).as_posix() for path in seen - covered}
     rooms = {"planning", "runtime", "decoding", "data/text", "data/tokenizers"}
     files = {"errors.py", "data/__init__.py", "data/hashing.py", "data/store.py", "data/chat.py",
-             "data/reading.py", "training/best.py", "training/task_data.py", "monitoring/progress.py",
+             "data/reading.py", "training/best.py", "training/task_data.py",
+             "monitoring/progress.py",
              "training/pretrained.py", "training/teacher.py"}  # the key has a teacher's config
     assert {name for name in left_out if name.rpartition("/")[0] not in rooms} <= files, left_out
     assert len(seen & covered) > 40
