@@ -78,6 +78,7 @@ def folder(tmp_path_factory):
     return made
 
 
+@pytest.mark.long
 def test_likelihoods_do_not_depend_on_the_other_requests(folder):
     lm = lmjax.load(folder / "hf")
     rng = np.random.default_rng(1)

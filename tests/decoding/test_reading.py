@@ -95,8 +95,9 @@ def test_banned_tokens_are_never_drawn(directory):
 
 
 @pytest.mark.parametrize("keys", [
-    {"forced_bos_token_id": 0}, {"begin_suppress_tokens": [5]}, {"bad_words_ids": [[5], [6, 7]]},
-    {"decoder_start_token_id": [5, 6]}, {"no_repeat_ngram_size": 3}])
+    {"forced_bos_token_id": 0}, *(pytest.param(keys, marks=pytest.mark.long) for keys in (
+        {"begin_suppress_tokens": [5]}, {"bad_words_ids": [[5], [6, 7]]},
+        {"decoder_start_token_id": [5, 6]}, {"no_repeat_ngram_size": 3}))])
 def test_what_is_not_followed_is_refused_where_it_matters(directory, keys):
     tell(directory, "generation_config.json", **keys)
     lm = lmjax.load(directory)

@@ -35,6 +35,7 @@ def best_of(workdir: pathlib.Path) -> dict:
     return json.loads((workdir / "checkpoints" / "best.json").read_text())
 
 
+@pytest.mark.long
 def test_a_run_ends_early_and_keeps_its_best_step(straight, capsys):
     losses = evaluations(straight)
     best, last = min(losses, key=losses.get), max(losses)

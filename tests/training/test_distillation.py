@@ -191,6 +191,7 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_compiled(
     assert re.search(message, one_line(capsys.readouterr().err))
 
 
+@pytest.mark.long
 def test_a_smaller_model_begins_with_parts_of_a_larger_one(teacher, tmp_path, capsys):
     still = ("train.steps=2", "optimizer.peak_lr=0.0", "optimizer.weight_decay=0.0",
              "optimizer.warmup_steps=1")

@@ -172,6 +172,7 @@ def test_a_checkpoint_of_other_arrays_is_not_taken_for_damage(copied, error, mon
     assert checkpoint_steps(copied / "checkpoints") == [2, 4, 6]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_for_longer_as_if_it_had_been_meant_to(tmp_path, error):
     longer = (*FINISHED, "optimizer.schedule=constant", "train.steps=8",
               f"checkpoint.directory={tmp_path / 'elsewhere'}")
