@@ -267,6 +267,7 @@ def test_options_of_decoding_that_are_refused(lm, options, message):
         lm.generate(["of"], **options)
 
 
+@pytest.mark.long
 def test_padding_of_the_vocabulary_is_never_drawn(lm):
     prompts = [[lm.tokenizer.bos_id, i] for i in range(16)]
     hot = Sampling(temperature=20.0)  # nearly uniform

@@ -176,7 +176,8 @@ def cached(name):
     return jax.jit(model.step), params, model.init_cache(2, 16), full
 
 
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if i < 3 else pytest.mark.long) for i, name in enumerate(CACHED)])
 def test_one_token_at_a_time_equals_the_full_forward(name):
     step, params, cache, full = cached(name)
     for t in range(T):

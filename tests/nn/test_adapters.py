@@ -107,6 +107,7 @@ def test_column_lengths_are_those_of_the_sum():
     np.testing.assert_allclose(lengths, np.sqrt((whole**2).sum((0, 1))), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_dropout_is_of_the_adapters_input_alone_and_follows_its_key():
     model = model_of("Decoder", AdapterConfig(kind="lora", rank=3, targets=".", dropout=0.5))
     params, batch = trained(model), batch_of()

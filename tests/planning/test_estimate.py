@@ -70,6 +70,7 @@ def test_collectives_are_those_of_the_mesh(here):
     assert sum(sent.values()) < 40 * made.memory["parameters"] * 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh, most", [("data=8", 4 * 115_008 + 64),
                                         ("data=2 tensor=4", 8 * 64 * 256 * 4 - 1)])
 def test_replicas_sum_gradients_and_tensor_parallelism_sums_activations(mesh, most):

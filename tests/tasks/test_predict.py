@@ -35,7 +35,8 @@ def record(text):
     return {"film": {"text": text}, "id": 3}
 
 
-@pytest.mark.parametrize("family", ["encoder", pytest.param("decoder", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["encoder", "decoder"])
 def test_an_answer_is_that_of_the_logits_whatever_else_is_asked(family, saved):
     lm = lmjax.load(saved / family)
     together = lm.predict([record(text) for text in TEXTS])

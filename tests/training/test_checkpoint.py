@@ -29,6 +29,7 @@ def test_a_diverged_run_keeps_its_good_checkpoints(tmp_path, capsys):
     assert step > 3 and checkpoint_steps(workdir / "checkpoints") == [step - 2, step - 1]
 
 
+@pytest.mark.long
 def test_every_so_many_steps_a_checkpoint_is_kept(tmp_path):
     workdir = tmp_path / "run"
     assert run_here(workdir, *FINISHED, "train.steps=7", "checkpoint.every=1",
@@ -80,8 +81,9 @@ RARER_DAMAGE: dict[str, Callable[[pathlib.Path], None]] = {
 # Orbax gives up at the first array that it cannot read; other reads may then find its event loop
 # closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", [*DAMAGE.values(), *(
-    pytest.param(damage, marks=pytest.mark.long) for damage in RARER_DAMAGE.values())],
+@pytest.mark.parametrize("damage", [next(iter(DAMAGE.values())), *(
+    pytest.param(damage, marks=pytest.mark.long)
+    for damage in [*DAMAGE.values()][1:] + [*RARER_DAMAGE.values()])],
     ids=[*DAMAGE, *RARER_DAMAGE])
 def test_a_damaged_checkpoint_falls_back_to_the_last_good_one(damage, finished, copied, capsys):
     steps = copied / "checkpoints"
