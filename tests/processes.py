@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -53,6 +54,15 @@ def finish(workdir: pathlib.Path, *overrides: str, expect: int = 0, **options: o
     printed = log.read_text()[before:]
     assert code == expect, printed
     return printed
+
+
+def finish_after_a_kill(workdir: pathlib.Path, *overrides: str, **options: object) -> None:
+    """Kills a run once it has a checkpoint, and finishes it with the same command."""
+    process = start(workdir, *overrides, **options)
+    wait_for(process, lambda: checkpoint_steps(workdir / "checkpoints"))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert "resuming at step" in finish(workdir, *overrides, **options)
 
 
 # Overrides of configs/synthetic.py:tiny that end quickly, for `run_here`.

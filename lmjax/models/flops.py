@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 
 from lmjax.models.encdec import EncDecConfig
-from lmjax.models.model import Model, ModelConfig
-from lmjax.nn.adapters import is_adapter
+from lmjax.models.model import Model, ModelConfig, is_of_base
 from lmjax.tree import named_leaves
 
 TABLES = {"vocab", "positions"}  # axes of parameters that are looked up, not multiplied with
@@ -40,7 +39,7 @@ def flops_per_token(model: Model, seq_len: int, encoder_len: int = 0,
     """
     c = model.config
     share = (encoder_len or seq_len) / seq_len  # encoder tokens per decoder token
-    frozen = frozen or (_is_of_base if model.adapter.kind else lambda path: False)
+    frozen = frozen or (is_of_base if model.adapter.kind else lambda path: False)
     leaves = list(_leaves(model))
     first = min((_place(path) for path, _, _ in leaves if not frozen(path)), default=END)
 
@@ -107,10 +106,6 @@ def _multiplied(shape: tuple[int, ...], axes: tuple[str, ...], config: ModelConf
 def _place(path: str) -> int:
     """Where a parameter lies between the tokens, 0, and the loss, END."""
     return PLACES.get(path.partition("/")[0], END)
-
-
-def _is_of_base(path: str) -> bool:
-    return not (is_adapter(path) or path.startswith("task_head/"))
 
 
 def _reads_source(path: str) -> bool:

@@ -19,7 +19,7 @@ from lmjax.models.decoder import Decoder, DecoderConfig
 from lmjax.models.encdec import EncDec, EncDecConfig
 from lmjax.models.encoder import Encoder, EncoderConfig
 from lmjax.models.transformer import TokenInfo
-from lmjax.nn.adapters import NO_ADAPTERS, AdapterConfig
+from lmjax.nn.adapters import NO_ADAPTERS, AdapterConfig, is_adapter
 from lmjax.nn.kernels.choose import Kernel, Needs, choose_kernel
 from lmjax.nn.module import Functional, Params, functional, normal, param
 from lmjax.nn.moe import Routing
@@ -32,6 +32,14 @@ FAMILY_MODULES = {DecoderConfig: Decoder, EncoderConfig: Encoder, EncDecConfig: 
 
 
 PROJECTION = "projection"  # the path of a model's projection, if it has one
+
+
+def is_of_base(path: str) -> bool:
+    """Whether a parameter beside adapters is one of the model that they are for.
+
+    Adapters, a task's head and a projection for a teacher are not.
+    """
+    return not (is_adapter(path) or path.startswith("task_head/") or path == PROJECTION)
 
 
 class Hidden(NamedTuple):

@@ -25,6 +25,7 @@ from lmjax.tasks.losses import LossFn, tokens_of, with_routers
 from lmjax.tasks.task import Task
 
 IDS, LOG_P = "teacher_ids", "teacher_values"  # of a batch: [B, T * stored_tokens]
+Predict = Callable[[Params, Batch, jax.Array], dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +122,6 @@ def distilled_loss(student: Model, teacher: Model, config: DistillConfig, *,
         return with_routers(loss, hidden.routing, student.config.moe, tokens_of(batch))
 
     return loss_fn
-
-
-Predict = Callable[[Params, Batch, jax.Array], dict[str, jax.Array]]
 
 
 def as_student(student: Model, teacher: Model, config: DistillConfig, layout: Layout) -> Model:

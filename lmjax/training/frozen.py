@@ -3,8 +3,7 @@
 import re
 
 from lmjax.errors import UserError
-from lmjax.models.model import PROJECTION, Model
-from lmjax.nn.adapters import is_adapter
+from lmjax.models.model import Model, is_of_base
 from lmjax.nn.module import Params
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import Frozen
@@ -23,7 +22,7 @@ def frozen_in(recipe: Recipe, model: Model) -> Frozen | None:
         raise UserError("an empty one with adapters, beside which all weights are frozen",
                         repr(pattern), "leave it out", where="config.train.frozen")
     if recipe.adapter.kind:
-        return Frozen(_is_of_base, base=True)
+        return Frozen(is_of_base, base=True)
     if not pattern:
         return None
     paths = [path for path, _ in named_leaves(model.shapes)]
@@ -42,11 +41,3 @@ def held_by_checkpoints(recipe: Recipe, model: Model, params: Params) -> Params:
     if frozen is None or not frozen.base:
         return params
     return split_tree(params, frozen.accepts)[1]
-
-
-def _is_of_base(path: str) -> bool:
-    """Whether a parameter of a run with adapters is one of the base.
-
-    Adapters, a task's head and a projection for a teacher are none.
-    """
-    return not (is_adapter(path) or path.startswith("task_head/") or path == PROJECTION)

@@ -130,7 +130,7 @@ def add_predictions(run: Run, found: Pretrained, log: Log, at: Callable[[], None
     at: called for every batch.
 
     Raises:
-      OSError: the disk is full.
+      UserError: another run stores in the same folder.
     """
     split, layout, config = run.train_split, run.layout, run.recipe.distill
     assert isinstance(split, ComputedMixture)
@@ -153,8 +153,9 @@ def add_predictions(run: Run, found: Pretrained, log: Log, at: Callable[[], None
         parts = _predicted(batches, functools.partial(predict, params), done, size, log, at,
                            total=missing.num_rows())
         if jax.process_index() == 0:
-            split.write(parts, done, {"teacher": found.where, "stored_tokens": config.stored_tokens,
-                                "temperature": config.temperature})
+            split.write(parts, done, {
+                "teacher": found.where, "stored_tokens": config.stored_tokens,
+                "temperature": config.temperature})
         else:
             for _ in parts:
                 pass

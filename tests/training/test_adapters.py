@@ -3,13 +3,18 @@
 import math
 import re
 import shutil
-import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import assert_same_run, finish, one_line, run_here, start, wait_for
+from processes import (
+    assert_same_run,
+    finish,
+    finish_after_a_kill,
+    one_line,
+    run_here,
+)
 
 import lmjax
 from lmjax.config import load
@@ -198,9 +203,5 @@ def test_what_adapters_cannot_start_from_is_refused(base, tuned, tmp_path, capsy
 def test_killed_and_resumed_ends_as_one_that_never_was(base, tmp_path):
     options = [*SHORT, *overrides(ADAPTED | {"adapter.kind": "lora", "train.init_from": base})]
     finish(tmp_path / "straight", *options)
-    process = start(tmp_path / "run", *options)
-    wait_for(process, lambda: checkpoint_steps(tmp_path / "run" / "checkpoints"))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert "resuming at step" in finish(tmp_path / "run", *options)
+    finish_after_a_kill(tmp_path / "run", *options)
     assert_same_run(tmp_path / "straight", tmp_path / "run", ["metrics.jsonl"])

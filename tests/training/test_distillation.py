@@ -3,12 +3,19 @@
 import json
 import math
 import re
-import signal
 
 import jax
 import numpy as np
 import pytest
-from processes import FINISHED, assert_same_run, finish, lines, one_line, run_here, start, wait_for
+from processes import (
+    FINISHED,
+    assert_same_run,
+    finish,
+    finish_after_a_kill,
+    lines,
+    one_line,
+    run_here,
+)
 
 import lmjax
 from lmjax.config import load
@@ -18,7 +25,7 @@ from lmjax.errors import UserError
 from lmjax.models.decoder import DecoderConfig
 from lmjax.sharding import MeshConfig, make_layout
 from lmjax.tasks.distillation import IDS, LOG_P, DistillConfig, predictions
-from lmjax.training.checkpoint import checkpoint_steps, read_about
+from lmjax.training.checkpoint import read_about
 from lmjax.training.program import make_program
 from lmjax.training.recipe import build_recipe
 from lmjax.training.shrink import evenly
@@ -147,11 +154,7 @@ def test_killed_and_resumed_ends_as_one_that_never_was(teacher, tmp_path, stored
                "optimizer.ema_decay=0.9", *SMALL, f"distill.teacher={teacher}",
                f"distill.stored_tokens={stored}"]
     finish(tmp_path / "straight", *options)
-    process = start(tmp_path / "run", *options)
-    wait_for(process, lambda: checkpoint_steps(tmp_path / "run" / "checkpoints"))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert "resuming at step" in finish(tmp_path / "run", *options)
+    finish_after_a_kill(tmp_path / "run", *options)
     assert_same_run(tmp_path / "straight", tmp_path / "run", ["metrics.jsonl"])
 
 

@@ -2,17 +2,21 @@
 
 import math
 import re
-import signal
 
 import jax
 import numpy as np
 import pytest
-from processes import assert_same_run, finish, one_line, run_here, start, wait_for
+from processes import (
+    assert_same_run,
+    finish,
+    finish_after_a_kill,
+    one_line,
+    run_here,
+)
 
 import lmjax
 from lmjax.config import load
 from lmjax.data.pipeline import open_splits
-from lmjax.training.checkpoint import checkpoint_steps
 from lmjax.training.program import make_program
 from lmjax.training.recipe import build_recipe
 from lmjax.tree import named_leaves, num_bytes
@@ -102,11 +106,7 @@ def test_killed_and_resumed_ends_as_one_that_never_was(tmp_path):
     options = ["train.steps=24", "optimizer.warmup_steps=1", "checkpoint.every=4", "eval.every=24",
                "optimizer.ema_decay=0.9", f"train.frozen={FROZEN}"]
     finish(tmp_path / "straight", *options)
-    process = start(tmp_path / "run", *options)
-    wait_for(process, lambda: checkpoint_steps(tmp_path / "run" / "checkpoints"))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert "resuming at step" in finish(tmp_path / "run", *options)
+    finish_after_a_kill(tmp_path / "run", *options)
     assert_same_run(tmp_path / "straight", tmp_path / "run", ["metrics.jsonl"])
     # A checkpoint holds the whole model, whose frozen parameters are those of the first state.
     program, _ = made()
