@@ -19,6 +19,7 @@ PACKAGE = ROOT / "lmjax"
 ROOMS = (
     "cli",               # commands: arguments in, result out
     "benchmarks",        # commands: measurements behind `lmjax bench`
+    "serving",           # commands: the engine behind a server, and the server
     "lm_eval",           # commands: lm-eval's adapter
     "planning",          # wholes: what a run would take on a TPU
     "lm",                # wholes: a trained model as an object

@@ -13,7 +13,10 @@ from lmjax.errors import UserError
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn. All fields are traced: another value compiles nothing."""
+    """How a token is drawn. All fields are traced: another value compiles nothing.
+
+    A field is one value for all rows, or an array [B, 1] with one value per row.
+    """
 
     temperature: float = 1.0  # 0: always the likeliest token
     top_k: int = 0  # only the k likeliest tokens; 0: all
@@ -58,7 +61,7 @@ def adjust(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     scaled = logits_BV / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
     # Sorting the vocabulary takes as long as a step of a small model: only where it is needed.
     cuts = (sampling.temperature > 0) & ((sampling.top_k > 0) | (sampling.top_p < 1))
-    lowest = jax.lax.cond(cuts, lambda: _lowest(scaled, sampling),
+    lowest = jax.lax.cond(jnp.any(cuts), lambda: _lowest(scaled, sampling),
                           lambda: jnp.full_like(scaled[:, :1], -jnp.inf))
     best = jnp.max(scaled, axis=-1, keepdims=True)
     lowest = jnp.maximum(lowest, best + jnp.log(sampling.min_p))
@@ -73,7 +76,7 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
     # Greedy decoding skips the draw: a random number per token of the vocabulary would be most of
     # the work here.
     drawn = jax.lax.cond(
-        sampling.temperature > 0,
+        jnp.any(sampling.temperature > 0),
         lambda: jax.vmap(jax.random.categorical)(keys_B, adjust(logits_BV, sampling)),
         lambda: jnp.argmax(logits_BV, axis=-1))
     return drawn.astype(jnp.int32)

@@ -1,0 +1,1 @@
+"""The server: an engine that answers many requests in one running batch."""
