@@ -297,7 +297,8 @@ def test_the_loss_of_a_run_is_that_of_its_logits(run):
         assert found == pytest.approx(nats.sum() / rows["loss_mask"].sum(), rel=1e-5)
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.long), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("count", [1, 3])
 def test_the_number_of_devices_changes_nothing(run, lm, monkeypatch, count):
     """8 devices have an eighth of the table each. 3 do not divide it, so each has the whole."""
     assert {len(p.sharding.device_set) for p in jax.tree.leaves(lm.params)} == {8}

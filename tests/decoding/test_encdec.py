@@ -132,7 +132,8 @@ def test_an_export_is_what_transformers_computes(lm, tokenizer, tmp_path):
 @pytest.mark.parametrize("settings, generation, start_id", [
     ({}, {}, 1),  # BOS, as in transformers
     pytest.param({"decoder_start_token_id": 5}, {}, 5, marks=pytest.mark.long),
-    ({"decoder_start_token_id": 5}, {"decoder_start_token_id": 7}, 7)])
+    pytest.param({"decoder_start_token_id": 5}, {"decoder_start_token_id": 7}, 7,
+                 marks=pytest.mark.long)])
 def test_an_import_begins_and_reads_as_its_own_files_say(lm, tokenizer, tmp_path, settings,
                                                          generation, start_id):
     lm.export(tmp_path / "hf", log=lambda line: None)

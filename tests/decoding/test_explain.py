@@ -65,6 +65,7 @@ def lm(tokenizer):
     return model_of(tokenizer, *FAMILIES["llama"][:2])
 
 
+@pytest.mark.long
 def test_the_values_add_up_to_the_difference_of_the_outputs(lm, tokenizer, tmp_path):
     """The outputs are those of `score`, with the embeddings of the model and with their mean."""
     text, answer = "Document 7", " tells of"

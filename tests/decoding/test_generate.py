@@ -31,7 +31,8 @@ from lmjax.sharding import MeshConfig, make_layout
 
 @pytest.mark.parametrize("keys", [
     pytest.param({}, id="rope", marks=pytest.mark.long),
-    pytest.param(dict(positions="learned", max_positions=32, use_bias=True), id="learned"),
+    pytest.param(dict(positions="learned", max_positions=32, use_bias=True), id="learned",
+                 marks=pytest.mark.long),
     pytest.param(dict(sliding_window=3), id="window", marks=pytest.mark.long),
     pytest.param(dict(num_layers=3, layer_pattern=("local", "global"), sliding_window=3,
                       moe=MoEConfig(experts=4)), id="pattern-experts")])

@@ -34,6 +34,7 @@ def test_speculation_does_not_change_greedy_answers():
     assert answers == until(eos, expected) and 1 <= gained < 4
 
 
+@pytest.mark.long
 def test_a_model_that_is_its_own_draft_keeps_every_proposal():
     model, params = tiny_decoder()
     answers, gained = speculate(Generator(model), params, Draft(model, params, 3), PROMPTS,

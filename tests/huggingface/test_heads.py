@@ -43,11 +43,14 @@ MODELS = {
                   ALL),
     "gpt2": ("GPT2", GPT2 | PAD, ALL),
 }
-QUICK = (("bert", SEQUENCE), ("llama", SEQUENCE))
+QUICK = (("llama", SEQUENCE),)
 # The classes for tags and answers of some models: those of the others are like these.
 LIKE = {TOKENS: ("bert", "modernbert", "llama", "gpt2"),
         ANSWERS: ("roberta", "modernbert", "llama", "mistral", "qwen3-moe", "gpt2")}
-CASES = [pytest.param(name, head, marks=[] if (name, head) in QUICK else pytest.mark.long)
+LONG = [(name, SEQUENCE) for name in ("bert", "modernbert", "gemma2", "qwen3-moe", "gpt2")] + [
+    ("bert", TOKENS), ("gpt2", TOKENS), ("roberta", ANSWERS), ("llama", ANSWERS)]
+CASES = [pytest.param(name, head, marks=[] if (name, head) in QUICK else
+                      pytest.mark.long if (name, head) in LONG else pytest.mark.slow)
          for name, (_, _, heads) in MODELS.items() for head in heads
          if name in LIKE.get(head, MODELS)]
 
@@ -197,11 +200,11 @@ ROBERTA = {"token_types": 1, "position_offset": 1, "max_positions": 64}
 
 
 @pytest.mark.parametrize(("family", "task"), [
-    pytest.param("encoder", {}, marks=pytest.mark.long),
+    pytest.param("encoder", {}, marks=pytest.mark.slow),
     pytest.param("encoder", {"pair": "{other}"}, marks=pytest.mark.long),
     pytest.param("encoder", {"pair": "{other}", "model": ROBERTA}, marks=pytest.mark.slow),
-    pytest.param("encoder", {"kind": "multi"}, marks=pytest.mark.long),
-    pytest.param("decoder", {}, marks=pytest.mark.long),
+    pytest.param("encoder", {"kind": "multi"}, marks=pytest.mark.slow),
+    pytest.param("decoder", {}, marks=pytest.mark.slow),
     pytest.param("decoder", {"kind": "regression"}, marks=pytest.mark.long)])
 def test_a_pipeline_on_an_export_gives_the_same_labels_and_scores(family, task, tmp_path):
     pytest.importorskip("torch", reason=f"torch {MISSING}")

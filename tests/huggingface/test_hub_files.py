@@ -196,7 +196,8 @@ def small(tmp_path):
 
 
 @pytest.mark.parametrize("variable, below", [
-    ("HF_HOME", ""), ("HF_HUB_CACHE", "hub"), ("HUGGINGFACE_HUB_CACHE", "hub")])
+    pytest.param("HF_HOME", "", marks=pytest.mark.long), ("HF_HUB_CACHE", "hub"),
+    pytest.param("HUGGINGFACE_HUB_CACHE", "hub", marks=pytest.mark.long)])
 def test_a_model_of_the_hub_cache_is_found(variable, below, small, tmp_path, monkeypatch):
     model = cache(tmp_path, small)
     for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):

@@ -91,6 +91,7 @@ def families(*quick, others=pytest.mark.long):
             for name, row in FAMILIES.items()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keys, objective, foreign", families("gpt2", others=pytest.mark.slow))
 def test_a_text_is_read_and_answered_the_same_everywhere(keys, objective, foreign, ours, theirs,
                                                          tmp_path):
@@ -199,10 +200,10 @@ def test_positions_are_counted_from_the_padding_id_of_the_tokenizer(offset, ours
     np.testing.assert_allclose(again.logits(np.array([ids])), lm.logits(np.array([ids])), atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config, generation", [
-    ({"eos_token_id": [2, 5]}, None),
-    pytest.param({}, None, marks=pytest.mark.long),
-    pytest.param({"eos_token_id": 2}, {"eos_token_id": [2, 7]}, marks=pytest.mark.long)])
+    ({"eos_token_id": [2, 5]}, None), ({}, None),
+    ({"eos_token_id": 2}, {"eos_token_id": [2, 7]})])
 def test_an_import_is_exported_with_the_special_ids_that_it_had(config, generation, ours,
                                                                 tmp_path):
     model_of(ours, {}, {}).export(tmp_path / "first", log=lambda line: None)

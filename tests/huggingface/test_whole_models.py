@@ -68,6 +68,7 @@ def test_a_gemma_3_with_one_token_more_than_rows(gemma):
         assert lm.generate([prompt], max_tokens=16, temperature=0) == [answer]
 
 
+@pytest.mark.long
 def test_a_gemma_3_is_exported_and_read_again_with_its_tokenizer(gemma, tmp_path):
     path, model, tokenizer, rows = gemma
     lmjax.load(path).export(tmp_path / "out", log=lambda line: None)

@@ -101,6 +101,7 @@ def test_tpu_pod_connects_again(cloud):
     assert [call["words"] for call in cloud.calls() if "tail -n +3 " in call["words"]]
 
 
+@pytest.mark.long
 def test_tpu_pod_without_a_connection_stops_the_run_before_it_deletes(cloud):
     cloud.answer({"describe": COMES, "tail -n": [["~", 255]]})
     cloud.env["RUN"] = WAITING
@@ -113,6 +114,7 @@ def test_tpu_pod_without_a_connection_stops_the_run_before_it_deletes(cloud):
     assert log.endswith("saved\nlmjax: exit code 0\n")
 
 
+@pytest.mark.long
 def test_tpu_pod_asks_again_while_gcloud_does_not_answer(cloud):
     """Without an answer it takes the pod neither for absent nor for deleted."""
     down = ["UNAVAILABLE: try again", 1]

@@ -131,10 +131,9 @@ def test_a_vocabulary_too_small_for_the_data_is_refused():
 # --- compute dtype
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keys", [
-    dict(num_kv_heads=2, qk_norm=True),
-    pytest.param(CLASSIC | dict(mlp="gelu_tanh"), marks=pytest.mark.long)],
-    ids=["modern", "classic"])
+    dict(num_kv_heads=2, qk_norm=True), CLASSIC | dict(mlp="gelu_tanh")], ids=["modern", "classic"])
 def test_bfloat16_compute_keeps_float32_parameters(keys):
     exact, model = model_of(**keys), model_of(jnp.bfloat16, **keys)
     params, batch = initial(exact), batch_of(rows=4)

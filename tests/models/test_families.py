@@ -26,11 +26,12 @@ MISSING = "is not installed, so nothing is compared with it: pip install lmjax[o
 CONFIGS = {**dict.fromkeys(DECODERS, DecoderConfig), **dict.fromkeys(ENCODERS, EncoderConfig),
            **dict.fromkeys(ENCDECS, EncDecConfig)}
 # Models whose switches the others have, too, in another combination.
-SIMILAR = {"gpt2-erf", "llama", "llama-tied", "qwen2", "qwen3", "mixtral", "roberta", "t5-v1.0"}
+SIMILAR = {"gpt2-erf", "llama", "llama-tied", "qwen2", "qwen3", "mixtral", "gemma2", "roberta",
+           "t5-v1.0"}
 
 
 # Models whose caches are like those in test_decoder.py or like Gemma 3's.
-SIMILAR_CACHES = SIMILAR | {"gpt2", "llama3", "mistral", "gemma2"}
+SIMILAR_CACHES = SIMILAR | {"gpt2", "llama3", "mistral"}
 EXPERTS = dict(experts=4, per_token=3, mlp_dim=24, shared_dim=40, shared_gate=True)
 
 
@@ -191,8 +192,8 @@ def test_ragged_prefill_then_decoding_equals_the_full_forward(name):
 @pytest.mark.parametrize("name, keys", [
     pytest.param("gemma2", dict(moe=EXPERTS), marks=pytest.mark.long),
     pytest.param("t5-v1.1", {}, marks=pytest.mark.long),
-    pytest.param("gemma2", {}, marks=pytest.mark.long),
-    pytest.param("qwen2-moe", {}, marks=pytest.mark.long)])
+    pytest.param("gemma2", {}, marks=pytest.mark.slow),
+    pytest.param("qwen2-moe", {}, marks=pytest.mark.slow)])
 def test_decoding_on_a_mesh_equals_the_full_forward(name, keys):
     """Weights and caches of local and global layers, experts and encoders, split on three axes."""
     model = model_of(name, num_layers=2, init_std=0.3, **keys)

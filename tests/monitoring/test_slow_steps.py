@@ -81,7 +81,7 @@ loop.make_batches = late
 STEPS = ("train.steps=24", "optimizer.warmup_steps=2", "checkpoint.every=30", "eval.every=0")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_data_that_is_late_once_is_no_slow_step(tmp_path):
     """The wait counts as part of the step before, which is still running."""
     workdir = tmp_path / "run"

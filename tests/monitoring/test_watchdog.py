@@ -35,9 +35,13 @@ HANGS = {  # activity -> Python that makes it hang
     "saving checkpoints": "checkpoint.Checkpointer.wait = hang",
 }
 
+LONG = ("compiling", "saving checkpoints")
+
 
 @pytest.mark.long
-@pytest.mark.parametrize("doing", HANGS)
+@pytest.mark.parametrize("doing", [
+    pytest.param(name, marks=() if name in LONG else pytest.mark.slow)
+    for name in HANGS])
 def test_a_run_that_hangs_outside_its_steps(doing, tmp_path):
     """Each activity may take as long as its own patience, which is longer than that of a step."""
     hang = f"""

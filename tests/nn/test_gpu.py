@@ -102,6 +102,7 @@ def losses(attention, dtype, steps=4):
     return program.model.kernel.name, found
 
 
+@pytest.mark.long
 def test_a_model_learns_with_the_kernel_that_auto_takes():
     """The losses in bfloat16 with the fast kernel are those in float32 with the dense kernel."""
     kernel, fast = losses("auto" if PLATFORM == "gpu" else KERNEL, "bfloat16")

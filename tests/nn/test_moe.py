@@ -155,7 +155,7 @@ def test_shared_experts_are_added():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("capacity", [0.0, 1.0])
+@pytest.mark.parametrize("capacity", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_a_mesh_and_microbatches_change_nothing(capacity):
     """One step gives the same loss, gradient norm and expert counts on 8 devices and on one."""
     config = build(DecoderConfig, dict(

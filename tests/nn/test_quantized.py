@@ -73,7 +73,8 @@ def recipe(**train):
 EXPERTS = {"moe": {"experts": 4, "per_token": 2}}
 
 
-@pytest.mark.parametrize("model, layers", [({}, 7), (EXPERTS, 4)], ids=["dense", "experts"])
+@pytest.mark.parametrize("model, layers", [
+    ({}, 7), pytest.param(EXPERTS, 4, marks=pytest.mark.long)], ids=["dense", "experts"])
 def test_which_matmuls_of_a_step_are_in_8_bits(model, layers):
     """Two per matrix of the scanned layer: forward, and the gradient of the input.
 

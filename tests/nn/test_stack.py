@@ -107,14 +107,17 @@ def assert_close(a, b, tolerance=2e-5):
 
 
 QUICK = [("modern", False, "none"), ("modern", True, "attention"), ("window", False, "dots")]
+LONG = [("modern", False, "none"), ("modern", True, "full"), ("gpt2", True, "full"),
+        ("window", True, "dots")]
 LAYOUTS = [*(("modern", scan, remat) for scan in (True, False) for remat in REMAT),
            ("gpt2", True, "full"), ("gpt2", False, "none"),
            ("window", True, "dots"), ("window", False, "dots"), ("window", False, "full")]
 
 
 @pytest.mark.parametrize("style, scan, remat", [
-    case if case in QUICK else pytest.param(*case, marks=pytest.mark.long) for case in LAYOUTS
-    if case != ("modern", True, "none")])
+    case if case in QUICK else
+    pytest.param(*case, marks=pytest.mark.long if case in LONG else pytest.mark.slow)
+    for case in LAYOUTS if case != ("modern", True, "none")])
 def test_scan_equals_unrolled_and_remat_changes_nothing(style, scan, remat):
     """Each layout and policy, against scanned layers that save everything."""
     batch = rows_of([documents()])
@@ -131,13 +134,14 @@ def gradients_with_dropout(scan, remat):
     return jax.jit(jax.grad(lambda p: loss_fn(p, batch, jax.random.key(5)).total))(params)
 
 
-@pytest.mark.parametrize("remat", [
-    "full", *(pytest.param(name, marks=pytest.mark.long) for name in REMAT if name != "full")])
+@pytest.mark.long
+@pytest.mark.parametrize("remat", REMAT)
 def test_dropout_is_the_same_when_recomputed(remat):
     """A backward pass that drew new masks would give other gradients than one that kept them."""
     assert_close(gradients_with_dropout(True, "none"), gradients_with_dropout(False, remat))
 
 
+@pytest.mark.long
 def test_remat_saves_less():
     """Fewer values are saved from policy to policy: none, dots, attention, full."""
     batch = rows_of([documents()] * 3)

@@ -43,6 +43,7 @@ def test_flops_are_those_of_the_model_and_the_recomputed(here):
     assert made.flops > made.model_flops
 
 
+@pytest.mark.long
 def test_loops_of_unknown_length_make_a_lower_bound(here):
     """Chunked attention visits the blocks that are visible; their number is known only at run time.
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import sysconfig
 
@@ -9,9 +10,17 @@ import jax
 import numpy as np
 import pytest
 from jax._src.clusters import ClusterEnv, cloud_tpu_cluster
-from processes import finish, finish_together, lines, losses, start, start_together, wait_for
+from processes import (
+    finish,
+    finish_together,
+    lines,
+    losses,
+    run_here,
+    start,
+    start_together,
+    wait_for,
+)
 
-from lmjax.cli import main as cli
 from lmjax.runtime import cluster
 from lmjax.training.checkpoint import checkpoint_steps
 
@@ -38,10 +47,8 @@ def one(tmp_path_factory):
                                   pytest.param("fsdp", marks=pytest.mark.slow),
                                   pytest.param("mixed", marks=pytest.mark.long)])
 def test_eight_devices_compute_what_one_does(one, tmp_path, mesh):
-    overrides = [f"--config.{item}" for item in (*RUN, *MESHES[mesh])]
     workdir = tmp_path / "run"  # in this process, which has eight devices
-    assert cli.main(["train", "--config", "configs/synthetic.py:tiny", "--workdir", str(workdir),
-                     *overrides]) == 0
+    assert run_here(workdir, *RUN, *MESHES[mesh]) == 0
     np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
 
 
@@ -124,6 +131,20 @@ def test_two_processes_read_text_as_one_does(tmp_path):
 
 
 @pytest.mark.long
+def test_a_run_goes_on_with_another_mesh(one, tmp_path):
+    """From step 8 of one device, in this process, which has eight."""
+    workdir = tmp_path / "run"
+    shutil.copytree(one, workdir)
+    for step in checkpoint_steps(workdir / "checkpoints")[1:]:
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    assert run_here(workdir, *RUN, *MESHES["fsdp"], "checkpoint.abandon=32") == 0
+    np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
+    resumed, = (record["step"] for record in lines(workdir, "timing.jsonl")
+                if record.get("event") == "resume")
+    assert resumed == 8 and checkpoint_steps(workdir / "checkpoints")[-1] == 32
+
+
+@pytest.mark.slow
 def test_a_run_moves_between_machines(one, tmp_path):
     """One run, first on one device, then on two meshes, then on two processes: the same losses."""
     workdir = tmp_path / "run"

@@ -57,7 +57,7 @@ ocp.StandardCheckpointHandler.restore = fail
     assert [r["step"] for r in lines(workdir) if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_bad_corpus(folder):
     line = end_together(folder / "corpus", "data.sources.0.uri=text:/nowhere/*.txt", expect=2,
                         config="configs/quickstart.py:tiny")
@@ -72,7 +72,7 @@ def test_a_config_that_one_process_alone_has_wrong(folder):
     assert "process 1" in line and "many" in line
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_directory_that_another_run_holds(folder):
     workdir = folder / "held"
     workdir.mkdir()

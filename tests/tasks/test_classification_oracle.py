@@ -28,6 +28,7 @@ MISSING = "is not installed, so nothing is compared with it: pip install lmjax[o
 RATE, EPSILON, WEIGHTS = 1e-2, 1e-4, {"dull": 0.5, "great": 3.0}
 CASES = {"single": {}, "pair": {"pair": "{other}"}, "weights": {"class_weights": WEIGHTS},
          "multi": {"kind": "multi"}, "regression": {"kind": "regression"}}
+LONG = [("encoder", "pair"), ("encoder", "regression"), ("decoder", "multi")]
 TRUTHS = {"multi": [["dull"], [], ["fine", "great"], ["great"]], "regression": [0.5, -1, 3, 0.0]}
 
 
@@ -112,7 +113,8 @@ def their_loss(model, encoded, case, facts):
 
 
 @pytest.mark.parametrize(("family", "case"), [
-    (family, case) for family in ("encoder", "decoder") for case in CASES
+    pytest.param(family, case, marks=() if (family, case) in LONG else pytest.mark.slow)
+    for family in ("encoder", "decoder") for case in CASES
     if (family, case) != ("decoder", "pair")])
 def test_a_step_is_that_of_transformers(family, case, imported):
     import torch

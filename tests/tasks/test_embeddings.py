@@ -57,7 +57,8 @@ def by_hand(model, params, batch, temperature):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sides", [("", "second_"), ("", "second_", "negative_")])
+@pytest.mark.parametrize("sides", [
+    pytest.param(("", "second_"), marks=pytest.mark.slow), ("", "second_", "negative_")])
 def test_the_loss_is_that_of_the_formula_and_padding_rows_do_not_count(sides, model, params):
     batch, task = batch_of(sides=sides), Embeddings(temperature=0.1)
     loss = task.loss(model, {})(params, batch, None)

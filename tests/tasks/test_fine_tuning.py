@@ -102,6 +102,7 @@ def test_a_decoder_drops_its_unembedding_and_learns_as_well(folder):
     assert "head/table" not in names and "task_head/table" in names
 
 
+@pytest.mark.slow
 def test_a_mesh_of_eight_devices_has_the_losses_of_one(folder, straight):
     mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     finish(folder / "meshed", *mesh, config=str(folder / "encoder_task.py"), devices=8)
@@ -146,6 +147,7 @@ def test_adapters_and_a_head_learn_beside_a_frozen_encoder(folder):
         assert one["confidence"] == pytest.approx(two["confidence"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(folder, straight):
     workdir = folder / "killed"
     for step in (3, 8, 14):
@@ -209,6 +211,7 @@ def test_the_test_examples_are_answered_by_the_best_weights(folder, tmp_path, ca
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_source_may_be_gone_when_a_run_resumes(folder):
     config = folder / "moved_task.py"
     (folder / "encoder").rename(folder / "moved")

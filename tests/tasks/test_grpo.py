@@ -48,7 +48,8 @@ def answered(seed=0, rows=6):
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind, temperature", [
-    ("grpo", 0.6), ("grpo", 1.0), ("dapo", 1.0), ("dr_grpo", 1.0)])
+    ("grpo", 0.6), pytest.param("grpo", 1.0, marks=pytest.mark.slow),
+    pytest.param("dapo", 1.0, marks=pytest.mark.slow), ("dr_grpo", 1.0)])
 def test_loss_and_gradient_are_those_of_the_formula(kind, temperature, model, params):
     batch, answers, gains = answered()
     loss_fn = task_of(kind=kind, temperature=temperature).loss(model, {}, chunk=4)

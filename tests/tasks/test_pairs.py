@@ -121,7 +121,8 @@ def test_what_was_cut_is_counted_for_inputs_and_targets(tmp_path):
     assert "targets too long" in head
 
 
-@pytest.mark.parametrize("family", ["decoder", pytest.param("encdec", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["decoder", "encdec"])
 def test_packed_rows_have_the_loss_of_single_ones(family, tmp_path):
     uri, losses = write(tmp_path / "a.jsonl", rows()), []
     # Rows of a decoder may be cut from a stream of text; those of examples never are.
@@ -139,7 +140,8 @@ def test_packed_rows_have_the_loss_of_single_ones(family, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", [
+    pytest.param(name, marks=() if name == "encdec" else pytest.mark.slow) for name in MODELS])
 def test_a_step_is_that_of_transformers(family, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     records = rows()

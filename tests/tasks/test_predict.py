@@ -142,7 +142,7 @@ def test_predict_reads_other_formats_and_columns_and_tells_what_is_no_record(sav
         assert said in one_line(capsys.readouterr().err)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_predict_ends_with_the_bytes_of_one_that_was_not(saved, tmp_path):
     texts = [sentence(i, 30) for i in range(1500)]
     source = write(tmp_path / "in.jsonl", texts)

@@ -82,8 +82,9 @@ def torch_loss(theirs, batch, kind, smoothing):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind, smoothing", [("dpo", 0.0), ("dpo", 0.2), ("ipo", 0.0),
-                                             ("orpo", 0.0)])
+@pytest.mark.parametrize("kind, smoothing", [
+    pytest.param("dpo", 0.0, marks=pytest.mark.slow), ("dpo", 0.2),
+    pytest.param("ipo", 0.0, marks=pytest.mark.slow), ("orpo", 0.0)])
 def test_loss_and_gradient_equal_those_of_torch(kind, smoothing, model, params, tmp_path):
     torch = pytest.importorskip("torch", reason=f"torch {MISSING}")
     transformers = pytest.importorskip("transformers", reason=f"transformers {MISSING}")
@@ -112,7 +113,7 @@ def test_loss_and_gradient_equal_those_of_torch(kind, smoothing, model, params, 
         np.testing.assert_allclose(ours, other, atol=1e-5 * max(1, float(jnp.abs(other).max())))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_likelihoods_do_not_depend_on_the_chunk_or_on_padding_rows(model, params):
     batch = pairs_batch()
     whole = log_likelihoods(model, params, batch)
@@ -248,7 +249,7 @@ def test_on_a_mesh_and_killed_it_ends_the_same(folder, straight):
     np.testing.assert_allclose(losses(folder / "meshed"), losses(straight[0]), rtol=2e-4)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["orpo", "reward"])
 def test_orpo_and_a_reward_model_learn_without_a_reference(kind, folder, capsys):
     assert run_here(folder / kind, f"task.kind={kind}", config=str(folder / "task.py")) == 0
@@ -257,7 +258,7 @@ def test_orpo_and_a_reward_model_learn_without_a_reference(kind, folder, capsys)
     assert last["eval/accuracy"] > 0.9
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_adapters_learn_preferences_on_their_reference(folder):
     options = ("adapter.kind=lora", "adapter.rank=4", "optimizer.peak_lr=1e-2")
     assert run_here(folder / "lora", *options, config=str(folder / "task.py")) == 0

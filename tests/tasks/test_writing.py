@@ -106,6 +106,7 @@ def test_answers_are_those_of_the_trained_model(name, trained):
     assert tested["test/answered"] == len(lines(workdir, "answers/test.jsonl")) == 17
 
 
+@pytest.mark.slow
 def test_beams_answer_as_the_trained_model_does(folder, trained):
     workdir = folder / "beams"
     assert run_here(workdir, "task.num_beams=3", config=str(folder / "pairs_task.py")) == 0

@@ -78,7 +78,7 @@ def test_only_adapters_have_gradients_and_optimizer_state(kind):
 
 
 @pytest.mark.parametrize("kind, mesh", [
-    pytest.param("dora", "data, fsdp, tensor", marks=pytest.mark.long),
+    pytest.param("dora", "data, fsdp, tensor", marks=pytest.mark.slow),
     pytest.param("rslora", "data, fsdp, tensor", marks=pytest.mark.slow),
     pytest.param("lora", "stages", marks=pytest.mark.long)])
 def test_a_mesh_gives_the_losses_of_one_device(kind, mesh):

@@ -17,6 +17,7 @@ from lmjax.training import checkpoint
 from lmjax.training.checkpoint import checkpoint_steps
 
 
+@pytest.mark.long
 def test_a_diverged_run_keeps_its_good_checkpoints(tmp_path, capsys):
     """Each step multiplies the weights by about -1e5, until their norm overflows float32."""
     workdir = tmp_path / "run"
@@ -82,7 +83,8 @@ RARER_DAMAGE: dict[str, Callable[[pathlib.Path], None]] = {
 # closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [next(iter(DAMAGE.values())), *(
-    pytest.param(damage, marks=pytest.mark.long)
+    pytest.param(damage, marks=pytest.mark.slow if damage in RARER_DAMAGE.values() else
+                 pytest.mark.long)
     for damage in [*DAMAGE.values()][1:] + [*RARER_DAMAGE.values()])],
     ids=[*DAMAGE, *RARER_DAMAGE])
 def test_a_damaged_checkpoint_falls_back_to_the_last_good_one(damage, finished, copied, capsys):

@@ -71,6 +71,7 @@ def stepped(teacher, devices=1, **settings):
     return jax.device_get(program.traced.lower().compile()(state, batch))
 
 
+@pytest.mark.long
 def test_a_step_learns_from_the_teachers_distribution(teacher):
     """The loss of the step is that of the two models' logits, by a formula; the teacher stays."""
     state, metrics = stepped(teacher, **{"distill.hard": 0.25, "distill.temperature": 2.0})
@@ -88,7 +89,7 @@ def test_a_step_learns_from_the_teachers_distribution(teacher):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("microbatches", (1, 2))
+@pytest.mark.parametrize("microbatches", (pytest.param(1, marks=pytest.mark.slow), 2))
 def test_a_mesh_gives_the_losses_of_one_device(teacher, microbatches):
     settings = {"train.microbatches": microbatches, "distill.temperature": 1.5}
     one, metrics = stepped(teacher, **settings)
@@ -158,7 +159,7 @@ def test_killed_and_resumed_ends_as_one_that_never_was(teacher, tmp_path, stored
     assert_same_run(tmp_path / "straight", tmp_path / "run", ["metrics.jsonl"])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_teacher(teacher, tmp_path, capsys):
     assert run_here(tmp_path / "run", *of(teacher)) == 0
     about = read_about(tmp_path / "run" / "checkpoints" / "6")
@@ -228,7 +229,7 @@ def test_layers_are_taken_evenly_and_of_their_own_kind():
 LAYERS = {"distill.states": 1.0, "distill.attention": 50.0, "distill.relation_heads": 2}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_layers_are_compared_on_a_mesh_as_on_one_device(teacher):
     one, metrics = stepped(teacher, **LAYERS)
     many, on_mesh = stepped(teacher, math.prod(MESH.values()), **LAYERS, **MESH)

@@ -286,7 +286,7 @@ def test_a_broken_terminal_does_not_keep_the_files_from_closing(tmp_path, monkey
     assert "checkpoint" in events and "sample" not in events
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_in_one_directory_are_refused(tmp_path):
     folder, endless = tmp_path / "run", (*FINISHED, "train.steps=100000")
     first = start(folder, *endless)

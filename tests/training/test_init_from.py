@@ -80,6 +80,7 @@ def test_the_first_loss_is_that_of_transformers_on_the_same_rows(source, straigh
     assert lines(straight)[0]["loss"] == pytest.approx(total / batch["loss_mask"].sum(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_as_one_that_never_was(source, straight, tmp_path):
     """The source is needed once: it is gone when the run goes on."""
     workdir, copy = tmp_path / "run", tmp_path / "hf"

@@ -101,8 +101,7 @@ TRIPLES = [  # which hold every pair of axes
     ("stage", "expert", "tensor", "dropless", {}),
     ("fsdp", "expert", "context", "capacity", {}),
 ]
-DEFAULT = [{"data", "stage", "context"}, {"stage", "expert", "tensor"},
-           {"fsdp", "expert", "context"}]
+DEFAULT = [{"stage", "expert", "tensor"}, {"fsdp", "expert", "context"}]
 
 
 def test_the_triples_hold_every_pair():

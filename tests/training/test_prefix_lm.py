@@ -104,11 +104,11 @@ LENGTH, PROMPTS = 32, [[5, 9, 7, 3, 11, 2, 8, 1, 30, 22, 17], [7, 1, 3]]
 
 
 @pytest.mark.parametrize("keys", [
-    dict(sliding_window=4, layer_pattern=("local", "global")),
+    pytest.param(dict(sliding_window=4, layer_pattern=("local", "global")), marks=pytest.mark.long),
     pytest.param(dict(sliding_window=4, layer_pattern=("local", "global"), num_layers=3),
-                 marks=pytest.mark.long),
-    pytest.param(dict(), marks=pytest.mark.long),
-    pytest.param(dict(sliding_window=4), marks=pytest.mark.long),
+                 marks=pytest.mark.slow),
+    pytest.param(dict(), marks=pytest.mark.slow),
+    pytest.param(dict(sliding_window=4), marks=pytest.mark.slow),
     pytest.param(dict(positions="learned", max_positions=LENGTH,
                       moe=MoEConfig(experts=4, per_token=2)), marks=pytest.mark.long)],
     ids=["pattern", "part of a pattern", "global", "window", "experts"])
@@ -131,7 +131,7 @@ def test_an_answer_follows_a_prompt_that_was_read_in_both_directions(keys):
                          sampling=GREEDY)[0] == answers
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_of_the_command(tmp_path):
     finish(tmp_path / "run", "data.objective.name=prefix_lm",
            "data.objective.augment.share=0.5", "train.steps=20",

@@ -53,6 +53,7 @@ def test_another_directory_is_refused_with_the_right_one(finished, copied, tmp_p
     assert not place.exists()
 
 
+@pytest.mark.long
 def test_the_word_names_what_it_gives_up_and_may_be_repeated(finished, copied, capsys):
     records = (copied / "metrics.jsonl").read_bytes()
     shutil.rmtree(copied / "checkpoints/6")

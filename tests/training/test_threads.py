@@ -66,9 +66,12 @@ FAILURES = {  # what the process runs first, overrides, exit code, words of the 
                                  1, "lmjax-watchdog"),
 }
 
+LONG = ("a directory that becomes read-only", "a disk that fails", "the watchdog, by a fault")
+
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in LONG else pytest.mark.slow) for name in FAILURES])
 def test_a_failure_of_a_thread_ends_the_process(name, tmp_path):
     first, overrides, code, words = FAILURES[name]
     began = time.monotonic()
@@ -119,7 +122,7 @@ def test_a_trace_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     jax.profiler.stop_trace()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_survives_its_trace(tmp_path):
     """What the file in the way makes JAX raise is real here."""
     way = "\ndef strike(workdir):\n    (workdir / 'profile').write_text('in the way')\n"
