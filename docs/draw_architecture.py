@@ -21,8 +21,9 @@ class Room(NamedTuple):
 # From the roof to the ground: imports point only downwards.
 FLOORS: tuple[tuple[str, str, tuple[Room, ...]], ...] = (
     ("commands", "#c9d8f0", (
-        Room("cli", "one table of commands, exit codes", 5),
-        Room("benchmarks", "lmjax bench", 4),
+        Room("cli", "one table of commands", 3),
+        Room("serving", "the OpenAI API, a page", 3),
+        Room("benchmarks", "lmjax bench", 3),
         Room("lm_eval", "lm-eval's tasks", 3))),
     ("wholes", "#c9e4ee", (
         Room("lm", "a trained model as an object", 6, (12,)),

@@ -14,6 +14,7 @@ from lmjax.cli.chat import add_chat, chat
 from lmjax.cli.doctor import add_doctor, doctor
 from lmjax.cli.errors import explain, is_transient
 from lmjax.cli.predict import add_predict, predict
+from lmjax.cli.serve import add_serve, serve
 
 
 class Command(NamedTuple):
@@ -44,6 +45,8 @@ COMMANDS = {
                         inference.add_generate, inference.generate),
     "chat": Command("talk with a model that was fine-tuned on conversations",
                     add_chat, chat),
+    "serve": Command("serve models to clients of the OpenAI API, with a page for the browser",
+                     add_serve, serve),
     "score": Command("compute the bits per byte of text files under a trained model",
                      inference.add_score, inference.score),
     "explain": Command("say how much each token of a text adds to a likelihood, with a picture",
