@@ -121,7 +121,7 @@ PASSED_OVER = frozenset("""
 # Their activation -> our MLP, with and without a gate.
 GATED = {
     "silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
-    "gelu": "geglu_erf", "gelu_python": "geglu_erf", "gelu_fast": "geglu"}
+    "gelu": "geglu_erf", "gelu_python": "geglu_erf", "gelu_fast": "geglu", "relu": "reglu"}
 UNGATED = {
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
     "silu": "silu", "swish": "silu", "gelu_python": "gelu", "gelu_fast": "gelu_tanh"}

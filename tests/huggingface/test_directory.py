@@ -216,6 +216,7 @@ def test_a_model_saved_without_its_head_is_found(saved, tmp_path):
     ({"tie_embeddings": True, "head_dim": 10}, "llama"),
     pytest.param({"sliding_window": 5}, "mistral", marks=pytest.mark.long),
     pytest.param({"qk_norm": True}, "qwen3", marks=pytest.mark.long),
+    pytest.param({"mlp": "reglu"}, "llama", marks=pytest.mark.long),
     pytest.param({"num_kv_heads": 4, "positions": "learned", "norm": "layernorm", "use_bias": True,
                   "mlp": "gelu"}, "gpt2", marks=pytest.mark.long),
     pytest.param({}, "llama", marks=pytest.mark.long)])

@@ -55,6 +55,8 @@ CASES = [
     ("roberta", {"pad_token_id": 0}, "agree"), ("camembert", {"pad_token_id": 4}, "agree"),
     ("bert", {"hidden_act": "gelu_python"}, "agree"),
     ("llama", {"hidden_act": "gelu_fast"}, "agree"),
+    ("llama", {"hidden_act": "relu"}, "agree"), ("qwen3_moe", {"hidden_act": "relu"}, "agree"),
+    ("gemma2", {"hidden_activation": "relu"}, "agree"), ("gemma", {"hidden_act": "relu"}, "agree"),
     ("llama", {"rope_scaling": YARN | {"finetuned": True}}, "agree"),
     ("gemma", {}, "agree"), ("granite", {}, "agree"), ("mt5", {}, "agree"),
     ("xlm-roberta", {}, "agree"), ("camembert", {}, "agree")]
