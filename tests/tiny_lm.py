@@ -26,10 +26,12 @@ def tokenizer():
     return train_tokenizer(TokenizerConfig(vocab_size=V), texts)
 
 
-def tiny_lm(mesh=None, devices=1, seed=0, objective=None, **keys) -> LM:
+def tiny_lm(mesh=None, devices=1, seed=0, objective="causal_lm", **keys) -> LM:
+    """A model of random weights on some of the devices; `keys` are of `config.model`."""
     recipe = build_recipe({"model": SMALL | keys, "data": {
-        "seq_len": 64, "tokenizer": {"vocab_size": V}, **(objective or {})}})
-    model = build_model(recipe.model, vocab_size=0, platform="cpu", dtype=jnp.float32)
+        "seq_len": 64, "tokenizer": {"vocab_size": V}, "objective": {"name": objective}}})
+    model = build_model(recipe.model, vocab_size=0, platform="cpu", dtype=jnp.float32,
+                        prefix_lm=objective == "prefix_lm")
     layout = make_layout(mesh or MeshConfig(), jax.devices()[:devices])
     made = jax.jit(model.init, out_shardings=layout.tree(model.axes, model.shapes))
     return LM(model, made(jax.random.key(seed)), layout, tokenizer(), recipe, {"step": 0})

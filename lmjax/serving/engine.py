@@ -5,62 +5,27 @@ tokens of the step before: the device itself knows which rows have ended.
 """
 
 import collections
+import functools
 import itertools
 import math
 import sys
 import threading
 import time
 import traceback
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from lmjax.config import at_least
-from lmjax.data.reading import check_told
-from lmjax.decoding.generate import size
-from lmjax.decoding.reading import generator_of
-from lmjax.errors import UserError
 from lmjax.lm import LM
-from lmjax.serving.programs import Drawn, State, compiled, settings_of
-from lmjax.serving.requests import Busy, Finished, Piece, Request, Sink, Ticket
+from lmjax.serving.drawing import Drawn, settings_of
+from lmjax.serving.entries import Entry, Flight, pieces_of
+from lmjax.serving.plan import Plan, fit
+from lmjax.serving.prefixes import Prefixes
+from lmjax.serving.requests import Busy, Finished, Reason, Request, Sink, Ticket
 
-DEFAULT_LENGTH = 2048  # tokens of prompt and answer together, where a model could take more
-CHUNKS = 8  # chunks of prompts between two steps, at most
-
-Reason = Literal["stop", "length", "cancelled", "timeout", "fault"]
-
-
-class _Running:
-    """A request on its way: waiting, being fed, or being answered."""
-
-    def __init__(self, request: Request, sink: Sink, ticket: Ticket):
-        self.request, self.sink, self.ticket = request, sink, ticket
-        self.row = -1
-        self.fed = 0  # tokens of the prompt that were fed
-        self.reused = 0
-        self.to_draw = request.max_tokens  # tokens that no dispatched program draws yet
-        self.produced = 0  # tokens that were passed on
-        self.cancelled = self.finished = False
-        self.began = time.monotonic()
-
-    def emit(self, piece: Piece | Finished) -> None:
-        try:
-            self.sink(piece)
-        except Exception:  # a broken sink must not end the answers of others
-            traceback.print_exc(file=sys.stderr)
-            self.cancelled = True
-
-    def finish(self, reason: Reason) -> None:
-        self.finished = True
-        self.emit(Finished(reason, len(self.request.prompt), self.reused))
-
-
-class _Flight(NamedTuple):
-    """A dispatched program, and the request in each of its rows."""
-
-    drawn: Drawn
-    rows: list[_Running | None]
+CHUNKS = 8  # chunks of prompts that are read between two steps, at most
+WARM_UP = Request((0,), 1)
 
 
 class Engine:
@@ -70,55 +35,40 @@ class Engine:
       max_length: the tokens that a prompt and its answer may have together.
     """
 
-    def __init__(self, lm: LM, *, slots: int = 16, max_length: int = 0, queue: int = 64,
-                 chunk: int = 64):
+    def __init__(self, lm: LM, *, draft: LM | None = None, queue: int = 64, **settings: Any):
         """
         Args:
           lm: the model, a decoder.
-          slots: requests that are answered at the same time.
-          max_length: of a prompt and its answer together, in tokens; 0: as in training, but at most
-            `DEFAULT_LENGTH`.
+          draft: a small model with the same tokenizer that proposes tokens.
           queue: requests that wait for a slot, at most.
-          chunk: tokens of a prompt that are fed between two steps.
+          settings: fields of `Plan`: slots, max_length, chunk, prefix_tokens, propose.
 
         Raises:
-          UserError: a setting is out of its range, or the model is no decoder.
+          UserError: a setting is out of its range, the model is no decoder, or the draft has
+            another tokenizer.
         """
-        at_least(1, slots=slots, chunk=chunk)
-        at_least(0, max_length=max_length, queue=queue)
-        lm.need_vocabulary()
-        lm.need_tokenizer()
-        if "huggingface" in lm.about:
-            check_told(lm.about["huggingface"])
-        model = lm.model
-        if model.config.family != "decoder":
-            raise UserError("a decoder", f"an {model.config.family}",
-                            "use lm.generate, which answers a batch at a time", "serve")
-        self.lm, self._queue_limit = lm, queue
-        self.max_length = max_length or min(lm.recipe.data.seq_len, DEFAULT_LENGTH)
-        if model.config.positions == "learned" and self.max_length > model.config.max_positions:
-            raise UserError(f"at most max_positions={model.config.max_positions}",
-                            self.max_length, "lower it", where="max_length")
-        # A prefix-LM's prompt sees itself in both directions, and experts with a capacity choose
-        # among the tokens of a whole prompt.
-        whole = model.prefix_lm or (model.config.moe.experts and model.config.moe.capacity)
-        self._chunk = self.max_length if whole else min(chunk, size(self.max_length, 16))
-        slots_per_row = -(-self.max_length // self._chunk) * self._chunk
-        generator = generator_of(model, lm.layout, lm.reader)
-        self._programs = compiled(model, generator.layout, generator.ids, slots, slots_per_row)
-        self._params = self._programs.lay_out(lm.params)
-        self._state: State = self._programs.empty()
-        self._slots, self._slots_per_row = slots, slots_per_row
+        self._fitted = fit(Plan(**settings), lm, draft)
+        self._plan, self._shapes = self._fitted.plan, self._fitted.shapes
+        self.lm, self.max_length, self._queue_limit = lm, self._plan.max_length, queue
+        self._programs = self._fitted.programs
+        self._params = self._programs.lay_out([m.params for m in (lm, draft) if m is not None])
+        self._prefixes = Prefixes(self._shapes.block, self._shapes.blocks)
+        self._begin_anew()
         self._changed = threading.Condition()
         self._numbers = itertools.count()
-        self._waiting: collections.deque[_Running] = collections.deque()
-        self._by_ticket: dict[int, _Running] = {}
-        self._rows: list[_Running | None] = [None] * slots
-        self._flights: collections.deque[_Flight] = collections.deque()
+        self._waiting: collections.deque[Entry] = collections.deque()
+        self._by_ticket: dict[int, Entry] = {}
         self._draining = self._closed = False
         self._thread: threading.Thread | None = None
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds_per_request = 1.0
+
+    def _begin_anew(self) -> None:
+        self._state, self._page, self._pool = self._programs.empty()
+        self._prefixes.clear()
+        self._rows: list[Entry | None] = [None] * self._shapes.rows
+        self._reading: Entry | None = None  # whose prompt is in the page
+        self._flights: collections.deque[Flight] = collections.deque()
 
     def submit(self, request: Request, sink: Sink) -> Ticket:
         """Queues a request.
@@ -131,14 +81,14 @@ class Engine:
           UserError: it can never be answered.
           Busy: the queue is full, or the engine is being drained.
         """
-        request.check(self.lm.model.config, self.max_length)
+        self._fitted.check(request)
         with self._changed:
             if self._draining or self._closed:
                 raise Busy("the server is stopping", 10)
-            if len(self._waiting) >= self._queue_limit + self._free_rows():
-                wait = self._seconds_per_request * (len(self._waiting) + 1) / self._slots
+            if len(self._waiting) >= self._queue_limit + self._rows.count(None):
+                wait = self._seconds_per_request * (len(self._waiting) + 1) / len(self._rows)
                 raise Busy("the queue is full", max(1, math.ceil(wait)))
-            entry = _Running(request, sink, Ticket(next(self._numbers)))
+            entry = Entry(request, sink, Ticket(next(self._numbers)))
             self._by_ticket[entry.ticket.number] = entry
             self._waiting.append(entry)
             self._changed.notify_all()
@@ -152,18 +102,22 @@ class Engine:
                 self._changed.notify_all()
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start, and how full the engine is."""
+        """Counters since the start, and how full the engine is now."""
         with self._changed:
-            running = [row for row in self._rows if row is not None]
-            used = sum(row.fed + row.request.max_tokens - row.to_draw for row in running)
-            return {"queued": len(self._waiting), "running": len(running), "slots": self._slots,
-                    "cache_tokens": self._slots * self._slots_per_row, "cache_used": used,
-                    **{name: self._counts[name] for name in (
-                        "requests", "tokens", "prompt_tokens", "reused_tokens", "steps",
-                        "chunks", "faults")}}
+            rows = [row for row in self._rows if row is not None]
+            counts: dict[str, float] = {name: self._counts[name] for name in (
+                "requests", "tokens", "prompt_tokens", "reused_tokens", "steps", "chunks",
+                "row_steps", "faults")}
+            return counts | {
+                "queued": len(self._waiting), "running": len(rows), "slots": len(self._rows),
+                "cache_tokens": len(self._rows) * self._shapes.slots,
+                "cache_used": sum(row.read + row.tokens for row in rows),
+                "prefix_tokens": self._shapes.blocks * self._shapes.block,
+                "prefix_used": len(self._prefixes) * self._shapes.block}
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Compiles all programs and starts the thread."""
+        self._warm_up()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -178,7 +132,6 @@ class Engine:
         """
         with self._changed:
             self._draining = True
-            self._changed.notify_all()
             done = self._changed.wait_for(lambda: not self._by_ticket, timeout)
         self.close()
         return done
@@ -193,8 +146,20 @@ class Engine:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _free_rows(self) -> int:
-        return sum(row is None for row in self._rows)
+    def _warm_up(self) -> None:
+        """Runs every program once, so that no request waits for a compiler."""
+        p, shapes, zero = self._programs, self._shapes, np.int32(0)
+        for length in self._plan.chunk_sizes:
+            tokens = np.zeros((1, length), np.int32)
+            logits, self._page = p.read(self._params, self._page, tokens, zero, zero)
+        blocks = np.zeros(shapes.slots // shapes.block, np.int32)
+        self._page = p.load(self._page, self._pool, blocks, zero)
+        self._pool = p.store(self._pool, self._page, zero, zero)
+        self._state, _ = p.join(self._state, self._page, logits, zero,
+                                np.zeros(shapes.slots, np.int32), zero, settings_of(WARM_UP))
+        self._state = p.stop(self._state, zero)
+        self._state, drawn = p.step(self._params, self._state)
+        jax.block_until_ready(drawn)
 
     def _run(self) -> None:
         while True:
@@ -209,118 +174,159 @@ class Engine:
                 self._fault()
 
     def _turn(self) -> None:
-        """Admits, feeds, steps; then reads what the turn before has dispatched."""
+        """Reads prompts and steps; then takes in what the turn before has dispatched."""
         before = len(self._flights)
         self._sweep()
-        self._admit()
-        self._feed()
-        if any(row and row.fed == len(row.request.prompt) and row.to_draw for row in self._rows):
+        self._read_prompts()
+        rows = list(self._rows)
+        if any(rows):
             self._state, drawn = self._programs.step(self._params, self._state)
-            self._counts["steps"] += 1
-            self._took_off(drawn, [row if row and row.fed == len(row.request.prompt)
-                                   and row.to_draw else None for row in self._rows])
+            with self._changed:
+                self._counts["steps"] += 1
+                self._counts["row_steps"] += len(rows) - rows.count(None)
+            self._took_off(drawn, rows)
         for _ in range(before):
-            self._land(self._flights.popleft())
+            flight = self._flights.popleft()
+            flight.land(jax.device_get(flight.results))
 
     def _sweep(self) -> None:
         """Takes cancelled requests out of the queue and out of their rows."""
         with self._changed:
             gone = [entry for entry in self._by_ticket.values() if entry.cancelled]
-            for entry in gone:
-                if entry.row < 0:
-                    self._waiting.remove(entry)
         for entry in gone:
             if entry.row >= 0 and self._rows[entry.row] is entry:
                 self._state = self._programs.stop(self._state, np.int32(entry.row))
             self._end(entry, "cancelled")
 
-    def _admit(self) -> None:
-        """Gives free rows to the requests that have waited longest."""
-        for row in range(self._slots):
-            with self._changed:
-                if self._rows[row] is not None or not self._waiting:
-                    continue
-                entry = self._waiting.popleft()
-                entry.row, self._rows[row] = row, entry
-            prompt = np.zeros(self._slots_per_row, np.int32)
-            prompt[: len(entry.request.prompt)] = entry.request.prompt
-            self._state = self._programs.begin(
-                self._state, np.int32(row), prompt, np.int32(len(entry.request.prompt)),
-                settings_of(entry.request))
+    def _read_prompts(self) -> None:
+        """Reads chunks of prompts, the oldest first: more of them where few rows run."""
+        running = len(self._rows) - self._rows.count(None)
+        with self._changed:
+            asking = min(len(self._waiting) + (self._reading is not None),
+                         len(self._rows) - running)
+        chunks = CHUNKS if not running else min(max(asking // running, 1), CHUNKS)
+        while chunks:
+            if self._reading is None and not self._next_prompt():
+                return
+            entry = self._reading
+            assert entry is not None
+            if entry.logits is None:
+                self._read_chunk(entry)
+                chunks -= 1
+            if entry.logits is not None and not self._join(entry):
+                return
 
-    def _feed(self) -> None:
-        """Feeds chunks of prompts: more of them where more rows wait than run."""
-        unfed = [row for row in self._rows if row and row.fed < len(row.request.prompt)]
-        unfed.sort(key=lambda row: row.ticket.number)
-        answering = sum(row is not None for row in self._rows) - len(unfed)
-        chunks = CHUNKS if not answering else min(CHUNKS, max(1, len(unfed) // answering))
-        while chunks and unfed:
-            self._feed_chunk(unfed[0])
-            chunks -= 1
-            if unfed[0].fed == len(unfed[0].request.prompt):
-                unfed.pop(0)
+    def _next_prompt(self) -> bool:
+        """Begins to read the prompt of the request that has waited longest, if there is one."""
+        with self._changed:
+            if not self._waiting:
+                return False
+            entry = self._reading = self._waiting.popleft()
+        if entry.request.echo_scores:  # all of its tokens have to be read, to be scored
+            return True
+        entry.names = self._prefixes.names(entry.request.prompt)
+        if places := self._prefixes.find(entry.names):
+            blocks = np.zeros(self._shapes.slots // self._shapes.block, np.int32)
+            blocks[: len(places)] = places
+            self._page = self._programs.load(self._page, self._pool, blocks,
+                                             np.int32(len(places)))
+            entry.read = entry.reused = len(places) * self._shapes.block
+        return True
 
-    def _feed_chunk(self, entry: _Running) -> None:
-        prompt, first, C = entry.request.prompt, entry.fed, self._chunk
-        tokens = np.zeros((1, C), np.int32)
-        new = prompt[first : first + C]
+    def _read_chunk(self, entry: Entry) -> None:
+        prompt, first = entry.request.prompt, entry.read
+        new = prompt[first : first + self._plan.chunk]
+        tokens = np.zeros((1, self._plan.chunk_size(len(new))), np.int32)
         tokens[0, : len(new)] = new
-        entry.fed += len(new)
-        is_last = entry.fed == len(prompt)
-        self._state, drawn = self._programs.feed(
-            self._params, self._state, np.int32(entry.row), tokens, np.int32(first),
-            np.int32(len(new) - 1), np.bool_(is_last))
-        self._counts["chunks"] += 1
-        if is_last:
+        place = self._page, tokens, np.int32(first), np.int32(len(new) - 1)
+        entry.read += len(new)
+        if entry.request.echo_scores:
+            following = prompt[first + 1 : entry.read + 1]
+            next_C = np.zeros(tokens.shape[1], np.int32)
+            next_C[: len(following)] = following
+            logits, self._page, scores = self._programs.read_scored(
+                self._params, *place, next_C, np.bool_(entry.request.alternatives > 0))
+            self._flights.append(Flight(scores, functools.partial(
+                entry.take_scores, following)))
+        else:
+            logits, self._page = self._programs.read(self._params, *place)
+            self._keep(entry, first)
+        with self._changed:
+            self._counts["chunks"] += 1
+        if entry.read == len(prompt):
+            entry.logits = logits
+
+    def _keep(self, entry: Entry, first: int) -> None:
+        """Puts what was read into the prefix cache, if it is a whole block."""
+        block, size = first // self._shapes.block, self._shapes.block
+        if block < len(entry.names) and entry.read == first + size:
+            place = self._prefixes.add(entry.names[block])
+            if place is not None:
+                self._pool = self._programs.store(self._pool, self._page, np.int32(place),
+                                                  np.int32(first))
+
+    def _join(self, entry: Entry) -> bool:
+        """Gives a row to a request whose prompt is read; False if no row is free."""
+        request = entry.request
+        if not request.max_tokens:
+            self._flights.append(Flight((), lambda _: self._end(entry, "length")))
+        elif None not in self._rows:
+            return False
+        else:
+            entry.row = self._rows.index(None)
+            prompt = np.zeros(self._shapes.slots, np.int32)
+            prompt[: len(request.prompt)] = request.prompt
+            self._state, drawn = self._programs.join(
+                self._state, self._page, entry.logits, np.int32(entry.row), prompt,
+                np.int32(len(request.prompt)), settings_of(request))
+            self._rows[entry.row] = entry
             self._took_off(drawn, [entry])
+        entry.logits = self._reading = None
+        return True
 
-    def _took_off(self, drawn: Drawn, rows: list[_Running | None]) -> None:
-        """Notes a dispatched program. A row that draws its last token there is free from now on."""
+    def _took_off(self, drawn: Drawn, rows: list[Entry | None]) -> None:
+        """Notes a dispatched program. A row that has drawn its last token is free from now on."""
         for entry in filter(None, rows):
-            entry.to_draw -= 1
-            if not entry.to_draw:
+            entry.steps += 1
+            if not entry.draws:
                 self._rows[entry.row] = None
-        self._flights.append(_Flight(drawn, rows))
+        self._flights.append(Flight(drawn, functools.partial(self._land_tokens, rows)))
 
-    def _land(self, flight: _Flight) -> None:
-        """Reads what a program drew, and passes it on."""
-        drawn: Any = jax.device_get(flight.drawn)
-        for i, entry in enumerate(flight.rows):
-            if entry is None or entry.finished or not drawn.real[i]:
-                continue
-            if drawn.is_end[i]:
-                self._end(entry, "stop")
-                continue
-            count = entry.request.alternatives
-            entry.emit(Piece(int(drawn.token[i]), float(drawn.logprob[i]), tuple(zip(
-                drawn.likeliest[i, :count].tolist(), drawn.their_logprobs[i, :count].tolist(),
-                strict=True))))
-            entry.produced += 1
-            self._counts["tokens"] += 1
-            if entry.produced == entry.request.max_tokens:
-                self._end(entry, "length")
+    def _land_tokens(self, rows: list[Entry | None], drawn: Drawn) -> None:
+        """Passes on what a program drew, [rows, tokens]."""
+        passed = 0
+        for entry, pieces in pieces_of(rows, drawn):
+            passed += len(pieces)
+            for piece in pieces:
+                entry.emit(piece)
+            if entry.is_done:
+                self._end(entry, "stop" if entry.stopped else "length")
+        with self._changed:
+            self._counts["tokens"] += passed
 
-    def _end(self, entry: _Running, reason: Reason) -> None:
-        entry.finish(reason)
+    def _end(self, entry: Entry, reason: Reason) -> None:
+        entry.finished = True
+        entry.emit(Finished(reason, len(entry.request.prompt), entry.reused,
+                            tuple(entry.prompt_pieces)))
         with self._changed:
             if entry.row >= 0 and self._rows[entry.row] is entry:
                 self._rows[entry.row] = None
+            if self._reading is entry:
+                self._reading = None
+            if entry in self._waiting:
+                self._waiting.remove(entry)
             del self._by_ticket[entry.ticket.number]
-            self._counts["requests"] += 1
-            self._counts["prompt_tokens"] += entry.fed
+            self._counts.update(requests=1, prompt_tokens=entry.read,
+                                reused_tokens=entry.reused)
             seconds = time.monotonic() - entry.began
             self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)
             self._changed.notify_all()
 
     def _fault(self) -> None:
         """Ends every request after an error, and begins anew with an empty batch."""
-        self._counts["faults"] += 1
         with self._changed:
+            self._counts["faults"] += 1
             entries = list(self._by_ticket.values())
-            self._waiting.clear()
-            self._flights.clear()
-            self._rows = [None] * self._slots
         for entry in entries:
             self._end(entry, "fault")
-        state: Any = self._programs.empty()
-        self._state = state
+        self._begin_anew()

@@ -69,12 +69,15 @@ class Piece(NamedTuple):
     alternatives: tuple[tuple[int, float], ...] = ()  # the likeliest tokens, the likeliest first
 
 
+Reason = Literal["stop", "length", "cancelled", "timeout", "fault"]
+
+
 class Finished(NamedTuple):
     """The end of an answer."""
 
     # stop: the model ended its answer, and that token is not reported. length: `max_tokens`.
     # fault: the engine failed.
-    reason: Literal["stop", "length", "cancelled", "timeout", "fault"]
+    reason: Reason
     prompt_tokens: int
     reused_tokens: int  # of the prompt, whose keys and values the prefix cache had
     prompt_pieces: tuple[Piece, ...] = ()  # with `echo_scores`: the prompt's tokens
