@@ -28,7 +28,7 @@ LENGTH = 256
 TEXTS = ["the cat sat on the mat", "a dog ran to the red house", "one two three four five"]
 
 
-def make(folder, family="decoder", seed=0, **model):
+def make(folder, family="decoder", *, length=LENGTH, **model):
     """Saves a model with random weights in `folder` and returns it."""
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=320), TEXTS * 20)
     if family == "decoder":
@@ -36,9 +36,9 @@ def make(folder, family="decoder", seed=0, **model):
     recipe = build_recipe({
         "model": {"family": family, "num_layers": 2, "embed_dim": 32, "num_heads": 2,
                   "mlp_dim": 48, "vocab_size": 320, "init_std": 0.4, **model},
-        "data": {"seq_len": LENGTH}})
+        "data": {"seq_len": length}})
     built = build_model(recipe.model, vocab_size=0, platform="cpu", dtype=jnp.float32)
-    params = jax.jit(built.init)(jax.random.key(seed))
+    params = jax.jit(built.init)(jax.random.key(0))
     about = {"recipe": plain(recipe), "versions": lmjax.versions(), "step": 7,
              "tokenizer": base64.b64encode(tokenizer.to_bytes()).decode(),
              "compute_dtype": "float32", "data": {"fingerprint": "", "next_row": 0, "tokens": {}}}
@@ -58,11 +58,16 @@ class Server:
           env: further environment variables.
         """
         self.log = pathlib.Path(folder) / "serve.log"
+        self._arguments, self._env = arguments, env
+        self.start("--port", "0")
+
+    def start(self, *more):
+        """Starts the process and waits until it answers."""
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-        environment = {**os.environ, "XLA_FLAGS": flags, **(env or {})}
+        environment = {**os.environ, "XLA_FLAGS": flags, **(self._env or {})}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lmjax.cli", "serve", *map(str, arguments), "--port", "0"],
+                [sys.executable, "-m", "lmjax.cli", "serve", *map(str, self._arguments), *more],
                 cwd=ROOT, env=environment, stdout=log, stderr=log)
         deadline = time.monotonic() + 200
         while "serving at" not in self.text() or not self._answers():

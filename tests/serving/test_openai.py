@@ -215,6 +215,86 @@ def test_a_client_that_goes_away_frees_its_slot(server, stream):
     assert now[made] - before[made] < 3 * 200  # not to their ends
 
 
+# What a client may send, and the status and the code that it gets.
+BAD = {
+    "no JSON": (b"{", 400, "invalid_json"),
+    "nothing": (b"", 400, "invalid_json"),
+    "no UTF-8": (b'{"model": "tiny", "prompt": "\xff\xfe"}', 400, "invalid_json"),
+    "half a surrogate pair": (b'{"model": "tiny", "prompt": "\\ud800"}', 400, "invalid_json"),
+    "deep": (b'{"model": "tiny", "prompt": ' + b"[" * 9000 + b"]" * 9000 + b"}", 400,
+             "invalid_json"),
+    "NaN": (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "invalid_value"),
+    "infinity": (b'{"model": "tiny", "prompt": "a", "top_p": 1e999}', 400, "invalid_value"),
+    "a huge number": (b'{"model": "tiny", "prompt": "a", "seed": 1' + b"0" * 5000 + b"}", 400,
+                      None),
+    "a list": (b"[]", 400, "invalid_value"),
+    "a huge body": (b'{"model": "tiny", "prompt": "' + b"a" * 200_000 + b'"}', 413,
+                    "body_too_large"),
+    "no prompt": ({}, 400, "missing_required_parameter"),
+    "another type": ({"prompt": 3}, 400, "invalid_value"),
+    "mixed": ({"prompt": ["a", 3]}, 400, "invalid_value"),
+    "no text at all": ({"prompt": []}, 400, "invalid_value"),
+    "a number as a text": ({"prompt": "a", "max_tokens": "3"}, 400, "invalid_value"),
+    "half a token": ({"prompt": "a", "max_tokens": 3.5}, 400, "invalid_value"),
+    "true as a number": ({"prompt": "a", "max_tokens": True}, 400, "invalid_value"),
+    "fewer than no tokens": ({"prompt": "a", "max_tokens": -1}, 400, "invalid_value"),
+    "no such field": ({"prompt": "a", "max_token": 3}, 400, "unknown_parameter"),
+    "no such model": ({"prompt": "a", "model": "../tiny"}, 404, "model_not_found"),
+    "no such id": ({"prompt": [320]}, 400, "invalid_value"),
+    "a negative id": ({"prompt": [-1]}, 400, "invalid_value"),
+    "no such id to bias": ({"prompt": "a", "logit_bias": {"320": 1}}, 400, "invalid_value"),
+    "a biased word": ({"prompt": "a", "logit_bias": {"dog": 1}}, 400, "invalid_value"),
+    "an empty stop": ({"prompt": "a", "stop": ""}, 400, "invalid_value"),
+    "five stops": ({"prompt": "a", "stop": list("abcde")}, 400, "invalid_value"),
+    "too many choices": ({"prompt": "a", "n": 17}, 400, "invalid_value"),
+    "too many prompts": ({"prompt": ["a"] * 65}, 400, "invalid_value"),
+    "best of several": ({"prompt": "a", "best_of": 2}, 400, "invalid_value"),
+    "a penalty": ({"prompt": "a", "presence_penalty": 1}, 400, "invalid_value"),
+    "too long": ({"prompt": "x" * 300}, 400, "context_length_exceeded"),
+    "exactly too long": ({"prompt": [5] * 256}, 400, "context_length_exceeded"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_in_the_form_of_the_api(server, name):
+    body, status, code = BAD[name]
+    if isinstance(body, bytes):
+        found = server.ask("/v1/completions", raw=body)
+    else:
+        found = server.ask("/v1/completions", {"model": "tiny", **body})
+    assert found[0] == status, found
+    error = json.loads(found[2])["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert code is None or error["code"] == code
+    assert "Traceback" not in server.text()
+
+
+def test_what_is_no_request_of_the_api(server):
+    good = {"model": "tiny", "prompt": "a"}
+    for status, found in (
+            (415, server.ask("/v1/completions", good, headers={"Content-Type": "text/plain"})),
+            (415, server.ask("/v1/completions", good, headers={"Content-Encoding": "gzip"})),
+            (403, server.ask("/v1/models", headers={"Host": "a.stranger.example"})),
+            (404, server.ask("/v1/nothing")), (404, server.ask("/page/../app.py")),
+            (404, server.ask("/page/%2e%2e/app.py")), (404, server.ask("/v1/models/other")),
+            (405, server.ask("/v1/completions")), (405, server.ask("/v1/models", good))):
+        assert found[0] == status and json.loads(found[2])["error"]["message"]
+    assert server.ask("/v1/completions")[1]["Allow"] == "POST"
+    headers = server.ask("/")[1]
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert "unsafe" not in headers["Content-Security-Policy"]
+
+
+def test_a_killed_server_starts_again_at_the_same_port(server, folder, client, lm):
+    stream = complete(client, "the cat", stream=True, max_tokens=240)
+    next(iter(stream))
+    port = server.url.rpartition(":")[2]
+    assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+    server.start("--port", port)
+    assert complete(client, "the cat").choices[0].text == lm.generate(
+        ["the cat"], max_tokens=40, temperature=0)[0]
+
+
 def test_a_signal_lets_answers_end(server, folder, client):
     """Last, as it ends the server."""
     stream = complete(client, "the cat", stream=True, max_tokens=240, logit_bias={"2": -100})
