@@ -61,7 +61,7 @@ def of_validation(error: ValidationError) -> ApiError:
     if fault["type"] == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument: {param}.", param=param,
                         code="unknown_parameter")
-    return ApiError(400, f"{param or 'body'}: {fault['msg']}.", param=param or None,
+    return ApiError(400, f"{param or 'body'}: {fault['msg'].rstrip('.')}.", param=param or None,
                     code="missing_required_parameter" if fault["type"] == "missing"
                     else "invalid_value")
 

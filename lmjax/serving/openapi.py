@@ -36,6 +36,9 @@ OPERATIONS = (
     Operation("/health", "Say whether requests are taken", None, replies.Health, open=True),
     Operation("/metrics", "Report figures to Prometheus"),
 )
+# What a client of server-sent events hands on.
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {
+    "type": "string", "description": "a part of the answer as JSON; [DONE] at the end"}}}
 PLACE = "#/components/schemas/{model}"
 
 
@@ -70,9 +73,21 @@ def narrow(parts: dict[str, Any], models: Sequence[Served]) -> None:
         parts[name]["properties"]["model"]["enum"] = wanted
     least = min(model.names.vocab_size for model in models)
     for node in _nodes(parts):
-        if node.get("exclusiveMaximum") == 2**31 and node.get("minimum") == 0 and (
-                "description" not in node):
+        if node.get("format") == schema.TOKEN:
             node["exclusiveMaximum"] = least
+        if "patternProperties" in node:
+            [value] = node["patternProperties"].values()
+            node |= {"patternProperties": {below(least): value}, "additionalProperties": False}
+
+
+def below(n: int) -> str:
+    """A regular expression of the whole numbers from 0 to n - 1, with n above 10, in decimal."""
+    last = str(n - 1)
+    # As many digits as n - 1: equal to it up to a digit that is smaller, and then any digits.
+    smaller = [f"{last[:i]}[{int(i == 0)}-{int(digit) - 1}][0-9]{{{len(last) - i - 1}}}"
+               for i, digit in enumerate(last) if int(digit) > int(i == 0)]
+    fewer = f"[1-9][0-9]{{0,{len(last) - 2}}}"
+    return f"^({'|'.join(['0', fewer, *smaller, last])})$"
 
 
 def _models_of(models: Sequence[Served]) -> Iterator[tuple[str, list[str]]]:
@@ -101,7 +116,7 @@ def _operation(one: Operation, refs: dict[Any, Any], models: Sequence[Served],
     good: dict[str, Any] = content(refs[one.reply]) if one.reply else {
         "text/plain": {"schema": {"type": "string"}}}
     if one.streams:
-        good["text/event-stream"] = {"schema": {"type": "string"}}
+        good["text/event-stream"] = {"schema": EVENT}
     failed = {"description": "an error", "content": content(refs[replies.ErrorReply])}
     made: dict[str, Any] = {
         "operationId": one.path.strip("/").replace("/", "_"), "summary": one.summary,

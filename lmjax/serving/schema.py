@@ -4,9 +4,10 @@ Names and meanings are those of the OpenAI API; `top_k`, `min_p` and `repetition
 extensions that other servers have, too. A field that is not here is refused, as there.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16  # answers to one prompt
 MAX_PROMPTS = 64  # prompts or texts in one request
@@ -27,7 +28,15 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+def _whole(value: Any) -> Any:
+    """JSON has one kind of numbers: 5.0 is 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)  # after the limits, which pydantic then knows to be an int's
+# Marks what /openapi.json narrows to the ids of the models that are served.
+TOKEN = "token-id"
+TokenId = Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={"format": TOKEN}), WHOLE]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1)]
 BiasKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
@@ -47,11 +56,11 @@ class Asked(Body):
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**24)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**24), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64), WHOLE] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -59,6 +68,14 @@ class Asked(Body):
     presence_penalty: Zero | None = Field(None, description=UNUSED)
     frequency_penalty: Zero | None = Field(None, description=UNUSED)
     user: str | None = Field(None, description="accepted and not used")
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        """What `_needs` publishes."""
+        for field, other in (("stream_options", "stream"), ("top_logprobs", "logprobs")):
+            if getattr(self, field, None) is not None and not getattr(self, other, None):
+                raise PydanticCustomError("needs", f"{field} is only allowed with {other}: true")
+        return self
 
 
 class CompletionRequest(Asked):
@@ -68,9 +85,9 @@ class CompletionRequest(Asked):
 
     prompt: (str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | TokenIds
              | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)])
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = Field(
         None, description="16 by default; 0 only scores the prompt (echo)")
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
     echo: bool | None = None
     best_of: Literal[1] | None = Field(None, description=UNUSED)
     suffix: Literal[""] | None = Field(None, description=UNUSED)
@@ -112,12 +129,12 @@ class ChatRequest(Asked):
         _needs("stream_options", "stream"), _needs("top_logprobs", "logprobs")]})
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = Field(
         None, description="by default up to the context's end")
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = Field(
         None, description="the newer name of max_tokens, and goes before it")
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     response_format: TextFormat | None = None
 
 

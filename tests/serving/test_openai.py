@@ -250,6 +250,7 @@ BAD = {
     "too many prompts": ({"prompt": ["a"] * 65}, 400, "invalid_value"),
     "best of several": ({"prompt": "a", "best_of": 2}, 400, "invalid_value"),
     "a penalty": ({"prompt": "a", "presence_penalty": 1}, 400, "invalid_value"),
+    "options without a stream": ({"prompt": "a", "stream_options": {}}, 400, "invalid_value"),
     "too long": ({"prompt": "x" * 300}, 400, "context_length_exceeded"),
     "exactly too long": ({"prompt": [5] * 256}, 400, "context_length_exceeded"),
 }
