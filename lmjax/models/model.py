@@ -18,11 +18,14 @@ from lmjax.models.cache import Cache, empty_cache
 from lmjax.models.decoder import Decoder, DecoderConfig
 from lmjax.models.encdec import EncDec, EncDecConfig
 from lmjax.models.encoder import Encoder, EncoderConfig
+from lmjax.models.packing import packed_functional
 from lmjax.models.transformer import TokenInfo
 from lmjax.nn.adapters import NO_ADAPTERS, AdapterConfig, is_adapter
 from lmjax.nn.kernels.choose import Kernel, Needs, choose_kernel
 from lmjax.nn.module import Functional, Params, functional, normal, param
 from lmjax.nn.moe import Routing
+from lmjax.nn.packed import NOT_QUANTIZED, Packed, Quantization
+from lmjax.nn.packed import matmul as packed_matmul
 from lmjax.nn.stack import Unstacked, is_unstacked
 from lmjax.sharding import platform
 
@@ -65,6 +68,7 @@ class Model:
     # The width to which a trained matrix, `PROJECTION`, maps its states for comparison with those
     # of a teacher; 0: there is none.
     projected_dim: int = 0
+    quantization: Quantization = NOT_QUANTIZED  # how its parameters are packed
 
     @functools.cached_property
     def plain(self) -> "Model":
@@ -79,8 +83,25 @@ class Model:
         """The same model with a projection of its states to `dim` dimensions; 0: with none."""
         return self._with(self.adapter, dim)
 
+    def with_quantization(self, quantization: Quantization) -> "Model":
+        """The same model with its matrices packed as integers; NOT_QUANTIZED: with none packed.
+
+        Raises:
+          UserError: the model has adapters, or a matrix cannot be packed so.
+        """
+        dense = self._with(NO_ADAPTERS, 0) if self.quantization.weights else self
+        if not quantization.weights:
+            return dense
+        if dense.adapter.kind:
+            raise UserError("a model without adapters", "one with adapters", "merge them first: "
+                            "lmjax.load(DIR).merge().save(NEW)", where="quantization")
+        shapes, axes = packed_functional(dense.functional, quantization)
+        made = dataclasses.replace(dense.functional, shapes=shapes, axes=axes)
+        return dataclasses.replace(dense, functional=made, quantization=quantization)
+
     def _with(self, adapter: AdapterConfig, dim: int) -> "Model":
-        if (adapter, dim) == (self.adapter, self.projected_dim):
+        packed = self.quantization.weights
+        if (adapter, dim) == (self.adapter, self.projected_dim) and not packed:
             return self
 
         def build(rngs: nnx.Rngs) -> nnx.Module:
@@ -93,7 +114,7 @@ class Model:
             return module
 
         return dataclasses.replace(self, functional=functional(build), adapter=adapter,
-                                   projected_dim=dim)
+                                   projected_dim=dim, quantization=NOT_QUANTIZED)
 
     @property
     def shapes(self) -> Params:
@@ -120,6 +141,8 @@ class Model:
         model = self.functional.bind(self.cast(params))
         x_BTD, routing = model.hidden(batch, self.dtype, key)
         table_VD, bias_V = model.unembedding
+        if isinstance(table_VD, Packed):  # for many positions at once, a float matrix is faster
+            table_VD = table_VD.dense(self.dtype)
         return Hidden(x_BTD, table_VD, bias_V, routing)
 
     def logits(self, params: Params, batch: Batch) -> jax.Array:
@@ -223,9 +246,13 @@ class Model:
         x_BTD, cache = model.step(tokens_BT, info, cache, self.dtype)
         return x_BTD, cache._replace(slot=last_B + 1)
 
-    def _logits(self, x_BTD: jax.Array, table_VD: jax.Array,
+    def _logits(self, x_BTD: jax.Array, table_VD: jax.Array | Packed,
                 bias_V: jax.Array | None) -> jax.Array:
-        logits = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        if isinstance(table_VD, Packed):
+            logits = packed_matmul(x_BTD, table_VD).astype(jnp.float32)
+        else:
+            logits = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD,
+                                preferred_element_type=jnp.float32)
         logits = logits if bias_V is None else logits + bias_V.reshape(1, 1, -1)
         cap = self.config.output_softcap
         return cap * jnp.tanh(logits / cap) if cap else logits
@@ -243,9 +270,13 @@ class Model:
                             self.axes)
 
     def cast(self, params: Params) -> Params:
-        """Casts matrices once, before any layer gathers them; norms and biases stay float32."""
+        """Casts matrices once, before any layer gathers them.
+
+        Norms, biases and what is packed stay as they are.
+        """
         def cast(p: Any, axes: tuple[str, ...]) -> Any:
-            return p if "norm" in axes or is_unstacked(p) else p.astype(self.dtype)
+            kept = "norm" in axes or is_unstacked(p) or jnp.issubdtype(p.dtype, jnp.integer)
+            return p if kept else p.astype(self.dtype)
 
         return jax.tree.map(cast, params, self.axes, is_leaf=is_unstacked)
 

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lmjax.nn.adapters import Adapter
 from lmjax.nn.module import Initializer, normal, ones, param, zeros
 from lmjax.nn.ops import along_last, barrier, matmul, rms_norm
+from lmjax.nn.packed import Packed, in_training
 from lmjax.sharding import constrain
 
 ACTIVATIONS = {
@@ -41,6 +42,7 @@ class Dense(nnx.Module):
     """`y = x @ kernel + bias`, contracting the last `len(in_shape)` dimensions of x.
 
     The kernel has shape (*in_shape, *out_shape), is stored in float32 and used in the dtype of x.
+    A `Packed` may take its place.
     """
 
     def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...],
@@ -55,14 +57,16 @@ class Dense(nnx.Module):
         self.adapter: Adapter | None = None  # `models.adapters` gives it one
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...]
+        if not isinstance(kernel, Packed):
+            kernel = in_training(kernel, self.num_in).astype(x.dtype)
         y = matmul(x, kernel, self.sides, self.num_in)
         y = y if self.adapter is None else self.adapter(x, y, kernel, self.sides)
         return y if self.bias is None else y + along_last(self.bias[...].astype(x.dtype), y.ndim)
 
 
 class Embedding(nnx.Module):
-    """Rows of a (num, D) float32 table."""
+    """Rows of a (num, D) float32 table, or of a `Packed` one."""
 
     def __init__(self, num: int, dim: int, axes: tuple[str, str], *, init: Initializer,
                  rngs: nnx.Rngs):
@@ -71,6 +75,8 @@ class Embedding(nnx.Module):
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """ids int32 [...] -> rows [..., D] in `dtype`. An id out of range gives the nearest row."""
         table = self.table[...]
+        if isinstance(table, Packed):
+            return table.rows(ids, dtype)
         return _rows(len(table), table.astype(dtype), ids)
 
 

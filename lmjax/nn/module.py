@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lmjax.nn.packed import as_packed
+
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]  # of key, shape and dtype
 Params = dict[str, Any]  # nested; its leaves are arrays
 
@@ -53,7 +55,7 @@ class Functional:
 
     def bind(self, params: Params) -> Any:
         """The module with `params` as its parameters, for use within one traced call."""
-        return nnx.merge(self.graph, params)
+        return merge_module(self.graph, params)
 
 
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
@@ -82,8 +84,8 @@ def split_module(module: nnx.Module) -> tuple[Any, Params]:
 
 
 def merge_module(graph: Any, params: Params) -> Any:
-    """The inverse of `split_module`."""
-    return nnx.merge(graph, params)
+    """The inverse of `split_module`. A dict of integers and scales becomes a `Packed` matrix."""
+    return nnx.merge(graph, as_packed(params))
 
 
 def _abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Any]:

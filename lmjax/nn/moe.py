@@ -20,6 +20,7 @@ from lmjax.errors import UserError
 from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, Dense
 from lmjax.nn.module import Initializer, param
 from lmjax.nn.ops import MATMUL
+from lmjax.nn.packed import Packed, in_training
 from lmjax.nn.quantized import matmuls_in
 from lmjax.nn.sequence import mesh_axes
 from lmjax.sharding import constrain, current_layout, platform
@@ -219,9 +220,8 @@ class MoE(nnx.Module):
         return jnp.einsum("BTEC,EBCD->BTD", back_BTEC, y_EBCD), jnp.sum(put_BkTEC)
 
     def _matrices(self, dtype: Any) -> ExpertMatrices:
-        gate = None if self.gate is None else self.gate.kernel[...].astype(dtype)
-        up, down = (e.kernel[...].astype(dtype) for e in (self.up, self.down))
-        return ExpertMatrices(gate, up, down)
+        gate = None if self.gate is None else self.gate.matrices(dtype)
+        return ExpertMatrices(gate, self.up.matrices(dtype), self.down.matrices(dtype))
 
     def _apply(self, x: jax.Array, matrices: ExpertMatrices, dot: ExpertDot,
                weights: jax.Array | None = None) -> jax.Array:
@@ -299,6 +299,13 @@ class Experts(nnx.Module):
     def __init__(self, shape: tuple[int, int, int], axes: tuple[str, ...], init: Initializer,
                  rngs: nnx.Rngs):
         self.kernel = param(rngs, init, shape, axes)
+
+    def matrices(self, dtype: Any) -> jax.Array:
+        """The matrices [E, in, out] in `dtype`; packed ones are unpacked for one use."""
+        kernel = self.kernel[...]
+        if isinstance(kernel, Packed):
+            return jnp.swapaxes(kernel.dense(dtype), 1, 2)
+        return in_training(kernel, 1, lead=1).astype(dtype)
 
 
 @jax.custom_batching.custom_vmap

@@ -17,7 +17,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from lmjax.nn import quantized
+from lmjax.nn import packed, quantized
+from lmjax.nn.packed import Packed
 from lmjax.nn.quantized import EightBits, current_matmuls
 from lmjax.sharding import current_layout, num_devices, platform
 
@@ -77,14 +78,18 @@ def dot_rows(a: jax.Array, b: jax.Array, batch_dims: int = 0, *, dtype: Any = No
     return lax.dot_general(left, b, dims, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def matmul(x: jax.Array, w: jax.Array, axes: Sides, num_in: int = 1) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array | Packed, axes: Sides, num_in: int = 1) -> jax.Array:
     """x [..., *in] by w [*in, *out] -> [..., *out], in the dtypes of `quantized.matmuls_in`.
+
+    A packed w is multiplied as it is stored.
 
     Args:
       axes: the axis names of w's first dimension in and first dimension out; they tell how w's
         gradient is sharded.
       num_in: the number of dimensions in.
     """
+    if isinstance(w, Packed):
+        return packed.matmul(x, w, num_in)
     lead, out = x.shape[:x.ndim - num_in], w.shape[num_in:]
     low = current_matmuls()
     if platform() == "tpu":  # splits and merges dimensions within a matmul; others would copy
