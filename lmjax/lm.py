@@ -45,8 +45,10 @@ from lmjax.decoding.speculative import Draft
 from lmjax.decoding.token_texts import labels, token_texts
 from lmjax.errors import UserError
 from lmjax.models.model import Model
+from lmjax.models.packing import unpack_params
 from lmjax.nn.adapters import NO_ADAPTERS, merge_adapters
 from lmjax.nn.module import Params
+from lmjax.nn.packed import NOT_QUANTIZED
 from lmjax.reporting.model_card import write_export_card
 from lmjax.runtime.files import new_directory
 from lmjax.sharding import Layout
@@ -339,6 +341,23 @@ class LM(TaskModel):
         return LM(plain, merge(self.params), self.layout, self.tokenizer, recipe, about,
                   self.source)
 
+    def dense(self) -> "LM":
+        """Returns the same model with float32 weights in place of packed ones.
+
+        Raises:
+          UserError: its weights are not packed.
+        """
+        packed = self.model
+        if not packed.quantization.weights:
+            raise UserError("a model with packed weights", "float32", "use it as it is", "dense")
+        plain = packed.with_quantization(NOT_QUANTIZED)
+        unpack = jax.jit(lambda params: unpack_params(plain.functional, params,
+                                                      packed.quantization),
+                         out_shardings=self.layout.tree(plain.axes, plain.shapes))
+        about = {key: value for key, value in self.about.items() if key != "quantization"}
+        return LM(plain, unpack(self.params), self.layout, self.tokenizer, self.recipe, about,
+                  self.source)
+
     def export(self, out: str | os.PathLike, *, log: Callable[[str], None] = print,
                peft_base: str = "", **options: Any) -> None:
         """Writes a Hugging Face directory; adapters are merged into the weights.
@@ -362,6 +381,9 @@ class LM(TaskModel):
         elif self.model.adapter.kind:
             log("the adapters are merged into the weights")
             return self.merge().export(out, log=log, **options)
+        elif self.model.quantization.weights:
+            log(f"the {self.model.quantization.weights} weights are unpacked")
+            return self.dense().export(out, log=log, **options)
         else:
             huggingface.write_directory(
                 path, self.model, self.params, None if self.tokenizer is None else self.reader,
@@ -387,6 +409,6 @@ def load(path: str | os.PathLike, *, step: int | str | None = None, ema: bool | 
       UserError: no checkpoint there, a damaged one, or a model that lmjax does not compute.
     """
     found = find(expand(path, "path"), step=step, ema=ema, base=base and expand(base, "base"))
-    model, layout = placed(found.recipe)
+    model, layout = placed(found.recipe, found.quantization)
     params = found.read(model, layout.tree(model.axes, model.shapes))
     return LM(model, params, layout, found.tokenizer, found.recipe, found.about, found.where)

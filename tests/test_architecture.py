@@ -21,6 +21,7 @@ ROOMS = (
     "benchmarks",        # commands: measurements behind `lmjax bench`
     "serving",           # commands: the engine behind a server, and the server
     "lm_eval",           # commands: lm-eval's adapter
+    "compression",       # wholes: smaller models from a model
     "planning",          # wholes: what a run would take on a TPU
     "lm",                # wholes: a trained model as an object
     "training",          # training: recipe, program, step, state, checkpoints, loop

@@ -11,6 +11,7 @@ from typing import NamedTuple, NoReturn
 from lmjax.cli import inference, runs
 from lmjax.cli.arguments import parse
 from lmjax.cli.chat import add_chat, chat
+from lmjax.cli.compress import add_compress, compress
 from lmjax.cli.doctor import add_doctor, doctor
 from lmjax.cli.errors import explain, is_transient
 from lmjax.cli.predict import add_predict, predict
@@ -55,6 +56,8 @@ COMMANDS = {
                     inference.add_eval, inference.evaluate),
     "predict": Command("answer the examples in a file with a model that was trained for a task",
                        add_predict, predict),
+    "compress": Command("pack a model's weights as int8 or int4, or picture what that costs",
+                        add_compress, compress),
     "import-hf": Command("turn a Hugging Face directory into a checkpoint",
                          inference.add_import_hf, inference.import_hf),
     "export-hf": Command("turn a checkpoint into a Hugging Face directory",

@@ -16,6 +16,7 @@ from lmjax.nn.adapters import Adapter
 from lmjax.nn.module import Initializer, normal, ones, param, zeros
 from lmjax.nn.ops import along_last, barrier, matmul, rms_norm
 from lmjax.nn.packed import Packed, in_training
+from lmjax.nn.recorded import record
 from lmjax.sharding import constrain
 
 ACTIVATIONS = {
@@ -55,8 +56,12 @@ class Dense(nnx.Module):
         bias_axes = ("norm",) * len(out_shape)
         self.bias = param(rngs, zeros, out_shape, bias_axes) if use_bias else None
         self.adapter: Adapter | None = None  # `models.adapters` gives it one
+        self.recorded_as = ""  # a name: `nn.recorded` is given x^T x under it
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.recorded_as:
+            rows = x.reshape(-1, math.prod(x.shape[x.ndim - self.num_in:])).astype(jnp.float32)
+            record(**{self.recorded_as: rows.T @ rows})
         kernel = self.kernel[...]
         if not isinstance(kernel, Packed):
             kernel = in_training(kernel, self.num_in).astype(x.dtype)

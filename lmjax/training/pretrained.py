@@ -29,8 +29,10 @@ from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import HF_FILES, Tokenizer, TokenizerConfig, tokenizer_from_bytes
 from lmjax.errors import UserError, first_line
 from lmjax.models.model import PROJECTION, Model, ModelConfig, build_model
+from lmjax.models.packing import unpack_params
 from lmjax.nn.adapters import is_adapter, merge_adapters
 from lmjax.nn.module import Params
+from lmjax.nn.packed import Quantization
 from lmjax.tasks.published import imported_task
 from lmjax.training.best import best_step
 from lmjax.training.checkpoint import About, checkpoint_steps, read_about, restore_params
@@ -48,6 +50,11 @@ class Pretrained(NamedTuple):
     about: About
     # (model, shardings) -> float32 parameters, streamed onto the devices of the shardings
     read: Callable[[Model, Params], Params]
+
+    @property
+    def quantization(self) -> Quantization:
+        """How its weights are packed."""
+        return Quantization(**self.about.get("quantization", {}))
 
 
 def find(path: str | os.PathLike, *, step: int | str | None = None,
@@ -85,7 +92,9 @@ def find(path: str | os.PathLike, *, step: int | str | None = None,
     name = "ema" if (has_ema if ema is None else ema) else "params"
 
     def read(model: Model, shardings: Params) -> Params:
-        whole = model.with_projection(about.get("projected_dim", 0))  # read, and then left out
+        if "quantization" in about and not model.quantization.weights:
+            return _unpacked(about, model, shardings, read)
+        whole = model if model.quantization.weights else model.with_projection(about.get("projected_dim", 0))  # read, and then left out
         # Of a run with adapters, the checkpoint holds these alone.
         shapes, _ = split_tree(whole.shapes, about["checksums"][name].__contains__)
         shardings, _ = split_tree(_placed_as(whole.shapes, shardings),
@@ -96,6 +105,18 @@ def find(path: str | os.PathLike, *, step: int | str | None = None,
 
     found = Pretrained(str(where), recorded_recipe(about["recipe"]), _tokenizer(about), about, read)
     return _on_base(found, base) if "base" in about else found
+
+
+def _unpacked(about: About, model: Model, shardings: Params,
+              read: Callable[[Model, Params], Params]) -> Params:
+    """Reads packed weights as the float32 parameters that they stand for."""
+    quantization = Quantization(**about["quantization"])
+    packed = model.with_quantization(quantization)
+    params = read(packed, _placed_as(packed.shapes, shardings))
+    unpack = jax.jit(lambda params: unpack_params(model.functional, params, quantization),
+                     out_shardings=shardings)
+    found: Params = unpack(params)
+    return found
 
 
 def read_base(record: dict[str, Any], model: Model, shardings: Params, path: str | os.PathLike, *,

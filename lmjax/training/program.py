@@ -11,6 +11,7 @@ from lmjax.errors import UserError
 from lmjax.models.model import Batch, Model, ModelConfig, build_model
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
+from lmjax.nn.packed import NOT_QUANTIZED, Quantization, rounded_to
 from lmjax.nn.quantized import check_matmul_dtype, matmuls_in
 from lmjax.sharding import Layout, MeshConfig, make_layout
 from lmjax.tasks.distillation import as_student, distilled_loss
@@ -123,10 +124,14 @@ def make_teacher(recipe: Recipe, layout: Layout, config: ModelConfig) -> Model:
                        prefix_lm=recipe.data.objective.name == "prefix_lm")
 
 
-def placed(recipe: Recipe) -> tuple[Model, Layout]:
+def placed(recipe: Recipe,
+           quantization: Quantization = NOT_QUANTIZED) -> tuple[Model, Layout]:
     """The recipe's model, and its layout on the devices of this process.
 
     The weights are split over all devices if they divide, and are whole on each otherwise.
+
+    Args:
+      quantization: how they are packed.
     """
     devices = jax.local_devices()
     platform, count = devices[0].platform, len(devices)
@@ -136,6 +141,8 @@ def placed(recipe: Recipe) -> tuple[Model, Layout]:
         config, vocab_size=config.vocab_size, platform=platform,
         dtype=recipe.train.dtype(platform), seq_len=recipe.data.seq_len,
         prefix_lm=recipe.data.objective.name == "prefix_lm").with_adapters(recipe.adapter)
+    if quantization.weights:
+        model = model.with_quantization(quantization)
     split = make_layout(MeshConfig(data=1, fsdp=count, rules={"batch": ()}), devices)
     try:
         split.tree(model.axes, model.shapes)
@@ -156,7 +163,19 @@ def _losses(recipe: Recipe, model: Model, facts: Facts | None,
     if teacher is not None:
         loss_fn = distilled_loss(model, teacher, recipe.distill, z_loss=train.z_loss,
                                  chunk=train.loss_chunk)
+    if recipe.quantization.weights:
+        loss_fn, eval_loss = (_rounded(recipe.quantization, fn) for fn in (loss_fn, eval_loss))
     return loss_fn, eval_loss
+
+
+def _rounded(quantization: Quantization, loss_fn: LossFn) -> LossFn:
+    """Returns `loss_fn` with the layers' weights rounded in the forward pass."""
+
+    def rounded(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
+        with rounded_to(quantization):
+            return loss_fn(params, batch, key)
+
+    return rounded
 
 
 def _in(matmul_dtype: str, loss_fn: LossFn) -> LossFn:

@@ -31,6 +31,7 @@ from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import ModelConfig
 from lmjax.models.presets import with_preset
 from lmjax.nn.adapters import AdapterConfig
+from lmjax.nn.packed import NOT_QUANTIZED, Quantization
 from lmjax.nn.quantized import MATMUL_DTYPES
 from lmjax.sharding import MeshConfig
 from lmjax.tasks.distillation import DistillConfig, check_task
@@ -193,6 +194,7 @@ class Recipe:
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    quantization: Quantization = NOT_QUANTIZED  # that the training prepares the model for
     task: AnyTask = dataclasses.field(default_factory=LanguageModeling)  # of fine-tuning
 
     def __post_init__(self) -> None:

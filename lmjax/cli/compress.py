@@ -1,0 +1,76 @@
+"""`lmjax compress`: a model with packed weights, or a picture of what each format costs and gains."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from lmjax.cli.arguments import AnyPath, LocalPath
+from lmjax.errors import UserError
+from lmjax.runtime.files import check_new, check_writable
+
+MEASURED = 0.25  # share of each text file, at its end, that --ladder measures quality on
+
+
+def add_compress(parser: ArgumentParser) -> None:
+    """Adds the arguments of `lmjax compress`."""
+    add = parser.add_argument
+    add("checkpoint", type=AnyPath, metavar="CHECKPOINT",
+        help="a run's directory, one of its checkpoints, or a Hugging Face directory")
+    add("--out", default="", type=LocalPath, metavar="DIR", help="where the packed model goes")
+    add("--weights", default="int8", choices=("int8", "int8_dynamic", "int4"),
+        help="int8_dynamic also rounds activations to 8 bits, for hardware that multiplies "
+        "integers (default: int8)")
+    add("--group", type=int, default=128,
+        help="inputs that share a scale in int4 (default: 128)")
+    add("--texts", action="extend", nargs="+", default=[], type=LocalPath, metavar="FILE",
+        help="texts like those that the model reads: its matrices are rounded so that their "
+        "outputs on these change least (GPTQ)")
+    add("--ladder", default="", type=LocalPath, metavar="PICTURE",
+        help="measure float32, bfloat16, int8 and int4 instead, on the last quarter of each "
+        "text, and draw a picture (.png, .svg)")
+
+
+def compress(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Packs the weights of a model, or measures what that costs and gains."""
+    if bool(arguments.out) == bool(arguments.ladder):
+        raise UserError("--out DIR or --ladder PICTURE", "both" if arguments.out else "neither",
+                        "give one of them", where="lmjax compress")
+    if arguments.ladder:
+        check_writable(arguments.ladder, "--ladder", file=True)
+        if not arguments.texts:
+            raise UserError("texts to measure quality on", "none", "add --texts FILE ...",
+                            where="--ladder")
+    else:
+        check_new(Path(arguments.out))
+    from lmjax.nn.packed import Quantization
+
+    quantization = Quantization(arguments.weights, arguments.group)
+    texts = [_read(path) for path in arguments.texts]
+    from lmjax.compression.ladder import draw, ladder, table
+    from lmjax.compression.quantize import quantize
+    from lmjax.lm import load
+    from lmjax.tree import num_bytes
+
+    lm = load(arguments.checkpoint)
+    if arguments.ladder:
+        cuts = [round(len(text) * (1 - MEASURED)) for text in texts]
+        pairs = [*zip(texts, cuts, strict=True)]
+        rungs = ladder(lm, [text[cut:] for text, cut in pairs],
+                       calibration=[text[:cut] for text, cut in pairs], group=arguments.group)
+        print("\n".join(table(rungs)))
+        draw(rungs, arguments.ladder)
+        print(arguments.ladder)
+        return
+    packed = quantize(lm, quantization, texts=texts)
+    packed.save(arguments.out)
+    before, after = num_bytes(lm.params), num_bytes(packed.params)
+    print(f"{arguments.out}: {after / 1e6:,.1f} MB of parameters, {before / after:.1f} times "
+          f"fewer than the {before / 1e6:,.1f} MB of float32")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError("UTF-8 text", error, "convert it, for example with `iconv -t UTF-8`",
+                        where=path) from None
