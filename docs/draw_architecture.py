@@ -26,8 +26,9 @@ FLOORS: tuple[tuple[str, str, tuple[Room, ...]], ...] = (
         Room("benchmarks", "lmjax bench", 3),
         Room("lm_eval", "lm-eval's tasks", 3))),
     ("wholes", "#c9e4ee", (
-        Room("lm", "a trained model as an object", 6, (12,)),
-        Room("planning", "what a run would take on a TPU", 6))),
+        Room("lm", "a trained model as an object", 4, (12,)),
+        Room("compression", "smaller models from a model", 4),
+        Room("planning", "what a run would take on a TPU", 4))),
     ("training", "#cdebdd", (
         Room("training", "recipe, step, checkpoint, loop", 5, (7, 10, 11)),
         Room("training/optim", "optimizers and schedules", 4, (10,)),

@@ -22,13 +22,7 @@ from lmjax.decoding.attention_maps import maps_of_text
 from lmjax.decoding.chat import Speaker
 from lmjax.decoding.explain import METHODS, Explanation, explain, question_of
 from lmjax.decoding.generate import jit_on
-from lmjax.decoding.inputs import (
-    check_array,
-    check_ids,
-    check_positions,
-    check_text,
-    check_texts,
-)
+from lmjax.decoding.inputs import check_array, check_ids, check_positions, check_text, check_texts
 from lmjax.decoding.reading import generator_of
 from lmjax.decoding.scoring import (
     POOLING,
@@ -45,15 +39,14 @@ from lmjax.decoding.speculative import Draft
 from lmjax.decoding.token_texts import labels, token_texts
 from lmjax.errors import UserError
 from lmjax.models.model import Model
-from lmjax.models.packing import unpack_params
-from lmjax.nn.adapters import NO_ADAPTERS, merge_adapters
+from lmjax.nn.adapters import NO_ADAPTERS
 from lmjax.nn.module import Params
-from lmjax.nn.packed import NOT_QUANTIZED
 from lmjax.reporting.model_card import write_export_card
 from lmjax.runtime.files import new_directory
 from lmjax.sharding import Layout
 from lmjax.training.checkpoint import About, Checkpointer
 from lmjax.training.frozen import held_by_checkpoints
+from lmjax.training.plain import merged, unpacked
 from lmjax.training.pretrained import find
 from lmjax.training.program import placed
 from lmjax.training.recipe import Recipe
@@ -330,16 +323,9 @@ class LM(TaskModel):
         Raises:
           UserError: the model has no adapters.
         """
-        adapter, plain = self.model.adapter, self.model.plain
-        if not adapter.kind:
+        if not self.model.adapter.kind:
             raise UserError("a model with adapters", "one without", "use it as it is", "merge")
-        merge = jax.jit(lambda params: merge_adapters(params, adapter),
-                        out_shardings=self.layout.tree(plain.axes, plain.shapes))
-        recipe = dataclasses.replace(self.recipe, adapter=NO_ADAPTERS)
-        about = {key: value for key, value in self.about.items() if key != "base"}
-        about["recipe"] = about["recipe"] | {"adapter": dataclasses.asdict(NO_ADAPTERS)}
-        return LM(plain, merge(self.params), self.layout, self.tokenizer, recipe, about,
-                  self.source)
+        return self._plain(merged, dataclasses.replace(self.recipe, adapter=NO_ADAPTERS))
 
     def dense(self) -> "LM":
         """Returns the same model with float32 weights in place of packed ones.
@@ -347,16 +333,13 @@ class LM(TaskModel):
         Raises:
           UserError: its weights are not packed.
         """
-        packed = self.model
-        if not packed.quantization.weights:
+        if not self.model.quantization.weights:
             raise UserError("a model with packed weights", "float32", "use it as it is", "dense")
-        plain = packed.with_quantization(NOT_QUANTIZED)
-        unpack = jax.jit(lambda params: unpack_params(plain.functional, params,
-                                                      packed.quantization),
-                         out_shardings=self.layout.tree(plain.axes, plain.shapes))
-        about = {key: value for key, value in self.about.items() if key != "quantization"}
-        return LM(plain, unpack(self.params), self.layout, self.tokenizer, self.recipe, about,
-                  self.source)
+        return self._plain(unpacked, self.recipe)
+
+    def _plain(self, make: Callable[..., tuple[Model, Params, About]], recipe: Recipe) -> "LM":
+        model, params, about = make(self.model, self.params, self.layout, self.about)
+        return LM(model, params, self.layout, self.tokenizer, recipe, about, self.source)
 
     def export(self, out: str | os.PathLike, *, log: Callable[[str], None] = print,
                peft_base: str = "", **options: Any) -> None:

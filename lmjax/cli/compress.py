@@ -1,4 +1,4 @@
-"""`lmjax compress`: a model with packed weights, or a picture of what each format costs and gains."""
+"""`lmjax compress`: a model with packed weights, or a picture of what each format costs."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence

@@ -32,10 +32,10 @@ def rounded(w_FI: jax.Array, gram_II: jax.Array, format: str, group: int) -> Pac
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _rounded(w_FI: jax.Array, gram_II: jax.Array, format: str, size: int) -> Packed:
-    F, I = w_FI.shape
-    largest = FORMATS[format].largest
+    num_out, num_in = w_FI.shape
+    groups, largest = num_in // size, FORMATS[format].largest
     seen_I = jnp.diag(gram_II)
-    damped = gram_II + jnp.eye(I) * (DAMPING * jnp.mean(seen_I) + jnp.finfo(jnp.float32).tiny)
+    damped = gram_II + jnp.eye(num_in) * (DAMPING * jnp.mean(seen_I) + jnp.finfo(jnp.float32).tiny)
     # Row i of the upper factor of the inverse: what the later inputs take over from input i.
     inverse = jnp.linalg.inv(damped)
     upper_II = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
@@ -62,8 +62,8 @@ def _rounded(w_FI: jax.Array, gram_II: jax.Array, format: str, size: int) -> Pac
         w_FI = w_FI - errors_FG @ rows_GI
         return w_FI, ints_FNG.at[:, n].set(ints_FG), scales_FN.at[:, n].set(scale_F)
 
-    start = w_FI, jnp.zeros((F, I // size, size)), jnp.zeros((F, I // size))
-    _, ints_FNG, scales_FN = lax.fori_loop(0, I // size, one_group, start)
+    start = w_FI, jnp.zeros((num_out, groups, size)), jnp.zeros((num_out, groups))
+    _, ints_FNG, scales_FN = lax.fori_loop(0, groups, one_group, start)
     return from_ints(ints_FNG, scales_FN, format)
 
 

@@ -10,17 +10,15 @@ from flax import nnx
 
 from lmjax.errors import UserError
 from lmjax.nn.layers import Dense
-from lmjax.nn.moe import Experts
 from lmjax.nn.module import Functional, Params
+from lmjax.nn.moe import Experts
 from lmjax.nn.packed import (
-    FORMATS,
     SCALES,
     Packed,
     Quantization,
     by_inputs,
     by_outputs,
     can_pack,
-    group_size,
     pack,
 )
 
@@ -79,7 +77,8 @@ def packed_functional(functional: Functional, q: Quantization) -> tuple[Params, 
         # Merged dimensions are split as the first of them is.
         return {_format(path, q): (*kept, axes[lead]), SCALES: (*kept, "norm")}
 
-    return tuple(_map(fn, functional.shapes, functional.axes) for fn in (shapes, names))
+    return (_map(shapes, functional.shapes, functional.axes),
+            _map(names, functional.shapes, functional.axes))
 
 
 def pack_params(functional: Functional, params: Params, q: Quantization) -> Params:

@@ -139,7 +139,7 @@ def is_packed(node: Any) -> bool:
 def group_size(inputs: int, format: str, group: int) -> int:
     """How many inputs share a scale: all of them in int8, and else a divisor of `group`.
 
-    A matrix whose inputs have no common divisor of 16 or more with `group` has one group per output.
+    A matrix whose inputs have no common divisor of 16 or more with `group` has one group an output.
     """
     if FORMATS[format].bits == 8:
         return inputs
@@ -160,7 +160,8 @@ def pack(w: jax.Array, format: str, group: int = 0, shrink: float | jax.Array = 
       shrink: [..., *out, N] or a number: share of a group's largest magnitude that is still
         represented; larger weights are cut to it.
     """
-    form, groups = FORMATS[format], grouped(w, group_size(w.shape[-1], format, group or w.shape[-1]))
+    form, inputs = FORMATS[format], w.shape[-1]
+    groups = grouped(w, group_size(inputs, format, group or inputs))
     largest = jnp.max(jnp.abs(groups), axis=-1) * shrink
     scales = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) / form.largest
     ints = jnp.round(groups / scales[..., None])

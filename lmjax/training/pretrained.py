@@ -94,7 +94,9 @@ def find(path: str | os.PathLike, *, step: int | str | None = None,
     def read(model: Model, shardings: Params) -> Params:
         if "quantization" in about and not model.quantization.weights:
             return _unpacked(about, model, shardings, read)
-        whole = model if model.quantization.weights else model.with_projection(about.get("projected_dim", 0))  # read, and then left out
+        # A projection is read, and then left out.
+        dim = about.get("projected_dim", 0)
+        whole = model.with_projection(dim) if dim else model
         # Of a run with adapters, the checkpoint holds these alone.
         shapes, _ = split_tree(whole.shapes, about["checksums"][name].__contains__)
         shardings, _ = split_tree(_placed_as(whole.shapes, shardings),

@@ -1,9 +1,11 @@
 """`lmjax compress`: GPTQ against rounding to nearest, saved and loaded models, and the ladder."""
 
 import jax.numpy as jnp
-import lmjax
 import numpy as np
 import pytest
+from tiny_lm import tiny_lm
+
+import lmjax
 from lmjax.cli.main import main
 from lmjax.compression.gptq import rounded
 from lmjax.compression.quantize import quantize
@@ -11,8 +13,6 @@ from lmjax.errors import UserError
 from lmjax.lm import LM
 from lmjax.nn.packed import Quantization, pack
 from lmjax.tree import named_leaves, num_bytes
-
-from tiny_lm import tiny_lm
 
 INT4 = Quantization("int4", 32)
 
@@ -65,8 +65,8 @@ def test_gptq_brings_the_logits_of_a_model_nearer() -> None:
     lm = a_model()
     texts = ["".join(f"Document {i} tells of the number {i * i}.\n" for i in range(n, n + 30))
              for n in range(0, 600, 30)]
-    tokens = np.asarray([lm.tokenizer.encode_batch(["Document 7 tells of the number 49.\n" * 3])[0]],
-                        np.int32)[:, :60]
+    [ids] = lm.tokenizer.encode_batch(["Document 7 tells of the number 49.\n" * 3])
+    tokens = np.asarray([ids[:60]], np.int32)
     want = lm.logits(tokens)
 
     def error(small: LM) -> float:

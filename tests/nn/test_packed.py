@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from lmjax.config import build
 from lmjax.errors import UserError
 from lmjax.models.decoder import DecoderConfig

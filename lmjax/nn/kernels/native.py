@@ -1,7 +1,7 @@
-"""The product of a few rows with packed weights on a CPU, in C++ that is compiled when it is needed.
+"""The product of a few rows with packed weights on a CPU, in C++ that is compiled on first use.
 
-XLA's own loops read packed weights at half the speed, and for a float matmul it would first write an
-unpacked copy (docs/compression.md has the figures). Without a compiler, that is what happens.
+XLA's own loops read packed weights at half the speed, and for a float matmul it would first write
+an unpacked copy (docs/compression.md has the figures). Without a compiler, that is what happens.
 """
 
 import ctypes
@@ -62,7 +62,7 @@ def _library() -> Path | None:
         _tell("no C++ compiler (c++, g++, clang++ or $CXX)")
         return None
     source = SOURCE.read_bytes()
-    known = (source, jaxlib.__version__.encode(), compiler.encode(), _cpu(), " ".join(FLAGS).encode())
+    known = (source, jaxlib.__version__.encode(), compiler.encode(), _cpu(), repr(FLAGS).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmjax"
     name = f"packed-{hashlib.sha256(b'|'.join(known)).hexdigest()[:16]}.so"
     try:
