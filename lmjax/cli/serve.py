@@ -34,6 +34,14 @@ def add_serve(parser: ArgumentParser) -> None:
         help="tokens of a prompt and its answer together (default: 0, those of a row of training)")
     add("--chunk", type=int, default=64,
         help="tokens of a prompt that are read between two steps (default: 64)")
+    add("--prefix-tokens", type=int, default=-1,
+        help="tokens of prompts that are kept for requests that begin alike (default: a quarter "
+        "of the slots' tokens)")
+    add("--draft", default="", type=AnyPath, metavar="CHECKPOINT",
+        help="a small model with the same tokenizer that proposes tokens; the distribution stays "
+        "the same")
+    add("--propose", type=int, default=4,
+        help="tokens that the draft proposes at a time (default: 4)")
     add("--timeout", type=float, default=600.0,
         help="seconds after which an answer is given up (default: 600)")
     add("--max-body", type=float, default=4.0, help="MB of a request's body at most (default: 4)")
@@ -44,7 +52,11 @@ def add_serve(parser: ArgumentParser) -> None:
 def serve(arguments: Namespace, overrides: Sequence[str]) -> int:
     """Serves until it is told to stop; everything is checked before a model is loaded."""
     names = names_of(arguments.checkpoint, arguments.name)
-    at_least(1, slots=arguments.slots, chunk=arguments.chunk)
+    at_least(1, slots=arguments.slots, chunk=arguments.chunk, propose=arguments.propose)
+    at_least(-1, prefix_tokens=arguments.prefix_tokens)
+    if arguments.draft and len(names) > 1:
+        raise UserError("one model with --draft", len(names), "serve the others by themselves",
+                        where="--draft")
     at_least(0, port=arguments.port, queue=arguments.queue, max_length=arguments.max_length,
              drain=arguments.drain)
     at_most(65535, port=arguments.port)
@@ -61,10 +73,10 @@ def serve(arguments: Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"an API key in {KEY} to listen at {arguments.host}", "none",
                         f"set one, such as {KEY}=$(openssl rand -hex 32), or leave --host out",
                         where="--host")
-    listener = bind(arguments.host, arguments.port)
-    from lmjax.serving.start import run
+    with bind(arguments.host, arguments.port) as listener:
+        from lmjax.serving.start import run
 
-    return 130 if run(arguments, names, listener, key) == signal.SIGINT else 0
+        return 130 if run(arguments, names, listener, key) == signal.SIGINT else 0
 
 
 def names_of(checkpoints: Sequence[str], given: Sequence[str]) -> list[str]:

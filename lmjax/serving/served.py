@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 
 from lmjax.data.chat import Ends, end_of_turn, find_template, need_template
-from lmjax.data.reading import check_told
 from lmjax.data.tokenizers import NamedIds
 from lmjax.decoding.inputs import check_row
 from lmjax.decoding.sampling import Sampling
@@ -35,12 +34,8 @@ class Served:
     def __init__(self, name: str, lm: LM, engine: Engine | None):
         """
         Raises:
-          UserError: the model has no tokenizer, or its files ask for tokens that lmjax would not
-            give.
+          UserError: the model has no tokenizer.
         """
-        lm.need_tokenizer()
-        if engine and "huggingface" in lm.about:
-            check_told(lm.about["huggingface"])
         self.name, self.lm, self.engine, self.created = name, lm, engine, int(time.time())
         self.tokenizer = lm.need_tokenizer()
         self.chats = engine is not None and find_template(self.tokenizer) is not None

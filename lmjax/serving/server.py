@@ -23,6 +23,7 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
       UserError: the address is taken, or is none of this machine's.
     """
+    made = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -30,6 +31,8 @@ def bind(host: str, port: int) -> socket.socket:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
     except OSError as error:
+        if made is not None:
+            made.close()
         raise UserError("an address where nobody listens yet", f"{host}, port {port}: "
                         f"{error.strerror}", "choose another --port (0 finds a free one), or a "
                         "--host of this machine", where="--port") from None

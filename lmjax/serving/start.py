@@ -2,7 +2,6 @@
 
 import json
 import socket
-import threading
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 from lmjax.lm import load
 from lmjax.serving.endpoints import Limits
 from lmjax.serving.engine import Engine
-from lmjax.serving.requests import Finished, Request
 from lmjax.serving.served import Served
 from lmjax.serving.server import Serving, address_of
+
+PLAN = ("slots", "max_length", "chunk", "prefix_tokens", "propose")  # options of `Plan`
 
 
 def run(options: Namespace, names: Sequence[str], listener: socket.socket, key: str) -> int:
@@ -46,21 +46,15 @@ def make(name: str, path: str, options: Namespace) -> Served:
     """Loads a model and makes its engine; an encoder only makes vectors."""
     say(f"loading {path}")
     lm = load(path)
-    engine = Engine(lm, slots=options.slots, max_length=options.max_length, queue=options.queue,
-                    chunk=options.chunk) if lm.model.config.family == "decoder" else None
+    engine = None
+    if lm.model.config.family == "decoder":
+        draft = load(options.draft) if options.draft else None
+        engine = Engine(lm, draft=draft, queue=options.queue,
+                        **{name: getattr(options, name) for name in PLAN})
     served = Served(name, lm, engine)
     if engine:
         engine.start()
-        warm(engine, served.tokenizer.bos_id)
     return served
-
-
-def warm(engine: Engine, token: int) -> None:
-    """Compiles the programs of an engine, so that the first client need not wait for that."""
-    done = threading.Event()
-    engine.submit(Request((token,), 2), lambda item: done.set() if isinstance(
-        item, Finished) else None)
-    done.wait()
 
 
 def welcome(models: Sequence[Served], url: str, with_key: bool) -> list[str]:

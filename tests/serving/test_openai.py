@@ -95,6 +95,21 @@ def test_log_probabilities_are_those_of_the_library(client, lm):
         assert [max(top.values()) for top in scores.top_logprobs] == scores.token_logprobs
 
 
+def test_a_prompt_is_scored_as_by_the_library(client, lm):
+    for prompt in PROMPTS[:2]:
+        ids = lm.reader.ids(prompt, end=False)
+        expected, _ = lm.continuations([(ids, len(ids) - 1)])[0]
+        for more in ({"max_tokens": 0}, {"max_tokens": 3}, {"max_tokens": 3, "stream": True}):
+            reply = complete(client, prompt, echo=True, logprobs=1, **more)
+            choice = (next(iter(reply)) if "stream" in more else reply).choices[0]
+            scores = choice.logprobs
+            assert len(scores.tokens) == len(ids) + more["max_tokens"]
+            assert scores.token_logprobs[0] is None is scores.top_logprobs[0]
+            assert sum(scores.token_logprobs[1 : len(ids)]) == pytest.approx(expected, abs=1e-3)
+            assert choice.text.startswith(prompt) and choice.finish_reason == "length"
+            assert scores.text_offset[-1] <= len(choice.text)
+
+
 def lm_tokens(lm, ids, count):
     """The ids of the likeliest answer."""
     [answer] = lm._generator(lm.params, [ids], max_tokens=count,
