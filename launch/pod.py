@@ -56,13 +56,30 @@ class Other(Exception):
     """The pod runs another command of lmjax, which is the message."""
 
 
+def check_serving(hosts: int, args: argparse.Namespace) -> None:
+    """Refuses to serve where `lmjax serve` would not run.
+
+    Raises:
+      UserError: more than one host, or the extra is not installed.
+    """
+    if hosts != 1:
+        raise UserError("a slice of one host for serve, such as v5e-8", f"{hosts} hosts",
+                        "choose a smaller one, or several pods behind a load balancer",
+                        where="--topology")
+    if "serve" not in args.extras.split(","):
+        raise UserError("the extra serve", args.extras, "write --extras tpu,serve",
+                        where="--extras")
+
+
 class Pod:
     """A queued resource of Cloud TPU and its nodes, one per slice."""
 
     def __init__(self, args: argparse.Namespace, checkout: str):
         self.args, self.checkout, self.topology = args, checkout, parse_topology(args.topology)
         chip, slices = self.topology.chip, self.topology.slices
-        _ = self.topology.hosts  # raises a UserError if there is no such slice
+        hosts, _ = self.topology.hosts  # raises a UserError if there is no such slice
+        if args.command[0] == "serve":
+            check_serving(hosts * slices, args)
         if chip.name not in RUNTIMES:
             raise UserError(f"one of {', '.join(RUNTIMES)}, which queued resources offer",
                             self.topology, "start it with ./launch/gke", "--topology")

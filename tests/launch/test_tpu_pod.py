@@ -291,6 +291,18 @@ def test_tpu_pod_of_two_slices_and_dry_run(cloud):
         assert part in err
 
 
+def test_tpu_pod_serves_on_one_host(cloud):
+    serve = ("--", "serve", "/mnt/a b", "--port", "8000")
+    one = (*POD[:7], "v5e-8", "--extras", "tpu,serve", "--dry-run", *serve)
+    _, err = cloud.start("tpu_pod", *one).communicate(timeout=PATIENCE)
+    assert "lmjax.cli serve" in err and "--port 8000" in err and "v5litepod-8" in err
+    assert "--topology: expected a slice of one host" in cloud.run(
+        "tpu_pod", *POD, "--extras", "tpu,serve", *serve, expect=2)
+    assert "--extras: expected the extra serve" in cloud.run(
+        "tpu_pod", *POD[:7], "v5e-8", *serve, expect=2)
+    assert not cloud.calls()
+
+
 @pytest.mark.parametrize("wrong", [
     ("--topology", "v5e:2x8"), ("--topology", "v5p:4x4x12"), ("--topology", "v5e-2"),
     ("--topology", "cpu"), ("--env", "A"), ("--restarts", "-3"), ("--poll", "-1"),

@@ -178,6 +178,14 @@ def test_models_and_tokens(client, server, lm):
         assert reply == {"prompt": prompt}
 
 
+def test_the_program_of_the_documentation_runs(server, capsys):
+    page = (servers.ROOT / "docs/serving.md").read_text()
+    program = page.split("```py\n")[1].split("```")[0]
+    assert "http://127.0.0.1:8000" in program and '"quickstart"' in program
+    exec(program.replace("http://127.0.0.1:8000", server.url).replace("quickstart", "tiny"), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_errors_are_those_of_the_client(client):
     with pytest.raises(openai.NotFoundError, match="does not exist") as caught:
         complete(client, "a", model="other")
