@@ -28,7 +28,7 @@ from lmjax.tree import named_leaves, num_bytes
 # Commands by architecture.
 USES = {
     "decoder": ("lmjax generate {} --prompt 'Once upon a time'", "lmjax score {} FILE",
-                "lmjax eval {} --tasks NAME"),
+                "lmjax serve {}", "lmjax eval {} --tasks NAME"),
     "encoder": ("lmjax.load('{}').embed(texts)",),
     "encdec": ("lmjax generate {} --prompt 'Once upon a time'",),
 }
