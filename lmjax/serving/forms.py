@@ -86,9 +86,9 @@ class CompletionForm:
             starts=starts + [len(text) + at for at in delta.starts]), text)
 
     def _choice(self, delta: Delta, before: str) -> replies.CompletionChoice:
-        scores = replies.completion_scores(self._served, delta.pieces, delta.starts, self._top)
-        return {"index": delta.number, "text": before + delta.text,
-                "logprobs": scores if self.scored else None,
+        scores = replies.completion_scores(
+            self._served, delta.pieces, delta.starts, self._top) if self.scored else None
+        return {"index": delta.number, "text": before + delta.text, "logprobs": scores,
                 "finish_reason": delta.finish_reason}
 
 

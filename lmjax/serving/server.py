@@ -15,6 +15,9 @@ from lmjax.serving.served import Served
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CLOSING_SECONDS = 5  # for responses to leave after the engines have stopped
+# Until an idle connection is closed. A client that is about to use it again at that moment gets no
+# answer, so it is longer than the usual pause between two requests.
+IDLE_SECONDS = 75
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -66,7 +69,8 @@ class Serving:
                        draining=lambda: bool(self._signals))
         self._server = uvicorn.Server(uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, ws="none",
-            lifespan="off", timeout_graceful_shutdown=int(drain_seconds) + CLOSING_SECONDS))
+            lifespan="off", timeout_keep_alive=IDLE_SECONDS,
+            timeout_graceful_shutdown=int(drain_seconds) + CLOSING_SECONDS))
 
     def run(self) -> int:
         """Serves, and returns the number of the signal that ended it."""
