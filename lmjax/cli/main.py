@@ -14,6 +14,7 @@ from lmjax.cli.chat import add_chat, chat
 from lmjax.cli.compress import add_compress, compress
 from lmjax.cli.doctor import add_doctor, doctor
 from lmjax.cli.errors import explain, is_transient
+from lmjax.cli.gguf import add_export_gguf, add_import_gguf, export_gguf, import_gguf
 from lmjax.cli.predict import add_predict, predict
 from lmjax.cli.serve import add_serve, serve
 
@@ -62,6 +63,9 @@ COMMANDS = {
                          inference.add_import_hf, inference.import_hf),
     "export-hf": Command("turn a checkpoint into a Hugging Face directory",
                          inference.add_export_hf, inference.export_hf),
+    "import-gguf": Command("turn a GGUF file into a checkpoint", add_import_gguf, import_gguf),
+    "export-gguf": Command("turn a checkpoint into a GGUF file, for llama.cpp",
+                           add_export_gguf, export_gguf),
     "doctor": Command("say what a path is, whether it is whole, and what can be done with it",
                       add_doctor, doctor),
     "report": Command("write report.html from the records of a run, finished or not",

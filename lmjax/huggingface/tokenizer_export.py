@@ -60,7 +60,7 @@ def write_tokenizer(path: Path, reader: Reader, *, generates: bool = True, types
     if imported and as_told:
         return
     try:
-        made, why = _rules(tokenizer)
+        made, why = rules_of(tokenizer)
     except ImportError:
         made, why = None, "the package tokenizers is not installed: pip install lmjax[hf]"
     if made is None:
@@ -92,7 +92,7 @@ def mask_of(reader: Reader) -> str | None:
     return next((name for name in names if name in reader.names.ids), None)
 
 
-def _rules(tokenizer: Tokenizer) -> tuple[Any, str]:
+def rules_of(tokenizer: Tokenizer) -> tuple[Any, str]:
     """The tokenizer as a `tokenizers.Tokenizer`, or (None, reason)."""
     import tokenizers
 
@@ -169,7 +169,7 @@ def _converted(tokenizer: SentencePieceTokenizer) -> tuple[Any, str]:
 
     if adds_space(tokenizer):
         return None, "its model adds a space before a text"
-    pieces = _pieces(tokenizer)
+    pieces = pieces_of(tokenizer)
     out = tokenizers.Tokenizer(_model(pieces))
     out.normalizer = normalizers.Replace(" ", SPACE)
     out.decoder = decoders.Sequence([
@@ -190,24 +190,24 @@ def _converted(tokenizer: SentencePieceTokenizer) -> tuple[Any, str]:
     return out, ""
 
 
-class _Piece(NamedTuple):
+class PieceOfVocabulary(NamedTuple):
     text: str
     score: float
     kind: str  # control, unknown, byte or normal
 
 
-def _pieces(tokenizer: SentencePieceTokenizer) -> list[_Piece]:
+def pieces_of(tokenizer: SentencePieceTokenizer) -> list[PieceOfVocabulary]:
     """The vocabulary of a SentencePiece model, in the order of its ids."""
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     tests = {"control": model.is_control, "unknown": model.is_unknown, "byte": model.is_byte}
-    return [_Piece(model.id_to_piece(i), model.get_score(i),
+    return [PieceOfVocabulary(model.id_to_piece(i), model.get_score(i),
                    next((kind for kind, test in tests.items() if test(i)), "normal"))
             for i in range(model.vocab_size())]
 
 
-def _model(pieces: Sequence[_Piece]) -> Any:
+def _model(pieces: Sequence[PieceOfVocabulary]) -> Any:
     """The unigram or BPE model of `tokenizers` with these pieces."""
     from tokenizers import models
 

@@ -1,0 +1,91 @@
+"""GGUF files from models, and models from GGUF files."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from lmjax.errors import UserError
+from lmjax.huggingface.gguf_export import KINDS, write_gguf
+from lmjax.huggingface.gguf_import import to_directory
+from lmjax.lm import LM, load
+from lmjax.models.packing import matrices, unpack_params
+from lmjax.nn.module import Params
+from lmjax.nn.packed import FORMATS, NOT_QUANTIZED
+from lmjax.runtime.files import check_new
+
+OF_WEIGHTS = {"": "f16", "int8": "q8_0", "int8_dynamic": "q8_0", "int4": "q4_0"}
+
+
+def export_gguf(lm: LM, out: Path, *, kind: str = "",
+                log: Callable[[str], None] = print) -> None:
+    """Writes a decoder as a GGUF file.
+
+    Args:
+      lm: the model. If its weights are packed, the file holds the same integers.
+      out: the file, which must not exist yet.
+      kind: of the matrices, a kind of `gguf_export.KINDS`; "": that of packed weights, else f16.
+      log: prints a line for the user.
+
+    Raises:
+      UserError: `out` exists, GGUF holds no such model, or packed weights are asked for in another
+        kind that is not f32 or f16.
+    """
+    check_new(out)
+    quantization = lm.model.quantization
+    own = OF_WEIGHTS[quantization.weights]
+    kind = kind or own
+    if kind not in KINDS:
+        raise UserError(f"one of {', '.join(KINDS)}", repr(kind), "choose one", where="--kind")
+    steps = None
+    whole = lm
+    if quantization.weights:
+        if kind not in (own, "f32", "f16"):
+            raise UserError(f"{own}, f32 or f16 for {quantization.weights} weights", kind,
+                            "choose one of them, or export the model they were made from",
+                            where="--kind")
+        whole, steps = lm.dense(), _steps(lm) if kind == own else None
+    elif lm.model.adapter.kind:
+        whole = lm.merge()
+    tokenizer = lm.need_tokenizer()
+    write_gguf(out, whole.model, whole.params, lm.reader, kind=kind, steps=steps,
+               source=lm.about.get("huggingface"), max_positions=lm.recipe.data.seq_len,
+               template=tokenizer.files.get("chat_template.jinja", b"").decode(), log=log)
+
+
+def import_gguf(file: Path) -> LM:
+    """The model of a GGUF file, with its weights unpacked to float32.
+
+    Raises:
+      UserError: see `gguf_import.to_directory`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        to_directory(file, Path(folder))
+        lm = load(folder)
+    lm.source = str(file)
+    return lm
+
+
+def _steps(lm: LM) -> Params:
+    """The dense parameters with the step of its integers in place of each packed weight."""
+    plain = lm.model.with_quantization(NOT_QUANTIZED)
+    which = set(matrices(plain.functional))
+
+    def ones(params: Params, within: str = "") -> Params:
+        out: Params = {}
+        for key, node in params.items():
+            path = within + key
+            if path in which:
+                [name] = set(node) & set(FORMATS)
+                one = 1 if FORMATS[name].bits == 8 else 0x99  # 1 + 8 in each half
+                out[key] = {**node, name: jnp.full_like(node[name], one)}
+            else:
+                out[key] = ones(node, f"{path}/") if isinstance(node, dict) else node
+        return out
+
+    unpacked = jax.jit(lambda params: unpack_params(plain.functional, params,
+                                                    lm.model.quantization))(ones(lm.params))
+    found: Params = unpacked
+    return found

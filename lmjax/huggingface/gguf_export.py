@@ -1,0 +1,229 @@
+"""Writes a model as a GGUF file, for llama.cpp and what is built on it."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmjax.data.reading import Reader
+from lmjax.data.tokenizers import SentencePieceTokenizer
+from lmjax.errors import UserError
+from lmjax.huggingface.gguf_names import (
+    architecture_of,
+    heads_in,
+    library,
+    paired,
+    settings_of,
+    tensor_namer,
+)
+from lmjax.huggingface.model_types import MODEL_TYPES
+from lmjax.huggingface.settings import write_settings
+from lmjax.huggingface.stored import rows_for
+from lmjax.huggingface.tokenizer_export import pieces_of, rules_of
+from lmjax.huggingface.weights import tensor_getter, tensor_shapes
+from lmjax.models.model import Model
+from lmjax.nn.module import Params
+
+KINDS = ("f32", "f16", "q8_0", "q4_0")  # of tensors: as llama.cpp names them
+BLOCK = 32  # weights that share a scale in q8_0 and q4_0
+NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # kinds of tokens
+
+
+def write_gguf(out: Path, model: Model, params: Params, reader: Reader, *, kind: str = "f16",
+               steps: Params | None = None, source: Mapping[str, Any] | None = None,
+               max_positions: int = 0, template: str = "",
+               log: Callable[[str], None] = print) -> None:
+    """Writes a decoder as one file, which appears when it is complete.
+
+    Args:
+      out: the file.
+      model: the model.
+      params: its parameters, float32.
+      reader: how it reads a text.
+      kind: of the matrices, one of `KINDS`. In q8_0 and q4_0 a block of 32 weights has a scale of
+        16 bits; the tables of tokens are q8_0 in both. A matrix whose inputs are no multiple of 32
+        is f16.
+      steps: by parameter, the step between neighbouring integers that each weight of `params` was
+        rounded by, so that the file holds these integers; None: weights are rounded for it.
+      source: `HFModel.source`, if the model was imported.
+      max_positions: length of the rows that the model was trained on, in tokens.
+      template: of chats; "": none.
+      log: prints a line for the user.
+
+    Raises:
+      UserError: GGUF does not hold such a model or tokenizer.
+    """
+    gguf = library()
+    config = model.config
+    if config.family != "decoder" or config.head.outputs:
+        raise UserError("a decoder that continues texts", "another model",
+                        "export it as a Hugging Face directory", where="GGUF")
+    imported = (source or {}).get("settings", {})
+    if config.positions == "rope":
+        given = config.max_positions if imported or not max_positions else 0
+        config = dataclasses.replace(config, max_positions=max(given, max_positions))
+    settings = write_settings(config, imported.get("model_type", ""), None)
+    settings = {**imported, **settings}
+    architecture = architecture_of(settings, "GGUF")
+    table = rows_for(MODEL_TYPES[settings["model_type"]], config)
+    shapes = tensor_shapes(model.shapes, table)
+    name_of = tensor_namer(architecture, config.num_layers)
+    get = tensor_getter(params, table)
+    step = tensor_getter(steps, table) if steps is not None else None
+    part = out.with_name(out.name + ".part")
+    writer = gguf.GGUFWriter(str(part), architecture.name)
+    try:
+        _add_settings(writer, architecture.name, settings, config, kind)
+        _add_tokenizer(writer, reader, config.vocab_size, log)
+        if template:
+            writer.add_chat_template(template)
+        for theirs in shapes:
+            w, of_w = get(theirs), step(theirs) if step else None
+            if theirs.endswith(architecture.transposed):
+                w, of_w = w.T, of_w if of_w is None else of_w.T
+            if architecture.pairs and (heads := heads_in(theirs, settings)):
+                w, of_w = paired(w, heads), of_w if of_w is None else paired(of_w, heads)
+            stored = _kind(theirs, w, kind)
+            data = encoded(w, stored, of_w)
+            types = gguf.GGMLQuantizationType
+            writer.add_tensor(name_of(theirs), data, raw_dtype=types[stored.upper()])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    except BaseException:
+        writer.close()
+        part.unlink(missing_ok=True)
+        raise
+    writer.close()
+    part.replace(out)
+    log(f"{out}: {architecture.name}, {kind}, {out.stat().st_size / 1e6:,.1f} MB")
+
+
+def encoded(w: np.ndarray, kind: str, step: np.ndarray | None = None) -> np.ndarray:
+    """A tensor [..., I] as it lies in a file.
+
+    Args:
+      kind: of `KINDS`.
+      step: what one unit of each weight's integer is worth, the same within a block; None: a
+        block's largest weight gets the largest integer.
+
+    Returns:
+      floats, or for q8_0 and q4_0 the bytes [..., I / 32 * bytes of a block].
+    """
+    if kind in ("f32", "f16"):
+        return np.ascontiguousarray(w, np.float32 if kind == "f32" else np.float16)
+    largest = 127 if kind == "q8_0" else 7
+    blocks = w.astype(np.float32).reshape(-1, BLOCK)
+    if step is None:
+        scale = np.abs(blocks).max(1) / largest
+    else:
+        scale = step.astype(np.float32).reshape(-1, BLOCK)[:, 0]
+    safe = np.where(scale > 0, scale, 1)
+    ints = np.clip(np.rint(blocks / safe[:, None]), -largest, largest).astype(np.int8)
+    head = scale.astype(np.float16).view(np.uint8).reshape(-1, 2)
+    if kind == "q8_0":
+        body = ints.view(np.uint8)
+    else:
+        low, high = np.split((ints + 8).astype(np.uint8), 2, axis=1)
+        body = low | (high << 4)
+    return np.concatenate([head, body], axis=1).reshape(*w.shape[:-1], -1)
+
+
+def _kind(name: str, w: np.ndarray, kind: str) -> str:
+    if w.ndim == 1 or "wpe" in name:  # llama.cpp wants norms, biases and positions in float32
+        return "f32"
+    if kind in ("f32", "f16"):
+        return kind
+    if w.shape[-1] % BLOCK:
+        return "f16"
+    return "q8_0" if name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")) else kind
+
+
+def _add_settings(writer: Any, architecture: str, settings: Mapping[str, Any], config: Any,
+                  kind: str) -> None:
+    gguf = library()
+    for theirs, name in settings_of(settings["model_type"]).items():
+        value = settings.get(theirs)
+        if value is None and theirs == "n_inner":
+            value = 4 * settings["n_embd"]
+        key = f"{architecture}.{name}"
+        if isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, int(value))
+    if config.positions == "rope":
+        dim = config.dims.head_dim
+        writer.add_rope_dimension_count(dim)
+        writer.add_key_length(dim)
+        writer.add_value_length(dim)
+        writer.add_rope_freq_base(float(config.rope_theta))
+    writer.add_vocab_size(config.vocab_size)
+    types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+    writer.add_file_type(gguf.LlamaFileType[types[kind]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_tokenizer(writer: Any, reader: Reader, rows: int, log: Callable[[str], None]) -> None:
+    tokenizer = reader.names.tokenizer
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        _add_sentencepiece(writer, tokenizer, rows)
+    else:
+        _add_byte_level(writer, tokenizer, rows, log)
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_pad_token_id(tokenizer.pad_id)
+    writer.add_add_bos_token(bool(reader.prefix))
+    writer.add_add_eos_token(bool(reader.suffix))
+
+
+def _add_sentencepiece(writer: Any, tokenizer: SentencePieceTokenizer, rows: int) -> None:
+    from lmjax.huggingface.tokenizers import adds_space
+
+    pieces = pieces_of(tokenizer)
+    whole = all(piece.score == int(piece.score) for piece in pieces if piece.kind == "normal")
+    kinds = {"control": CONTROL, "unknown": UNKNOWN, "byte": BYTE, "normal": NORMAL}
+    texts = [piece.text for piece in pieces]
+    of_piece = [USER if piece.text == "\n" else kinds[piece.kind] for piece in pieces]
+    scores = [piece.score for piece in pieces]
+    for i in range(len(pieces), rows):  # rows of the table that no token has
+        texts.append(f"<unused_{i}>")
+        of_piece.append(UNKNOWN + 3)
+        scores.append(0.0)
+    writer.add_tokenizer_model("llama" if whole else "t5")
+    writer.add_token_list(texts)
+    writer.add_token_scores(scores)
+    writer.add_token_types(of_piece)
+    writer.add_add_space_prefix(adds_space(tokenizer))
+    writer.add_remove_extra_whitespaces(False)
+    unknown = next((i for i, kind in enumerate(of_piece) if kind == UNKNOWN), None)
+    if unknown is not None:
+        writer.add_unk_token_id(unknown)
+
+
+def _add_byte_level(writer: Any, tokenizer: Any, rows: int, log: Callable[[str], None]) -> None:
+    made, _ = rules_of(tokenizer)
+    described = json.loads(made.to_str()) if made is not None else {"model": {}}
+    model = described["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise UserError("SentencePiece or byte-level BPE, which llama.cpp reads",
+                        model.get("type", "another tokenizer"),
+                        "export the model as a Hugging Face directory", where="GGUF")
+    special = {token["id"]: token["special"] for token in described.get("added_tokens", [])}
+    names = {i: name for name, i in made.get_vocab(with_added_tokens=True).items()}
+    writer.add_tokenizer_model("gpt2")
+    pattern = json.dumps(described.get("pre_tokenizer"))
+    pre = next((name for name, mark in PATTERNS.items() if mark in pattern), "gpt-2")
+    log(f"llama.cpp will split texts by the rules it calls {pre}")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([names.get(i, f"<unused_{i}>") for i in range(rows)])
+    writer.add_token_types([CONTROL if special.get(i) else USER if i in special else
+                            NORMAL if i in names else UNKNOWN + 3 for i in range(rows)])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge)
+                             for merge in model["merges"]])
+
+
+# llama.cpp's name of a rule that splits texts, and what only its pattern has.
+PATTERNS = {"qwen2": "\\\\p{N}|", "llama-bpe": "\\\\p{N}{1,3}"}

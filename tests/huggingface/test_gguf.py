@@ -1,0 +1,135 @@
+"""GGUF files against `transformers`, which reads them too, and against the package `gguf`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_lm import tiny_lm
+
+import lmjax
+from lmjax.cli.main import main
+from lmjax.compression.quantize import quantize
+from lmjax.errors import UserError
+from lmjax.huggingface.gguf_export import encoded
+from lmjax.huggingface.gguf_names import halved, paired
+from lmjax.lm import LM
+from lmjax.nn.packed import Quantization
+from lmjax.tree import named_leaves
+
+gguf = pytest.importorskip("gguf", reason="pip install 'lmjax[gguf]'")
+RNG = np.random.default_rng(0)
+TEXT = "Document 7 tells\n  of naïve 日本 numbers."
+
+
+def of_files() -> object:
+    """`lmjax.compression.gguf`, which has the name of the package."""
+    from lmjax.compression import gguf as ours
+
+    return ours
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("q8_0", 127), ("q4_0", 8)])
+def test_blocks_are_what_the_package_reads(kind: str, largest: int) -> None:
+    w = RNG.standard_normal((3, 96)).astype(np.float32)
+    types = gguf.GGMLQuantizationType
+    near = gguf.quants.dequantize(encoded(w, kind), types[kind.upper()])
+    step = np.abs(w.reshape(3, 3, 32)).max(2, keepdims=True) / (largest - (kind == "q4_0"))
+    assert (np.abs(near.reshape(3, 3, 32) - w.reshape(3, 3, 32)) <= step * 0.51).all()
+
+
+def test_rows_of_heads_are_paired_and_halved_again() -> None:
+    w = np.arange(2 * 6).reshape(12, 1)  # two heads of six dimensions
+    assert paired(w, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    np.testing.assert_array_equal(halved(paired(w, 2), 2), w)
+
+
+def made(tmp_path: Path, lm: LM, kind: str = "") -> Path:
+    out = tmp_path / "model.gguf"
+    of_files().export_gguf(lm, out, kind=kind, log=lambda line: None)
+    return out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("weights", "kind"), [("", "f32"), ("int8", "q8_0"), ("int4", "q4_0")])
+def test_a_model_comes_back_with_its_integers_and_its_tokenizer(
+        weights: str, kind: str, tmp_path: Path) -> None:
+    lm = tiny_lm(embed_dim=64, mlp_dim=96, num_heads=4, num_kv_heads=2)
+    lm = quantize(lm, Quantization(weights, 64)) if weights else lm
+    file = made(tmp_path, lm, kind if not weights else "")
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(str(file)).tensors}
+    assert kind.upper() in types
+    back = of_files().import_gguf(file)
+    whole = lm.dense() if weights else lm
+    for (name, got), (_, want) in zip(named_leaves(back.params), named_leaves(whole.params),
+                                      strict=True):
+        # The integers are the same; their scales have 11 bits in the file.
+        np.testing.assert_allclose(got, want, rtol=2**-11 if weights else 0, err_msg=name)
+    assert [x.tolist() for x in back.tokenizer.encode_batch([TEXT])] == [
+        x.tolist() for x in lm.tokenizer.encode_batch([TEXT])]
+
+
+MODELS = {
+    "llama": dict(num_key_value_heads=2),
+    "mistral": dict(num_key_value_heads=2, sliding_window=None),
+    "qwen2": dict(num_key_value_heads=2),
+    "qwen3": dict(num_key_value_heads=2, head_dim=128),
+    "gpt2": {},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", MODELS)
+def test_transformers_reads_the_same_model(kind: str, tmp_path: Path) -> None:
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    sizes = (dict(n_embd=64, n_layer=2, n_head=4, n_positions=1024) if kind == "gpt2" else
+             dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                  intermediate_size=96, max_position_embeddings=64))
+    config = transformers.AutoConfig.for_model(kind, vocab_size=300, bos_token_id=0,
+                                                eos_token_id=0, **sizes, **MODELS[kind])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    folder, tokenizer = tmp_path / "hf", byte_level()
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    lm = lmjax.load(folder)
+    file = made(tmp_path, lm, "f32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        str(tmp_path), gguf_file=file.name).eval()
+    tokens = RNG.integers(0, 300, (2, 16)).astype(np.int32)
+    with torch.no_grad():
+        want, got = (m(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+                     for m in (model, theirs))
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    back = of_files().import_gguf(file)
+    np.testing.assert_allclose(back.logits(tokens), want, atol=2e-5)
+    assert back.tokenizer.encode_batch([TEXT])[0].tolist() == tokenizer.encode(TEXT).ids
+
+
+def byte_level() -> object:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    out = tokenizers.Tokenizer(models.BPE())
+    out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    out.decoder = decoders.ByteLevel()
+    out.train_from_iterator([TEXT, "some more words to merge, some more words"] * 20,
+                            trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"],
+                                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return out
+
+
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tmp_path / "x.gguf"
+    damaged.write_bytes(b"GGUF" + b"\0" * 40)
+    assert main(["import-gguf", str(damaged), "--out", str(tmp_path / "a")]) == 2
+    assert "expected a" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    assert main(["import-gguf", str(tmp_path / "none.gguf"), "--out", str(tmp_path / "a")]) == 2
+    assert "expected a GGUF file, got none" in capsys.readouterr().err
+    small = quantize(tiny_lm(embed_dim=64, mlp_dim=96), Quantization("int8"))
+    with pytest.raises(UserError, match="expected q8_0, f32 or f16 for int8 weights, got q4_0"):
+        made(tmp_path, small, "q4_0")
+    with pytest.raises(UserError, match="expected a model of one of the types"):
+        made(tmp_path, tiny_lm(moe={"experts": 2}))
+    assert not list(tmp_path.glob("*.part"))
