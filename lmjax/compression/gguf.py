@@ -7,8 +7,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from lmjax.data.chat import FILE
 from lmjax.errors import UserError
-from lmjax.huggingface.gguf_export import KINDS, write_gguf
+from lmjax.huggingface.gguf_export import KINDS, GGUFOptions, write_gguf
 from lmjax.huggingface.gguf_import import to_directory
 from lmjax.lm import LM, load
 from lmjax.models.packing import matrices, unpack_params
@@ -50,9 +51,9 @@ def export_gguf(lm: LM, out: Path, *, kind: str = "",
     elif lm.model.adapter.kind:
         whole = lm.merge()
     tokenizer = lm.need_tokenizer()
-    write_gguf(out, whole.model, whole.params, lm.reader, kind=kind, steps=steps,
-               source=lm.about.get("huggingface"), max_positions=lm.recipe.data.seq_len,
-               template=tokenizer.files.get("chat_template.jinja", b"").decode(), log=log)
+    options = GGUFOptions(kind, steps, lm.about.get("huggingface"), lm.recipe.data.seq_len,
+                          tokenizer.files.get(FILE, b"").decode())
+    write_gguf(out, whole.model, whole.params, lm.reader, options, log=log)
 
 
 def import_gguf(file: Path) -> LM:

@@ -29,12 +29,26 @@ from lmjax.nn.module import Params
 
 KINDS = ("f32", "f16", "q8_0", "q4_0")  # of tensors: as llama.cpp names them
 BLOCK = 32  # weights that share a scale in q8_0 and q4_0
+TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight")
 NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # kinds of tokens
 
 
-def write_gguf(out: Path, model: Model, params: Params, reader: Reader, *, kind: str = "f16",
-               steps: Params | None = None, source: Mapping[str, Any] | None = None,
-               max_positions: int = 0, template: str = "",
+@dataclasses.dataclass(frozen=True)
+class GGUFOptions:
+    """How a model is written as a GGUF file."""
+
+    # Of the matrices, one of `KINDS`. In q8_0 and q4_0 each 32 weights have a scale of 16 bits; the
+    # tables of tokens are q8_0 in both. A matrix whose inputs are no multiple of 32 is f16.
+    kind: str = "f16"
+    # By parameter, the step between neighbouring integers that each of its weights was rounded by,
+    # so that the file holds these integers; None: weights are rounded for it.
+    steps: Params | None = None
+    source: Mapping[str, Any] | None = None  # `HFModel.source`, if the model was imported
+    max_positions: int = 0  # length of the rows that the model was trained on, in tokens
+    template: str = ""  # of chats; "": none
+
+
+def write_gguf(out: Path, model: Model, params: Params, reader: Reader, options: GGUFOptions, *,
                log: Callable[[str], None] = print) -> None:
     """Writes a decoder as one file, which appears when it is complete.
 
@@ -43,28 +57,21 @@ def write_gguf(out: Path, model: Model, params: Params, reader: Reader, *, kind:
       model: the model.
       params: its parameters, float32.
       reader: how it reads a text.
-      kind: of the matrices, one of `KINDS`. In q8_0 and q4_0 a block of 32 weights has a scale of
-        16 bits; the tables of tokens are q8_0 in both. A matrix whose inputs are no multiple of 32
-        is f16.
-      steps: by parameter, the step between neighbouring integers that each weight of `params` was
-        rounded by, so that the file holds these integers; None: weights are rounded for it.
-      source: `HFModel.source`, if the model was imported.
-      max_positions: length of the rows that the model was trained on, in tokens.
-      template: of chats; "": none.
+      options: how it is written.
       log: prints a line for the user.
 
     Raises:
       UserError: GGUF does not hold such a model or tokenizer.
     """
     gguf = library()
-    config = model.config
+    config, kind = model.config, options.kind
     if config.family != "decoder" or config.head.outputs:
         raise UserError("a decoder that continues texts", "another model",
                         "export it as a Hugging Face directory", where="GGUF")
-    imported = (source or {}).get("settings", {})
+    imported = (options.source or {}).get("settings", {})
     if config.positions == "rope":
-        given = config.max_positions if imported or not max_positions else 0
-        config = dataclasses.replace(config, max_positions=max(given, max_positions))
+        given = config.max_positions if imported or not options.max_positions else 0
+        config = dataclasses.replace(config, max_positions=max(given, options.max_positions))
     settings = write_settings(config, imported.get("model_type", ""), None)
     settings = {**imported, **settings}
     architecture = architecture_of(settings, "GGUF")
@@ -72,14 +79,14 @@ def write_gguf(out: Path, model: Model, params: Params, reader: Reader, *, kind:
     shapes = tensor_shapes(model.shapes, table)
     name_of = tensor_namer(architecture, config.num_layers)
     get = tensor_getter(params, table)
-    step = tensor_getter(steps, table) if steps is not None else None
+    step = None if options.steps is None else tensor_getter(options.steps, table)
     part = out.with_name(out.name + ".part")
     writer = gguf.GGUFWriter(str(part), architecture.name)
     try:
         _add_settings(writer, architecture.name, settings, config, kind)
         _add_tokenizer(writer, reader, config.vocab_size, log)
-        if template:
-            writer.add_chat_template(template)
+        if options.template:
+            writer.add_chat_template(options.template)
         for theirs in shapes:
             w, of_w = get(theirs), step(theirs) if step else None
             if theirs.endswith(architecture.transposed):
@@ -125,11 +132,11 @@ def encoded(w: np.ndarray, kind: str, step: np.ndarray | None = None) -> np.ndar
     ints = np.clip(np.rint(blocks / safe[:, None]), -largest, largest).astype(np.int8)
     head = scale.astype(np.float16).view(np.uint8).reshape(-1, 2)
     if kind == "q8_0":
-        body = ints.view(np.uint8)
+        body = ints
     else:
-        low, high = np.split((ints + 8).astype(np.uint8), 2, axis=1)
+        low, high = np.split(ints + np.int8(8), 2, axis=1)
         body = low | (high << 4)
-    return np.concatenate([head, body], axis=1).reshape(*w.shape[:-1], -1)
+    return np.concatenate([head, body.view(np.uint8)], axis=1).reshape(*w.shape[:-1], -1)
 
 
 def _kind(name: str, w: np.ndarray, kind: str) -> str:
@@ -139,7 +146,7 @@ def _kind(name: str, w: np.ndarray, kind: str) -> str:
         return kind
     if w.shape[-1] % BLOCK:
         return "f16"
-    return "q8_0" if name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")) else kind
+    return "q8_0" if name.endswith(TABLES) else kind
 
 
 def _add_settings(writer: Any, architecture: str, settings: Mapping[str, Any], config: Any,
@@ -150,10 +157,8 @@ def _add_settings(writer: Any, architecture: str, settings: Mapping[str, Any], c
         if value is None and theirs == "n_inner":
             value = 4 * settings["n_embd"]
         key = f"{architecture}.{name}"
-        if isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_uint32(key, int(value))
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(key, value)
     if config.positions == "rope":
         dim = config.dims.head_dim
         writer.add_rope_dimension_count(dim)

@@ -170,7 +170,9 @@ def _write_tokenizer(out: Path, told: dict[str, Any], where: str) -> None:
 def _sentencepiece(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], *,
                    unigram: bool, space: bool, ids: dict[str, int | None]) -> bytes:
     """A SentencePiece model with these pieces, whose kinds GGUF numbers as it does."""
-    from sentencepiece import sentencepiece_model_pb2 as schema
+    from sentencepiece import sentencepiece_model_pb2
+
+    schema: Any = sentencepiece_model_pb2
 
     made = schema.ModelProto()
     for token, score, kind in zip(tokens, scores, kinds, strict=True):
