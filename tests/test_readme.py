@@ -132,7 +132,7 @@ def test_every_command_and_its_config_are_understood(page, monkeypatch, capsys):
 
 # The longest pages only with -m slow, for the time that .ci/run has.
 SLOW = ("speed.md", "data.md", "huggingface.md", "finetuning.md", "adapting.md", "tagging.md",
-        "distillation.md", "planning.md", "extending.md", "training.md")
+        "distillation.md", "compression.md", "planning.md", "extending.md", "training.md")
 
 
 @pytest.mark.parametrize("page", [
