@@ -63,7 +63,6 @@ def make_app(models: Sequence[Served], limits: Limits, *, key: str, hosts: Colle
         Route("/", index),
         Mount("/page", StaticFiles(directory=PAGE)),
     ]
-    # Of a client that has gone nobody reads the answer; the handler keeps it from the log.
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, key=key, hosts=hosts, most=most, metrics=metrics)],

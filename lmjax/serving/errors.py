@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from lmjax.errors import UserError
@@ -75,6 +75,8 @@ def of_exception(error: Exception) -> ApiError:
                         headers={"Retry-After": str(error.retry_after_seconds)})
     if isinstance(error, UserError):
         return ApiError(400, str(error), param=error.where or None, code="invalid_value")
+    if isinstance(error, ClientDisconnect):
+        return ApiError(499, "The client has gone.", code="gone")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, f"{error.detail}.", headers=error.headers)
     return ApiError(500, "The server failed; its log says why.", code="fault")

@@ -68,8 +68,8 @@ class Serving:
         app = make_app(models, limits, key=key, hosts=hosts, most=most,
                        draining=lambda: bool(self._signals))
         self._server = uvicorn.Server(uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, ws="none",
-            lifespan="off", timeout_keep_alive=IDLE_SECONDS,
+            app, log_config=None, log_level="error", access_log=False, server_header=False,
+            ws="none", lifespan="off", timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=int(drain_seconds) + CLOSING_SECONDS))
 
     def run(self) -> int:

@@ -48,6 +48,7 @@ def make(name: str, path: str, options: Namespace) -> Served:
     lm = load(path)
     engine = None
     if lm.model.config.family == "decoder":
+        say(f"compiling {name}")
         draft = load(options.draft) if options.draft else None
         engine = Engine(lm, draft=draft, queue=options.queue,
                         **{name: getattr(options, name) for name in PLAN})

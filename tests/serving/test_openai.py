@@ -5,6 +5,7 @@ import concurrent.futures
 import http.client
 import json
 import signal
+import socket
 import time
 
 import numpy as np
@@ -310,6 +311,16 @@ def test_what_is_no_request_of_the_api(server):
     headers = server.ask("/")[1]
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert "unsafe" not in headers["Content-Security-Policy"]
+
+
+def test_what_is_no_http_is_not_logged(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    before = server.text()
+    for _ in range(3):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(b"\x16\x03\x01 not http\xff\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
+    assert server.text() == before
 
 
 def test_a_killed_server_starts_again_at_the_same_port(server, folder, client, lm):

@@ -37,13 +37,14 @@ def test_schemathesis_finds_nothing(tmp_path, key):
     servers.make(tmp_path / "tiny", length=8192)  # what it makes up may be long
     servers.make(tmp_path / "vectors", "encoder", length=8192)
     server = servers.Server(tmp_path, tmp_path / "tiny", tmp_path / "vectors",
+                            "--max-length", "1024",  # for an answer without a limit of its own
                             env={"LMJAX_API_KEY": key} if key else {})
     header = ["--header", f"Authorization: Bearer {key}"] if key else []
     try:
         done = subprocess.run(
-            [SCHEMATHESIS, "run", f"{server.url}/openapi.json", "--max-examples", "60", "--seed",
-             "1", "--suppress-health-check", "all", *header], cwd=tmp_path, capture_output=True,
-            text=True, timeout=1200)
+            [SCHEMATHESIS, "run", f"{server.url}/openapi.json", "--max-examples", "40",
+             "--seed", "1", "--request-timeout", "120", "--suppress-health-check", "all", *header],
+            cwd=tmp_path, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stdout
         assert "Traceback" not in server.text() and server.stop() == 0
     finally:
