@@ -217,6 +217,8 @@ def add_export_hf(parser: ArgumentParser) -> None:
     add("--peft-base", default="", metavar="NAME",
         help="write the adapters alone, in the format of PEFT, for the base of this name or "
         "directory (default: adapters are merged into the weights)")
+    add("--packed", action="store_true",
+        help="write packed weights as they are, in the format of compressed-tensors")
 
 
 def export_hf(arguments: Namespace, overrides: Sequence[str]) -> None:
@@ -228,4 +230,10 @@ def export_hf(arguments: Namespace, overrides: Sequence[str]) -> None:
     options = {"model_type": arguments.model_type, "dtype": arguments.dtype,
                "max_shard_bytes": int(arguments.max_shard_gb * 1e9)}
     ExportOptions(**options)  # refuses a wrong option before the model is loaded
-    load(arguments.checkpoint).export(arguments.out, peft_base=arguments.peft_base, **options)
+    lm = load(arguments.checkpoint)
+    if arguments.packed:
+        from lmjax.compression.compressed_tensors import export_packed
+
+        export_packed(lm, Path(arguments.out), **options)
+    else:
+        lm.export(arguments.out, peft_base=arguments.peft_base, **options)

@@ -4,17 +4,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
+from lmjax.compression.steps import integer_steps
 from lmjax.data.chat import FILE
 from lmjax.errors import UserError
 from lmjax.huggingface.gguf_export import KINDS, GGUFOptions, write_gguf
 from lmjax.huggingface.gguf_import import to_directory
 from lmjax.lm import LM, load
-from lmjax.models.packing import matrices, unpack_params
-from lmjax.nn.module import Params
-from lmjax.nn.packed import FORMATS, NOT_QUANTIZED
 from lmjax.runtime.files import check_new
 
 OF_WEIGHTS = {"": "f16", "int8": "q8_0", "int8_dynamic": "q8_0", "int4": "q4_0"}
@@ -47,7 +42,7 @@ def export_gguf(lm: LM, out: Path, *, kind: str = "",
             raise UserError(f"{own}, f32 or f16 for {quantization.weights} weights", kind,
                             "choose one of them, or export the model they were made from",
                             where="--kind")
-        whole, steps = lm.dense(), _steps(lm) if kind == own else None
+        whole, steps = lm.dense(), integer_steps(lm) if kind == own else None
     elif lm.model.adapter.kind:
         whole = lm.merge()
     tokenizer = lm.need_tokenizer()
@@ -67,26 +62,3 @@ def import_gguf(file: Path) -> LM:
         lm = load(folder)
     lm.source = str(file)
     return lm
-
-
-def _steps(lm: LM) -> Params:
-    """The dense parameters with the step of its integers in place of each packed weight."""
-    plain = lm.model.with_quantization(NOT_QUANTIZED)
-    which = set(matrices(plain.functional))
-
-    def ones(params: Params, within: str = "") -> Params:
-        out: Params = {}
-        for key, node in params.items():
-            path = within + key
-            if path in which:
-                [name] = set(node) & set(FORMATS)
-                one = 1 if FORMATS[name].bits == 8 else 0x99  # 1 + 8 in each half
-                out[key] = {**node, name: jnp.full_like(node[name], one)}
-            else:
-                out[key] = ones(node, f"{path}/") if isinstance(node, dict) else node
-        return out
-
-    unpacked = jax.jit(lambda params: unpack_params(plain.functional, params,
-                                                    lm.model.quantization))(ones(lm.params))
-    found: Params = unpacked
-    return found

@@ -57,13 +57,14 @@ def ladder(lm: LM, texts: Sequence[str], *, calibration: Sequence[str] = (), gro
         log(f"{weights}: packing")
         made[weights] = quantize(lm, Quantization(weights, group), texts=seen, log=log)
     seconds: dict[str, list[float]] = {name: [] for name in made}
+    generators = {name: Generator(each.model, each.layout) for name, each in made.items()}
     for name, each in made.items():
         log(f"{name}: compiling")
-        _seconds(each)
+        _seconds(generators[name], each)
     for n in range(ROUNDS):
         log(f"timing: round {n + 1} of {ROUNDS}")
         for name, each in made.items():
-            seconds[name].append(_seconds(each))
+            seconds[name].append(_seconds(generators[name], each))
     rungs = []
     for name, each in made.items():
         log(f"{name}: scoring")
@@ -100,11 +101,11 @@ def draw(rungs: Sequence[Rung], out: str | os.PathLike) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         panels = figure.subplots(1, 2)
-        for axes, field, title in zip(panels, ("perplexity", "tokens_per_second"),
-                                      ("perplexity", "tokens per second of one answer"),
-                                      strict=True):
-            sizes, values = ([getattr(rung, name) for rung in rungs]
-                             for name in ("megabytes", field))
+        sizes = [rung.megabytes for rung in rungs]
+        worse = [100 * (rung.perplexity / rungs[0].perplexity - 1) for rung in rungs]
+        for axes, values, title in zip(
+                panels, (worse, [rung.tokens_per_second for rung in rungs]),
+                ("perplexity, % above float32", "tokens per second of one answer"), strict=True):
             axes.plot(sizes, values, color=COLORS["grid"], zorder=1)
             axes.scatter(sizes, values, color=COLORS["train"], s=40, zorder=2)
             for rung, size, value in zip(rungs, sizes, values, strict=True):
@@ -113,7 +114,9 @@ def draw(rungs: Sequence[Rung], out: str | os.PathLike) -> None:
             axes.set_title(title, loc="left")
             axes.set_xlabel("megabytes of parameters")
             axes.set_xlim(0, max(sizes) * 1.2)
-            axes.margins(y=0.25)
+        panels[0].set_ylim(min(-0.2, *worse), 1.2 * max(1.0, *worse))  # tiny changes look tiny
+        panels[1].set_ylim(0, None)
+        panels[1].margins(y=0.2)
         figure.savefig(out, dpi=150)
 
 
@@ -134,9 +137,8 @@ def _bits(lm: LM, dense: LM) -> float:
     return 8 * num_bytes(list(layers(lm.params).values())) / max(weights, 1)
 
 
-def _seconds(lm: LM) -> float:
-    """The time of one answer."""
-    generate = Generator(lm.model, lm.layout)  # no token ends its answers
+def _seconds(generate: Generator, lm: LM) -> float:
+    """The time of one answer, which no token ends."""
     began = time.perf_counter()
     generate(lm.params, [[1] * PROMPT], max_tokens=ANSWER, sampling=Sampling(0.0))
     return time.perf_counter() - began

@@ -124,7 +124,7 @@ def encoded(w: np.ndarray, kind: str, step: np.ndarray | None = None) -> np.ndar
         return np.ascontiguousarray(w, np.float32 if kind == "f32" else np.float16)
     largest = 127 if kind == "q8_0" else 7
     blocks = w.astype(np.float32).reshape(-1, BLOCK)
-    if step is None:
+    if step is None or not step.any():
         scale = np.abs(blocks).max(1) / largest
     else:
         scale = step.astype(np.float32).reshape(-1, BLOCK)[:, 0]
