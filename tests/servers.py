@@ -64,7 +64,8 @@ class Server:
     def start(self, *more):
         """Starts the process and waits until it answers."""
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-        environment = {**os.environ, "XLA_FLAGS": flags, **(self._env or {})}
+        environment = {**os.environ, "XLA_FLAGS": flags, **(self._env or {}),
+                       "JAX_COMPILATION_CACHE_DIR": str(self.log.parent / "cache")}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "lmjax.cli", "serve", *map(str, self._arguments), *more],

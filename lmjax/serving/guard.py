@@ -54,17 +54,24 @@ class Guard:
             await send(message)
 
         try:
+            await self._let_in(scope, receive, sending)
+        except Exception:
+            status = 500  # Starlette answers so, and logs the traceback
+            raise
+        finally:
+            endpoint = getattr(scope.get("endpoint"), "__name__", "other")
+            self._metrics.request(endpoint, status, time.monotonic() - began)
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
             self._check(scope)
         except ApiError as error:
-            await error.response()(scope, receive, sending)
-        else:
-            self._now += 1
-            try:
-                await self._app(scope, receive, sending)
-            finally:
-                self._now -= 1
-        endpoint = getattr(scope.get("endpoint"), "__name__", "other")
-        self._metrics.request(endpoint, status, time.monotonic() - began)
+            return await error.response()(scope, receive, send)
+        self._now += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._now -= 1
 
     def _check(self, scope: Scope) -> None:
         """

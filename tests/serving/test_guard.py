@@ -65,6 +65,18 @@ def test_names_of_this_machine(host, status):
     assert got == status and b"content-security-policy" in headers
 
 
+def test_a_fault_is_counted_and_passed_on():
+    async def app(scope, receive, send):
+        raise ZeroDivisionError
+
+    metrics = Metrics({})
+    guard = Guard(app, key="", hosts=(), most=1, metrics=metrics)
+    for _ in range(2):  # the first one has left its place
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(guard({"type": "http", "path": "/", "headers": []}, None, None))
+    assert b'lmjax_http_requests_total{endpoint="other",status="500"} 2.0' in metrics.text()
+
+
 def test_no_more_than_so_many_at_a_time():
     replies = ask(most=3, at_once=5)
     assert sorted(status for status, _, _ in replies) == [200, 200, 200, 429, 429]

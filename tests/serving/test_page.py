@@ -1,6 +1,7 @@
 """The page, in a real Chromium: somebody types, tokens arrive, a stop, a reload, a phone."""
 
 import os
+import shlex
 import shutil
 import signal
 
@@ -196,6 +197,26 @@ def contrast(*colours):
         r, g, b = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
         found.append(0.2126 * r + 0.7152 * g + 0.0722 * b)
     return (max(found) + 0.05) / (min(found) + 0.05)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/serving.md"])
+def test_three_commands_lead_to_the_page(tmp_path, browser, name):
+    """Those of the documentation; the server's is run on a free port."""
+    blocks = (servers.ROOT / name).read_text().split("```bash\n")[1:]
+    block = next(block for block in blocks if "lmjax serve" in block).split("```")[0]
+    install, serve, show = map(shlex.split, block.splitlines())
+    assert install == ["pip", "install", "-e", ".[serve]"]
+    assert show[:3] == ["python", "-m", "webbrowser"] and show[3] == "http://127.0.0.1:8000"
+    assert serve[:2] == ["lmjax", "serve"] and serve[3:] == []
+    servers.make(tmp_path / serve[2])
+    server = servers.Server(tmp_path, tmp_path / serve[2])
+    page = browser.new_page()
+    page.goto(show[3].replace(":8000", server.url[server.url.rindex(":"):]))
+    say(page, "the cat")
+    page.wait_for_selector(".token")
+    assert page.locator("#models button").inner_text() == "quickstart"
+    page.close()
+    assert server.stop() == 0
 
 
 def test_the_key_is_asked_for(folder, browser):
