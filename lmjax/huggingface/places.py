@@ -57,8 +57,9 @@ def locate(path: str | os.PathLike) -> Path:
     where = in_cache(path)
     kind = _kind(where)
     if kind == "GGUF file":
-        raise UserError("a directory with config.json and safetensors", "a GGUF file, which lmjax "
-                        "does not read yet", "fetch the model's safetensors", str(where))
+        raise UserError("a checkpoint or a directory with config.json and safetensors",
+                        "a GGUF file", "make a checkpoint of it: lmjax import-gguf FILE --out DIR",
+                        str(where))
     if kind == "weights file":
         if where.name != "model.safetensors":
             raise UserError("a model's directory", f"the file {where.name} alone", "name its "

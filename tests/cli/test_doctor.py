@@ -183,7 +183,7 @@ def test_files_of_hugging_face(tmp_path):
     assert "model.safetensors" in line
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\0\0\0")
     found = diagnose(str(tmp_path / "model.gguf"))
-    assert found.kind == "a GGUF file" and "does not read yet" in texts(found, BAD)[0]
+    assert found.kind == "a GGUF file" and "lmjax import-gguf" in texts(found, BAD)[0]
 
 
 @pytest.mark.long

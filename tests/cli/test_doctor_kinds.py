@@ -255,7 +255,7 @@ CASES = {
     "9 a hub's cache": (of("llama", lambda p: cache(p.parent, p)), GOOD, "files: "),
     "9 the file itself": (of("llama", to(WEIGHTS)), GOOD, "files: "),
     "9 GGUF": (of("llama", put("x.gguf", b"GGUF" + struct.pack("<I", 3)), to("x.gguf")), BAD,
-               "a GGUF file, which lmjax does not read yet"),
+               "lmjax import-gguf FILE"),
     "9 code of its own": (of("llama", config(auto_map={"AutoModel": "x.X"})), BAD, "auto_map"),
     "10 more tokens than rows": (of("llama", more_tokens), GOOD,
                                  "ids from 288 on have no row in the model and do not exist"),
