@@ -173,7 +173,7 @@ LAYOUTS = {
     "one shard": (lambda p: renamed(SHARD)(p), "weights file", "expected a model's directory, .*"),
     "an adapter": (add(adapter_config__json="{}"), "adapter",
                    "peft_type to be 'LORA'.*merge_and_unload"),
-    "GGUF": (gguf, "GGUF file", "a GGUF file, .*fetch the model's safetensors"),
+    "GGUF": (gguf, "GGUF file", "a GGUF file; .*lmjax import-gguf FILE"),
     "a pointer in place of weights": (
         add(model__safetensors=POINTER), "model", "whole safetensors file, .*fetch it again"),
     "a download that broke off": (cut, "model", "whole safetensors file, .*fetch it again"),
