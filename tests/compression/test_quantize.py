@@ -12,6 +12,7 @@ from lmjax.compression.quantize import quantize
 from lmjax.errors import UserError
 from lmjax.lm import LM
 from lmjax.nn.packed import Quantization, pack
+from lmjax.sharding import MeshConfig
 from lmjax.tree import named_leaves, num_bytes
 
 INT4 = Quantization("int4", 32)
@@ -53,6 +54,18 @@ def test_a_packed_model_cannot_be_packed_again_and_gives_its_float_weights_back(
     for (name, a), (_, b) in zip(named_leaves(small.params), named_leaves(again.params),
                                  strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.long
+def test_a_mesh_computes_what_one_device_does() -> None:
+    tokens = np.asarray([[1, 40, 41, 42, 60, 7, 9, 12]] * 4, np.int32)
+    sizes = dict(embed_dim=64, mlp_dim=96, num_heads=4, num_kv_heads=2)
+    small = quantize(tiny_lm(**sizes), INT4)
+    mesh = MeshConfig(data=1, fsdp=2, tensor=2)
+    split = quantize(tiny_lm(mesh=mesh, devices=4, **sizes), INT4)
+    assert any(len(leaf.sharding.device_set) == 4 and not leaf.is_fully_replicated
+               for _, leaf in named_leaves(split.params))
+    np.testing.assert_allclose(split.logits(tokens), small.logits(tokens), atol=2e-4)
 
 
 def test_too_few_texts_are_refused() -> None:

@@ -10,6 +10,8 @@ import pytest
 from lmjax.config import build
 from lmjax.errors import UserError
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.encdec import EncDecConfig
+from lmjax.models.encoder import EncoderConfig
 from lmjax.models.model import Model, build_model
 from lmjax.models.packing import matrices, pack_params, unpack_params
 from lmjax.nn import packed
@@ -121,6 +123,23 @@ def test_a_packed_model_computes_what_its_unpacked_weights_do(changed: dict) -> 
     logits, _ = step(ready, tokens[:, 11:], cache)
     np.testing.assert_allclose(logits, want[:, -1], atol=1e-5)
     assert num_bytes(tree) < 0.25 * num_bytes(params)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", [EncoderConfig, EncDecConfig])
+def test_every_family_is_packed(family: type) -> None:
+    config = build(family, dict(num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=4,
+                                mlp_dim=96, vocab_size=128))
+    model = build_model(config, vocab_size=128, platform="cpu", dtype=jnp.float32)
+    quantization = Quantization("int4", 32)
+    tree = pack_params(model.functional, model.init(jax.random.key(0)), quantization)
+    tokens = jnp.asarray(RNG.integers(0, 128, (2, 12)), jnp.int32)
+    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens),
+             "positions": jnp.broadcast_to(jnp.arange(12)[None], tokens.shape)}
+    batch |= {f"encoder_{name}": x for name, x in batch.items()}
+    got = model.with_quantization(quantization).logits(tree, batch)
+    want = model.logits(unpack_params(model.functional, tree, quantization), batch)
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_what_is_packed() -> None:
