@@ -70,8 +70,8 @@ COMMANDS = {
                       add_doctor, doctor),
     "report": Command("write report.html from the records of a run, finished or not",
                       runs.add_report, runs.report, needs_jax=False),
-    "bench": Command("measure training, generation, scoring, data preparation or fine-tuning, "
-                     "and compare with other libraries",
+    "bench": Command("measure training, generation, scoring, serving, data preparation or "
+                     "fine-tuning, and compare with other libraries",
                      runs.add_bench, runs.bench),
 }
 

@@ -165,8 +165,9 @@ def add_bench(parser: ArgumentParser) -> None:
     """Adds the arguments of `lmjax bench`."""
     _add_config(parser, required=False)
     parser.add_argument("what", nargs="?", default="train",
-                        choices=("train", "generate", "score", "data", "tasks"),
-                        help="score: likelihoods of texts beside their logits; "
+                        choices=("train", "generate", "score", "serve", "data", "tasks"),
+                        help="serve: many clients at once beside one and beside offline batches; "
+                        "score: likelihoods of texts beside their logits; "
                         "data: the stages of `lmjax prepare` and the rows of training; "
                         "tasks: what pretraining is worth for the recipes of configs/tasks; "
                         "the last two need no --config (default: train)")
@@ -184,7 +185,7 @@ def add_bench(parser: ArgumentParser) -> None:
 
 
 def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
-    """Measures training, generation, scoring, data preparation or fine-tuning."""
+    """Measures training, generation, scoring, serving, data preparation or fine-tuning."""
     options = {"seconds": arguments.seconds, "out": arguments.out}
     if not arguments.seconds > 0:
         raise UserError("more than 0", arguments.seconds, "leave it out for 60", where="--seconds")
@@ -198,6 +199,10 @@ def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
         from lmjax.benchmarks.score import bench_score
 
         bench_score(_recipe(arguments, overrides), **options)
+    elif arguments.what == "serve":
+        from lmjax.benchmarks.serve import bench_serve
+
+        bench_serve(_recipe(arguments, overrides), **options)
     elif arguments.what == "data":
         from lmjax.benchmarks.data import bench_data
 

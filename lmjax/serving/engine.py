@@ -199,12 +199,13 @@ class Engine:
             self._end(entry, "cancelled")
 
     def _read_prompts(self) -> None:
-        """Reads chunks of prompts, the oldest first: more of them where few rows run."""
-        running = len(self._rows) - self._rows.count(None)
+        """Reads chunks of prompts, the oldest first: one for each that has a row to go to.
+
+        So a single long prompt delays a step by one chunk, and many prompts fill free rows fast.
+        """
         with self._changed:
-            asking = min(len(self._waiting) + (self._reading is not None),
-                         len(self._rows) - running)
-        chunks = CHUNKS if not running else min(max(asking // running, 1), CHUNKS)
+            asking = len(self._waiting) + (self._reading is not None)
+        chunks = min(asking, max(self._rows.count(None), 1), CHUNKS)
         while chunks:
             if self._reading is None and not self._next_prompt():
                 return

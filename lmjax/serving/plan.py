@@ -8,7 +8,7 @@ import jax
 
 from lmjax.config import at_least
 from lmjax.data.reading import check_told
-from lmjax.decoding.generate import TokenIds
+from lmjax.decoding.generate import Generator, TokenIds
 from lmjax.decoding.inputs import check_numbers, check_positions
 from lmjax.decoding.reading import generator_of
 from lmjax.errors import UserError
@@ -87,13 +87,13 @@ def fit(plan: Plan, lm: LM, draft: LM | None) -> Fitted:
     """Fits a plan to the models.
 
     Raises:
-      UserError: a model is no decoder, has no tokenizer, or has fewer learned positions than the
-        plan's rows; the draft has another tokenizer; or the caches do not fit into memory.
+      UserError: a model is no decoder, or has fewer learned positions than the plan's rows; the
+        draft has another tokenizer; or the caches do not fit into memory.
     """
     lms = [lm] if draft is None else [lm, draft]
     for one in lms:
         _check_decoder(one)
-    if draft is not None and draft.need_tokenizer().hash != lm.need_tokenizer().hash:
+    if len({one.tokenizer and one.tokenizer.hash for one in lms}) > 1:
         raise UserError("a model with the same tokenizer", "another",
                         "train one on the same prepared data", "draft")
     if "huggingface" in lm.about:
@@ -110,7 +110,8 @@ def fit(plan: Plan, lm: LM, draft: LM | None) -> Fitted:
     slots = -(-(length + propose + bool(propose)) // chunk) * chunk
     kept = plan.slots * slots // 4 if plan.prefix_tokens < 0 else plan.prefix_tokens
     shapes = Shapes(plan.slots, slots, chunk, 0 if whole else -(-kept // chunk), propose)
-    generator = generator_of(lm.model, lm.layout, lm.reader)
+    generator = (Generator(lm.model, lm.layout) if lm.tokenizer is None
+                 else generator_of(lm.model, lm.layout, lm.reader))
     models = tuple(one.model for one in lms)
     _check_memory(models, shapes)
     return Fitted(dataclasses.replace(plan, max_length=length, chunk=chunk), models,
@@ -119,7 +120,6 @@ def fit(plan: Plan, lm: LM, draft: LM | None) -> Fitted:
 
 def _check_decoder(lm: LM) -> None:
     lm.need_vocabulary()
-    lm.need_tokenizer()
     if lm.model.config.family != "decoder":
         raise UserError("a decoder to serve", f"an {lm.model.config.family}",
                         "use lm.generate or lm.embed, which take a batch at a time")
