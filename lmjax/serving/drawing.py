@@ -3,6 +3,7 @@
 Shape suffixes: B rows, V vocab_size, A alternatives.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,25 @@ class Drawn(NamedTuple):
     their_logprobs: jax.Array  # float32 [B, A]
 
 
+class Told(NamedTuple):
+    """`Drawn` for the host, which reads one array per program: each costs as much as the next."""
+
+    packed: Any  # int32 [B, T, 3]: 0 or REAL or REAL + END, the token, the bits of its logprob
+    likeliest: Any  # int32 [B, T, A]: read only if a row wants it
+    their_logprobs: Any  # float32 [B, T, A]
+
+
+REAL, END = 1, 2
+
+
+def told(drawn: Drawn) -> Told:
+    """Packs what was drawn, [B, T]."""
+    flags = REAL * drawn.real + END * (drawn.real & drawn.is_end)
+    bits = jax.lax.bitcast_convert_type(drawn.logprob, jnp.int32)
+    return Told(jnp.stack([flags.astype(jnp.int32), drawn.token, bits], axis=-1), drawn.likeliest,
+                drawn.their_logprobs)
+
+
 def settings_of(request: Request) -> Settings:
     """The settings of one row."""
     sampling: Any = jax.tree.map(
@@ -67,13 +87,15 @@ def keys_at(settings: Settings, position_B: jax.Array) -> jax.Array:
         jax.random.fold_in(jax.random.key(seed), 0), position))(settings.seed, position_B)
 
 
-def biased(logits_BV: jax.Array, settings: Settings, ids: TokenIds) -> jax.Array:
-    """The logits with the rows' biases, and -inf for ids that are never drawn."""
+def biased(logits_BV: jax.Array, settings: Settings, ids: TokenIds,
+           then: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
+    """then(the logits with the rows' biases, and -inf for ids that are never drawn)."""
+    # One array of logits per branch: on a CPU each further one costs as much as drawing from it.
     return jax.lax.cond(
         jnp.any(settings.bias != 0),
-        lambda x: jax.vmap(lambda row, at, bias: row.at[at].add(bias))(
-            x, settings.bias_ids, settings.bias),
-        lambda x: x, drawable(logits_BV, ids))
+        lambda: then(jax.vmap(lambda row, at, bias: row.at[at].add(bias))(
+            drawable(logits_BV, ids), settings.bias_ids, settings.bias)),
+        lambda: then(drawable(logits_BV, ids)))
 
 
 def draw(logits_BV: jax.Array, seen_BV: jax.Array, settings: Settings, position_B: jax.Array,
@@ -85,8 +107,8 @@ def draw(logits_BV: jax.Array, seen_BV: jax.Array, settings: Settings, position_
       position_B: int32, of the token in its answer.
       real_B: bool, the rows that need a token.
     """
-    wanted = penalise(biased(logits_BV, settings, ids), seen_BV,
-                      settings.sampling.repetition_penalty)
+    wanted = biased(logits_BV, settings, ids, lambda logits: penalise(
+        logits, seen_BV, settings.sampling.repetition_penalty))
     token = sample(wanted, keys_at(settings, position_B), settings.sampling)
     return Drawn(real_B, token, ends(token, settings, ids),
                  *scored(logits_BV, token, ids, jnp.any(settings.alternatives)))
@@ -107,11 +129,11 @@ def scored(logits_BV: jax.Array, token_B: jax.Array, ids: TokenIds,
     Returns:
       float32 [B], int32 [B, A] and float32 [B, A], by the model at temperature 1.
     """
-    logprobs = jax.nn.log_softmax(logits_BV, axis=-1)
-    of = jnp.take_along_axis(logprobs, token_B[:, None], axis=-1)[:, 0]
+    log_sum = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+    of = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1) - log_sum
     shape = len(token_B), min(MAX_ALTERNATIVES, logits_BV.shape[-1])
     best, likeliest = jax.lax.cond(
         alternatives,
-        lambda: tuple(jax.lax.top_k(drawable(logprobs, ids), shape[1])),
+        lambda: tuple(jax.lax.top_k(drawable(logits_BV - log_sum, ids), shape[1])),
         lambda: (jnp.zeros(shape), jnp.zeros(shape, jnp.int32)))
-    return of, likeliest, best
+    return of[:, 0], likeliest, best

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from lmjax.lm import LM
-from lmjax.serving.drawing import Drawn, settings_of
+from lmjax.serving.drawing import Told, settings_of
 from lmjax.serving.entries import Entry, Flight, pieces_of
 from lmjax.serving.plan import Plan, fit
 from lmjax.serving.prefixes import Prefixes
@@ -158,8 +158,8 @@ class Engine:
         self._state, _ = p.join(self._state, self._page, logits, zero,
                                 np.zeros(shapes.slots, np.int32), zero, settings_of(WARM_UP))
         self._state = p.stop(self._state, zero)
-        self._state, drawn = p.step(self._params, self._state)
-        jax.block_until_ready(drawn)
+        self._state, told = p.step(self._params, self._state)
+        jax.block_until_ready(told)
 
     def _run(self) -> None:
         while True:
@@ -180,14 +180,14 @@ class Engine:
         self._read_prompts()
         rows = list(self._rows)
         if any(rows):
-            self._state, drawn = self._programs.step(self._params, self._state)
+            self._state, told = self._programs.step(self._params, self._state)
             with self._changed:
                 self._counts["steps"] += 1
                 self._counts["row_steps"] += len(rows) - rows.count(None)
-            self._took_off(drawn, rows)
+            self._took_off(told, rows)
         for _ in range(before):
             flight = self._flights.popleft()
-            flight.land(jax.device_get(flight.results))
+            flight.land(flight.results)
 
     def _sweep(self) -> None:
         """Takes cancelled requests out of the queue and out of their rows."""
@@ -202,10 +202,14 @@ class Engine:
         """Reads chunks of prompts, the oldest first: one for each that has a row to go to.
 
         So a single long prompt delays a step by one chunk, and many prompts fill free rows fast.
+        While most rows run, they wait for at most `CHUNKS` chunks.
         """
         with self._changed:
             asking = len(self._waiting) + (self._reading is not None)
-        chunks = min(asking, max(self._rows.count(None), 1), CHUNKS)
+        free = self._rows.count(None)
+        chunks = min(asking, max(free, 1))
+        if free < len(self._rows) // 2:
+            chunks = min(chunks, CHUNKS)
         while chunks:
             if self._reading is None and not self._next_prompt():
                 return
@@ -277,26 +281,26 @@ class Engine:
             entry.row = self._rows.index(None)
             prompt = np.zeros(self._shapes.slots, np.int32)
             prompt[: len(request.prompt)] = request.prompt
-            self._state, drawn = self._programs.join(
+            self._state, told = self._programs.join(
                 self._state, self._page, entry.logits, np.int32(entry.row), prompt,
                 np.int32(len(request.prompt)), settings_of(request))
             self._rows[entry.row] = entry
-            self._took_off(drawn, [entry])
+            self._took_off(told, [entry])
         entry.logits = self._reading = None
         return True
 
-    def _took_off(self, drawn: Drawn, rows: list[Entry | None]) -> None:
-        """Notes a dispatched program. A row that has drawn its last token is free from now on."""
+    def _took_off(self, told: Told, rows: list[Entry | None]) -> None:
+        """Notes a dispatched program. A row that has told its last token is free from now on."""
         for entry in filter(None, rows):
             entry.steps += 1
             if not entry.draws:
                 self._rows[entry.row] = None
-        self._flights.append(Flight(drawn, functools.partial(self._land_tokens, rows)))
+        self._flights.append(Flight(told, functools.partial(self._land_tokens, rows)))
 
-    def _land_tokens(self, rows: list[Entry | None], drawn: Drawn) -> None:
+    def _land_tokens(self, rows: list[Entry | None], told: Told) -> None:
         """Passes on what a program drew, [rows, tokens]."""
         passed = 0
-        for entry, pieces in pieces_of(rows, drawn):
+        for entry, pieces in pieces_of(rows, told):
             passed += len(pieces)
             for piece in pieces:
                 entry.emit(piece)

@@ -7,7 +7,9 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lmjax.serving.drawing import Drawn
+import numpy as np
+
+from lmjax.serving.drawing import END, Told
 from lmjax.serving.requests import Finished, Piece, Request, Sink, Ticket
 
 
@@ -49,12 +51,14 @@ class Entry:
         """Takes in the scores of tokens of the prompt, and of padding after them."""
         self.prompt_pieces += (Piece(token, float(logprob), self._likeliest(likeliest, theirs))
                                for token, logprob, likeliest, theirs in zip(
-                                   tokens, *scores, strict=False))
+                                   tokens, *map(np.asarray, scores), strict=False))
 
-    def take_token(self, token: int, logprob: float, likeliest: Any, theirs: Any) -> Piece:
-        """Counts a token of the answer."""
+    def take_token(self, token: int, logprob: float, told: Told, at: tuple[int, int]) -> Piece:
+        """Counts a token of the answer, which is at index `at` of `told`."""
         self.tokens += 1
-        return Piece(token, logprob, self._likeliest(likeliest, theirs))
+        if not self.request.alternatives:
+            return Piece(token, logprob)
+        return Piece(token, logprob, self._likeliest(told.likeliest[at], told.their_logprobs[at]))
 
     def _likeliest(self, tokens: Any, logprobs: Any) -> tuple[tuple[int, float], ...]:
         n = self.request.alternatives
@@ -68,17 +72,21 @@ class Flight(NamedTuple):
     land: Callable[[Any], None]
 
 
-def pieces_of(rows: Sequence[Entry | None], drawn: Drawn) -> Iterator[tuple[Entry, list[Piece]]]:
+def pieces_of(rows: Sequence[Entry | None], told: Told) -> Iterator[tuple[Entry, list[Piece]]]:
     """What each request that goes on gets of a program's tokens, [rows, tokens]."""
-    real, token, is_end, logprob = (x.tolist() for x in drawn[:4])
-    for i, entry in enumerate(rows):
+    packed = np.asarray(told.packed)
+    logprobs = packed[..., 2].view(np.float32).tolist()
+    if any(entry and entry.request.alternatives for entry in rows):
+        told = Told(packed, np.asarray(told.likeliest), np.asarray(told.their_logprobs))
+    for i, (entry, row) in enumerate(zip(rows, packed[..., :2].tolist(), strict=True)):
         if entry is None or entry.finished:
             continue
         pieces = []
-        for t in range(real[i].count(True)):
-            if is_end[i][t]:
+        for t, (flags, token) in enumerate(row):
+            if not flags:
+                break
+            if flags & END:
                 entry.stopped = True
                 break
-            pieces.append(entry.take_token(token[i][t], logprob[i][t], drawn.likeliest[i, t],
-                                           drawn.their_logprobs[i, t]))
+            pieces.append(entry.take_token(token, logprobs[i][t], told, (i, t)))
         yield entry, pieces

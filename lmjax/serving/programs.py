@@ -25,12 +25,14 @@ from lmjax.serving.drawing import (
     Array,
     Drawn,
     Settings,
+    Told,
     biased,
     draw,
     ends,
     keys_at,
     scored,
     settings_of,
+    told,
 )
 from lmjax.serving.requests import Request
 from lmjax.sharding import Layout
@@ -77,10 +79,10 @@ class Programs(NamedTuple):
     read_scored: Callable[..., tuple[jax.Array, Caches, tuple[jax.Array, ...]]]
     load: Callable[..., Caches]  # (donated page, pool, blocks [N], how many of them) -> page
     store: Callable[..., Caches]  # (donated pool, page, block, position in the page) -> pool
-    # (donated state, page, logits, row, prompt [S], its length, settings) -> (state, Drawn [1, 1]):
+    # (donated state, page, logits, row, prompt [S], its length, settings) -> (state, Told [1, 1]):
     # the row begins its answer
-    join: Callable[..., tuple[State, Drawn]]
-    step: Callable[..., tuple[State, Drawn]]  # (params, donated state) -> (state, Drawn [B, T])
+    join: Callable[..., tuple[State, Told]]
+    step: Callable[..., tuple[State, Told]]  # (params, donated state) -> (state, Told [B, T])
     stop: Callable[..., State]  # (donated state, row): the row draws nothing more
 
 
@@ -175,7 +177,7 @@ def _store(pool: Caches, page: Caches, to: Array, at: Array, *, block: int) -> C
 
 
 def _join(state: State, page: Caches, logits_1V: jax.Array, row: Array, prompt_S: jax.Array,
-          length: Array, settings: Settings, *, ids: TokenIds) -> tuple[State, Drawn]:
+          length: Array, settings: Settings, *, ids: TokenIds) -> tuple[State, Told]:
     seen = jnp.zeros(state.seen[:1].shape, bool).at[0, prompt_S].max(
         jnp.arange(prompt_S.shape[0]) < length)
     drawn = draw(logits_1V, seen, settings, jnp.zeros(1, jnp.int32), ids, jnp.ones(1, bool))
@@ -186,12 +188,12 @@ def _join(state: State, page: Caches, logits_1V: jax.Array, row: Array, prompt_S
     return State(jax.tree.map(lambda all, one: all.at[row].set(one[0]), state.settings, settings),
                  state.last.at[row].set(drawn.token[0]), state.answered.at[row].set(1),
                  state.running.at[row].set(more), state.seen.at[row].set(seen[0]),
-                 rows), jax.tree.map(lambda x: x[:, None], drawn)
+                 rows), told(jax.tree.map(lambda x: x[:, None], drawn))
 
 
 def _step(models: Sequence[Model], ids: TokenIds,
-          K: int) -> Callable[[Sequence[Params], State], tuple[State, Drawn]]:
-    def one(params: Sequence[Params], state: State) -> tuple[State, Drawn]:
+          K: int) -> Callable[[Sequence[Params], State], tuple[State, Told]]:
+    def one(params: Sequence[Params], state: State) -> tuple[State, Told]:
         logits, cache = models[0].step(params[0], state.last[:, None], state.caches[0])
         seen = jax.vmap(lambda row, token, real: row.at[token].max(real))(
             state.seen, state.last, state.running)
@@ -199,7 +201,7 @@ def _step(models: Sequence[Model], ids: TokenIds,
         state = state._replace(seen=seen)
         return _advanced(state, (cache,), jax.tree.map(lambda x: x[:, None], drawn))
 
-    def several(params: Sequence[Params], state: State) -> tuple[State, Drawn]:
+    def several(params: Sequence[Params], state: State) -> tuple[State, Told]:
         """Speculative decoding: the draft proposes K tokens, and the model checks them at once."""
         keys = keys_at(state.settings, state.answered)
         proposed, q_BKV, draft_cache = _proposals(models[1], params[1], state, K, ids, keys)
@@ -241,7 +243,7 @@ def _proposals(draft: Model, params: Params, state: State, K: int, ids: TokenIds
     return jnp.stack(proposed, axis=1), jnp.stack(q, axis=1), cache
 
 
-def _advanced(state: State, caches: Caches, drawn: Drawn) -> tuple[State, Drawn]:
+def _advanced(state: State, caches: Caches, drawn: Drawn) -> tuple[State, Told]:
     """The state after the tokens of `drawn`, [B, T]."""
     gained = jnp.sum(drawn.real, axis=1)
     last = jnp.take_along_axis(drawn.token, jnp.maximum(gained - 1, 0)[:, None], axis=1)[:, 0]
@@ -250,9 +252,9 @@ def _advanced(state: State, caches: Caches, drawn: Drawn) -> tuple[State, Drawn]
     # A row that does not run keeps its length: what is written next overwrites what it was fed.
     rows = tuple(new._replace(slot=old.slot + gained)
                  for old, new in zip(state.caches, caches, strict=True))
-    return state._replace(
-        last=jnp.where(state.running, last, state.last), answered=answered,
-        running=state.running & ~ended & (answered < state.settings.limit), caches=rows), drawn
+    running = state.running & ~ended & (answered < state.settings.limit)
+    return state._replace(last=jnp.where(state.running, last, state.last), answered=answered,
+                          running=running, caches=rows), told(drawn)
 
 
 def _moved(cache: Cache, first: Array) -> Cache:
