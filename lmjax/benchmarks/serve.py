@@ -41,7 +41,7 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {"equal, all at once": Workload((64, 64), (64, 64), 1),
-             "mixed, again and again": Workload((16, 128), (16, 128), 4)}
+             "mixed, again and again": Workload((16, 128), (16, 128), 3)}
 
 
 def bench_serve(recipe: Recipe, *, seconds: float = 60.0, out: str = "") -> Report:
