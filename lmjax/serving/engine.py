@@ -332,6 +332,9 @@ class Engine:
         with self._changed:
             self._counts["faults"] += 1
             entries = list(self._by_ticket.values())
+            # If there is no memory for a new batch either, nothing is taken any more.
+            closed, self._closed = self._closed, True
         for entry in entries:
             self._end(entry, "fault")
         self._begin_anew()
+        self._closed = closed
