@@ -123,7 +123,9 @@ class _Library(nn.Module):
 
         settings = write_settings(config)
         architecture = getattr(transformers, settings["architectures"][0])
-        self.model = architecture(transformers.AutoConfig.for_model(**settings))
+        # Some classes have a padding id beyond a small vocabulary.
+        self.model = architecture(transformers.AutoConfig.for_model(
+            **{"pad_token_id": 0, **settings}))
         if not config.tie_embeddings:  # T5's class unties its head only when it reads weights
             head = self.model.get_output_embeddings()
             head.weight = nn.Parameter(head.weight.detach().clone())
