@@ -6,6 +6,7 @@ process, without HTTP.
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import threading
 import time
@@ -37,11 +38,11 @@ class Workload(NamedTuple):
 
     prompt: tuple[int, int]  # the fewest and the most tokens of a prompt
     answer: tuple[int, int]  # of an answer
-    each: int  # requests per client, one after another
+    each: int  # requests per client, on average
 
 
 WORKLOADS = {"equal, all at once": Workload((64, 64), (64, 64), 1),
-             "mixed, again and again": Workload((16, 128), (16, 128), 2)}
+             "mixed, again and again": Workload((16, 128), (16, 128), 4)}
 
 
 def bench_serve(recipe: Recipe, *, seconds: float = 60.0, out: str = "") -> Report:
@@ -79,17 +80,16 @@ def _measure(lm: LM, work: Workload, seconds: float) -> Report:
     requests = _requests(work, lm.model.config.vocab_size)
     length = work.prompt[1] + work.answer[1]
     # No request begins as another one does, so the prefix cache would only cost time.
-    many, one = (Engine(lm, slots=slots, queue=0, max_length=length, prefix_tokens=0)
+    many, one = (Engine(lm, slots=slots, queue=CLIENTS, max_length=length, prefix_tokens=0)
                  for slots in (CLIENTS, 1))
     waits: list[float] = []
-    lists = [requests[client :: CLIENTS] for client in range(CLIENTS)]
-    alone = [request for asked in lists for request in asked][:ALONE]
+    alone = requests[:ALONE]
     generator = Generator(lm.model, lm.layout)
     cpu: dict[str, list[float]] = {"served": [], "offline": [], "alone": []}
     runs: dict[str, tuple[Callable[[], object], int]] = {
-        "served": (functools.partial(_serve, many, lists, waits), _tokens(requests)),
+        "served": (functools.partial(_serve, many, requests, CLIENTS, waits), _tokens(requests)),
         "offline": (functools.partial(_offline, generator, lm, requests), _tokens(requests)),
-        "alone": (functools.partial(_serve, one, [alone], []), _tokens(alone))}
+        "alone": (functools.partial(_serve, one, alone, 1, []), _tokens(alone))}
     runs = {name: (functools.partial(_spending, run, tokens, cpu[name]), tokens)
             for name, (run, tokens) in runs.items()}
     for engine in (many, one):
@@ -138,29 +138,27 @@ def _tokens(requests: Sequence[Request]) -> int:
     return sum(request.max_tokens for request in requests)
 
 
-def _serve(engine: Engine, lists: Sequence[Sequence[Request]], waits: list[float]) -> None:
-    """One client per list: each asks its requests one after another, the first ones at once."""
-    left, done = [len(lists)], threading.Event()
+def _serve(engine: Engine, requests: Sequence[Request], clients: int, waits: list[float]) -> None:
+    """Clients that begin together, each with one request after another of what is left to ask."""
+    left, ended, done = iter(requests), itertools.count(1), threading.Event()
 
-    def ask(client: int, number: int) -> None:
-        began, first = time.perf_counter(), [True]
+    def ask(request: Request) -> None:
+        began, is_first = time.perf_counter(), [True]
 
         def sink(item: Piece | Finished) -> None:
-            if first[0]:
-                first[0] = False
+            if is_first[0]:
+                is_first[0] = False
                 waits.append(time.perf_counter() - began)
             if isinstance(item, Finished):
-                if number + 1 < len(lists[client]):
-                    ask(client, number + 1)
-                else:
-                    left[0] -= 1
-                    if not left[0]:
-                        done.set()
+                if (following := next(left, None)) is not None:
+                    ask(following)
+                if next(ended) == len(requests):
+                    done.set()
 
-        engine.submit(lists[client][number], sink)
+        engine.submit(request, sink)
 
-    for client in range(len(lists)):
-        ask(client, 0)
+    for request in itertools.islice(left, clients):
+        ask(request)
     done.wait()
 
 

@@ -311,8 +311,6 @@ class Engine:
 
     def _end(self, entry: Entry, reason: Reason) -> None:
         entry.finished = True
-        entry.emit(Finished(reason, len(entry.request.prompt), entry.reused,
-                            tuple(entry.prompt_pieces)))
         with self._changed:
             if entry.row >= 0 and self._rows[entry.row] is entry:
                 self._rows[entry.row] = None
@@ -326,6 +324,9 @@ class Engine:
             seconds = time.monotonic() - entry.began
             self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)
             self._changed.notify_all()
+        # Who hears of the end finds its slot free.
+        entry.emit(Finished(reason, len(entry.request.prompt), entry.reused,
+                            tuple(entry.prompt_pieces)))
 
     def _fault(self) -> None:
         """Ends every request after an error, and begins anew with an empty batch."""
@@ -334,7 +335,9 @@ class Engine:
             entries = list(self._by_ticket.values())
             # If there is no memory for a new batch either, nothing is taken any more.
             closed, self._closed = self._closed, True
-        for entry in entries:
-            self._end(entry, "fault")
-        self._begin_anew()
-        self._closed = closed
+        try:
+            self._begin_anew()
+            self._closed = closed
+        finally:
+            for entry in entries:
+                self._end(entry, "fault")

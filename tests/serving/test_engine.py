@@ -299,7 +299,7 @@ def test_a_mesh_of_several_devices(lm, engine, mesh):
 
 @pytest.mark.parametrize("own, steps", [
     pytest.param(True, 8, marks=pytest.mark.slow, id="the model itself"),
-    pytest.param(False, 40, marks=pytest.mark.long, id="another")])
+    pytest.param(False, 40, marks=pytest.mark.slow, id="another")])
 def test_a_draft_changes_no_greedy_answer(lm, own, steps):
     engine = running(lm, draft=lm if own else tiny_lm(seed=1, num_layers=1), propose=4)
     prompts = random_prompts(10, 11)
