@@ -44,7 +44,7 @@ def add_serve(parser: ArgumentParser) -> None:
         help="tokens that the draft proposes at a time (default: 4)")
     add("--timeout", type=float, default=600.0,
         help="seconds after which an answer is given up (default: 600)")
-    add("--max-body", type=float, default=4.0, help="MB of a request's body at most (default: 4)")
+    add("--max-body", type=float, default=1.0, help="MB of a request's body at most (default: 1)")
     add("--drain", type=float, default=30.0,
         help="seconds that answers have to end in after SIGTERM (default: 30)")
 

@@ -13,6 +13,7 @@ from lmjax.serving import schema
 from lmjax.serving.requests import Busy
 
 INVALID, SERVER = "invalid_request_error", "server_error"
+MANY = 200  # faults of a body of which none is named
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 # The names of all fields of bodies.
 FIELDS = {name for model in vars(schema).values()
@@ -49,6 +50,8 @@ class ApiError(Exception):
 
 def of_validation(error: ValidationError) -> ApiError:
     """What is wrong with a body, by its deepest fault: the others are of other forms of a field."""
+    if error.error_count() > MANY:  # listing them all would take longer than anything else here
+        return ApiError(400, f"The body has {error.error_count():,} faults.", code="invalid_value")
     fault = max(error.errors(include_url=False, include_input=False),
                 key=lambda found: len(found["loc"]))
     loc = fault["loc"]

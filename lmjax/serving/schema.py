@@ -37,7 +37,10 @@ WHOLE = BeforeValidator(_whole)  # after the limits, which pydantic then knows t
 # Marks what /openapi.json narrows to the ids of the models that are served.
 TOKEN = "token-id"
 TokenId = Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={"format": TOKEN}), WHOLE]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+# The first fault of a list ends its check: a body may hold a million of them.
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+Rows = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1)]
 BiasKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -83,8 +86,7 @@ class CompletionRequest(Asked):
 
     model_config = ConfigDict(json_schema_extra=_needs("stream_options", "stream"))
 
-    prompt: (str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | TokenIds
-             | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)])
+    prompt: str | Texts | TokenIds | Rows
     max_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = Field(
         None, description="16 by default; 0 only scores the prompt (echo)")
     logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
@@ -104,7 +106,7 @@ class Message(Body):
     """What somebody said. A developer is the system."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: str | None = None
     refusal: None = Field(None, description=UNUSED)
 
@@ -128,7 +130,7 @@ class ChatRequest(Asked):
     model_config = ConfigDict(json_schema_extra={"allOf": [
         _needs("stream_options", "stream"), _needs("top_logprobs", "logprobs")]})
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = Field(
         None, description="by default up to the context's end")
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = Field(
@@ -142,7 +144,7 @@ class EmbeddingRequest(Body):
     """Asks for one vector per text."""
 
     model: str
-    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    input: str | Texts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: None = Field(None, description=UNUSED)
     user: str | None = Field(None, description="accepted and not used")
@@ -160,4 +162,4 @@ class DetokenizeRequest(Body):
     """Asks for the text of token ids."""
 
     model: str
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
