@@ -17,7 +17,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 SOURCE = Path(__file__).parent / "packed.cc"
 SYMBOLS = {8: "LmjaxInt8", 4: "LmjaxInt4"}  # by bits of a weight
@@ -62,7 +61,7 @@ def _library() -> Path | None:
         _tell("no C++ compiler (c++, g++, clang++ or $CXX)")
         return None
     source = SOURCE.read_bytes()
-    known = (source, jaxlib.__version__.encode(), compiler.encode(), _cpu(), repr(FLAGS).encode())
+    known = (source, jax.lib.__version__.encode(), compiler.encode(), _cpu(), repr(FLAGS).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmjax"
     name = f"packed-{hashlib.sha256(b'|'.join(known)).hexdigest()[:16]}.so"
     try:
