@@ -11,22 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 from lmjax.compression.gptq import rounded
-from lmjax.decoding.inputs import check_texts
+from lmjax.compression.inputs import grams
 from lmjax.errors import UserError
 from lmjax.lm import LM
 from lmjax.models.model import Model
 from lmjax.models.packing import as_dict, as_matrix, matrices, pack_params
-from lmjax.nn.layers import Dense
-from lmjax.nn.module import Params, functional
+from lmjax.nn.module import Params
 from lmjax.nn.packed import Quantization
-from lmjax.nn.recorded import recording
-
-LEAST_TOKENS = 1024  # of the texts that inputs are seen in
-ROWS = 8  # per pass
 
 
 def quantize(lm: LM, quantization: Quantization, *, texts: Sequence[str] = (),
@@ -57,72 +50,13 @@ def quantize(lm: LM, quantization: Quantization, *, texts: Sequence[str] = (),
                        out_shardings=shardings)
     params = pack_all(lm.params)
     if texts:
-        grams = _grams(lm, texts, log)
-        for path, gram in grams.items():
+        seen = grams(lm, texts, log)
+        for path, gram in seen.items():
             _replace(params, path, _by_gptq(lm.params, path, model, gram, quantization))
-        log(f"{len(grams)} kinds of matrices rounded by GPTQ")
+        log(f"{len(seen)} kinds of matrices rounded by GPTQ")
         params = jax.device_put(params, shardings)
     about = lm.about | {"quantization": dataclasses.asdict(quantization)}
     return LM(packed, params, lm.layout, lm.tokenizer, lm.recipe, about, lm.source)
-
-
-def _grams(lm: LM, texts: Sequence[str], log: Callable[[str], None]) -> dict[str, jax.Array]:
-    """By path of a dense kernel: the sums of x x^T over its inputs, [layers, I, I] or [I, I]."""
-    rows = _rows(lm, check_texts(texts, "texts"))
-    model, names = _recorder(lm.model)
-
-    @jax.jit
-    def run(params: Params, tokens: jax.Array, total: Any) -> Any:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None],
-                                     tokens.shape)
-        batch = {"tokens": tokens, "positions": positions, "segment_ids": jnp.ones_like(tokens)}
-        with recording(*names) as stacks:
-            model.hidden(params, batch)
-        found = {name: gram for stack in stacks for name, gram in stack.items()}
-        return found if total is None else jax.tree.map(jnp.add, total, found)
-
-    total = None
-    for at in range(0, len(rows), ROWS):
-        total = run(lm.params, jnp.asarray(rows[at : at + ROWS]), total)
-    log(f"inputs of {len(names)} kinds of matrices seen in {rows.size:,} tokens")
-    assert total is not None
-    return dict(total)
-
-
-def _rows(lm: LM, texts: Sequence[str]) -> np.ndarray:
-    """The texts' tokens, one after another, in rows of the length of training: int32 [B, T]."""
-    tokenizer, length = lm.need_tokenizer(), lm.recipe.data.seq_len
-    if lm.model.config.family == "encdec":
-        raise UserError("a decoder or an encoder", "an encoder-decoder", "leave the texts out",
-                        where="texts")
-    ids = [np.asarray([tokenizer.bos_id, *x]) for x in tokenizer.encode_batch(texts)]
-    every = np.concatenate(ids).astype(np.int32)
-    if len(every) < LEAST_TOKENS:
-        raise UserError(f"texts of {LEAST_TOKENS:,} tokens or more", f"{len(every):,}",
-                        "pass more text, like what the model reads", where="texts")
-    length = min(length, len(every))
-    count = len(every) // length
-    count -= count % ROWS if count > ROWS else 0  # one shape to compile
-    return every[: count * length].reshape(count, length)
-
-
-def _recorder(model: Model) -> tuple[Model, list[str]]:
-    """The model, whose dense layers record x^T x under the paths of their kernels."""
-    names: list[str] = []
-    known = matrices(model.functional)
-
-    def build(rngs: nnx.Rngs) -> nnx.Module:
-        module = model.functional.build(rngs)
-        names.clear()
-        for parts, node in nnx.iter_modules(module):
-            path = "/".join(map(str, parts)) + "/kernel"
-            if isinstance(node, Dense) and path in known:
-                node.recorded_as = path
-                names.append(path)
-        return module
-
-    made = dataclasses.replace(model, functional=functional(build))
-    return made, names
 
 
 def _by_gptq(params: Params, path: str, model: Model, gram: jax.Array,

@@ -114,6 +114,7 @@ class Block(nnx.Module):
             return scatter_sequence(self.mlp(y)), None
 
         with adapter_noise(layer.key), in_layer() as recorded:
+            record(entry=x_BTD)
             x, cache = self._add(x_BTD, attention, self.attention_norm, self.attention_post_norm,
                                  next(keys), layer.first)
             if self.cross_norm is not None:

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 import jax
 
 Recorded = dict[str, jax.Array]
-NAMES = ("state", "query", "key", "value")
+NAMES = ("entry", "state", "query", "key", "value")
 _WANTED: ContextVar[frozenset[str]] = ContextVar("wanted", default=frozenset())
 _STACKS: ContextVar[list[Recorded] | None] = ContextVar("stacks", default=None)
 _LAYER: ContextVar[Recorded | None] = ContextVar("layer", default=None)
@@ -22,8 +22,8 @@ def recording(*names: str) -> Iterator[list[Recorded]]:
     """Records these arrays of every layer of the models that are traced inside.
 
     Args:
-      names: of `NAMES`: state, the residual stream after a layer, [B, T, D]; query, key and value,
-        as self-attention uses them, [B, T, heads, head_dim].
+      names: of `NAMES`: entry and state, the residual stream before and after a layer, [B, T, D];
+        query, key and value, as self-attention uses them, [B, T, heads, head_dim].
 
     Yields:
       a list that gets an entry per stack of layers: arrays [layers, B, T, ...] by name.

@@ -68,6 +68,7 @@ class TrainConfig:
     # A regular expression: parameters in whose path it is found keep their values and have neither
     # gradients nor optimizer state, for example ^embedding/|layers/.*norm; "": all are trained.
     frozen: str = ""
+    keep_zeros: bool = False  # elements of matrices that are exactly 0 stay so: after pruning
     loss_chunk: int = 0  # positions whose logits exist at a time; 0: all
     log_every: int = 1  # steps per line of metrics.jsonl
 
@@ -210,6 +211,9 @@ class Recipe:
                             f"which needs the family {objective.architecture}",
                             "change one of them", where="data.objective.name")
         self._check_task()
+        if self.adapter.kind and self.train.keep_zeros:
+            raise UserError("false with adapters, which begin with zeros", True, "leave it out",
+                            where="train.keep_zeros")
         if self.sample.every and family != "decoder":
             raise UserError("0, since only a decoder continues prompts",
                             f"{self.sample.every} for the family {family}", "set 0",

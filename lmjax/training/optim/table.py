@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -26,7 +28,8 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformat
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any,
-                   by_path: Mapping[str, np.ndarray] | None = None) -> optax.GradientTransformation:
+                   by_path: Mapping[str, np.ndarray] | None = None, *,
+                   keep_zeros: bool = False) -> optax.GradientTransformation:
     """Returns the transformation that turns a gradient into an update of the weights.
 
     It clips, rescales, decays the weights and applies the learning rate, in this order; its state
@@ -37,15 +40,35 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any,
       total_steps: the step at which the schedule ends.
       axes: a tree like the parameters, whose leaves are tuples of axis names.
       by_path: of `groups.multipliers`; None or empty: all parameters learn at one rate.
+      keep_zeros: the elements of matrices that are exactly 0 stay 0.
     """
     choice("optimizer.name", config.name, OPTIMIZERS)
     decayed = ("matrix", "embedding") if config.decay_embeddings else ("matrix",)
     mask = map_axes(lambda a: kind_of(a) in decayed, axes)
+    # Zeros take no part in the norm of the gradient. Muon and Adafactor mix the elements of a
+    # matrix, so that their update has to be cut as well.
+    cut = [_without_zeros(axes)] if keep_zeros else []
     return optax.chain(
+        *cut,
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         OPTIMIZERS[config.name](config, axes),
         optax.add_decayed_weights(config.weight_decay, mask=mask),
         # Weights decay at their learning rate, so a multiplier holds for the decay, too.
         *([scale_by_multipliers(by_path)] if by_path else []),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+        *cut,
     )
+
+
+def _without_zeros(axes: Any) -> optax.GradientTransformation:
+    """Replaces the update of each element of a matrix that is 0 by 0.
+
+    It needs no state: what is 0 before a step is 0 after it, in a resumed run, too.
+    """
+    is_matrix = map_axes(lambda a: kind_of(a) == "matrix", axes)
+
+    def cut(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda u, p, matrix: jnp.where(p == 0, 0, u) if matrix else u,
+                            updates, params, is_matrix)
+
+    return optax.stateless(cut)
