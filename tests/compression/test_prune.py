@@ -116,7 +116,7 @@ def test_useless_parts_are_found_and_the_smaller_model_is_the_one_without_them(k
     by_hand = zeroed(lm, {"attention/out/kernel": (layers, queries),
                           "mlp/down/kernel": (layers, channels)})
     want = by_hand.logits(TOKENS)
-    np.testing.assert_allclose(small.logits(TOKENS), want, atol=1e-3)
+    np.testing.assert_allclose(small.logits(TOKENS), want, atol=1e-5 * np.abs(want).max())
     assert np.max(np.abs(want)) > 2
     assert small.generate(["Document 7"], max_tokens=5, temperature=0) == by_hand.generate(
         ["Document 7"], max_tokens=5, temperature=0)
@@ -159,7 +159,8 @@ def test_layers_keep_their_kinds_and_the_first_stays_if_it_norms_the_embeddings(
         kinds, pattern = small.model.config.kinds(3)
         assert tuple(kinds[pattern[i % len(pattern)]] for i in range(3)) == ("local", "global",
                                                                             "global")
-        np.testing.assert_allclose(small.logits(TOKENS), lm.logits(TOKENS), atol=1e-3)
+        want = lm.logits(TOKENS)
+        np.testing.assert_allclose(small.logits(TOKENS), want, atol=1e-5 * np.abs(want).max())
     else:
         np.testing.assert_array_equal(
             small.params["layers"]["block"]["mlp_norm"]["scale"][0],
