@@ -45,6 +45,9 @@ def compress(arguments: Namespace, overrides: Sequence[str]) -> None:
         _check_prune(arguments)
     if arguments.ladder:
         check_writable(arguments.ladder, "--ladder", file=True)
+        if Path(arguments.ladder).suffix not in (".png", ".svg"):
+            raise UserError("a picture, .png or .svg", arguments.ladder, "name one of these",
+                            where="--ladder")
         if not arguments.texts:
             raise UserError("texts to measure quality on", "none", "add --texts FILE ...",
                             where="--ladder")

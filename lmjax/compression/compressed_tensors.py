@@ -43,15 +43,15 @@ def export_packed(lm: LM, out: Path, *, log: Callable[[str], None] = print,
         raise UserError("a model with packed weights", "float32", "pack them first: lmjax compress",
                         where="--packed")
     config = lm.model.config
+    if config.moe.experts or config.positions == "learned":
+        raise UserError("a model whose layers are linear layers in transformers",
+                        "experts" if config.moe.experts else "a GPT-2", "leave --packed out",
+                        where="--packed")
     dense = lm.dense()
     with new_directory(out) as part:
         whole = part / "whole"
         dense.export(whole, log=lambda line: None, **options)
         settings = read_json(whole / "config.json")
-        if settings["model_type"] == "gpt2" or config.moe.experts:
-            raise UserError("a model whose layers are linear layers in transformers",
-                            settings["model_type"], "leave --packed out",
-                            where="--packed")
         table = rows_for(MODEL_TYPES[settings["model_type"]], config)
         get, step = (tensor_getter(params, table)
                      for params in (dense.params, integer_steps(lm)))

@@ -22,6 +22,7 @@ from lmjax.nn.module import Params, functional
 from lmjax.nn.recorded import Recorded, recording
 
 LEAST_TOKENS = 1024  # of the texts
+LONGEST = 2048  # tokens of a row: an imported model may take rows that no memory holds
 ROWS = 8  # per pass
 
 
@@ -91,7 +92,7 @@ def _rows(lm: LM, texts: Sequence[str]) -> np.ndarray:
     if len(every) < LEAST_TOKENS:
         raise UserError(f"texts of {LEAST_TOKENS:,} tokens or more", f"{len(every):,}",
                         "pass more text, like what the model reads", where="texts")
-    length = min(length, len(every))
+    length = min(length, LONGEST, len(every))
     count = len(every) // length
     count -= count % ROWS if count > ROWS else 0  # one shape to compile
     return every[: count * length].reshape(count, length)

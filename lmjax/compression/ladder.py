@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from lmjax.compression.quantize import quantize
 from lmjax.decoding.generate import Generator
+from lmjax.decoding.inputs import check_positions
 from lmjax.decoding.sampling import Sampling
 from lmjax.errors import UserError
 from lmjax.lm import LM
@@ -52,6 +53,7 @@ def ladder(lm: LM, texts: Sequence[str], *, calibration: Sequence[str] = (), gro
     if lm.model.config.family != "decoder":
         raise UserError("a decoder, whose speed is that of its answers", lm.model.config.family,
                         "leave --ladder out", where="--ladder")
+    check_positions(lm.model.config, PROMPT, "--ladder", answer=ANSWER)
     made = {"float32": lm, "bfloat16": _in_bfloat16(lm)}
     for weights, seen in (("int8", ()), ("int4", calibration)):
         log(f"{weights}: packing")

@@ -19,7 +19,7 @@ from lmjax.lm import LM
 from lmjax.models.model import Model
 from lmjax.models.packing import as_dict, as_matrix, matrices, pack_params
 from lmjax.nn.module import Params
-from lmjax.nn.packed import Quantization
+from lmjax.nn.packed import FORMATS, Quantization
 
 
 def quantize(lm: LM, quantization: Quantization, *, texts: Sequence[str] = (),
@@ -29,8 +29,8 @@ def quantize(lm: LM, quantization: Quantization, *, texts: Sequence[str] = (),
     Args:
       lm: a model with float32 weights, without adapters.
       quantization: the format of the integers.
-      texts: what the model reads. With texts, GPTQ rounds the matrices of layers so that their
-        outputs on them change least; without, each weight goes to the nearest integer. The tables
+      texts: what the model reads. With texts, GPTQ rounds the matrices of layers to int4 so that
+        their outputs on them change least; else each weight goes to the nearest integer. The tables
         of tokens and the matrices of experts are always rounded to the nearest.
       log: prints a line for the user.
 
@@ -44,17 +44,19 @@ def quantize(lm: LM, quantization: Quantization, *, texts: Sequence[str] = (),
     if model.quantization.weights:
         raise UserError("a model with float32 weights", model.quantization.weights,
                         "quantise the model that it was made from", where=lm.source)
+    if texts and FORMATS[quantization.weights].bits == 8:
+        log("8 bits are enough without texts: every weight goes to the nearest integer")
+        texts = ()
     packed = model.with_quantization(quantization)
+    seen = grams(lm, texts, log) if texts else {}
     shardings = lm.layout.tree(packed.axes, packed.shapes)
     pack_all = jax.jit(lambda params: pack_params(model.functional, params, quantization),
                        out_shardings=shardings)
     params = pack_all(lm.params)
-    if texts:
-        seen = grams(lm, texts, log)
-        for path, gram in seen.items():
-            _replace(params, path, _by_gptq(lm.params, path, model, gram, quantization))
-        log(f"{len(seen)} kinds of matrices rounded by GPTQ")
-        params = jax.device_put(params, shardings)
+    for n, (path, gram) in enumerate(seen.items()):
+        log(f"GPTQ: {path} ({n + 1} of {len(seen)} kinds of matrices)")
+        _replace(params, path, _by_gptq(lm.params, path, model, gram, quantization))
+    params = jax.device_put(params, shardings) if seen else params
     about = lm.about | {"quantization": dataclasses.asdict(quantization)}
     return LM(packed, params, lm.layout, lm.tokenizer, lm.recipe, about, lm.source)
 

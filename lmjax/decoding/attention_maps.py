@@ -52,6 +52,7 @@ def attention_maps(model: Model, params: Params, batch: Batch) -> np.ndarray:
       float32 [layers, B, H, T, S]; each token's weights sum to 1. The layers of an encoder-decoder
       are its encoder's.
     """
+    model, params = model.dense(params)
     maps: list[np.ndarray] = []
     kernel = dataclasses.replace(KERNELS["xla"], name="recording",
                                  run=functools.partial(_record, maps))

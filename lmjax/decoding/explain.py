@@ -100,6 +100,7 @@ class Question:
 def explain(model: Model, params: Params, layout: Layout, reader: Reader, question: Question,
             method: str) -> Explanation:
     """Explains the likelihood of a question's target; `method` is one of METHODS."""
+    model, params = model.dense(params)  # gradients are those of places in the float table
     run = _compiled(model, layout)
 
     def at_points(alphas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 from lmjax.data.reading import Reader
 from lmjax.data.tokenizers import SentencePieceTokenizer
 from lmjax.errors import UserError
+from lmjax.huggingface.gguf_import import SPLITS, byte_level
 from lmjax.huggingface.gguf_names import (
     architecture_of,
     heads_in,
@@ -22,7 +23,7 @@ from lmjax.huggingface.gguf_names import (
 from lmjax.huggingface.model_types import MODEL_TYPES
 from lmjax.huggingface.settings import write_settings
 from lmjax.huggingface.stored import rows_for
-from lmjax.huggingface.tokenizer_export import pieces_of, rules_of
+from lmjax.huggingface.tokenizer_export import PROBES, pad_of, rules_of
 from lmjax.huggingface.weights import tensor_getter, tensor_shapes
 from lmjax.models.model import Model
 from lmjax.nn.module import Params
@@ -30,7 +31,7 @@ from lmjax.nn.module import Params
 KINDS = ("f32", "f16", "q8_0", "q4_0")  # of tensors: as llama.cpp names them
 BLOCK = 32  # weights that share a scale in q8_0 and q4_0
 TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight")
-NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # kinds of tokens
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED = 1, 2, 3, 4, 5  # kinds of tokens, as SentencePiece's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +122,26 @@ def encoded(w: np.ndarray, kind: str, step: np.ndarray | None = None) -> np.ndar
       floats, or for q8_0 and q4_0 the bytes [..., I / 32 * bytes of a block].
     """
     if kind in ("f32", "f16"):
+        if kind == "f16" and np.abs(w).max(initial=0) > np.finfo(np.float16).max:
+            raise UserError("weights up to 65,504 for f16", f"{np.abs(w).max():g}", "write f32",
+                            where="--kind")
         return np.ascontiguousarray(w, np.float32 if kind == "f32" else np.float16)
     largest = 127 if kind == "q8_0" else 7
     blocks = w.astype(np.float32).reshape(-1, BLOCK)
-    if step is None or not step.any():
-        scale = np.abs(blocks).max(1) / largest
+    if step is not None and step.any():
+        steps = step.astype(np.float32).reshape(-1, BLOCK)
+        if (steps != steps[:, :1]).any():
+            raise UserError(f"groups that are multiples of {BLOCK} for {kind}", "smaller ones",
+                            "write f16, or pack with another --group", where="--kind")
+        scale = steps[:, 0]
+    elif kind == "q4_0":  # of its 16 values, the lowest stands for the largest weight
+        at = np.abs(blocks).argmax(1)[:, None]
+        scale = np.take_along_axis(blocks, at, 1)[:, 0] / np.float32(-8)
     else:
-        scale = step.astype(np.float32).reshape(-1, BLOCK)[:, 0]
-    safe = np.where(scale > 0, scale, 1)
-    ints = np.clip(np.rint(blocks / safe[:, None]), -largest, largest).astype(np.int8)
+        scale = np.abs(blocks).max(1) / largest
+    safe = np.where(scale != 0, scale, 1)
+    ints = np.clip(np.rint(blocks / safe[:, None]), -largest - (kind == "q4_0"),
+                   largest).astype(np.int8)
     head = scale.astype(np.float16).view(np.uint8).reshape(-1, 2)
     if kind == "q8_0":
         body = ints
@@ -174,38 +186,46 @@ def _add_settings(writer: Any, architecture: str, settings: Mapping[str, Any], c
 def _add_tokenizer(writer: Any, reader: Reader, rows: int, log: Callable[[str], None]) -> None:
     tokenizer = reader.names.tokenizer
     if isinstance(tokenizer, SentencePieceTokenizer):
-        _add_sentencepiece(writer, tokenizer, rows)
+        _add_sentencepiece(writer, reader, tokenizer, rows)
     else:
         _add_byte_level(writer, tokenizer, rows, log)
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
-    writer.add_pad_token_id(tokenizer.pad_id)
+    writer.add_pad_token_id(pad_of(tokenizer))
     writer.add_add_bos_token(bool(reader.prefix))
     writer.add_add_eos_token(bool(reader.suffix))
 
 
-def _add_sentencepiece(writer: Any, tokenizer: SentencePieceTokenizer, rows: int) -> None:
-    from lmjax.huggingface.tokenizers import adds_space
+def _add_sentencepiece(writer: Any, reader: Reader, tokenizer: SentencePieceTokenizer,
+                       rows: int) -> None:
+    from sentencepiece import sentencepiece_model_pb2
 
-    pieces = pieces_of(tokenizer)
-    whole = all(piece.score == int(piece.score) for piece in pieces if piece.kind == "normal")
-    kinds = {"control": CONTROL, "unknown": UNKNOWN, "byte": BYTE, "normal": NORMAL}
-    texts = [piece.text for piece in pieces]
-    of_piece = [USER if piece.text == "\n" else kinds[piece.kind] for piece in pieces]
-    scores = [piece.score for piece in pieces]
-    for i in range(len(pieces), rows):  # rows of the table that no token has
-        texts.append(f"<unused_{i}>")
-        of_piece.append(UNKNOWN + 3)
+    schema: Any = sentencepiece_model_pb2
+    model = schema.ModelProto.FromString(tokenizer.model)
+    if model.trainer_spec.model_type != model.trainer_spec.BPE:
+        raise UserError("a BPE tokenizer: llama.cpp reads a unigram's without its bytes", "unigram",
+                        "export the model as a Hugging Face directory", where="GGUF")
+    texts = [piece.piece for piece in model.pieces]
+    kinds, scores = [piece.type for piece in model.pieces], [p.score for p in model.pieces]
+    # A newline of ours is a piece that is found anywhere.
+    kinds = [USER if text == "\n" else kind for text, kind in zip(texts, kinds, strict=True)]
+    names = {i: (name, USER) for name, i in reader.names.ids.items()}
+    made, _ = rules_of(tokenizer)
+    if made is not None:
+        names |= {i: (token.content, CONTROL if token.special else USER)
+                  for i, token in made.get_added_tokens_decoder().items()}
+    for i in range(len(texts), rows):  # named ids of the model, and rows that no token has
+        name, kind = names.get(i, (f"<unused_{i}>", UNUSED))
+        texts.append(name)
+        kinds.append(kind)
         scores.append(0.0)
-    writer.add_tokenizer_model("llama" if whole else "t5")
+    writer.add_tokenizer_model("llama")
     writer.add_token_list(texts)
     writer.add_token_scores(scores)
-    writer.add_token_types(of_piece)
-    writer.add_add_space_prefix(adds_space(tokenizer))
-    writer.add_remove_extra_whitespaces(False)
-    unknown = next((i for i, kind in enumerate(of_piece) if kind == UNKNOWN), None)
-    if unknown is not None:
-        writer.add_unk_token_id(unknown)
+    writer.add_token_types(kinds)
+    writer.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)
+    writer.add_remove_extra_whitespaces(model.normalizer_spec.remove_extra_whitespaces)
+    writer.add_unk_token_id(kinds.index(UNKNOWN))
 
 
 def _add_byte_level(writer: Any, tokenizer: Any, rows: int, log: Callable[[str], None]) -> None:
@@ -218,17 +238,23 @@ def _add_byte_level(writer: Any, tokenizer: Any, rows: int, log: Callable[[str],
                         "export the model as a Hugging Face directory", where="GGUF")
     special = {token["id"]: token["special"] for token in described.get("added_tokens", [])}
     names = {i: name for name, i in made.get_vocab(with_added_tokens=True).items()}
+    tokens = [names.get(i, f"<unused_{i}>") for i in range(rows)]
+    kinds = [CONTROL if special.get(i) else USER if i in special else
+             NORMAL if i in names else UNUSED for i in range(rows)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    pre = next((pre for pre in ("gpt-2", *SPLITS)
+                if _splits_alike(made, byte_level(tokens, merges, kinds, pre))), None)
+    if pre is None:
+        raise UserError(f"a tokenizer that splits texts as gpt-2, {' or '.join(SPLITS)} do",
+                        "another", "export the model as a Hugging Face directory", where="GGUF")
+    log(f"llama.cpp splits texts by the rules that it calls {pre}")
     writer.add_tokenizer_model("gpt2")
-    pattern = json.dumps(described.get("pre_tokenizer"))
-    pre = next((name for name, mark in PATTERNS.items() if mark in pattern), "gpt-2")
-    log(f"llama.cpp will split texts by the rules it calls {pre}")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list([names.get(i, f"<unused_{i}>") for i in range(rows)])
-    writer.add_token_types([CONTROL if special.get(i) else USER if i in special else
-                            NORMAL if i in names else UNKNOWN + 3 for i in range(rows)])
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge)
-                             for merge in model["merges"]])
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
 
 
-# llama.cpp's name of a rule that splits texts, and what only its pattern has.
-PATTERNS = {"qwen2": "\\\\p{N}|", "llama-bpe": "\\\\p{N}{1,3}"}
+def _splits_alike(a: Any, b: Any) -> bool:
+    return all(a.encode(text, add_special_tokens=False).ids
+               == b.encode(text, add_special_tokens=False).ids for text in PROBES)

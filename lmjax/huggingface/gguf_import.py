@@ -71,8 +71,8 @@ def to_directory(file: Path, out: Path) -> None:
     stored = {tensor.name: tensor for tensor in reader.tensors}
     settings = _settings(told, name, stored, where)
     write_json(out / "config.json", settings)
-    _write_weights(out, settings, stored, where)
     _write_tokenizer(out, told, where)
+    _write_weights(out, settings, stored, where)
     if template := told.get("tokenizer.chat_template"):
         (out / "chat_template.jinja").write_text(template, encoding="utf-8")
 
@@ -87,7 +87,10 @@ def _settings(told: dict[str, Any], name: str, stored: dict[str, Any],
     kind = MODEL_TYPE[name]
     scaling = told.get(f"{name}.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in stored:
-        raise UserError("rotary positions without scaling", scaling,
+        raise UserError("rotary positions without scaling", "scaled ones",
+                        "use the model's Hugging Face directory", where=where)
+    if told.get(f"{name}.expert_count"):
+        raise UserError("a model without experts", "experts",
                         "use the model's Hugging Face directory", where=where)
     settings: dict[str, Any] = {"model_type": kind, "architectures": [
         MODEL_TYPES[kind].architecture], **ALWAYS[name]}
@@ -147,6 +150,10 @@ def _write_tokenizer(out: Path, told: dict[str, Any], where: str) -> None:
         return told.get(f"tokenizer.ggml.{name}", default)
 
     kind, tokens = of("model"), of("tokens")
+    lists = ("tokens", "merges") if kind == BYTE_LEVEL else ("tokens", "scores", "token_type")
+    if kind in (LLAMA, UNIGRAM, BYTE_LEVEL) and (
+            lost := next((name for name in lists if of(name) is None), "")):
+        raise UserError(f"tokenizer.ggml.{lost}", "none", "fetch the file again", where=where)
     if kind in (LLAMA, UNIGRAM):
         model = _sentencepiece(tokens, of("scores"), of("token_type"), unigram=kind == UNIGRAM,
                                space=bool(of("add_space_prefix", True)),
@@ -156,7 +163,7 @@ def _write_tokenizer(out: Path, told: dict[str, Any], where: str) -> None:
         write_json(out / HF_FILES[1], {"add_bos_token": bool(of("add_bos_token", kind == LLAMA)),
                                        "add_eos_token": bool(of("add_eos_token", False))})
     elif kind == BYTE_LEVEL:
-        _byte_level(tokens, of("merges"), of("token_type"), of("pre", "gpt-2"), where).save(
+        byte_level(tokens, of("merges"), of("token_type"), of("pre", "gpt-2"), where).save(
             str(out / HF_FILES[0]))
         roles = {f"{role}_token": tokens[i] for role in ("bos", "eos") if (
             i := of(f"{role}_token_id")) is not None}
@@ -198,8 +205,8 @@ def _sentencepiece(tokens: Sequence[str], scores: Sequence[float], kinds: Sequen
     return bytes(made.SerializeToString())
 
 
-def _byte_level(tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int] | None,
-                pre: str, where: str) -> Any:
+def byte_level(tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int] | None,
+               pre: str, where: str = "") -> Any:
     """A byte-level BPE of `tokenizers` with these tokens and merges."""
     import tokenizers
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -210,7 +217,8 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[in
     kinds = kinds or [1] * len(tokens)
     vocabulary = {token: i for i, token in enumerate(tokens)}
     pairs = [(a, b) for a, _, b in (merge.partition(" ") for merge in merges)]
-    made = tokenizers.Tokenizer(models.BPE(vocabulary, pairs))
+    # Llama 3 takes a word that is a token as it is.
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
     if pre in SPLITS:
         made.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated"),

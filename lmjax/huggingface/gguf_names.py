@@ -19,6 +19,7 @@ class Architecture(NamedTuple):
     # keys are stored in that order.
     pairs: bool = False
     transposed: tuple[str, ...] = ()  # ends of names of tensors that are stored [out, in]
+    activations: tuple[str, ...] = ("silu", "swish")  # those that llama.cpp computes for it
 
 
 ARCHITECTURES = {
@@ -26,7 +27,8 @@ ARCHITECTURES = {
     "mistral": Architecture("llama", pairs=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
-    "gpt2": Architecture("gpt2", transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight")),
+    "gpt2": Architecture("gpt2", transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+                         activations=("gelu_new", "gelu_pytorch_tanh", "gelu_fast")),
 }
 # Hugging Face's name of a setting, and GGUF's after "ARCHITECTURE.". Those of GPT-2 differ.
 SETTINGS = {
@@ -73,6 +75,15 @@ def architecture_of(settings: Mapping[str, Any], where: str) -> Architecture:
     if kind not in ARCHITECTURES:
         raise UserError(f"a model of one of the types {', '.join(ARCHITECTURES)}", kind,
                         "export it as a Hugging Face directory", where=where)
+    found = ARCHITECTURES[kind]
+    activation = settings.get("hidden_act", settings.get("activation_function"))
+    if activation not in found.activations:
+        raise UserError(f"the activation {found.activations[0]}, which llama.cpp computes for "
+                        f"{found.name}", activation, "export it as a Hugging Face directory",
+                        where=where)
+    if kind == "qwen3" and settings.get("attention_bias"):
+        raise UserError("a Qwen3 without biases", "attention_bias=true",
+                        "export it as a Hugging Face directory", where=where)
     scaling = settings.get("rope_scaling") or {}
     if settings.get("rope_parameters"):
         scaling = settings["rope_parameters"]
@@ -83,7 +94,7 @@ def architecture_of(settings: Mapping[str, Any], where: str) -> Architecture:
         raise UserError("attention without a window, which llama.cpp does not compute for this "
                         "architecture", f"sliding_window={settings['sliding_window']}",
                         "export it as a Hugging Face directory", where=where)
-    return ARCHITECTURES[kind]
+    return found
 
 
 def settings_of(kind: str) -> dict[str, str]:

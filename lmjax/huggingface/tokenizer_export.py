@@ -169,7 +169,7 @@ def _converted(tokenizer: SentencePieceTokenizer) -> tuple[Any, str]:
 
     if adds_space(tokenizer):
         return None, "its model adds a space before a text"
-    pieces = pieces_of(tokenizer)
+    pieces = _pieces(tokenizer)
     out = tokenizers.Tokenizer(_model(pieces))
     out.normalizer = normalizers.Replace(" ", SPACE)
     out.decoder = decoders.Sequence([
@@ -190,24 +190,24 @@ def _converted(tokenizer: SentencePieceTokenizer) -> tuple[Any, str]:
     return out, ""
 
 
-class PieceOfVocabulary(NamedTuple):
+class _Piece(NamedTuple):
     text: str
     score: float
     kind: str  # control, unknown, byte or normal
 
 
-def pieces_of(tokenizer: SentencePieceTokenizer) -> list[PieceOfVocabulary]:
+def _pieces(tokenizer: SentencePieceTokenizer) -> list[_Piece]:
     """The vocabulary of a SentencePiece model, in the order of its ids."""
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     tests = {"control": model.is_control, "unknown": model.is_unknown, "byte": model.is_byte}
-    return [PieceOfVocabulary(model.id_to_piece(i), model.get_score(i),
+    return [_Piece(model.id_to_piece(i), model.get_score(i),
                    next((kind for kind, test in tests.items() if test(i)), "normal"))
             for i in range(model.vocab_size())]
 
 
-def _model(pieces: Sequence[PieceOfVocabulary]) -> Any:
+def _model(pieces: Sequence[_Piece]) -> Any:
     """The unigram or BPE model of `tokenizers` with these pieces."""
     from tokenizers import models
 

@@ -18,7 +18,7 @@ from lmjax.models.cache import Cache, empty_cache
 from lmjax.models.decoder import Decoder, DecoderConfig
 from lmjax.models.encdec import EncDec, EncDecConfig
 from lmjax.models.encoder import Encoder, EncoderConfig
-from lmjax.models.packing import packed_functional
+from lmjax.models.packing import packed_functional, unpack_params
 from lmjax.models.transformer import TokenInfo
 from lmjax.nn.adapters import NO_ADAPTERS, AdapterConfig, is_adapter
 from lmjax.nn.kernels.choose import Kernel, Needs, choose_kernel
@@ -98,6 +98,13 @@ class Model:
         shapes, axes = packed_functional(dense.functional, quantization)
         made = dataclasses.replace(dense.functional, shapes=shapes, axes=axes)
         return dataclasses.replace(dense, functional=made, quantization=quantization)
+
+    def dense(self, params: Params) -> tuple["Model", Params]:
+        """The same model and its parameters with nothing packed."""
+        if not self.quantization.weights:
+            return self, params
+        plain = self.with_quantization(NOT_QUANTIZED)
+        return plain, unpack_params(plain.functional, params, self.quantization)
 
     def _with(self, adapter: AdapterConfig, dim: int) -> "Model":
         packed = self.quantization.weights

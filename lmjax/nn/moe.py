@@ -20,7 +20,7 @@ from lmjax.errors import UserError
 from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, Dense
 from lmjax.nn.module import Initializer, param
 from lmjax.nn.ops import MATMUL
-from lmjax.nn.packed import Packed, in_training
+from lmjax.nn.packed import NOT_QUANTIZED, Packed, in_training, rounded_to
 from lmjax.nn.quantized import matmuls_in
 from lmjax.nn.sequence import mesh_axes
 from lmjax.sharding import constrain, current_layout, platform
@@ -114,7 +114,7 @@ class MoE(nnx.Module):
         Returns:
           [B, T, D], and the router's statistics.
         """
-        with matmuls_in("auto"):
+        with matmuls_in("auto"), rounded_to(NOT_QUANTIZED):
             logits_BTE = self.router(x_BTD).astype(jnp.float32)
         probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         weights_BTk, experts_BTk = lax.top_k(probs_BTE, self.config.per_token)
@@ -127,7 +127,10 @@ class MoE(nnx.Module):
             y_BTD = self._dropless(x_BTD, weights_BTk, experts_BTk)
         if self.shared is not None:
             y = self.shared(x_BTD)
-            y_BTD += y if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x_BTD)) * y
+            if self.shared_gate is not None:
+                with rounded_to(NOT_QUANTIZED):
+                    y = jax.nn.sigmoid(self.shared_gate(x_BTD)) * y
+            y_BTD += y
         return y_BTD, _routing(logits_BTE, probs_BTE, experts_BTk, real_BT, kept)
 
     def _dropless(self, x_BTD: jax.Array, weights_BTk: jax.Array,

@@ -22,6 +22,7 @@ from jax import lax
 from lmjax.config import at_least, choice
 from lmjax.errors import UserError
 from lmjax.nn.kernels import native
+from lmjax.nn.recorded import is_in_layer
 from lmjax.sharding import num_devices, platform
 
 
@@ -201,9 +202,9 @@ def matmul(x: jax.Array, w: Packed, num_in: int = 1) -> jax.Array:
     x = x.reshape(*lead, -1)
     form = FORMATS[w.format]
     if platform() == "cpu" and num_devices() == 1 and rows <= FEW_ROWS and native.is_available():
-        y = native.multiply(x.reshape(rows, -1).astype(jnp.float32),
-                            w.values.reshape(-1, w.values.shape[-1]),
-                            w.scales.reshape(-1, w.scales.shape[-1]), form.bits)
+        flat = Packed(w.values.reshape(-1, w.values.shape[-1]),
+                      w.scales.reshape(-1, w.scales.shape[-1]), w.format)
+        y = _few_rows(x.reshape(rows, -1).astype(jnp.float32), flat)
         return y.reshape(*lead, *out).astype(x.dtype)
     dims = (((x.ndim - 1,), (len(out),)), ((), ()))
     scale = w.scales[..., 0].reshape((1,) * len(lead) + out)
@@ -218,6 +219,20 @@ def matmul(x: jax.Array, w: Packed, num_in: int = 1) -> jax.Array:
         return (y * scale).astype(x.dtype)
     y = lax.dot_general(x, w.dense(x.dtype), dims, preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _few_rows(x_MI: jax.Array, w: Packed) -> jax.Array:
+    """x by w, float32 [M, F], by `kernels.native`."""
+    form = FORMATS[w.format]
+    if form.dynamic:  # so that the result does not depend on how many rows there are
+        ints, step = _rounded(x_MI)
+        x_MI = ints.astype(jnp.float32) * step
+    return native.multiply(x_MI, w.values, w.scales, form.bits)
+
+
+_few_rows.defvjp(lambda x, w: (_few_rows(x, w), w),
+                 lambda w, g: (g @ w.dense(g.dtype), None))
 
 
 def _rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -239,12 +254,12 @@ def rounded_to(quantization: Quantization) -> Iterator[None]:
 
 
 def in_training(w: jax.Array, num_in: int, lead: int = 0) -> jax.Array:
-    """The kernel [*lead, *in, *out] as the innermost `rounded_to` rounds it.
+    """The kernel [*lead, *in, *out] of a layer as the innermost `rounded_to` rounds it.
 
     Its gradient is that of the kernel as it is (Bengio et al. 2013, arXiv:1308.3432).
     """
     q = _ROUNDED.get()
-    if not q.weights:
+    if not q.weights or not is_in_layer():
         return w
     by_output = by_outputs(w, num_in, lead)
     if not can_pack(by_output.shape[-1], q.weights):

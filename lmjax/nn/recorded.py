@@ -48,6 +48,11 @@ def in_layer() -> Iterator[Recorded]:
         _LAYER.reset(token)
 
 
+def is_in_layer() -> bool:
+    """Whether a layer of a stack is being traced."""
+    return _LAYER.get() is not None
+
+
 def record(**arrays: jax.Array) -> None:
     """Records those of the arrays that are wanted, if a layer is being traced.
 

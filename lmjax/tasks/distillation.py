@@ -18,6 +18,7 @@ from lmjax.nn.distillation import Known, Mix, Scorer, distilled_cross_entropy, k
 from lmjax.nn.losses import Loss
 from lmjax.nn.matching import relation_divergence, state_difference
 from lmjax.nn.module import Params
+from lmjax.nn.packed import NOT_QUANTIZED, rounded_to
 from lmjax.nn.quantized import matmuls_in
 from lmjax.nn.recorded import Recorded, recording
 from lmjax.sharding import Layout
@@ -205,7 +206,8 @@ def predictions(teacher: Model, config: DistillConfig, vocab_size: int, chunk: i
 
 def scorer(model: Model, params: Params, batch: Batch) -> Scorer:
     """What the logits of a teacher are computed from, in its compute dtype and without noise."""
-    with matmuls_in("auto"):  # train.matmul_dtype is the student's
+    # train.matmul_dtype and quantization are the student's.
+    with matmuls_in("auto"), rounded_to(NOT_QUANTIZED):
         hidden = model.hidden(params, batch)
     return Scorer(*hidden[:3], model.config.output_softcap)
 

@@ -96,7 +96,8 @@ def find(path: str | os.PathLike, *, step: int | str | None = None,
             return _unpacked(about, model, shardings, read)
         # A projection is read, and then left out.
         dim = about.get("projected_dim", 0)
-        whole = model.with_projection(dim) if dim else model
+        has_one = PROJECTION in about["checksums"][name]
+        whole = model.with_projection(dim) if has_one else model
         # Of a run with adapters, the checkpoint holds these alone.
         shapes, _ = split_tree(whole.shapes, about["checksums"][name].__contains__)
         shardings, _ = split_tree(_placed_as(whole.shapes, shardings),

@@ -211,6 +211,10 @@ class Recipe:
                             f"which needs the family {objective.architecture}",
                             "change one of them", where="data.objective.name")
         self._check_task()
+        if self.adapter.kind and self.quantization.weights:
+            raise UserError("no adapters, which are merged before weights are packed", "adapters",
+                            "train them without, merge, then lmjax compress",
+                            where="config.quantization.weights")
         if self.adapter.kind and self.train.keep_zeros:
             raise UserError("false with adapters, which begin with zeros", True, "leave it out",
                             where="train.keep_zeros")

@@ -57,6 +57,15 @@ def test_a_packed_model_cannot_be_packed_again_and_gives_its_float_weights_back(
 
 
 @pytest.mark.long
+def test_a_packed_model_explains_and_shows_its_attention() -> None:
+    small = quantize(a_model(), INT4)
+    text, whole = "Document 7 tells", small.dense()
+    np.testing.assert_allclose(small.explain(text).values, whole.explain(text).values, atol=1e-4)
+    np.testing.assert_allclose(small.attention_maps(text)[0], whole.attention_maps(text)[0],
+                               atol=1e-5)
+
+
+@pytest.mark.long
 def test_a_mesh_computes_what_one_device_does() -> None:
     tokens = np.asarray([[1, 40, 41, 42, 60, 7, 9, 12]] * 4, np.int32)
     sizes = dict(embed_dim=64, mlp_dim=96, num_heads=4, num_kv_heads=2)

@@ -34,8 +34,10 @@ def test_blocks_are_what_the_package_reads(kind: str, largest: int) -> None:
     w = RNG.standard_normal((3, 96)).astype(np.float32)
     types = gguf.GGMLQuantizationType
     near = gguf.quants.dequantize(encoded(w, kind), types[kind.upper()])
-    step = np.abs(w.reshape(3, 3, 32)).max(2, keepdims=True) / (largest - (kind == "q4_0"))
-    assert (np.abs(near.reshape(3, 3, 32) - w.reshape(3, 3, 32)) <= step * 0.51).all()
+    step = np.abs(w.reshape(3, 3, 32)).max(2, keepdims=True) / largest
+    # In q4_0 the opposite of the largest weight has no integer, and is one step off.
+    bound = step * (1.01 if kind == "q4_0" else 0.51)
+    assert (np.abs(near.reshape(3, 3, 32) - w.reshape(3, 3, 32)) <= bound).all()
 
 
 def test_rows_of_heads_are_paired_and_halved_again() -> None:
@@ -107,6 +109,29 @@ def test_transformers_reads_the_same_model(kind: str, tmp_path: Path) -> None:
     assert back.tokenizer.encode_batch([TEXT])[0].tolist() == tokenizer.encode(TEXT).ids
 
 
+@pytest.mark.parametrize("digits", [False, True])
+def test_only_a_tokenizer_that_splits_as_llama_cpp_does_is_written(digits: bool) -> None:
+    from tokenizers import pre_tokenizers
+
+    from lmjax.huggingface.gguf_export import _splits_alike
+    from lmjax.huggingface.gguf_import import byte_level as rebuilt
+
+    theirs = byte_level()
+    if digits:
+        theirs.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    model = json.loads(theirs.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    merges = [" ".join(pair) for pair in model["merges"]]
+    # Digits that merge tell the two apart.
+    merges, tokens = [*merges, "1 2"], [*tokens, "12"]
+    ours = rebuilt(tokens, merges, None, "gpt-2")
+    if not digits:
+        theirs = rebuilt(tokens, merges, None, "gpt-2")
+    assert _splits_alike(theirs, ours) != digits
+
+
 def byte_level() -> object:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -130,6 +155,10 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = quantize(tiny_lm(embed_dim=64, mlp_dim=96), Quantization("int8"))
     with pytest.raises(UserError, match="expected q8_0, f32 or f16 for int8 weights, got q4_0"):
         made(tmp_path, small, "q4_0")
+    with pytest.raises(UserError, match="expected groups that are multiples of 32 for q4_0"):
+        made(tmp_path, quantize(tiny_lm(embed_dim=64, mlp_dim=96), Quantization("int4", 16)))
+    with pytest.raises(UserError, match="expected the activation silu, .* got relu"):
+        made(tmp_path, tiny_lm(mlp="reglu"))
     with pytest.raises(UserError, match="expected a model of one of the types"):
         made(tmp_path, tiny_lm(moe={"experts": 2}))
     assert not list(tmp_path.glob("*.part"))

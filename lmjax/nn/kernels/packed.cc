@@ -58,9 +58,11 @@ inline float Sum(Floats v) {
 }
 
 // One group of one output times R rows of activations, which lie `stride` apart. Several sums run
-// beside each other, so that none waits for its last addition.
+// beside each other, so that none waits for its last addition. `sums` gets the sums by lane, and
+// `rest` those of what fills no vector.
 template <int R>
-inline void Int8Group(const float* x, int64_t stride, const uint8_t* w, int64_t size, float* sums) {
+inline void Int8Group(const float* x, int64_t stride, const uint8_t* w, int64_t size, Floats* sums,
+                      float* rest) {
   constexpr int kSums = R == 1 ? 4 : R == 2 ? 2 : 1;
   Floats s[R][kSums] = {};
   int64_t i = 0;
@@ -73,16 +75,18 @@ inline void Int8Group(const float* x, int64_t stride, const uint8_t* w, int64_t 
   }
   for (int r = 0; r < R; ++r) {
     for (int k = 1; k < kSums; ++k) s[r][0] += s[r][k];
-    sums[r] = Sum(s[r][0]);
+    sums[r] = s[r][0];
+    rest[r] = 0;
     for (int64_t j = i; j < size; ++j) {
-      sums[r] += static_cast<float>(static_cast<int8_t>(w[j])) * x[r * stride + j];
+      rest[r] += static_cast<float>(static_cast<int8_t>(w[j])) * x[r * stride + j];
     }
   }
 }
 
 // The low halves of the bytes are the first half of the group, the high halves the second.
 template <int R>
-inline void Int4Group(const float* x, int64_t stride, const uint8_t* w, int64_t size, float* sums) {
+inline void Int4Group(const float* x, int64_t stride, const uint8_t* w, int64_t size, Floats* sums,
+                      float* rest) {
   constexpr int kSums = R <= 2 ? 2 : 1;  // of each half
   const int64_t half = size / 2;
   Floats s[R][2 * kSums] = {};
@@ -101,9 +105,10 @@ inline void Int4Group(const float* x, int64_t stride, const uint8_t* w, int64_t 
   }
   for (int r = 0; r < R; ++r) {
     for (int k = 1; k < 2 * kSums; ++k) s[r][0] += s[r][k];
-    sums[r] = Sum(s[r][0]);
+    sums[r] = s[r][0];
+    rest[r] = 0;
     for (int64_t j = i; j < half; ++j) {
-      sums[r] += static_cast<float>((w[j] & 15) - kOffset) * x[r * stride + j] +
+      rest[r] += static_cast<float>((w[j] & 15) - kOffset) * x[r * stride + j] +
                  static_cast<float>((w[j] >> 4) - kOffset) * x[r * stride + half + j];
     }
   }
@@ -115,18 +120,22 @@ void Rows(const Task& t, int64_t row, int64_t first, int64_t last) {
   const float* x = t.x + row * t.inputs;
   for (int64_t f = first; f < last; ++f) {
     const uint8_t* w = t.values + f * stored;
-    float total[R] = {}, sums[R];
+    Floats total[R] = {}, sums[R];
+    float left[R] = {}, rest[R];
     for (int64_t n = 0; n < t.groups; ++n) {
       const uint8_t* part = w + n * group * kBits / 8;
       if constexpr (kBits == 8) {
-        Int8Group<R>(x + n * group, t.inputs, part, group, sums);
+        Int8Group<R>(x + n * group, t.inputs, part, group, sums, rest);
       } else {
-        Int4Group<R>(x + n * group, t.inputs, part, group, sums);
+        Int4Group<R>(x + n * group, t.inputs, part, group, sums, rest);
       }
       const float scale = t.scales[f * t.groups + n];
-      for (int r = 0; r < R; ++r) total[r] += scale * sums[r];
+      for (int r = 0; r < R; ++r) {
+        total[r] += scale * sums[r];
+        left[r] += scale * rest[r];
+      }
     }
-    for (int r = 0; r < R; ++r) t.y[(row + r) * t.outputs + f] = total[r];
+    for (int r = 0; r < R; ++r) t.y[(row + r) * t.outputs + f] = Sum(total[r]) + left[r];
   }
 }
 
