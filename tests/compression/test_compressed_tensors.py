@@ -26,8 +26,9 @@ def test_integers_lie_from_the_low_bits_up(bits: int) -> None:
             assert got - half == ints[row, i]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("weights", ["int8", "int4", "int8_dynamic"])
+@pytest.mark.parametrize("weights", [
+    pytest.param("int8", marks=pytest.mark.slow), pytest.param("int4", marks=pytest.mark.long),
+    pytest.param("int8_dynamic", marks=pytest.mark.slow)])
 def test_transformers_computes_the_same(weights: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")

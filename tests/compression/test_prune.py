@@ -122,7 +122,7 @@ def test_useless_parts_are_found_and_the_smaller_model_is_the_one_without_them(k
         ["Document 7"], max_tokens=5, temperature=0)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_measures_are_those_of_a_model_run_layer_by_layer():
     """The influence from the states of models cut short, the energy of heads by taking each out."""
     lm = a_model(num_layers=2)
@@ -146,7 +146,7 @@ def test_the_measures_are_those_of_a_model_run_layer_by_layer():
     assert score == pytest.approx(float(1 - jnp.mean(cosine)), rel=1e-3)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("config, kept", [
     (dict(sliding_window=8, layer_pattern=("local", "global")), ("local", "global", "global")),
     (dict(embedding_norm="first"), ())])
@@ -225,7 +225,7 @@ def trained(tmp_path_factory) -> tuple[str, list[str]]:
     return str(folder / "run"), texts
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_command_writes_a_smaller_model_and_says_what_went(
         trained, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     run, texts = trained

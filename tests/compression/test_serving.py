@@ -11,8 +11,8 @@ from lmjax.serving.engine import Engine
 from lmjax.serving.requests import Request
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", [pytest.param("int8", marks=pytest.mark.slow),
+                                     pytest.param("int4", marks=pytest.mark.long)])
 def test_answers_are_those_of_one_prompt_at_a_time(weights: str) -> None:
     lm = quantize(tiny_lm(embed_dim=64, mlp_dim=96), Quantization(weights, 32))
     rng = np.random.default_rng(0)

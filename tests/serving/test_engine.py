@@ -214,7 +214,7 @@ def test_a_full_queue_and_a_drain_refuse(lm):
     assert {collect(box).end.reason for box in boxes} <= {"length", "stop"}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_drain_that_takes_too_long_cancels(lm):
     engine, box = running(lm), queue.Queue()
     hold = threading.Event()
@@ -368,7 +368,7 @@ def test_models_and_sizes_that_are_refused(lm):
         assert str(error.value).startswith(words)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_program_is_warmed_up_but_the_one_for_scores(engine):
     """A request would wait for the compiler otherwise."""
     sizes = {name: program._cache_size()
