@@ -6,9 +6,8 @@
 The corpus is the standard library of the interpreter, so nothing is downloaded. It takes about ten
 minutes on two CPU cores. `configs/bert.py:tiny` is the same recipe, made small for tests: it takes
 seconds. ModernBERT is BERT (Devlin et al. 2018, arXiv:1810.04805) with norms before the layers,
-rotary positions and local attention. At this size that is what makes it learn: after 200 steps its
-loss is 4.2, while `preset="bert-base"` in its place stays above 5.2 for 2,000 steps, hardly better
-than the frequencies of tokens.
+rotary positions and local attention. A model of this size needs them: this one has a loss of 4.0
+after 300 steps, and one with `preset="bert-base"` has 5.35 after 2,000.
 """
 
 from ml_collections import ConfigDict

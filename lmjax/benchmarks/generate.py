@@ -17,11 +17,11 @@ import jax
 import numpy as np
 
 from lmjax import huggingface
+from lmjax.benchmarks.models import model_of
 from lmjax.benchmarks.rounds import Report, Turn, in_turn, write_report
 from lmjax.decoding.generate import CHUNK, Generator
 from lmjax.decoding.sampling import Sampling
 from lmjax.lm import load
-from lmjax.models.model import build_model
 from lmjax.runtime.devices import use_compilation_cache
 from lmjax.training.recipe import Recipe
 from lmjax.tree import num_elements
@@ -43,10 +43,7 @@ def bench_generate(recipe: Recipe, *, seconds: float = 60.0, out: str = "") -> R
     Returns:
       the figures. Tokens per second include the time to read the prompts.
     """
-    platform = jax.devices()[0].platform
-    vocab_size = recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
-    model = build_model(recipe.model, vocab_size=vocab_size, platform=platform,
-                        dtype=recipe.train.dtype(platform))
+    model = model_of(recipe)
     report = {"device": jax.devices()[0].device_kind, "dtype": str(model.dtype), "prompt": PROMPT,
               "new": NEW, "parameters": num_elements(model.shapes)}
     with tempfile.TemporaryDirectory() as directory:

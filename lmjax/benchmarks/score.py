@@ -3,7 +3,6 @@
 Scoring needs one number per token, so it should cost about as much as the logits do, or less.
 """
 
-import dataclasses
 import functools
 import statistics
 import time
@@ -13,11 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.benchmarks.models import random_decoder
 from lmjax.benchmarks.rounds import Report, Turn, in_turn, write_report
-from lmjax.errors import UserError
 from lmjax.lm import LM
-from lmjax.models.model import build_model
-from lmjax.sharding import MeshConfig, make_layout
 from lmjax.training.recipe import Recipe
 from lmjax.tree import num_elements
 
@@ -40,23 +37,16 @@ def bench_score(recipe: Recipe, *, seconds: float = 60.0, out: str = "") -> Repo
     Raises:
       UserError: the model is no decoder.
     """
-    if recipe.model.family != "decoder":
-        raise UserError("a decoder, which has likelihoods of texts", f"an {recipe.model.family}",
-                        "take another, such as configs/bench.py", where="--config")
+    lm = random_decoder(recipe, wanted="a decoder, which has likelihoods of texts",
+                        example="configs/bench.py")
     platform = jax.devices()[0].platform
-    vocab_size = recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
-    model = build_model(recipe.model, vocab_size=vocab_size, platform=platform,
-                        dtype=recipe.train.dtype(platform))
-    lm = LM(model, jax.jit(model.init)(jax.random.key(0)),
-            make_layout(MeshConfig(), jax.devices()[:1]), None,
-            dataclasses.replace(recipe, model=model.config), {"step": 0})
     clock, unit = ((time.process_time, "CPU s") if platform == "cpu" else (time.perf_counter, "s"))
     work = _work(lm)
     times = in_turn([_turn(name, run, clock) for name, run in work.items()], seconds, clock)
     beside = {_score(n): _logits(n) for n in BATCHES} | {_end(): _logits(1)}
     report: Report = {
-        "device": jax.devices()[0].device_kind, "dtype": str(model.dtype), "unit": unit,
-        "parameters": num_elements(model.shapes), "vocabulary": model.config.vocab_size,
+        "device": jax.devices()[0].device_kind, "dtype": str(lm.model.dtype), "unit": unit,
+        "parameters": num_elements(lm.model.shapes), "vocabulary": lm.model.config.vocab_size,
         "rounds": len(times[_end()]),
         "seconds": {name: statistics.median(values) for name, values in times.items()},
         "beside_logits": {

@@ -4,7 +4,6 @@ The three answer the same requests, in turn. The clients talk to the engine of `
 process, without HTTP.
 """
 
-import dataclasses
 import functools
 import itertools
 import statistics
@@ -16,15 +15,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from lmjax.benchmarks.models import random_decoder
 from lmjax.benchmarks.rounds import Report, Turn, in_turn, write_report
 from lmjax.decoding.generate import Generator
 from lmjax.decoding.sampling import Sampling
-from lmjax.errors import UserError
 from lmjax.lm import LM
-from lmjax.models.model import build_model
 from lmjax.serving.engine import Engine
 from lmjax.serving.requests import Finished, Piece, Request
-from lmjax.sharding import MeshConfig, make_layout
 from lmjax.training.recipe import Recipe
 from lmjax.tree import num_elements
 
@@ -58,18 +55,9 @@ def bench_serve(recipe: Recipe, *, seconds: float = 60.0, out: str = "") -> Repo
     Raises:
       UserError: the model is no decoder.
     """
-    if recipe.model.family != "decoder":
-        raise UserError("a decoder to serve", f"an {recipe.model.family}",
-                        "take another, such as configs/quickstart.py", where="--config")
-    platform = jax.devices()[0].platform
-    vocab_size = recipe.model.vocab_size or recipe.data.tokenizer.vocab_size
-    model = build_model(recipe.model, vocab_size=vocab_size, platform=platform,
-                        dtype=recipe.train.dtype(platform))
-    lm = LM(model, jax.jit(model.init)(jax.random.key(0)),
-            make_layout(MeshConfig(), jax.devices()[:1]), None,
-            dataclasses.replace(recipe, model=model.config), {"step": 0})
-    report: Report = {"device": jax.devices()[0].device_kind, "dtype": str(model.dtype),
-                      "parameters": num_elements(model.shapes), "clients": CLIENTS}
+    lm = random_decoder(recipe, wanted="a decoder to serve", example="configs/quickstart.py")
+    report: Report = {"device": jax.devices()[0].device_kind, "dtype": str(lm.model.dtype),
+                      "parameters": num_elements(lm.model.shapes), "clients": CLIENTS}
     report["workloads"] = {name: _measure(lm, work, seconds) for name, work in WORKLOADS.items()}
     _print(report)
     write_report(report, out)

@@ -66,3 +66,17 @@ def _expanded(where: str, value: object) -> object:
     if not isinstance(value, AnyPath | LocalPath):
         return value
     return paths.expand(value, where, bucket=isinstance(value, AnyPath))
+
+
+def read_text(path: str) -> str:
+    """The text of a file, with its line ends as they are.
+
+    Raises:
+      UserError: it is not UTF-8.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise UserError("UTF-8 text", error, "convert it, for example with `iconv -t UTF-8`",
+                        where=path) from None

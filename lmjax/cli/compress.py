@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from lmjax.cli.arguments import AnyPath, LocalPath
+from lmjax.cli.arguments import AnyPath, LocalPath, read_text
 from lmjax.errors import UserError
 from lmjax.runtime.files import check_new, check_writable
 
@@ -25,10 +25,10 @@ def add_compress(parser: ArgumentParser) -> None:
     add("--group", type=int,
         help="inputs that share a scale in int4 (default: 128)")
     add("--texts", action="extend", nargs="+", default=[], type=LocalPath, metavar="FILE",
-        help="texts like those that the model reads: its matrices are rounded so that their "
-        "outputs on these change least (GPTQ)")
+        help="texts like those that the model reads: int4 is rounded so that the outputs on these "
+        "change least (GPTQ), and --prune removes what does least on them")
     add("--prune", default="", metavar="PARTS",
-        help="remove what matters least on the texts instead: layers=2,heads=0.25,mlp=0.25 (the "
+        help="remove what matters least instead: layers=2,heads=0.25,mlp=0.25 (the "
         "number of layers; shares of the key heads, with their query heads, and of the channels of "
         "MLPs), weights=0.5 (zeros among the inputs of each output) or weights=2:4")
     add("--ladder", default="", type=LocalPath, metavar="PICTURE",
@@ -57,7 +57,7 @@ def compress(arguments: Namespace, overrides: Sequence[str]) -> None:
 
     group = 128 if arguments.group is None else arguments.group
     quantization = Quantization(arguments.weights or "int8", group)
-    texts = [_read(path) for path in arguments.texts]
+    texts = [read_text(path) for path in arguments.texts]
     if arguments.prune:
         return _prune(arguments, texts)
     from lmjax.compression.ladder import draw, ladder, table
@@ -109,11 +109,3 @@ def _prune(arguments: Namespace, texts: Sequence[str]) -> None:
     keys += [f"train.init_from={arguments.out}", f"data.tokenizer.path={arguments.out}"]
     keys += ["train.keep_zeros=true"] if pruning.weights else []
     print("train it on with: " + " ".join(shlex.quote(f"--config.{key}") for key in keys))
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError("UTF-8 text", error, "convert it, for example with `iconv -t UTF-8`",
-                        where=path) from None

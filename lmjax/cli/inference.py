@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from lmjax.cli.arguments import AnyPath, LocalPath
+from lmjax.cli.arguments import AnyPath, LocalPath, read_text
 from lmjax.errors import UserError
 from lmjax.runtime.files import check_new, check_writable
 
@@ -88,7 +88,7 @@ def score(arguments: Namespace, overrides: Sequence[str]) -> None:
     """Prints bits per byte, perplexity and the number of tokens of each file."""
     from lmjax.lm import load
 
-    texts = [_read(path) for path in arguments.file]  # before the model, which takes longer
+    texts = [read_text(path) for path in arguments.file]  # before the model, which takes longer
     lm = load(arguments.checkpoint)
     for path, text in zip(arguments.file, texts, strict=True):
         found = lm.score([text])[0]
@@ -140,15 +140,6 @@ def explain(arguments: Namespace, overrides: Sequence[str]) -> None:
     if arguments.method == "integrated_gradients":
         print(f"with the mean embedding in place of every token: {found.baseline:.3f}; the values "
               f"add up to the difference, but for {found.gap:.3f}")
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", newline="") as file:  # line ends as they are
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise UserError("UTF-8 text", error, "convert it, for example with `iconv -t UTF-8`",
-                        where=path) from None
 
 
 def add_eval(parser: ArgumentParser) -> None:

@@ -1,18 +1,19 @@
 """What one unit of each packed weight's integer is worth, for formats that store integers."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from lmjax.lm import LM
-from lmjax.models.packing import matrices, unpack_params
+from lmjax.models.packing import matrices
 from lmjax.nn.module import Params
-from lmjax.nn.packed import FORMATS, NOT_QUANTIZED
+from lmjax.nn.packed import FORMATS
 
 
 def integer_steps(lm: LM) -> Params:
     """By parameter, float32 of its dense shape: the step of each weight; 0 where none is packed."""
-    plain = lm.model.with_quantization(NOT_QUANTIZED)
-    which = set(matrices(plain.functional))
+    which = matrices(lm.model.functional)
 
     def ones(params: Params, within: str = "") -> Params:
         out: Params = {}
@@ -27,6 +28,5 @@ def integer_steps(lm: LM) -> Params:
                             else jnp.zeros_like(node))
         return out
 
-    unpacked: Params = jax.jit(lambda params: unpack_params(
-        plain.functional, params, lm.model.quantization))(ones(lm.params))
-    return unpacked
+    unpack: Callable[[Params], Params] = jax.jit(lambda params: lm.model.dense(params)[1])
+    return unpack(ones(lm.params))

@@ -101,13 +101,6 @@ class Packed:
         """Itself: what reads it takes the dtype of the activations."""
         return self
 
-    def __len__(self) -> int:
-        return int(self.values.shape[0])
-
-    @property
-    def inputs(self) -> int:
-        return int(self.values.shape[-1]) * (2 if FORMATS[self.format].bits == 4 else 1)
-
     def dense(self, dtype: Any) -> jax.Array:
         """The matrix [..., *out, I] in `dtype`."""
         ints = _ints_of_groups(self).astype(jnp.float32)
@@ -123,18 +116,10 @@ def as_packed(tree: Any) -> Any:
     """The tree of parameters with a `Packed` for each dict of integers and scales."""
     if not isinstance(tree, Mapping):
         return tree
-    if SCALES in tree and (name := _format_in(tree)):
+    name = next((name for name in FORMATS if name in tree), "")
+    if name:
         return Packed(tree[name], tree[SCALES], name)
     return {key: as_packed(node) for key, node in tree.items()}
-
-
-def _format_in(tree: Mapping[str, Any]) -> str:
-    return next((name for name in FORMATS if name in tree), "")
-
-
-def is_packed(node: Any) -> bool:
-    """Whether a node of a tree of parameters is the dict of a packed matrix."""
-    return isinstance(node, Mapping) and SCALES in node and bool(_format_in(node))
 
 
 def group_size(inputs: int, format: str, group: int) -> int:
@@ -162,16 +147,12 @@ def pack(w: jax.Array, format: str, group: int = 0, shrink: float | jax.Array = 
         represented; larger weights are cut to it.
     """
     form, inputs = FORMATS[format], w.shape[-1]
-    groups = grouped(w, group_size(inputs, format, group or inputs))
+    size = group_size(inputs, format, group or inputs)
+    groups = w.astype(jnp.float32).reshape(*w.shape[:-1], -1, size)
     largest = jnp.max(jnp.abs(groups), axis=-1) * shrink
     scales = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) / form.largest
     ints = jnp.round(groups / scales[..., None])
     return from_ints(jnp.clip(ints, -form.largest, form.largest), scales, format)
-
-
-def grouped(w: jax.Array, size: int) -> jax.Array:
-    """[..., I] as float32 [..., N, size]."""
-    return w.astype(jnp.float32).reshape(*w.shape[:-1], -1, size)
 
 
 def from_ints(ints: jax.Array, scales: jax.Array, format: str) -> Packed:

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 
 from lmjax.models.model import Model
-from lmjax.models.packing import unpack_params
 from lmjax.nn.adapters import NO_ADAPTERS, merge_adapters
 from lmjax.nn.module import Params
 from lmjax.nn.packed import NOT_QUANTIZED
@@ -27,7 +26,7 @@ def merged(model: Model, params: Params, layout: Layout, about: About) -> tuple[
 def unpacked(model: Model, params: Params, layout: Layout, about: About) -> tuple[
         Model, Params, About]:
     """The model with float32 weights in place of packed ones."""
-    plain, quantization = model.with_quantization(NOT_QUANTIZED), model.quantization
-    unpack = jax.jit(lambda params: unpack_params(plain.functional, params, quantization),
+    plain = model.with_quantization(NOT_QUANTIZED)
+    unpack = jax.jit(lambda params: model.dense(params)[1],
                      out_shardings=layout.tree(plain.axes, plain.shapes))
     return plain, unpack(params), {k: v for k, v in about.items() if k != "quantization"}

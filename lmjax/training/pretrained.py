@@ -29,7 +29,6 @@ from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import HF_FILES, Tokenizer, TokenizerConfig, tokenizer_from_bytes
 from lmjax.errors import UserError, first_line
 from lmjax.models.model import PROJECTION, Model, ModelConfig, build_model
-from lmjax.models.packing import unpack_params
 from lmjax.nn.adapters import is_adapter, merge_adapters
 from lmjax.nn.module import Params
 from lmjax.nn.packed import Quantization
@@ -113,13 +112,11 @@ def find(path: str | os.PathLike, *, step: int | str | None = None,
 def _unpacked(about: About, model: Model, shardings: Params,
               read: Callable[[Model, Params], Params]) -> Params:
     """Reads packed weights as the float32 parameters that they stand for."""
-    quantization = Quantization(**about["quantization"])
-    packed = model.with_quantization(quantization)
+    packed = model.with_quantization(Quantization(**about["quantization"]))
     params = read(packed, _placed_as(packed.shapes, shardings))
-    unpack = jax.jit(lambda params: unpack_params(model.functional, params, quantization),
-                     out_shardings=shardings)
-    found: Params = unpack(params)
-    return found
+    unpack: Callable[[Params], Params] = jax.jit(lambda params: packed.dense(params)[1],
+                                                 out_shardings=shardings)
+    return unpack(params)
 
 
 def read_base(record: dict[str, Any], model: Model, shardings: Params, path: str | os.PathLike, *,

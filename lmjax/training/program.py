@@ -1,7 +1,9 @@
 """Programs: what `lmjax train` runs and `lmjax plan` compiles, made out of a recipe and devices."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import jax
@@ -75,7 +77,8 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     if not model.config.head.outputs:  # a task has few classes, which need not be split
         layout.spec(("act_vocab",), (model.config.vocab_size,))
     loss_fn, eval_loss = _losses(recipe, model, facts, taught_by)
-    step_fn = make_train_step(_in(train.matmul_dtype, loss_fn), spec, layout, schedule,
+    low_bits = functools.partial(matmuls_in, train.matmul_dtype)  # of the layers' matmuls
+    step_fn = make_train_step(_within(low_bits, loss_fn), spec, layout, schedule,
                               seed=train.seed, microbatches=train.microbatches,
                               ema_decay=recipe.optimizer.ema_decay)
     sharding = layout.sharding(("batch", "seq"))
@@ -164,28 +167,19 @@ def _losses(recipe: Recipe, model: Model, facts: Facts | None,
         loss_fn = distilled_loss(model, teacher, recipe.distill, z_loss=train.z_loss,
                                  chunk=train.loss_chunk)
     if recipe.quantization.weights:
-        loss_fn, eval_loss = (_rounded(recipe.quantization, fn) for fn in (loss_fn, eval_loss))
+        rounded = functools.partial(rounded_to, recipe.quantization)
+        loss_fn, eval_loss = _within(rounded, loss_fn), _within(rounded, eval_loss)
     return loss_fn, eval_loss
 
 
-def _rounded(quantization: Quantization, loss_fn: LossFn) -> LossFn:
-    """Returns `loss_fn` with the layers' weights rounded in the forward pass."""
+def _within(context: Callable[[], AbstractContextManager[None]], loss_fn: LossFn) -> LossFn:
+    """Returns `loss_fn`, which is traced, forward and backward, within a context."""
 
-    def rounded(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
-        with rounded_to(quantization):
+    def within(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
+        with context():
             return loss_fn(params, batch, key)
 
-    return rounded
-
-
-def _in(matmul_dtype: str, loss_fn: LossFn) -> LossFn:
-    """Returns `loss_fn` with the layers' matmuls, forward and backward, in `matmul_dtype`."""
-
-    def quantised(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
-        with matmuls_in(matmul_dtype):
-            return loss_fn(params, batch, key)
-
-    return quantised
+    return within
 
 
 def _check_batch(recipe: Recipe, layout: Layout) -> None:

@@ -119,7 +119,7 @@ def test_the_command_writes_a_checkpoint_that_loads_scores_and_exports(
     assert small.model.quantization == Quantization("int4", 16)
     assert num_bytes(small.params) < 0.35 * num_bytes(lm.params)
     assert small.score(["Document 3"])[0].tokens == lm.score(["Document 3"])[0].tokens
-    # A run may start from it, with the weights that it stands for.
+    # A run may start from it, with the weights that it stands for, and learn from it.
     assert main(["train", "--config", "configs/quickstart.py:tiny", "--workdir",
                  str(tmp_path / "on"),
                  f"--config.data.sources.0.uri=text:{folder}/*.txt", "--config.train.steps=1",
@@ -127,7 +127,8 @@ def test_the_command_writes_a_checkpoint_that_loads_scores_and_exports(
                  "--config.data.heldout_fraction=0.2", "--config.eval.every=0",
                  "--config.sample.every=0", f"--config.data.tokenizer.path={out}",
                  "--config.data.tokenizer.vocab_size=300",
-                 "--config.optimizer.peak_lr=0", f"--config.train.init_from={out}"]) == 0
+                 "--config.optimizer.peak_lr=0", f"--config.train.init_from={out}",
+                 f"--config.distill.teacher={out}"]) == 0
     on = lmjax.load(str(tmp_path / "on"))
     for (name, a), (_, b) in zip(named_leaves(on.params), named_leaves(small.dense().params),
                                  strict=True):

@@ -26,6 +26,7 @@ from lmjax.nn.packed import (
     pack,
     rounded_to,
 )
+from lmjax.training.recipe import build_recipe
 from lmjax.tree import named_leaves, num_bytes
 
 RNG = np.random.default_rng(0)
@@ -212,6 +213,8 @@ def test_refusals() -> None:
         Quantization("int3")
     with pytest.raises(UserError, match="expected an even number, got 33"):
         Quantization("int4", 33)
+    with pytest.raises(UserError, match="expected no adapters, which are merged before weights"):
+        build_recipe({"adapter": {"kind": "lora"}, "quantization": {"weights": "int8"}})
     packed_model = model_of().with_quantization(Quantization("int8"))
     assert packed_model.with_quantization(NOT_QUANTIZED).quantization == NOT_QUANTIZED
     assert dataclasses.asdict(packed_model.quantization)["weights"] == "int8"
