@@ -46,7 +46,7 @@ from lmjax.runtime.files import new_directory
 from lmjax.sharding import Layout
 from lmjax.training.checkpoint import About, Checkpointer
 from lmjax.training.frozen import held_by_checkpoints
-from lmjax.training.plain import merged, unpacked
+from lmjax.training.plain_weights import merged, unpacked
 from lmjax.training.pretrained import find
 from lmjax.training.program import placed
 from lmjax.training.recipe import Recipe

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lmjax.compression.steps import integer_steps
+from lmjax.compression.integer_steps import integer_steps
 from lmjax.errors import UserError
 from lmjax.huggingface.model_types import MODEL_TYPES
 from lmjax.huggingface.stored import rows_for

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lmjax.compression.steps import integer_steps
+from lmjax.compression.integer_steps import integer_steps
 from lmjax.data.chat import FILE
 from lmjax.errors import UserError
 from lmjax.huggingface.gguf_export import KINDS, GGUFOptions, write_gguf

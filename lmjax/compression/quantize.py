@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.compression.gptq import rounded
-from lmjax.compression.inputs import grams
+from lmjax.compression.layer_inputs import grams
 from lmjax.errors import UserError
 from lmjax.lm import LM
 from lmjax.models.model import Model

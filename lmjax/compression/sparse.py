@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from lmjax.compression.inputs import grams
+from lmjax.compression.layer_inputs import grams
 from lmjax.errors import UserError
 from lmjax.lm import LM
 from lmjax.models.packing import TABLES, as_matrix, matrices

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.compression.inputs import grams, influences
+from lmjax.compression.layer_inputs import grams, influences
 from lmjax.config import plain
 from lmjax.errors import UserError
 from lmjax.lm import LM

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from lmjax.data.tokenizers import NamedIds
 from lmjax.serving.errors import ApiError
-from lmjax.serving.growing import GrowingText
+from lmjax.serving.growing_text import GrowingText
 from lmjax.serving.requests import Finished, Piece, Request, Sink, Ticket
 
 

@@ -18,7 +18,7 @@ from lmjax.serving.guard import Guard
 from lmjax.serving.metrics import Metrics
 from lmjax.serving.openapi import document
 from lmjax.serving.requests import Busy
-from lmjax.serving.served import Served
+from lmjax.serving.served_model import Served
 
 PAGE = Path(__file__).parent / "page"
 

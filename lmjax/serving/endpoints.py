@@ -22,7 +22,7 @@ from lmjax.serving.errors import ApiError, of_exception, of_validation
 from lmjax.serving.forms import ChatForm, CompletionForm, Form
 from lmjax.serving.metrics import Metrics
 from lmjax.serving.requests import Request as Question
-from lmjax.serving.served import Served
+from lmjax.serving.served_model import Served
 
 BODY_SECONDS = 30  # until a body has arrived
 DEFAULT_TOKENS = 16  # max_tokens of /v1/completions, as in the OpenAI API

@@ -18,11 +18,11 @@ import jax
 import numpy as np
 
 from lmjax.lm import LM
-from lmjax.serving.drawing import Told, settings_of
 from lmjax.serving.entries import Entry, Flight, pieces_of
 from lmjax.serving.plan import Plan, fit
 from lmjax.serving.prefixes import Prefixes
 from lmjax.serving.requests import Busy, Finished, Reason, Request, Sink, Ticket
+from lmjax.serving.row_sampling import Told, settings_of
 
 CHUNKS = 8  # chunks of prompts that are read between two steps, at most
 WARM_UP = Request((0,), 1)

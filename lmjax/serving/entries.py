@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmjax.serving.drawing import END, Told
 from lmjax.serving.requests import Finished, Piece, Request, Sink, Ticket
+from lmjax.serving.row_sampling import END, Told
 
 
 class Entry:

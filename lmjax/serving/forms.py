@@ -5,9 +5,9 @@ from typing import Any, Protocol
 
 from lmjax.serving import replies
 from lmjax.serving.answering import Answer, Delta
-from lmjax.serving.growing import GrowingText
+from lmjax.serving.growing_text import GrowingText
 from lmjax.serving.schema import ChatRequest, CompletionRequest
-from lmjax.serving.served import Served
+from lmjax.serving.served_model import Served
 
 
 class Form(Protocol):

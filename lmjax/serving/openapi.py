@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 
 import lmjax
 from lmjax.serving import replies, schema
-from lmjax.serving.served import Served
+from lmjax.serving.served_model import Served
 
 
 class Operation(NamedTuple):

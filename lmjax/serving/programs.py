@@ -21,7 +21,8 @@ from lmjax.decoding.speculative import verify
 from lmjax.models.cache import Cache
 from lmjax.models.model import Model
 from lmjax.nn.module import Params
-from lmjax.serving.drawing import (
+from lmjax.serving.requests import Request
+from lmjax.serving.row_sampling import (
     Array,
     Drawn,
     Settings,
@@ -34,7 +35,6 @@ from lmjax.serving.drawing import (
     settings_of,
     told,
 )
-from lmjax.serving.requests import Request
 from lmjax.sharding import Layout
 
 # The caches of the model and of its draft, if there is one. Their arrays are [..., B, G, S, K].

@@ -8,7 +8,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from lmjax.serving.answering import Answer, Delta
 from lmjax.serving.requests import Piece
-from lmjax.serving.served import Served
+from lmjax.serving.served_model import Served
 
 LOWEST = -9999.0  # the API's number for a token of probability 0
 Reason = Literal["stop", "length"]

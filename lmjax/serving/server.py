@@ -11,7 +11,7 @@ import uvicorn
 from lmjax.errors import UserError
 from lmjax.serving.app import make_app
 from lmjax.serving.endpoints import Limits
-from lmjax.serving.served import Served
+from lmjax.serving.served_model import Served
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CLOSING_SECONDS = 5  # for responses to leave after the engines have stopped

@@ -9,7 +9,7 @@ from typing import Any
 from lmjax.lm import load
 from lmjax.serving.endpoints import Limits
 from lmjax.serving.engine import Engine
-from lmjax.serving.served import Served
+from lmjax.serving.served_model import Served
 from lmjax.serving.server import Serving, address_of
 
 PLAN = ("slots", "max_length", "chunk", "prefix_tokens", "propose")  # options of `Plan`

@@ -11,7 +11,7 @@ from tiny_lm import tiny_lm
 
 import lmjax
 from lmjax.cli.main import main
-from lmjax.compression.inputs import grams, influences
+from lmjax.compression.layer_inputs import grams, influences
 from lmjax.compression.prune import Pruning, parse_pruning, prune
 from lmjax.errors import UserError
 from lmjax.lm import LM

@@ -6,7 +6,7 @@ import pytest
 
 from lmjax.data.tokenizers import NamedIds, TokenizerConfig, train_tokenizer
 from lmjax.decoding.stopping import cut
-from lmjax.serving.growing import GrowingText
+from lmjax.serving.growing_text import GrowingText
 
 TEXTS = ["\u4f60\u597d\uff0c\u4e16\u754c\u3002\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002",
          "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 caf\u00e9 "
