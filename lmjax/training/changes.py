@@ -8,6 +8,7 @@ import numpy as np
 
 from lmjax.config import differences, plain
 from lmjax.errors import UserError
+from lmjax.training.optim.groups import with_group
 from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.recipe import Recipe
 
@@ -52,10 +53,16 @@ def check_schedule(old: Recipe, new: Recipe, step: int) -> None:
     Raises:
       UserError: it does not; the error names the changed keys.
     """
-    before, now = (make_schedule(r.optimizer, r.train.steps)(np.arange(step)) for r in (old, new))
+    before, now = (_rates(recipe, step) for recipe in (old, new))
     if not np.array_equal(before, now):
         changed = [c for c in differences(plain(old), plain(new))
                    if c.split(":")[0] in SCHEDULE_KEYS]
         raise UserError(f"the learning rates that the first {step} steps had",
                         f"{'; '.join(changed)}, which changes them",
                         "undo that, or go on in another --workdir with train.init_from")
+
+
+def _rates(recipe: Recipe, step: int) -> np.ndarray:
+    """The learning rates of the first `step` steps: of the optimizer, and of each group of it."""
+    own = [recipe.optimizer, *(with_group(recipe.optimizer, g) for g in recipe.optimizer.groups)]
+    return np.stack([make_schedule(c, recipe.train.steps)(np.arange(step)) for c in own])

@@ -69,7 +69,8 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     frozen = frozen_in(recipe, model)
     trained = model.axes if frozen is None else split_tree(model.axes, frozen.accepts)[1]
     tx = make_optimizer(recipe.optimizer, train.steps, trained,
-                        multipliers(recipe.optimizer, model.shapes), keep_zeros=train.keep_zeros)
+                        multipliers(recipe.optimizer, model.shapes, model.axes),
+                        keep_zeros=train.keep_zeros)
     in_step = None if recipe.distill.stored_tokens else taught_by
     spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0, frozen=frozen,
                       teacher=in_step)

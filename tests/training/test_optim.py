@@ -128,6 +128,9 @@ def test_warmup_that_does_not_fit_is_refused(schedule, warmup):
     ({"final_lr_fraction": 10.0}, "final_lr_fraction: expected 0 to 1"),
     ({"layer_decay": 0.0}, "layer_decay: expected 0 < layer_decay <= 1, got 0"),
     ({"groups": [{"parameters": "("}]}, r"groups.0.parameters: expected a regular expression"),
+    ({"groups": [{"multiplier": 2.0}]}, "groups.0.parameters: expected a regular expression, or a"),
+    ({"groups": [{"kind": "tokens"}]}, "groups.0.kind: expected one of matrix, embedding, "),
+    ({"groups": [{"kind": "vector", "b2": 1.0}]}, "groups.0.b2: expected 0 <= b2 < 1, got 1.0"),
     ({"schedule": "exponential", "final_lr_fraction": 0.0},
      "final_lr_fraction: expected more than 0"),
 ])

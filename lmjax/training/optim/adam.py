@@ -8,11 +8,13 @@ from typing import Any
 import optax
 
 from lmjax.training.optim.config import OptimizerConfig
+from lmjax.training.optim.groups import own_configs, per_group
 
 
 def adamw(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
     """Adam's rescaling (Kingma and Ba 2015, arXiv:1412.6980)."""
-    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+    return per_group(own_configs(config, axes), ("b1", "b2"),
+                     lambda own: optax.scale_by_adam(own.b1, own.b2, own.eps))
 
 
 def lion(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:

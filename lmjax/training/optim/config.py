@@ -2,20 +2,38 @@
 
 import dataclasses
 
-from lmjax.config import at_least, pattern
+from lmjax.config import at_least, choice, pattern
 from lmjax.errors import UserError
+
+KINDS = ("matrix", "embedding", "unembedding", "vector")
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupConfig:
-    """Parameters that learn at another rate."""
+    """Parameters that learn in another way: all of a kind, or those whose paths match, or both."""
 
-    parameters: str  # a regular expression, searched in their paths
+    parameters: str = ""  # a regular expression, searched in their paths; "": any path
     multiplier: float = 1.0  # of the learning rate, and so of the weight decay
+    # matrix, embedding (of tokens or positions; a tied table is one), unembedding (of tokens or
+    # classes), vector (a scale or a bias); "": any kind
+    kind: str = ""
+    # As in the optimizer, for these parameters; None: the optimizer's. A group of embeddings or
+    # vectors that sets weight_decay is decayed.
+    b1: float | None = None  # of AdamW
+    b2: float | None = None  # of AdamW
+    weight_decay: float | None = None
+    decay_fraction: float | None = None
+    final_lr_fraction: float | None = None
 
     def __post_init__(self) -> None:
         pattern("parameters", self.parameters)
-        at_least(0, multiplier=self.multiplier)
+        if self.kind:
+            choice("kind", self.kind, KINDS)
+        elif not self.parameters:
+            raise UserError(f"a regular expression, or a kind ({', '.join(KINDS)})", "neither",
+                            "set one of them", where="parameters")
+        at_least(0, multiplier=self.multiplier, weight_decay=self.weight_decay or 0.0)
+        _check_shares(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +78,18 @@ class OptimizerConfig:
         if not 0 < self.layer_decay <= 1:
             raise UserError("0 < layer_decay <= 1", self.layer_decay, "change it",
                             where="layer_decay")
-        for key in ("b1", "b2", "momentum", "muon_momentum", "ema_decay"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"0 <= {key} < 1", getattr(self, key), "change it", where=key)
-        for key in ("final_lr_fraction", "decay_fraction"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UserError("0 to 1", getattr(self, key), "write it as a fraction", where=key)
+        _check_shares(self)
         if self.schedule == "exponential" and self.final_lr_fraction == 0:
             raise UserError("more than 0 for the exponential schedule", 0, "set it to 0.01, say",
                             where="final_lr_fraction")
+
+
+def _check_shares(config: GroupConfig | OptimizerConfig) -> None:
+    """Refuses decays that are not in [0, 1) and fractions that are not in [0, 1]."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for key in ("b1", "b2", "momentum", "muon_momentum", "ema_decay"):
+        if not 0 <= (values.get(key) or 0) < 1:
+            raise UserError(f"0 <= {key} < 1", values[key], "change it", where=key)
+    for key in ("final_lr_fraction", "decay_fraction"):
+        if not 0 <= (values.get(key) or 0) <= 1:
+            raise UserError("0 to 1", values[key], "write it as a fraction", where=key)

@@ -12,7 +12,7 @@ from lmjax.config import choice
 from lmjax.training.optim.adam import adamw, lion, sgd
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.factored import adafactor
-from lmjax.training.optim.groups import scale_by_multipliers
+from lmjax.training.optim.groups import own_configs, per_group, scale_by_multipliers
 from lmjax.training.optim.muon import muon
 from lmjax.training.optim.parameters import kind_of, map_axes
 from lmjax.training.optim.schedules import make_schedule
@@ -43,8 +43,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any,
       keep_zeros: the elements of matrices that are exactly 0 stay 0.
     """
     choice("optimizer.name", config.name, OPTIMIZERS)
-    decayed = ("matrix", "embedding") if config.decay_embeddings else ("matrix",)
-    mask = map_axes(lambda a: kind_of(a) in decayed, axes)
+    own = own_configs(config, axes)
     # Zeros take no part in the norm of the gradient. Muon and Adafactor mix the elements of a
     # matrix, so that their update has to be cut as well.
     cut = [_without_zeros(axes)] if keep_zeros else []
@@ -52,12 +51,22 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any,
         *cut,
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         OPTIMIZERS[config.name](config, axes),
-        optax.add_decayed_weights(config.weight_decay, mask=mask),
+        _decay(own),
         # Weights decay at their learning rate, so a multiplier holds for the decay, too.
         *([scale_by_multipliers(by_path)] if by_path else []),
-        optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+        per_group(own, ("decay_fraction", "final_lr_fraction"),
+                  lambda its: optax.scale_by_learning_rate(make_schedule(its, total_steps))),
         *cut,
     )
+
+
+def _decay(own: Any) -> optax.GradientTransformation:
+    """Adds to each update the weight times the decay of its own config."""
+
+    def decay(update: jax.Array, weight: jax.Array, config: OptimizerConfig) -> jax.Array:
+        return update + config.weight_decay * weight if config.weight_decay else update
+
+    return optax.stateless(lambda updates, params: jax.tree.map(decay, updates, params, own))
 
 
 def _without_zeros(axes: Any) -> optax.GradientTransformation:
