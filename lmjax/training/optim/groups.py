@@ -49,8 +49,8 @@ def multipliers(config: OptimizerConfig, shapes: Any, axes: Any) -> dict[str, np
             raise UserError(f"a regular expression for some of the parameters' paths, such as "
                             f"{leaves[0][0]} and {leaves[-1][0]}", repr(group.parameters), fix,
                             where=f"{where}.parameters")
-    by_group = {path: group.multiplier if (group := group_of(config, path, names[path])) else 1.0
-                for path, _ in leaves}
+    found = {path: group_of(config, path, names[path]) for path, _ in leaves}
+    by_group = {path: its.multiplier if its else 1.0 for path, its in found.items()}
     if config.layer_decay == 1.0 and set(by_group.values()) == {1.0}:
         return {}
     depths = {path.split(STACK)[0]: shape.shape[0] for path, shape in leaves if STACK in path}
