@@ -11,7 +11,7 @@ import numpy as np
 from lmjax.data.reading import Reader
 from lmjax.data.tokenizers import SentencePieceTokenizer
 from lmjax.errors import UserError
-from lmjax.huggingface.gguf_import import SPLITS, byte_level
+from lmjax.huggingface.gguf_byte_level import SPLITS, byte_level
 from lmjax.huggingface.gguf_names import (
     architecture_of,
     heads_in,
@@ -242,10 +242,10 @@ def _add_byte_level(writer: Any, tokenizer: Any, rows: int, log: Callable[[str],
     kinds = [CONTROL if special.get(i) else USER if i in special else
              NORMAL if i in names else UNUSED for i in range(rows)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    pre = next((pre for pre in ("gpt-2", *SPLITS)
+    pre = next((pre for pre in SPLITS
                 if _splits_alike(made, byte_level(tokens, merges, kinds, pre))), None)
     if pre is None:
-        raise UserError(f"a tokenizer that splits texts as gpt-2, {' or '.join(SPLITS)} do",
+        raise UserError(f"a tokenizer that splits texts as one of {', '.join(SPLITS)}",
                         "another", "export the model as a Hugging Face directory", where="GGUF")
     log(f"llama.cpp splits texts by the rules that it calls {pre}")
     writer.add_tokenizer_model("gpt2")

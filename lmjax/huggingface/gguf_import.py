@@ -10,6 +10,7 @@ import numpy as np
 
 from lmjax.data.tokenizers import HF_FILES
 from lmjax.errors import UserError, first_line
+from lmjax.huggingface.gguf_byte_level import byte_level
 from lmjax.huggingface.gguf_names import (
     ARCHITECTURES,
     halved,
@@ -32,13 +33,6 @@ ALWAYS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu"}, "qwen2": {"hidden_act": "silu"},
     "qwen3": {"hidden_act": "silu", "attention_bias": False},
     "gpt2": {"activation_function": "gelu_new"},
-}
-# Splitting rules of llama.cpp, as patterns of `tokenizers`.
-SPLITS = {
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-                 r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-             r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 LLAMA, UNIGRAM, BYTE_LEVEL = "llama", "t5", "gpt2"  # kinds of tokenizers, as GGUF names them
 
@@ -163,10 +157,10 @@ def _write_tokenizer(out: Path, told: dict[str, Any], where: str) -> None:
         write_json(out / HF_FILES[1], {"add_bos_token": bool(of("add_bos_token", kind == LLAMA)),
                                        "add_eos_token": bool(of("add_eos_token", False))})
     elif kind == BYTE_LEVEL:
-        byte_level(tokens, of("merges"), of("token_type"), of("pre", "gpt-2"), where).save(
-            str(out / HF_FILES[0]))
         roles = {f"{role}_token": tokens[i] for role in ("bos", "eos") if (
             i := of(f"{role}_token_id")) is not None}
+        byte_level(tokens, of("merges"), of("token_type"), of("pre", "gpt-2"), where,
+                   roles.get("bos_token"), of("add_bos_token")).save(str(out / HF_FILES[0]))
         write_json(out / HF_FILES[1], {**roles, "tokenizer_class": "PreTrainedTokenizerFast",
                                        "clean_up_tokenization_spaces": False})
     else:
@@ -203,31 +197,3 @@ def _sentencepiece(tokens: Sequence[str], scores: Sequence[float], kinds: Sequen
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
     return bytes(made.SerializeToString())
-
-
-def byte_level(tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int] | None,
-               pre: str, where: str = "") -> Any:
-    """A byte-level BPE of `tokenizers` with these tokens and merges."""
-    import tokenizers
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-
-    if pre not in ("gpt-2", "default", *SPLITS):
-        raise UserError(f"a tokenizer that splits texts as gpt-2, {' or '.join(SPLITS)}",
-                        repr(pre), "use the model's Hugging Face directory", where=where)
-    kinds = kinds or [1] * len(tokens)
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    pairs = [(a, b) for a, _, b in (merge.partition(" ") for merge in merges)]
-    # Llama 3 takes a word that is a token as it is.
-    made = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
-    if pre in SPLITS:
-        made.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    else:
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, kinds, strict=True):
-        if kind in (3, 4):  # control, user-defined
-            made.add_tokens([AddedToken(token, special=kind == 3, normalized=False)])
-    return made
-

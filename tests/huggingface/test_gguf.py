@@ -109,27 +109,43 @@ def test_transformers_reads_the_same_model(kind: str, tmp_path: Path) -> None:
     assert back.tokenizer.encode_batch([TEXT])[0].tolist() == tokenizer.encode(TEXT).ids
 
 
-@pytest.mark.parametrize("digits", [False, True])
-def test_only_a_tokenizer_that_splits_as_llama_cpp_does_is_written(digits: bool) -> None:
-    from tokenizers import pre_tokenizers
+def test_a_tokenizer_is_written_by_the_name_of_the_rule_that_splits_alike() -> None:
+    """The oracle is what the models' own tokenizer.json have."""
+    from tokenizers import Regex, pre_tokenizers
 
+    from lmjax.huggingface.gguf_byte_level import SPLITS
+    from lmjax.huggingface.gguf_byte_level import byte_level as rebuilt
     from lmjax.huggingface.gguf_export import _splits_alike
-    from lmjax.huggingface.gguf_import import byte_level as rebuilt
 
     theirs = byte_level()
-    if digits:
-        theirs.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False)])
     model = json.loads(theirs.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
-    merges = [" ".join(pair) for pair in model["merges"]]
-    # Digits that merge tell the two apart.
-    merges, tokens = [*merges, "1 2"], [*tokens, "12"]
-    ours = rebuilt(tokens, merges, None, "gpt-2")
-    if not digits:
+    # Digits that merge tell the rules apart.
+    merges = [" ".join(pair) for pair in model["merges"]] + ["1 2", "12 3", "123 4"]
+    tokens += ["12", "123", "1234"]
+    for split, found in (
+            (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
+            (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                      pre_tokenizers.ByteLevel(add_prefix_space=False)]), "smollm"),
+            (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{N}{2}"), "isolated"),
+                                      pre_tokenizers.ByteLevel(add_prefix_space=False)]), None)):
         theirs = rebuilt(tokens, merges, None, "gpt-2")
-    assert _splits_alike(theirs, ours) != digits
+        theirs.pre_tokenizer = split
+        same = (name for name in SPLITS
+                if _splits_alike(theirs, rebuilt(tokens, merges, None, name)))
+        assert next(same, None) == found
+
+
+@pytest.mark.parametrize(("rule", "told", "first"), [
+    ("llama-bpe", None, True), ("llama-bpe", False, False), ("gpt-2", None, False),
+    ("gpt-2", True, True)])
+def test_a_text_begins_with_bos_where_llama_cpp_adds_it(
+        rule: str, told: bool | None, first: bool) -> None:
+    from lmjax.huggingface.gguf_byte_level import byte_level as rebuilt
+
+    made = rebuilt(["<s>", "a", "b", "ab"], ["a b"], [3, 1, 1, 1], rule, "", "<s>", told)
+    assert made.encode("ab").ids == ([0, 3] if first else [3])
+    assert made.encode("ab", add_special_tokens=False).ids == [3]
 
 
 def byte_level() -> object:
