@@ -12,7 +12,6 @@ that are complete.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,10 +22,12 @@ from etils import epath
 from lmjax.data.hashing import key_of
 from lmjax.data.pipeline import Mixture, Split
 from lmjax.data.rows import Rows
-from lmjax.data.store import SHARD, canonical, open_array, token_dtype, write_array
+from lmjax.data.store import SHARD, open_array, token_dtype, write_array
 from lmjax.errors import UserError, first_line
+from lmjax.runtime.sealed import read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
+FIX = "delete the directory, and it is computed again"
 Pairs = tuple[np.ndarray, np.ndarray]  # ids and floats of some rows, [rows, length * count]
 
 
@@ -116,14 +117,12 @@ class ComputedMixture(Mixture):
                              size=2 * self._width * len(rows), dtype=self._dtype)
         made = {**about, "stops": [*found["stops"], begin + len(rows)],
                 "sha256": [*found["sha256"], digest]}
-        path = epath.Path(self.directory) / MANIFEST
-        path.with_name(f"{MANIFEST}.tmp").write_text(canonical(made) + "\n")
-        path.with_name(f"{MANIFEST}.tmp").replace(path)
+        write_sealed(epath.Path(self.directory) / MANIFEST, made)
 
     @property
     def _manifest(self) -> dict[str, Any]:
         path = epath.Path(self.directory) / MANIFEST
-        return json.loads(path.read_text()) if path.exists() else {"stops": [], "sha256": []}
+        return read_sealed(path, FIX) if path.exists() else {"stops": [], "sha256": []}
 
     def _number(self, g: np.ndarray) -> np.ndarray:
         """The packed rows of the run's rows `g`, counted through all sources."""
@@ -135,7 +134,7 @@ class ComputedMixture(Mixture):
         each = 2 * self._width
         if not self._parts:  # all of them: `write` is done
             self._begins = np.array([0, *self._manifest["stops"][:-1]])
-            self._parts = [open_array(f"{self.directory}/{begin}") for begin in self._begins]
+            self._parts = self._opened()
         try:
             with ts.Batch() as batch:
                 pending = []
@@ -146,8 +145,27 @@ class ComputedMixture(Mixture):
             return np.stack([p.result() for p in pending])
         except ValueError as error:
             raise UserError("what was stored of the rows", first_line(error),
-                            "delete the directory, and it is computed again",
-                            where=self.directory) from error
+                            FIX, where=self.directory) from error
+
+
+    def _opened(self) -> list[ts.TensorStore]:
+        """Opens the arrays of all folders.
+
+        Raises:
+          UserError: one of them cannot be read, or has another size.
+        """
+        parts = []
+        for begin, end in zip(self._begins.tolist(), self._manifest["stops"], strict=True):
+            where, size = f"{self.directory}/{begin}", 2 * self._width * (end - begin)
+            try:
+                parts.append(open_array(where))
+            except ValueError as error:
+                raise UserError(f"an array of {size} values", first_line(error), FIX,
+                                where=where) from error
+            if parts[-1].shape != (size,):
+                raise UserError(f"an array of {size} values", list(parts[-1].shape), FIX,
+                                where=where)
+        return parts
 
 
 class _Chosen(Split):

@@ -7,7 +7,7 @@
 for a vocabulary over 65,536). Document d is tokens[offsets[d] : offsets[d + 1]]; offsets are int64.
 ids.txt has the name of one document per line. baselines.json has the losses of n-gram models on the
 held-out text, to compare a trained model with. The manifest is written last: a directory without
-one is not a store.
+one is not a store. It has the sha256 of every array, of the other files and of itself.
 
 A decoder predicts every token of a document except BOS. So a document has one prediction fewer than
 it has tokens; `predictions` and `Documents.lengths` count predictions.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ import tensorstore as ts
 from etils import epath
 
 from lmjax.errors import UserError, first_line
+from lmjax.runtime.sealed import AGAIN, read_sealed, write_sealed
 
 FORMAT, VERSION = "lmjax-tokens", 1
 EXAMPLES = "lmjax-examples"  # the format of the examples of a task, which lmjax/tasks writes
@@ -166,26 +168,20 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def write_manifest(directory: str, manifest: dict[str, Any]) -> None:
     """Writes the manifest, after which the directory is a store."""
-    path = epath.Path(directory) / "manifest.json"
-    path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    write_sealed(epath.Path(directory) / "manifest.json", manifest)
 
 
 def read_manifest(directory: str) -> dict[str, Any]:
     """The manifest of a prepared directory.
 
     Raises:
-      UserError: there is none, it cannot be read, or it has another version.
+      UserError: there is none, it is damaged, or it has another version.
     """
     path = epath.Path(directory) / "manifest.json"
     if not path.exists():
         raise UserError(f"prepared data in {directory}", "no manifest.json there",
                         "prepare it first, or correct data.directory")
-    try:
-        manifest = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError("JSON", error, "delete the directory and prepare the data again",
-                        where=str(path)) from error
-    got = manifest
+    got = manifest = read_sealed(path)
     if isinstance(manifest, dict):
         got = manifest.get("format"), manifest.get("version")
     if got == (EXAMPLES, 1):
@@ -237,9 +233,9 @@ class SplitStore:
         takes its ranges from the files.
       verify: reads everything now and compares its sha256 with the manifest.
     Raises:
-      UserError: an array is missing or damaged, or has another size than the manifest says. Without
-        `verify`, a damaged or missing chunk is noticed when it is read. Other values in intact
-        chunks and a changed ids.txt are not noticed.
+      UserError: an array or a file of it is missing, has another size than the manifest says, or
+        holds other values. Of tokens that stay in their files, a damaged chunk is noticed when it
+        is read, and whole chunks of other tokens only with `verify`.
     """
 
     def __init__(self, directory: str, source: str, split: str, facts: dict[str, Any], *,
@@ -250,10 +246,13 @@ class SplitStore:
         self.fingerprint = hashlib.sha256(canonical(facts["sha256"]).encode()).hexdigest()
         self._tokens = self._open("tokens", facts["tokens"])
         self.offsets = self._read(self._open("offsets", facts["documents"] + 1), "offsets")
+        self._check("offsets", self.offsets)
         fits = facts["tokens"] * np.dtype(facts["dtype"]).itemsize <= memory_limit
         self._memory = self._read(self._tokens, "tokens") if fits else None
+        if fits or verify:
+            self._check("tokens", self.tokens())
         if verify:
-            self._verify()
+            _ = self.ids
 
     @property
     def lengths(self) -> np.ndarray:
@@ -262,8 +261,17 @@ class SplitStore:
 
     @functools.cached_property
     def ids(self) -> list[str]:
-        """The name of each document."""
-        return (self.path / "ids.txt").read_bytes().decode().split("\n")[:-1]
+        """The name of each document.
+
+        Raises:
+          UserError: the file is missing, or is another one.
+        """
+        file = self.path / "ids.txt"
+        content = file.read_bytes() if file.exists() else None
+        got = "none" if content is None else f"sha256 {hashlib.sha256(content).hexdigest()}"
+        if content is None or got != f"sha256 {self.facts['sha256']['ids']}":
+            raise self._damaged("ids", f"{got:.19}")
+        return content.decode().split("\n")[:-1]
 
     @functools.cached_property
     def specials(self) -> tuple[int, int]:
@@ -299,8 +307,19 @@ class SplitStore:
         except ValueError as error:
             raise self._damaged(name, error) from error
         if array.shape != (size,):
-            raise self._damaged(name, f"{array.shape[0]} values where the manifest says {size}")
+            raise self._damaged(name, f"the shape {list(array.shape)} where the manifest says "
+                                f"{size} values")
+        self._check_files(name, array)
         return array
+
+    def _check_files(self, name: str, array: ts.TensorStore) -> None:
+        """Compares the files of an array's shards with those that its size asks for."""
+        shard = array.chunk_layout.write_chunk.shape
+        assert shard is not None and shard[0] is not None
+        wanted = {f"c/{i}" for i in range(math.ceil(array.shape[0] / shard[0]))}
+        listed = ts.KvStore.open(kvstore(str(self.path / name))).result().list().result()
+        if missing := sorted(wanted - {key.decode() for key in listed}):
+            raise self._damaged(name, f"one without {', '.join(missing[:3])}")
 
     def _read(self, array: ts.TensorStore, name: str) -> np.ndarray:
         try:
@@ -308,16 +327,12 @@ class SplitStore:
         except ValueError as error:
             raise self._damaged(name, error) from error
 
-    def _verify(self) -> None:
-        for name, values in (("tokens", self.tokens()), ("offsets", self.offsets)):
-            if digest(values) != self.facts["sha256"][name]:
-                raise self._damaged(name, f"sha256 {digest(values)[:12]}")
-        ids = hashlib.sha256((self.path / "ids.txt").read_bytes()).hexdigest()
-        if ids != self.facts["sha256"]["ids"]:
-            raise self._damaged("ids", f"sha256 {ids[:12]}")
+    def _check(self, name: str, values: np.ndarray) -> None:
+        """Compares an array with its sha256; that takes about a second per GB."""
+        if (got := digest(values)) != self.facts["sha256"][name]:
+            raise self._damaged(name, f"sha256 {got[:12]}")
 
     def _damaged(self, name: str, got: object) -> UserError:
         kind, file = ("file", "ids.txt") if name == "ids" else ("array", name)
         return UserError(f"the {kind} of sha256 {self.facts['sha256'][name][:12]}", first_line(got),
-                         "delete the directory and prepare the data again",
-                         where=str(self.path / file))
+                         AGAIN, where=str(self.path / file))

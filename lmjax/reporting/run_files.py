@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from lmjax.errors import UserError
 from lmjax.monitoring.goodput import LEDGER_FILE, account
 from lmjax.monitoring.jsonl import read_jsonl
+from lmjax.runtime.sealed import FILES, read_listed, read_sealed
 
 MAX_PARSED_BYTES = 4 << 20  # of a file of metrics; of longer files only a part is read
 STRETCHES = 400  # parts of a long file whose greatest values are read: about one per drawn point
@@ -126,8 +128,11 @@ def read_run(workdir: Path) -> RunRecord:
     named = Path(str(run.facts.get("data", {}).get("directory") or "data"))
     for directory in (named, workdir / named, workdir / "data"):
         if (directory / "manifest.json").exists():
-            run.manifest = _json(directory / "manifest.json")
-            run.baselines = _json(directory / "baselines.json").get("baselines", [])
+            run.manifest = read_sealed(epath.Path(directory) / "manifest.json")
+            name = "baselines.json"
+            if name in run.manifest.get(FILES, {}):
+                read_listed(directory, name, run.manifest)
+            run.baselines = _json(directory / name).get("baselines", [])
             break
     return run
 

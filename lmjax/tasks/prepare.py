@@ -29,6 +29,7 @@ from lmjax.data.text.sources import SourceConfig, check_budget, identity
 from lmjax.data.tokenizers import Tokenizer, prepared_tokenizer
 from lmjax.errors import UserError, first_line
 from lmjax.runtime.files import check_writable, new_directory, when_full
+from lmjax.runtime.sealed import AGAIN, FILES, hashes_of, read_sealed
 from lmjax.tasks.columns import ColumnWriter
 from lmjax.tasks.examples import Example, check_columns, examples, is_heldout, sources_of
 from lmjax.tasks.task import Facts, Record, Sizes, Task
@@ -106,7 +107,10 @@ def prepare_examples(setting: Setting, out: str, *,
             entries[f"{name}/{split}"] = _Part(setting, reader, facts, name, split,
                                                source).write(reading, folder)
         (folder / "tokenizer.model").write_bytes(tokenizer.to_bytes())
-        manifest = _manifest(setting, tokenizer, facts, entries) | {"reads": _reads(reader)}
+        kept = [str(file.relative_to(folder)) for file in sorted(folder.rglob(RECORDS))]
+        manifest = _manifest(setting, tokenizer, facts, entries) | {
+            "reads": _reads(reader),
+            FILES: hashes_of(epath.Path(folder), ["tokenizer.model", *kept])}
         store.write_manifest(str(folder), manifest)
     for line in _table(entries):
         log(line)
@@ -119,14 +123,12 @@ def read_manifest(directory: str) -> dict[str, Any]:
     """The manifest of a directory of prepared examples.
 
     Raises:
-      UserError: there is none, or it is of something else.
+      UserError: there is none, it is damaged, or it is of something else.
     """
-    path = Path(directory) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError("prepared examples", error, "delete the directory and start again",
-                        where=str(path)) from None
+    path = epath.Path(directory) / "manifest.json"
+    if not path.exists():
+        raise UserError("prepared examples", "none", AGAIN, where=str(path))
+    manifest = read_sealed(path)
     got = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
     if got != (FORMAT, VERSION):
         raise UserError(f"{FORMAT} version {VERSION}", got, "use another data.directory, or "

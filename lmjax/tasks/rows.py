@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from lmjax.data.packing import make_plan
 from lmjax.data.pipeline import InOrder, Mixture
 from lmjax.data.rows import Rows, empty, ramps, segments, starts
 from lmjax.data.store import SplitStore, canonical
+from lmjax.runtime.sealed import read_listed
 from lmjax.tasks.columns import FLOATS
 from lmjax.tasks.prepare import RECORDS, read_manifest
 from lmjax.tasks.task import Record, Sizes, Task
@@ -41,13 +42,14 @@ class ExampleRows:
       method: of packing.
       vocab_size: number of ids.
       fingerprint: names what decides the columns.
-      records: the file with what the examples were made from, if it was kept.
+      records: reads the file with what the examples were made from, if it was kept.
     """
 
     stored, exact, bytes = True, True, 0
 
     def __init__(self, columns: dict[str, SplitStore], sizes: dict[str, int], *, name: str,
-                 method: str, vocab_size: int, fingerprint: str, records: Path | None = None):
+                 method: str, vocab_size: int, fingerprint: str,
+                 records: Callable[[], str] | None = None):
         self.columns, self.sizes, self.name, self.vocab_size = columns, sizes, name, vocab_size
         self.seq_len, self._records = sizes.get("encoder_", sizes[""]), records
         self._of_side = {side: [c for c in columns if side_of(c) == side] for side in sizes}
@@ -113,7 +115,7 @@ class ExampleRows:
     def records(self) -> list[Record]:
         """What the examples were made from, in order; only of held-out and test examples."""
         assert self._records is not None
-        return [json.loads(line) for line in self._records.read_text("utf-8").split("\n")[:-1]]
+        return [json.loads(line) for line in self._records().split("\n")[:-1]]
 
 
 def side_of(column: str) -> str:
@@ -158,4 +160,5 @@ def open_rows(task: Task, data: DataConfig, directory: str, place: str, *, sizes
     return ExampleRows(
         columns, lengths, name=name, method="best_fit" if packs else "none",
         vocab_size=vocab_size, fingerprint=hashlib.sha256(text.encode()).hexdigest(),
-        records=None if split == "train" else Path(directory, name, split, RECORDS))
+        records=None if split == "train" else lambda: read_listed(
+            directory, f"{name}/{split}/{RECORDS}", manifest).decode())

@@ -16,6 +16,7 @@ import jax
 from lmjax.data.batches import eval_batches, make_batches
 from lmjax.data.pipeline import Split
 from lmjax.decoding.sampling import Sampling
+from lmjax.errors import UserError
 from lmjax.models.model import Batch
 from lmjax.monitoring.goodput import ACTIVITIES, LEDGER_FILE, account, goodput_line
 from lmjax.monitoring.jsonl import read_jsonl
@@ -67,7 +68,10 @@ def train(recipe: Recipe, workdir: str | Path, log: Log = to_stderr) -> str:
                         outcome = run_steps(run, records, stop, start, end)
         if jax.process_index() == 0 and (workdir / "metrics.jsonl").stat().st_size:
             log(goodput_line(account(read_jsonl(workdir / LEDGER_FILE))))
-            log(f"report: {write_report(workdir)}")
+            try:
+                log(f"report: {write_report(workdir)}")
+            except UserError as error:  # the run itself is done
+                log(f"no report: {error}")
     return outcome
 
 

@@ -1,8 +1,6 @@
 """The log-likelihoods of a reference model, computed once and stored with the examples."""
 
 import functools
-import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +11,6 @@ from lmjax.data.pipeline import InOrder
 from lmjax.decoding.generate import jit_on
 from lmjax.errors import UserError
 from lmjax.runtime.distributed import agreed
-from lmjax.runtime.files import write_whole
 from lmjax.sharding import make_layout
 from lmjax.tasks.preferences import REFERENCE, Preferences, log_likelihoods
 from lmjax.tasks.prepare import read_manifest
@@ -73,8 +70,7 @@ def add_reference(recipe: Recipe, directory: str, source: Pretrained | None, log
                                                                values))
     log(f"reference: the log-likelihoods of {source.where} are stored with the examples")
     manifest["reference"] = {"path": source.where, "checksums": sums}
-    agreed(lambda: write_whole(Path(directory) / "manifest.json",
-                               json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"))
+    agreed(lambda: store.write_manifest(directory, manifest))
 
 
 def _write(directory: str, rows: ExampleRows, place: str, values: np.ndarray) -> dict:

@@ -12,6 +12,7 @@ from lmjax.data.store import SplitStore, read_manifest
 from lmjax.data.tokenizers import prepared_tokenizer
 from lmjax.errors import UserError
 from lmjax.monitoring.units import human_bytes
+from lmjax.runtime.sealed import FILES, read_listed
 from lmjax.tasks.prepare import read_manifest as read_examples
 
 SPLITS = ("train", "heldout")
@@ -85,10 +86,8 @@ def examine_unfinished(path: str, whole: bool) -> Diagnosis:
 
 def _tokenizer(path: str, manifest: dict[str, Any]) -> str:
     tokenizer = prepared_tokenizer(path)
-    if tokenizer.hash != manifest["tokenizer"]["hash"]:
-        raise UserError(f"the tokenizer of hash {manifest['tokenizer']['hash'][:12]}",
-                        tokenizer.hash[:12], "prepare the data again",
-                        where=f"{path}/tokenizer.model")
+    for name in manifest.get(FILES, {}):
+        read_listed(path, name, manifest)
     return f"{type(tokenizer).__name__} of {tokenizer.vocab_size:,} tokens"
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pyarrow as pa
-from etils import epath
 
 from lmjax.data import store
 from lmjax.data.preparation import shards
 from lmjax.data.preparation.stages import Prepared
-from lmjax.errors import UserError
+from lmjax.errors import UserError, first_line
+from lmjax.runtime.sealed import AGAIN, read_listed
 
 FILE = "ledger.parquet"
 # by: the id of the document that stays instead, "" if there is none. value: what the rule measured.
@@ -42,12 +42,17 @@ def trace(directory: str, name: str) -> list[str]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    lines = []
-    for source, entry in store.read_manifest(directory)["sources"].items():
+    lines, manifest = [], store.read_manifest(directory)
+    for source, entry in manifest["sources"].items():
         for split in ("train", "heldout"):
             if name in store.SplitStore(directory, source, split, entry[split]).ids:
                 lines.append(f"{source}: {name} is in the {split} split")
-    rows = pq.read_table(str(epath.Path(directory) / FILE))
+    content = read_listed(directory, FILE, manifest)
+    try:
+        rows = pq.read_table(pa.BufferReader(content))
+    except (ValueError, OSError) as error:  # as Arrow's errors are
+        raise UserError("a table in Parquet", first_line(error), AGAIN,
+                        where=f"{directory}/{FILE}") from error
     mine = rows.filter(pc.or_(pc.equal(rows["id"], name), pc.equal(rows["by"], name))).to_pylist()
     for row in mine:
         why = f" for {row['by']}, which stays" if row["by"] else ""

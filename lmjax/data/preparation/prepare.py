@@ -24,7 +24,7 @@ from lmjax.data import store
 from lmjax.data.config import CurateConfig, DataConfig, check_prepared_by
 from lmjax.data.preparation.engine import Engine, Log, versions
 from lmjax.data.preparation.engine_beam import BeamEngine
-from lmjax.data.preparation.ledger import write_ledger
+from lmjax.data.preparation.ledger import FILE, write_ledger
 from lmjax.data.preparation.report import write_data_report
 from lmjax.data.preparation.stages import Prepared, run_stages
 from lmjax.data.preparation.writer import baselines, contamination, write_store
@@ -33,6 +33,10 @@ from lmjax.data.text.clean import check_installed
 from lmjax.data.tokenizers import Tokenizer, TokenizerFactory, sentencepiece_tokenizer
 from lmjax.errors import UserError, first_line
 from lmjax.runtime.files import check_writable, claim, when_full
+from lmjax.runtime.sealed import FILES, hashes_of
+
+# The files whose hashes the manifest has, besides the ledger; receipts hold times.
+LISTED = ("tokenizer.model", "baselines.json", "contamination.json")
 
 
 def to_stderr(line: str) -> None:
@@ -135,7 +139,8 @@ def _build(config: DataConfig, made: Prepared, folder: str, log: Log) -> dict[st
     write_ledger(made, folder)
     found = contamination(made)
     (path / "contamination.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    manifest = _manifest(config, made.tokenizer, entries)
+    listed = hashes_of(path, (*LISTED, FILE))
+    manifest = _manifest(config, made.tokenizer, entries) | {FILES: listed}
     store.write_manifest(folder, manifest)
     write_data_report(config, made, entries, found, folder)
     tokens = sum(entry[split]["tokens"]

@@ -16,7 +16,8 @@ from lmjax.data.tokenizers.sentencepiece import (
     TokenizerConfig,
     train_tokenizer,
 )
-from lmjax.errors import UserError
+from lmjax.errors import UserError, first_line
+from lmjax.runtime.sealed import AGAIN, read_listed, read_sealed
 
 TokenizerFactory = Callable[[TokenizerConfig, Sequence[str]], Tokenizer]  # (config, texts)
 
@@ -59,5 +60,21 @@ def tokenizer_from_bytes(model: bytes) -> Tokenizer:
 
 
 def prepared_tokenizer(directory: str) -> Tokenizer:
-    """The tokenizer of a directory of prepared data."""
-    return tokenizer_from_bytes((epath.Path(directory) / "tokenizer.model").read_bytes())
+    """The tokenizer of a directory of prepared data.
+
+    Raises:
+      UserError: its file is missing or damaged, or is that of another tokenizer.
+    """
+    folder = epath.Path(directory)
+    manifest = read_sealed(folder / "manifest.json")
+    content = read_listed(folder, "tokenizer.model", manifest)
+    wanted, where = manifest["tokenizer"]["hash"], str(folder / "tokenizer.model")
+    try:
+        tokenizer = tokenizer_from_bytes(content)
+    except Exception as error:  # noqa: BLE001 - a damaged file makes its readers raise anything
+        raise UserError(f"the tokenizer of hash {wanted[:12]}", first_line(error), AGAIN,
+                        where=where) from error
+    if tokenizer.hash != wanted:
+        raise UserError(f"the tokenizer of hash {wanted[:12]}", tokenizer.hash[:12], AGAIN,
+                        where=where)
+    return tokenizer
