@@ -68,6 +68,14 @@ def _expanded(where: str, value: object) -> object:
     return paths.expand(value, where, bucket=isinstance(value, AnyPath))
 
 
+def add_kv_cache(parser: ArgumentParser) -> None:
+    """Adds `--kv-cache`, which every command that decodes has."""
+    parser.add_argument(
+        "--kv-cache", choices=("float", "int8"), default="float",
+        help="how keys and values are kept: in the dtype of the model, or as 8-bit integers "
+        "(default: float)")
+
+
 def read_text(path: str) -> str:
     """The text of a file, with its line ends as they are.
 

@@ -4,7 +4,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
-from lmjax.cli.arguments import AnyPath
+from lmjax.cli.arguments import AnyPath, add_kv_cache
 from lmjax.errors import UserError
 
 HELP = "/reset begins a new conversation, /quit ends it"
@@ -21,6 +21,7 @@ def add_chat(parser: ArgumentParser) -> None:
         help="0 takes the most likely token each time (default: 0.8)")
     add("--top-p", type=float, default=1.0,
         help="sample from the most likely tokens that have this probability together (default: 1)")
+    add_kv_cache(parser)
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
 
 
@@ -30,7 +31,7 @@ def chat(arguments: Namespace, overrides: Sequence[str]) -> None:
     from lmjax.lm import load
 
     options = {name: getattr(arguments, name)
-               for name in ("max_tokens", "temperature", "top_p", "seed")}
+               for name in ("max_tokens", "temperature", "top_p", "kv_cache", "seed")}
     DecodingOptions(**options)  # refuses a wrong option before the model is loaded
     lm = load(arguments.checkpoint)
     lm.speaker  # noqa: B018 - refuses a model without a chat template at once

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from lmjax.cli.arguments import AnyPath, LocalPath, read_text
+from lmjax.cli.arguments import AnyPath, LocalPath, add_kv_cache, read_text
 from lmjax.errors import UserError
 from lmjax.runtime.files import check_new, check_writable
 
 GENERATE_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-                    "seed", "stop", "num_beams", "length_penalty")  # those of `LM.generate`
+                    "seed", "stop", "num_beams", "length_penalty",
+                    "kv_cache")  # those of `LM.generate`
 
 
 def _add_checkpoint(parser: ArgumentParser) -> None:
@@ -43,6 +44,7 @@ def add_generate(parser: ArgumentParser) -> None:
     add("--num-beams", type=int, default=1, help="beams of a beam search (default: 1, sampling)")
     add("--length-penalty", type=float, default=1.0,
         help="divide a beam's log-likelihood by length^THIS (default: 1)")
+    add_kv_cache(parser)
     add("--draft", default="", type=AnyPath, metavar="CHECKPOINT",
         help="a small model that proposes tokens; the distribution stays the same")
     add("--stream", action="store_true", help="print the text while it is generated")

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from lmjax.cli.arguments import AnyPath
+from lmjax.cli.arguments import AnyPath, add_kv_cache
 from lmjax.config import at_least, at_most
 from lmjax.errors import UserError
 
@@ -37,6 +37,7 @@ def add_serve(parser: ArgumentParser) -> None:
     add("--prefix-tokens", type=int, default=-1,
         help="tokens of prompts that are kept for requests that begin alike (default: a quarter "
         "of the slots' tokens)")
+    add_kv_cache(parser)
     add("--draft", default="", type=AnyPath, metavar="CHECKPOINT",
         help="a small model with the same tokenizer that proposes tokens; the distribution stays "
         "the same")

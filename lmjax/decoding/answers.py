@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lmjax.config import at_least, at_most
+from lmjax.config import at_least, at_most, choice
 from lmjax.data.tokenizers import NamedIds
 from lmjax.decoding.beam import beam_search
 from lmjax.decoding.generate import Generator
@@ -12,6 +12,7 @@ from lmjax.decoding.sampling import Sampling
 from lmjax.decoding.speculative import Draft, speculate
 from lmjax.decoding.stopping import TextStream, cut
 from lmjax.errors import UserError
+from lmjax.nn.kv_cache import KV_CACHES
 from lmjax.nn.module import Params
 
 MAX_TOKENS = 1 << 24  # a larger number is a slip, and no cache of that many tokens fits anywhere
@@ -31,6 +32,7 @@ class DecodingOptions:
     seed: int = 0  # of the random draws
     num_beams: int = 1  # above 1: beam search instead of sampling, see `beam_search`
     length_penalty: float = 1.0  # of beam search
+    kv_cache: str = "float"  # how keys and values are kept: a row of `KV_CACHES`
     draft: Draft | None = None  # a small model with the same tokenizer that proposes tokens
     stream: Callable[[int, str], None] | None = None  # gets (row, next piece of its text) at once
 
@@ -40,6 +42,7 @@ class DecodingOptions:
         at_most(MAX_TOKENS, num_beams=self.num_beams, max_tokens=self.max_tokens,
                 top_k=self.top_k)
         self.sampling.check()
+        choice("kv_cache", self.kv_cache, KV_CACHES)
         if self.stream is not None and not callable(self.stream):
             raise UserError("a function of a row's number and a text", type(self.stream).__name__,
                             "pass one, such as lambda row, text: print(text)", "stream")
@@ -80,7 +83,7 @@ def answer(generator: Generator, params: Params, names: NamedIds,
     Raises:
       UserError: a prompt is empty or too long, or has an id that the model has not.
     """
-    o = options
+    o, generator = options, generator.with_kv_cache(options.kv_cache)
     if not prompts:
         return []
     # An encoder-decoder's answer is a text by itself.
@@ -90,7 +93,8 @@ def answer(generator: Generator, params: Params, names: NamedIds,
         ids = beam_search(generator, params, prompts, max_tokens=o.max_tokens,
                           num_beams=o.num_beams, length_penalty=o.length_penalty)
     elif o.draft:
-        ids, _ = speculate(generator, params, o.draft, prompts, max_tokens=o.max_tokens,
+        draft = o.draft._replace(model=o.draft.model.with_kv_cache(o.kv_cache))
+        ids, _ = speculate(generator, params, draft, prompts, max_tokens=o.max_tokens,
                            sampling=o.sampling, seed=o.seed)
     else:
         watch = None

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, P prompt bucket, S cache slots, V vocab_size.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -79,6 +80,12 @@ class Generator:
         # The mesh may not divide so few rows, so only the weights are split.
         self.layout = layout and dataclasses.replace(
             layout, rules={**layout.rules, "batch": (), "seq": (), "stream_seq": ()})
+
+    def with_kv_cache(self, kv_cache: str) -> "Generator":
+        """The same generator, which keeps keys and values so: see `Model.with_kv_cache`."""
+        other = copy.copy(self)
+        other.model = self.model.with_kv_cache(kv_cache)
+        return other
 
     def __call__(self, params: Params, prompts: Sequence[Sequence[int]], *, max_tokens: int,
                  sampling: Sampling = PLAIN, seed: int = 0,

@@ -104,7 +104,7 @@ class Block(nnx.Module):
             assert attention is not None and mask is not None
             if seen is None:
                 assert s.source is not None
-                seen = attention.keys_values(s.source, kernel=s.kernel)
+                seen = KVCache(*attention.keys_values(s.source, kernel=s.kernel))
             return attention.attend(y, seen, mask, kernel=s.kernel), None
 
         def mlp(y: jax.Array) -> tuple[jax.Array, Routing | None]:

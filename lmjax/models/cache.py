@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lmjax.models.config import TransformerConfig
 from lmjax.nn.attention import KVCache
+from lmjax.nn.kv_cache import empty_rows
 
 
 class Source(NamedTuple):
@@ -32,10 +33,11 @@ class Cache(NamedTuple):
 
 
 def empty_cache(config: TransformerConfig, batch_size: int, slots: int, dtype: Any,
-                rings: bool = True) -> Cache:
+                rings: bool = True, kv_cache: str = "float") -> Cache:
     """A cache with room for `slots` tokens per row.
 
     rings: local layers keep only as many tokens as their window has.
+    kv_cache: a row of `nn.kv_cache.KV_CACHES`.
     """
     kinds, pattern = config.kinds(config.num_layers)
     layers = []
@@ -44,5 +46,5 @@ def empty_cache(config: TransformerConfig, batch_size: int, slots: int, dtype: A
         window = config.window(kind) if rings else 0
         shape = (count, batch_size, config.dims.num_kv_heads, min(slots, window or slots),
                  config.dims.head_dim)
-        layers.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+        layers.append(KVCache(*(empty_rows(shape, kv_cache, dtype) for _ in KVCache._fields)))
     return Cache(tuple(layers), jnp.zeros((batch_size,), jnp.int32))

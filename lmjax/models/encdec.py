@@ -16,7 +16,9 @@ from lmjax.config import at_least, choice
 from lmjax.models.cache import Cache, Source
 from lmjax.models.config import TransformerConfig
 from lmjax.models.transformer import TokenInfo, Trunk, embed, task_head, token_table
+from lmjax.nn.attention import KVCache
 from lmjax.nn.kernels.choose import Kernel
+from lmjax.nn.kv_cache import CacheArray, like
 from lmjax.nn.module import param, zeros
 from lmjax.nn.moe import Routing
 from lmjax.nn.pipeline import split_key
@@ -92,11 +94,19 @@ class EncDec(nnx.Module):
             return self.task_head(x_BTD, keys[1]), routings
         return self._scaled(x_BTD), routings
 
-    def source(self, batch: Mapping[str, jax.Array], dtype: Any) -> Source:
-        """Runs the encoder and computes its keys and values for every decoder layer, once."""
+    def source(self, batch: Mapping[str, jax.Array], dtype: Any, cache: CacheArray) -> Source:
+        """Runs the encoder and computes its keys and values for every decoder layer, once.
+
+        They are kept in the form of `cache`.
+        """
         states, _ = self.states(batch, dtype)
-        cache = self.decoder.layers.map(lambda block: block.cross_attention.keys_values(states))
-        return Source((batch["encoder_segment_ids"] > 0).astype(jnp.int32), cache=cache)
+
+        def keys_values(block: Any) -> KVCache:
+            found = block.cross_attention.keys_values(states)
+            return KVCache(*(like(x, cache) for x in found))
+
+        kept = self.decoder.layers.map(keys_values)
+        return Source((batch["encoder_segment_ids"] > 0).astype(jnp.int32), cache=kept)
 
     def step(self, tokens_BT: jax.Array, info: TokenInfo, cache: Cache,
              dtype: Any) -> tuple[jax.Array, Cache]:

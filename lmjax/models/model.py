@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lmjax.config import choice
 from lmjax.errors import UserError
 from lmjax.models.adapters import adapted
 from lmjax.models.cache import Cache, empty_cache
@@ -22,6 +23,7 @@ from lmjax.models.packing import packed_functional, unpack_params
 from lmjax.models.transformer import TokenInfo
 from lmjax.nn.adapters import NO_ADAPTERS, AdapterConfig, is_adapter
 from lmjax.nn.kernels.choose import Kernel, Needs, choose_kernel
+from lmjax.nn.kv_cache import KV_CACHES
 from lmjax.nn.module import Functional, Params, functional, normal, param
 from lmjax.nn.moe import Routing
 from lmjax.nn.packed import NOT_QUANTIZED, Packed, Quantization
@@ -69,6 +71,7 @@ class Model:
     # of a teacher; 0: there is none.
     projected_dim: int = 0
     quantization: Quantization = NOT_QUANTIZED  # how its parameters are packed
+    kv_cache: str = "float"  # how decoding keeps keys and values: a row of KV_CACHES
 
     @functools.cached_property
     def plain(self) -> "Model":
@@ -98,6 +101,15 @@ class Model:
         shapes, axes = packed_functional(dense.functional, quantization)
         made = dataclasses.replace(dense.functional, shapes=shapes, axes=axes)
         return dataclasses.replace(dense, functional=made, quantization=quantization)
+
+    def with_kv_cache(self, kv_cache: str) -> "Model":
+        """The same model, whose decoding keeps keys and values so: always the same object.
+
+        Raises:
+          UserError: `kv_cache` is not in KV_CACHES.
+        """
+        choice("kv_cache", kv_cache, KV_CACHES)
+        return self if kv_cache == self.kv_cache else _with_kv_cache(self, kv_cache)
 
     def dense(self, params: Params) -> tuple["Model", Params]:
         """The same model and its parameters with nothing packed."""
@@ -204,14 +216,14 @@ class Model:
         if self.config.family == "encoder":
             raise UserError("a decoder or encdec to generate with", "an encoder", "use encode",
                             where="model.family")
-        cache = empty_cache(self.config, batch_size, slots, self.dtype, rings)
+        cache = empty_cache(self.config, batch_size, slots, self.dtype, rings, self.kv_cache)
         if self.config.family == "decoder":
             return cache
         if params is None or batch is None:
             raise UserError("params and a batch of encoder tokens for an encoder-decoder", "none",
                             "pass both", where="init_cache")
         model = self.functional.bind(self.cast(params))
-        return cache._replace(source=model.source(batch, self.dtype))
+        return cache._replace(source=model.source(batch, self.dtype, cache.layers[0].key))
 
     def step(self, params: Params, tokens_BT: jax.Array, cache: Cache,
              at_B: jax.Array | None = None) -> tuple[jax.Array, Cache]:
@@ -286,6 +298,12 @@ class Model:
             return p if kept else p.astype(self.dtype)
 
         return jax.tree.map(cast, params, self.axes, is_leaf=is_unstacked)
+
+
+# One object per kind, since compiled programs are found by the model that they are of.
+@functools.lru_cache(maxsize=32)
+def _with_kv_cache(model: Model, kv_cache: str) -> Model:
+    return dataclasses.replace(model, kv_cache=kv_cache)
 
 
 def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: Any,

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.nn.kernels.choose import KERNELS, Kernel, attend
+from lmjax.nn.kv_cache import CacheArray, like
 from lmjax.nn.layers import Dense
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import Initializer
@@ -27,8 +28,8 @@ from lmjax.sharding import constrain
 class KVCache(NamedTuple):
     """Keys and values [B, G, S, K]: the layout in which a matmul per head reads them."""
 
-    key: jax.Array
-    value: jax.Array
+    key: CacheArray
+    value: CacheArray
 
 
 class CacheUpdate(NamedTuple):
@@ -54,12 +55,18 @@ class CacheUpdate(NamedTuple):
         new = self.first[:, None] + jnp.arange(num_new, dtype=jnp.int32).reshape(1, -1)
         return jnp.concatenate([_ring_positions(self.first - 1, slots), new], axis=1)
 
-    def extend(self, buffer_BGSK: jax.Array, new_BGTK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def extend(self, buffer_BGSK: CacheArray, new_BGTK: jax.Array) -> tuple[CacheArray, CacheArray]:
         """Adds the new tokens' keys or values to a buffer.
 
         Returns:
           What the new tokens attend to, and the new buffer.
         """
+        new = like(new_BGTK, buffer_BGSK)
+        both = jax.tree.map(self._extend, buffer_BGSK, new)
+        return jax.tree.transpose(jax.tree.structure(new), jax.tree.structure((0, 0)), both)
+
+    def _extend(self, buffer_BGSK: jax.Array, new_BGTK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`extend` for one array; its last dimension may be any."""
         new = new_BGTK.astype(buffer_BGSK.dtype)
         S, T = buffer_BGSK.shape[2], new.shape[2]
         if not self.ring or T == 1:
@@ -141,23 +148,24 @@ class Attention(nnx.Module):
         Returns:
           [B, T, D], and the new cache if one was given.
         """
-        kv = self.keys_values(x_BTD, rotation, kernel)
-        record(key=kv.key.swapaxes(1, 2), value=kv.value.swapaxes(1, 2))
+        new = self.keys_values(x_BTD, rotation, kernel)
+        record(key=new[0].swapaxes(1, 2), value=new[1].swapaxes(1, 2))
+        kv = KVCache(*new)
         if cache is not None:
             assert update is not None
-            both = [update.extend(old, new) for old, new in zip(cache, kv, strict=True)]
+            both = [update.extend(old, added) for old, added in zip(cache, new, strict=True)]
             kv, cache = (KVCache(*part) for part in zip(*both, strict=True))
         return self.attend(x_BTD, kv, mask, rotation, bias_BHTS, kernel=kernel), cache
 
     def keys_values(self, x_BSD: jax.Array, rotation: Rotation | None = None,
-                    kernel: Kernel = KERNELS["xla"]) -> KVCache:
-        """The keys and values of x, placed on the mesh as `kernel` wants them."""
+                    kernel: Kernel = KERNELS["xla"]) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of x, [B, G, S, K], placed on the mesh as `kernel` wants them."""
         k, v = self.key(x_BSD), self.value(x_BSD)
         k = k if self.key_norm is None else self.key_norm(k)
         k = k if rotation is None else apply_rope(k, rotation)
         k, v = (constrain(x, "batch", kernel.keys, "act_kv_heads", None) for x in (k, v))
-        return KVCache(checkpoint_name(k, "key").swapaxes(1, 2),
-                       checkpoint_name(v, "value").swapaxes(1, 2))
+        return (checkpoint_name(k, "key").swapaxes(1, 2),
+                checkpoint_name(v, "value").swapaxes(1, 2))
 
     def attend(self, x_BTD: jax.Array, kv: KVCache, mask: AttentionMask,
                rotation: Rotation | None = None, bias_BHTS: jax.Array | None = None, *,
@@ -168,7 +176,7 @@ class Attention(nnx.Module):
         q = q if rotation is None else apply_rope(q, rotation)
         q = checkpoint_name(constrain(q, "batch", "seq", "act_heads", None), "query")
         record(query=q)
-        k, v = (x.swapaxes(1, 2) for x in kv)
+        k, v = jax.tree.map(lambda x: x.swapaxes(1, 2), kv)
         y = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap, bias=bias_BHTS,
                    kernel=kernel)
         y = constrain(gradient_barrier(y), "batch", "seq", "act_heads", None)

@@ -190,7 +190,7 @@ def matmul(x: jax.Array, w: Packed, num_in: int = 1) -> jax.Array:
     dims = (((x.ndim - 1,), (len(out),)), ((), ()))
     scale = w.scales[..., 0].reshape((1,) * len(lead) + out)
     if form.dynamic:
-        ints, step = _rounded(x)
+        ints, step = rounded_rows(x)
         y = lax.dot_general(ints, w.values, dims,
                             preferred_element_type=jnp.int32).astype(jnp.float32)
         return (y * step.reshape(*lead, *(1,) * len(out)) * scale).astype(x.dtype)
@@ -207,7 +207,7 @@ def _few_rows(x_MI: jax.Array, w: Packed) -> jax.Array:
     """x by w, float32 [M, F], by `kernels.native`."""
     form = FORMATS[w.format]
     if form.dynamic:  # so that the result does not depend on how many rows there are
-        ints, step = _rounded(x_MI)
+        ints, step = rounded_rows(x_MI)
         x_MI = ints.astype(jnp.float32) * step
     return native.multiply(x_MI, w.values, w.scales, form.bits)
 
@@ -216,7 +216,7 @@ _few_rows.defvjp(lambda x, w: (_few_rows(x, w), w),
                  lambda w, g: (g @ w.dense(g.dtype), None))
 
 
-def _rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rounded_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows as int8, and the float32 step of each row [..., 1]."""
     x = x.astype(jnp.float32)
     largest = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), jnp.finfo(x.dtype).tiny)

@@ -41,7 +41,8 @@ class Engine:
           lm: the model, a decoder.
           draft: a small model with the same tokenizer that proposes tokens.
           queue: requests that wait for a slot, at most.
-          settings: fields of `Plan`: slots, max_length, chunk, prefix_tokens, propose.
+          settings: fields of `Plan`: slots, max_length, chunk, prefix_tokens,
+            kv_cache, propose.
 
         Raises:
           UserError: a setting is out of its range, the model is no decoder, or the draft has
@@ -110,6 +111,7 @@ class Engine:
                 "row_steps", "faults")}
             return counts | {
                 "queued": len(self._waiting), "running": len(rows), "slots": len(self._rows),
+                "cache_bytes": self._fitted.cache_bytes,
                 "cache_tokens": len(self._rows) * self._shapes.slots,
                 "cache_used": sum(row.read + row.tokens for row in rows),
                 "prefix_tokens": self._shapes.blocks * self._shapes.block,

@@ -16,8 +16,8 @@ from lmjax.serving.engine import Engine
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 # Figures that rise and fall; the others only grow.
-LEVELS = ("queued", "running", "slots", "cache_tokens", "cache_used", "prefix_tokens",
-          "prefix_used")
+LEVELS = ("queued", "running", "slots", "cache_bytes", "cache_tokens", "cache_used",
+          "prefix_tokens", "prefix_used")
 
 
 class EngineCollector(Collector):

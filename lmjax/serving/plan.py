@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from lmjax.config import at_least
+from lmjax.config import at_least, choice
 from lmjax.data.reading import check_told
 from lmjax.decoding.generate import Generator, TokenIds
 from lmjax.decoding.inputs import check_numbers, check_positions
@@ -14,6 +14,7 @@ from lmjax.decoding.reading import generator_of
 from lmjax.errors import UserError
 from lmjax.lm import LM
 from lmjax.models.model import Model
+from lmjax.nn.kv_cache import KV_CACHES
 from lmjax.runtime.devices import device_memory
 from lmjax.serving.programs import Programs, Shapes, compiled, empty
 from lmjax.serving.requests import Request
@@ -37,6 +38,7 @@ class Plan:
     # Tokens of prompts that are kept for other requests that begin with them. -1: a quarter of the
     # slots' tokens.
     prefix_tokens: int = -1
+    kv_cache: str = "float"  # how keys and values are kept: a row of `nn.kv_cache.KV_CACHES`
     propose: int = 4  # tokens that the draft proposes per step, if there is a draft
 
     def __post_init__(self) -> None:
@@ -44,6 +46,7 @@ class Plan:
         at_least(1, slots=self.slots, chunk=self.chunk, propose=self.propose)
         at_least(0, max_length=self.max_length)
         at_least(-1, prefix_tokens=self.prefix_tokens)
+        choice("kv_cache", self.kv_cache, KV_CACHES)
 
     @property
     def chunk_sizes(self) -> tuple[int, ...]:
@@ -65,6 +68,7 @@ class Fitted(NamedTuple):
     ids: TokenIds
     shapes: Shapes
     whole: bool  # whether a prompt is read in one piece, which is neither scored nor shared
+    cache_bytes: int  # of all caches, on all devices
 
     @property
     def programs(self) -> Programs:
@@ -112,10 +116,10 @@ def fit(plan: Plan, lm: LM, draft: LM | None) -> Fitted:
     shapes = Shapes(plan.slots, slots, chunk, 0 if whole else -(-kept // chunk), propose)
     generator = (Generator(lm.model, lm.layout) if lm.tokenizer is None
                  else generator_of(lm.model, lm.layout, lm.reader))
-    models = tuple(one.model for one in lms)
-    _check_memory(models, shapes)
+    models = tuple(one.model.with_kv_cache(plan.kv_cache) for one in lms)
+    cache_bytes = _check_memory(models, shapes)
     return Fitted(dataclasses.replace(plan, max_length=length, chunk=chunk), models,
-                  generator.layout or lm.layout, generator.ids, shapes, whole)
+                  generator.layout or lm.layout, generator.ids, shapes, whole, cache_bytes)
 
 
 def _check_decoder(lm: LM) -> None:
@@ -135,10 +139,16 @@ def _reads_whole_prompts(lm: LM) -> bool:
     return lm.model.prefix_lm or bool(moe.experts and moe.capacity)
 
 
-def _check_memory(models: tuple[Model, ...], shapes: Shapes) -> None:
-    arrays = jax.tree.leaves(jax.eval_shape(lambda: empty(models, shapes)))
-    need = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+def _check_memory(models: tuple[Model, ...], shapes: Shapes) -> int:
+    """The bytes of all caches."""
+    state, page, pool = jax.eval_shape(lambda: empty(models, shapes))
+
+    def size(tree: Any) -> int:
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    need = size((state, page, pool))
     devices = jax.local_device_count()
     if need > (have := device_memory() * devices):
         raise UserError(f"caches within the {have / 1e9:.1f} GB of memory", f"{need / 1e9:.1f} GB",
                         "lower slots, max_length or prefix_tokens", where="slots")
+    return size((state.caches, page, pool))

@@ -12,7 +12,7 @@ from lmjax.serving.engine import Engine
 from lmjax.serving.served_model import Served
 from lmjax.serving.server import Serving, address_of
 
-PLAN = ("slots", "max_length", "chunk", "prefix_tokens", "propose")  # options of `Plan`
+PLAN = ("slots", "max_length", "chunk", "prefix_tokens", "kv_cache", "propose")  # options of `Plan`
 
 
 def run(options: Namespace, names: Sequence[str], listener: socket.socket, key: str) -> int:
@@ -80,8 +80,10 @@ def describe(model: Served) -> str:
     if model.engine is None:
         return f"{model.name}: vectors of texts of up to {model.max_length:,} tokens"
     kind = "conversations and completions" if model.chats else "completions"
+    stats = model.engine.stats()
     return (f"{model.name}: {kind}, step {int(model.lm.about['step']):,}, "
-            f"up to {model.max_length:,} tokens")
+            f"up to {model.max_length:,} tokens, {stats['slots']:g} at a time, "
+            f"keys and values {stats['cache_bytes'] / 1e6:,.1f} MB")
 
 
 def say(*lines: str) -> None:

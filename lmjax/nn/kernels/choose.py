@@ -17,6 +17,7 @@ from lmjax.nn.kernels.cudnn import cudnn_attention
 from lmjax.nn.kernels.ring import ring_attention
 from lmjax.nn.kernels.splash import LANES, splash_attention
 from lmjax.nn.kernels.xla import xla_attention
+from lmjax.nn.kv_cache import CacheArray, Int8Rows
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.sequence import num_shards
 
@@ -130,7 +131,7 @@ FAST = {"tpu": "splash", "gpu": "cudnn"}  # what `auto` takes on a platform, if 
 LONG = 1024
 
 
-def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask, *,
+def attend(q_BTHK: jax.Array, k_BSGK: CacheArray, v_BSGK: CacheArray, mask: AttentionMask, *,
            scale: float, softcap: float = 0.0, bias: jax.Array | None = None,
            kernel: Kernel) -> jax.Array:
     """Attention: softmax(cap(q k^T * scale) + bias) v over the keys that each query sees.
@@ -153,6 +154,9 @@ def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: Attent
         cross=T != S, context=num_shards("seq") > 1, prefix=mask.kv_prefix is not None,
         gqa=H != G, cache=(mask.causal or mask.window > 0) and not mask.in_order,
         head_dim=K, dtype=q_BTHK.dtype))
+    if not kernel.dense:  # the others multiply floats
+        k_BSGK, v_BSGK = (x.dense(q_BTHK.dtype) if isinstance(x, Int8Rows) else x
+                          for x in (k_BSGK, v_BSGK))
     return kernel.run(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, softcap=softcap, bias=bias)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lmjax.nn.kv_cache import CacheArray, Int8Rows
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.ops import barrier, dot, dot_rows
 from lmjax.sharding import num_devices, platform
@@ -33,8 +34,9 @@ class Residuals(NamedTuple):
     slope: jax.Array | None  # derivative of the soft-cap, float32 [B, G, N, S]
 
 
-def xla_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask, *,
-                  scale: float, softcap: float, bias: jax.Array | None) -> jax.Array:
+def xla_attention(q_BTHK: jax.Array, k_BSGK: CacheArray, v_BSGK: CacheArray,
+                  mask: AttentionMask, *, scale: float, softcap: float,
+                  bias: jax.Array | None) -> jax.Array:
     """softmax(cap(q k^T * scale) + bias) v, with float32 scores [B, H, T, S] in memory."""
     T, mask_BTS = q_BTHK.shape[1], mask.to_dense()
     # A causal mask hides the keys after a piece's last query from the whole piece. With four
@@ -47,19 +49,26 @@ def xla_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask:
         end = min(start + size, T)
         S = end if skip else k_BSGK.shape[1]
         parts.append(_one_piece(
-            q_BTHK[:, start:end], k_BSGK[:, :S], v_BSGK[:, :S], mask_BTS[:, start:end, :S],
+            q_BTHK[:, start:end], _first(k_BSGK, S), _first(v_BSGK, S), mask_BTS[:, start:end, :S],
             None if bias is None else bias[:, :, start:end, :S], scale, softcap))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _one_piece(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array,
+def _first(x_BSGK: CacheArray, count: int) -> CacheArray:
+    """The first keys or values."""
+    return jax.tree.map(lambda x: x[:, :count], x_BSGK)
+
+
+def _one_piece(q_BTHK: jax.Array, k_BSGK: CacheArray, v_BSGK: CacheArray, mask_BTS: jax.Array,
                bias: jax.Array | None, scale: float, softcap: float) -> jax.Array:
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     # The R query heads of a key/value head become rows of one matmul, which reads its keys once.
     q = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
     bias = None if bias is None else bias.reshape(bias.shape[0], G, -1, bias.shape[-1])
-    y = _attend(q, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), mask_BTS, bias, scale, softcap)
+    k, v = jax.tree.map(lambda x: x.swapaxes(1, 2), (k_BSGK, v_BSGK))
+    run = _attend_int8 if isinstance(k, Int8Rows) else _attend
+    y = run(q, k, v, mask_BTS, bias, scale, softcap)
     y = y.reshape(B, G, H // G, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
     return y * jnp.any(mask_BTS, axis=-1)[:, :, None, None].astype(y.dtype)
 
@@ -79,7 +88,26 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Arra
                     bias: jax.Array | None, scale: float,
                     softcap: float) -> tuple[jax.Array, Residuals]:
     scores = lax.dot_general(q, k, (((3,), (3,)), HEADS), preferred_element_type=jnp.float32)
-    scores = scores * scale
+    weights, slope = _probabilities(scores * scale, mask_BTS, bias, softcap)
+    weights = barrier(weights.astype(q.dtype))
+    y = dot(weights, v, (((3,), (2,)), HEADS))
+    return y, Residuals(q, k, v, bias, weights, y, slope)
+
+
+def _attend_int8(q: jax.Array, k: Int8Rows, v: Int8Rows, mask_BTS: jax.Array,
+                 bias: jax.Array | None, scale: float, softcap: float) -> jax.Array:
+    """`_attend` to integers, whose scales are applied to scores and probabilities."""
+    scores = lax.dot_general(q, k.values.astype(q.dtype), (((3,), (3,)), HEADS),
+                             preferred_element_type=jnp.float32)
+    scores = scores * (k.scales.swapaxes(2, 3) * scale)
+    weights, _ = _probabilities(scores, mask_BTS, bias, softcap)
+    weights = (weights * v.scales.swapaxes(2, 3)).astype(q.dtype)
+    return dot(weights, v.values.astype(q.dtype), (((3,), (2,)), HEADS))
+
+
+def _probabilities(scores: jax.Array, mask_BTS: jax.Array, bias: jax.Array | None,
+                   softcap: float) -> tuple[jax.Array, jax.Array | None]:
+    """softmax(cap(scores) + bias) over the keys that are seen, and the slope of the cap."""
     slope = None
     if softcap:
         scores = jnp.tanh(scores / softcap)
@@ -92,9 +120,7 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Arra
     scores = jnp.where(mask_BTS[:, None, None], scores.reshape(B, shape[1], -1, T, S), NEG_INF)
     scores = scores.reshape(shape)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    weights = barrier((weights * (1 / jnp.sum(weights, axis=-1, keepdims=True))).astype(q.dtype))
-    y = dot(weights, v, (((3,), (2,)), HEADS))
-    return y, Residuals(q, k, v, bias, weights, y, slope)
+    return weights * (1 / jnp.sum(weights, axis=-1, keepdims=True)), slope
 
 
 def _attend_backward(scale: float, softcap: float, saved: Residuals,
