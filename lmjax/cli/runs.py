@@ -165,12 +165,14 @@ def add_bench(parser: ArgumentParser) -> None:
     """Adds the arguments of `lmjax bench`."""
     _add_config(parser, required=False)
     parser.add_argument("what", nargs="?", default="train",
-                        choices=("train", "generate", "score", "serve", "data", "tasks"),
+                        choices=("train", "generate", "score", "serve", "data", "tasks",
+                                 "learning"),
                         help="serve: many clients at once beside one and beside offline batches; "
                         "score: likelihoods of texts beside their logits; "
                         "data: the stages of `lmjax prepare` and the rows of training; "
                         "tasks: what pretraining is worth for the recipes of configs/tasks; "
-                        "the last two need no --config (default: train)")
+                        "learning: steps that optimizers need to the loss of AdamW; "
+                        "the last three need no --config (default: train)")
     parser.add_argument("--seconds", type=float, default=60.0,
                         help="seconds to measure for, per comparison (default: 60)")
     parser.add_argument("--out", default="", type=LocalPath, metavar="FILE",
@@ -181,11 +183,18 @@ def add_bench(parser: ArgumentParser) -> None:
                         help="for tasks: overrides of the recipe NAME, or of that of the model it "
                         "starts from, such as tagging.train.steps=100 bert.train.steps=500")
     parser.add_argument("--seeds", type=int, default=3, metavar="N",
-                        help="for tasks: runs per start (default: 3)")
+                        help="for tasks: runs per start; for learning: runs per optimizer "
+                        "(default: 3)")
+    parser.add_argument("--optimizers", nargs="+", default=[], metavar="NAME",
+                        help="for learning: which rows of its table (default: all)")
+    parser.add_argument("--sizes", nargs="+", default=[], metavar="SIZE",
+                        help="for learning: 0.5M, 1M, 2.4M (default: all three)")
+    parser.add_argument("--steps", type=int, default=600, metavar="N",
+                        help="for learning: steps of a run (default: 600)")
 
 
 def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
-    """Measures training, generation, scoring, serving, data preparation or fine-tuning."""
+    """Measures training, inference, serving, data preparation, fine-tuning or optimizers."""
     options = {"seconds": arguments.seconds, "out": arguments.out}
     if not arguments.seconds > 0:
         raise UserError("more than 0", arguments.seconds, "leave it out for 60", where="--seconds")
@@ -214,6 +223,14 @@ def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
             raise UserError("no --config, since the recipes are those of configs/tasks", "one",
                             "write --set NAME.KEY=VALUE", where="--config")
         bench_tasks(arguments.tasks, arguments.set, seeds=arguments.seeds, out=arguments.out)
+    elif arguments.what == "learning":
+        from lmjax.benchmarks.learning import bench_learning
+
+        if overrides or arguments.config:
+            raise UserError("no --config, since the recipe is configs/quickstart.py", "one",
+                            "leave it out", where="--config")
+        bench_learning(arguments.optimizers, arguments.sizes, seeds=arguments.seeds,
+                       steps=arguments.steps, out=arguments.out)
     else:
         from lmjax.benchmarks.train import bench
 
