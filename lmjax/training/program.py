@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import jax
+import optax
 
 from lmjax.data.rows import dtype_of
 from lmjax.errors import UserError
@@ -23,6 +24,7 @@ from lmjax.training.frozen import frozen_in
 from lmjax.training.optim.groups import multipliers
 from lmjax.training.optim.schedules import make_schedule
 from lmjax.training.optim.table import make_optimizer
+from lmjax.training.pruning import gradual_pruning
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import StateSpec, state_spec
 from lmjax.training.step import make_eval_step, make_train_step
@@ -70,7 +72,9 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     trained = model.axes if frozen is None else split_tree(model.axes, frozen.accepts)[1]
     tx = make_optimizer(recipe.optimizer, train.steps, trained,
                         multipliers(recipe.optimizer, model.shapes, model.axes),
-                        keep_zeros=train.keep_zeros)
+                        keep_zeros=train.keep_zeros or recipe.pruning.weights > 0)
+    if recipe.pruning.weights:
+        tx = optax.chain(tx, gradual_pruning(recipe.pruning, train.steps, model.functional))
     in_step = None if recipe.distill.stored_tokens else taught_by
     spec = state_spec(model, tx, layout, ema=recipe.optimizer.ema_decay > 0, frozen=frozen,
                       teacher=in_step)

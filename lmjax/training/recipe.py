@@ -41,6 +41,7 @@ from lmjax.training.best import HIGHER_IS_BETTER
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.schedules import SCHEDULES
 from lmjax.training.optim.table import OPTIMIZERS
+from lmjax.training.pruning import PruningConfig
 
 # The objective of a family whose recipe names none; a decoder's is DataConfig's default.
 DEFAULT_OBJECTIVES = {"encoder": "masked_lm", "encdec": "span_corruption"}
@@ -196,6 +197,7 @@ class Recipe:
     watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     quantization: Quantization = NOT_QUANTIZED  # that the training prepares the model for
+    pruning: PruningConfig = dataclasses.field(default_factory=PruningConfig)
     task: AnyTask = dataclasses.field(default_factory=LanguageModeling)  # of fine-tuning
 
     def __post_init__(self) -> None:
@@ -218,6 +220,7 @@ class Recipe:
         if self.adapter.kind and self.train.keep_zeros:
             raise UserError("false with adapters, which begin with zeros", True, "leave it out",
                             where="train.keep_zeros")
+        self._check_pruning()
         if self.sample.every and family != "decoder":
             raise UserError("0, since only a decoder continues prompts",
                             f"{self.sample.every} for the family {family}", "set 0",
@@ -231,6 +234,17 @@ class Recipe:
         self._check_chunk(seq_len)
         if self.distill.teacher:
             check_task(self.task)
+
+    def _check_pruning(self) -> None:
+        if not self.pruning.weights:
+            return
+        self.pruning.last(self.train.steps)
+        if self.adapter.kind:
+            raise UserError("0 with adapters, which begin with zeros", self.pruning.weights,
+                            "merge them, then prune", where="pruning.weights")
+        if self.optimizer.ema_decay:
+            raise UserError("0 with optimizer.ema_decay, whose averages would not be 0",
+                            self.pruning.weights, "set ema_decay=0", where="pruning.weights")
 
     def _check_task(self) -> None:
         """Refuses a model, a metric or samples that the task has no use for."""
