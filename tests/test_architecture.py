@@ -19,6 +19,7 @@ PACKAGE = ROOT / "lmjax"
 ROOMS = (
     "cli",               # commands: arguments in, result out
     "benchmarks",        # commands: measurements behind `lmjax bench`
+    "scaling",           # commands: sweeps over settings, and comparisons of runs
     "serving",           # commands: the engine behind a server, and the server
     "lm_eval",           # commands: lm-eval's adapter
     "compression",       # wholes: smaller models from a model

@@ -73,10 +73,10 @@ if args[0] == "bench":
     sys.modules["torch"] = None  # it compiles for half a minute; tests/benchmarks compares
 sys.exit(main(args))
 """
-# Other tests run these (tests/launch/test_installation.py, tests/benchmarks,
+# Other tests run these (tests/launch/test_installation.py, tests/benchmarks, tests/scaling,
 # tests/tasks/test_glosses.py), or a test machine cannot.
 ELSEWHERE = ("./launch/local", "./launch/test", "pip install", "pip download",
-             "lmjax bench generate", "lmjax bench score", "lmjax bench tasks")
+             "lmjax bench generate", "lmjax bench score", "lmjax bench tasks", "lmjax sweep")
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:

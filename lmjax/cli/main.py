@@ -17,6 +17,7 @@ from lmjax.cli.errors import explain, is_transient
 from lmjax.cli.gguf import add_export_gguf, add_import_gguf, export_gguf, import_gguf
 from lmjax.cli.predict import add_predict, predict
 from lmjax.cli.serve import add_serve, serve
+from lmjax.cli.sweeps import add_compare, add_sweep, compare, sweep
 
 
 class Command(NamedTuple):
@@ -70,6 +71,10 @@ COMMANDS = {
                       add_doctor, doctor),
     "report": Command("write report.html from the records of a run, finished or not",
                       runs.add_report, runs.report, needs_jax=False),
+    "compare": Command("write a page that compares runs: figures, curves, settings that differ",
+                       add_compare, compare, needs_jax=False),
+    "sweep": Command("train one recipe with many settings and seeds, and compare the runs",
+                     add_sweep, sweep),
     "bench": Command("measure training, generation, scoring, serving, data preparation or "
                      "fine-tuning, and compare with other libraries",
                      runs.add_bench, runs.bench),
