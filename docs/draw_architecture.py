@@ -21,14 +21,15 @@ class Room(NamedTuple):
 # From the roof to the ground: imports point only downwards.
 FLOORS: tuple[tuple[str, str, tuple[Room, ...]], ...] = (
     ("commands", "#c9d8f0", (
-        Room("cli", "one table of commands", 3),
-        Room("serving", "the OpenAI API, a page", 3),
+        Room("cli", "a table of commands", 3),
+        Room("serving", "an API, a page", 2),
+        Room("scaling", "many runs", 2),
         Room("benchmarks", "lmjax bench", 3),
-        Room("lm_eval", "lm-eval's tasks", 3))),
+        Room("lm_eval", "its tasks", 2))),
     ("wholes", "#c9e4ee", (
         Room("lm", "a trained model as an object", 4, (12,)),
         Room("compression", "smaller models from a model", 4),
-        Room("planning", "what a run would take on a TPU", 4))),
+        Room("planning", "the time of a run on a TPU", 4))),
     ("training", "#cdebdd", (
         Room("training", "recipe, step, checkpoint, loop", 5, (7, 10, 11)),
         Room("training/optim", "optimizers and schedules", 4, (10,)),
