@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,9 +81,8 @@ MODELS = {
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", MODELS)
-def test_transformers_reads_the_same_model(kind: str, tmp_path: Path) -> None:
+def huggingface_directory(kind: str, folder: Path) -> Any:
+    """Writes a small model with random weights and a tokenizer; returns the model."""
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     sizes = (dict(n_embd=64, n_layer=2, n_head=4, n_positions=1024) if kind == "gpt2" else
              dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -91,12 +91,20 @@ def test_transformers_reads_the_same_model(kind: str, tmp_path: Path) -> None:
                                                 eos_token_id=0, **sizes, **MODELS[kind])
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    folder, tokenizer = tmp_path / "hf", byte_level()
     model.save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    byte_level().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
-    lm = lmjax.load(folder)
-    file = made(tmp_path, lm, "f32")
+    return model
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", MODELS)
+def test_transformers_reads_the_same_model(kind: str, tmp_path: Path) -> None:
+    model = huggingface_directory(kind, tmp_path / "hf")
+    import torch
+    import transformers
+
+    file = made(tmp_path, lmjax.load(tmp_path / "hf"), "f32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         str(tmp_path), gguf_file=file.name).eval()
     tokens = RNG.integers(0, 300, (2, 16)).astype(np.int32)
@@ -106,7 +114,27 @@ def test_transformers_reads_the_same_model(kind: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(got, want, atol=2e-5)
     back = of_files().import_gguf(file)
     np.testing.assert_allclose(back.logits(tokens), want, atol=2e-5)
-    assert back.tokenizer.encode_batch([TEXT])[0].tolist() == tokenizer.encode(TEXT).ids
+    assert back.tokenizer.encode_batch([TEXT])[0].tolist() == byte_level().encode(TEXT).ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*MODELS, "sentencepiece"])
+def test_llama_cpp_computes_the_same_logits(kind: str, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    if kind == "sentencepiece":
+        lm = tiny_lm(embed_dim=64, mlp_dim=96, num_heads=4, num_kv_heads=2)
+    else:
+        huggingface_directory(kind, tmp_path / "hf")
+        lm = lmjax.load(tmp_path / "hf")
+    ids = lm.tokenizer.encode_batch([TEXT])[0]
+    f32 = llama_cpp.GGML_TYPE_F32  # its cache is float16 otherwise
+    theirs = llama_cpp.Llama(str(made(tmp_path, lm, "f32")), n_ctx=64, logits_all=True,
+                             verbose=False, type_k=f32, type_v=f32)
+    assert theirs.tokenize(TEXT.encode(), add_bos=False) == ids.tolist()
+    theirs.eval(ids.tolist())
+    want = np.asarray(lm.logits(ids[None]))[0]
+    np.testing.assert_allclose(theirs.scores[: len(ids)], want[:, : theirs.n_vocab()], atol=1e-3)
+    theirs.close()
 
 
 def test_a_tokenizer_is_written_by_the_name_of_the_rule_that_splits_alike() -> None:
@@ -148,7 +176,7 @@ def test_a_text_begins_with_bos_where_llama_cpp_adds_it(
     assert made.encode("ab", add_special_tokens=False).ids == [3]
 
 
-def byte_level() -> object:
+def byte_level() -> Any:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
