@@ -177,6 +177,9 @@ def add_bench(parser: ArgumentParser) -> None:
                         help="seconds to measure for, per comparison (default: 60)")
     parser.add_argument("--out", default="", type=LocalPath, metavar="FILE",
                         help="write the results as JSON, too")
+    parser.add_argument("--url", default="",
+                        help="for serve: ask the server of the OpenAI API at this address, such as "
+                        "http://127.0.0.1:8000/v1/completions, with 64 clients; no --config")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME",
                         help="for tasks: which recipes of configs/tasks (default: all)")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME.KEY=VALUE",
@@ -208,6 +211,10 @@ def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
         from lmjax.benchmarks.score import bench_score
 
         bench_score(_recipe(arguments, overrides), **options)
+    elif arguments.what == "serve" and arguments.url:
+        from lmjax.benchmarks.clients import bench_clients
+
+        bench_clients(arguments.url, **options)
     elif arguments.what == "serve":
         from lmjax.benchmarks.serve import bench_serve
 
