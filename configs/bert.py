@@ -3,11 +3,11 @@
     lmjax train --config configs/bert.py --workdir runs/bert
     lmjax train --config configs/bert.py:tiny --workdir runs/bert-tiny
 
-The corpus is the standard library of the interpreter, so nothing is downloaded. It takes about ten
-minutes on two CPU cores. `configs/bert.py:tiny` is the same recipe, made small for tests: it takes
-seconds. ModernBERT is BERT (Devlin et al. 2018, arXiv:1810.04805) with norms before the layers,
-rotary positions and local attention. A model of this size needs them: this one has a loss of 4.0
-after 300 steps, and one with `preset="bert-base"` has 5.35 after 2,000.
+The corpus is the standard library of the interpreter, so nothing is downloaded. It takes about
+twenty minutes on two CPU cores. `configs/bert.py:tiny` is the same recipe, made small for tests: it
+takes seconds. ModernBERT is BERT (Devlin et al. 2018, arXiv:1810.04805) with norms before the
+layers, rotary positions and local attention. A model of this size needs them: this one ends with a
+held-out loss of 2.27 nats (perplexity 9.6), and one with `preset="bert-base"` with 5.35.
 """
 
 from ml_collections import ConfigDict
