@@ -95,7 +95,7 @@ def _first_model(place: SplitResult) -> str:
         connection.close()
     except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
         raise UserError(f"a server that lists its models at {path}", first_line(error),
-                        "start it first, or name a model", where="--url") from None
+                        "start it first, or give --model", where="--url") from None
     return str(found)
 
 

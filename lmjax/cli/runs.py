@@ -180,6 +180,8 @@ def add_bench(parser: ArgumentParser) -> None:
     parser.add_argument("--url", default="",
                         help="for serve: ask the server of the OpenAI API at this address, such as "
                         "http://127.0.0.1:8000/v1/completions, with 64 clients; no --config")
+    parser.add_argument("--model", default="", metavar="NAME",
+                        help="for serve --url: as the server calls it (default: its first)")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME",
                         help="for tasks: which recipes of configs/tasks (default: all)")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME.KEY=VALUE",
@@ -214,7 +216,7 @@ def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
     elif arguments.what == "serve" and arguments.url:
         from lmjax.benchmarks.clients import bench_clients
 
-        bench_clients(arguments.url, **options)
+        bench_clients(arguments.url, arguments.model, **options)
     elif arguments.what == "serve":
         from lmjax.benchmarks.serve import bench_serve
 
