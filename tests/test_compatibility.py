@@ -68,6 +68,7 @@ def test_a_run_goes_on_where_the_version_before_stopped(written):
     assert order[1:9] == expected["order"]
 
 
+@pytest.mark.long
 def test_prepared_data_is_taken_as_it_is(written):
     folder, expected = written
     before = {path: path.stat().st_mtime_ns for path in (folder / "data").rglob("*")}

@@ -334,6 +334,7 @@ def test_changes_of_the_machine_or_the_data_stages_do_not(key, value):
     assert not bad and len(fine) == 1
 
 
+@pytest.mark.long
 def test_a_run_may_become_longer_if_past_learning_rates_stay_the_same():
     def recipe(steps, schedule="constant", **more):
         return build_recipe({"train": {"steps": steps},

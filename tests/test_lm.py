@@ -191,7 +191,7 @@ def test_score_is_the_log_softmax_of_the_logits(lm):
     assert lm.score(TEXTS[1:2]) == scores[1:2]  # the other texts make no difference
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_rows_and_logits_are_computed_only_where_asked(lm, monkeypatch):
     """One row runs one pass and one chunk of its scored positions; the bits stay the same."""
     rows = [([1, *range(4, 4 + n)], min(n, 5)) for n in (3, 9, 30, 31, 17, 60, 70)] * 3

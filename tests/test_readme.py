@@ -76,7 +76,8 @@ sys.exit(main(args))
 # Other tests run these (tests/launch/test_installation.py, tests/benchmarks, tests/scaling,
 # tests/tasks/test_glosses.py), or a test machine cannot.
 ELSEWHERE = ("./launch/local", "./launch/test", "pip install", "pip download",
-             "lmjax bench generate", "lmjax bench score", "lmjax bench tasks", "lmjax sweep")
+             "lmjax bench generate", "lmjax bench score", "lmjax bench tasks",
+             "lmjax bench serve --url", "lmjax sweep")
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:

@@ -97,6 +97,7 @@ def test_many_beams_find_the_best_answer():
     assert beam_search(Generator(model), params, [[5]], max_tokens=2, num_beams=V) == [best]
 
 
+@pytest.mark.long
 def test_one_beam_is_greedy():
     model, params = tiny_decoder()
     answers = beam_search(Generator(model), params, PROMPTS, max_tokens=5, num_beams=1)

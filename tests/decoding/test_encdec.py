@@ -55,6 +55,7 @@ def batch_of(source, target):
     return row
 
 
+@pytest.mark.long
 def test_a_prompt_is_read_like_a_training_row(lm, tokenizer, monkeypatch):
     objective = Objective(lm.recipe.data.objective, seq_len=LENGTH, vocab_size=KNOWN)
     ids = np.array(tokenizer.encode(TEXT), np.int64)
@@ -71,6 +72,7 @@ def test_a_prompt_is_read_like_a_training_row(lm, tokenizer, monkeypatch):
     assert generator.ids.vocab_size == objective.vocab_size < lm.model.config.vocab_size
 
 
+@pytest.mark.long
 def test_answers_are_the_likeliest_sentinels_and_tokens(lm, tokenizer):
     logits = jax.jit(lm.model.logits)
     source, target = [*tokenizer.encode(TEXT), tokenizer.eos_id], [START_ID]

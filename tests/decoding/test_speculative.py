@@ -54,6 +54,7 @@ def test_speculation_takes_back_tokens_that_a_window_would_have_forgotten():
     assert gained < 4
 
 
+@pytest.mark.long
 def test_speculation_does_not_change_the_distribution():
     """Pairs of tokens in 4096 rows follow p(a) p(b | a) of the large model."""
     model, params = tiny_decoder()

@@ -33,6 +33,7 @@ def test_the_first_stop_string_cuts():
     assert cut("abc", ()) == ("abc", False)
 
 
+@pytest.mark.long
 def test_a_watched_answer_is_the_same_and_ends_when_told():
     model, params = tiny_decoder()
     setting, count = Sampling(0.9), CHUNK + 5

@@ -102,6 +102,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, good, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_leaves_nothing(small_disk, tmp_path, capsys):
     write(tmp_path / "hf", replace(CONFIG, vocab_size=20_000))
     for command in ("import-hf", "export-hf"):

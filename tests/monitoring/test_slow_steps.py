@@ -95,7 +95,7 @@ def test_data_that_is_late_once_is_no_slow_step(tmp_path):
                 if line.get("event") == "slow_step" and line["seconds"] > 1]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_slow_step_names_the_process_that_waited_for_its_data(tmp_path):
     workdir = tmp_path / "run"
     printed = finish_together(workdir, *STEPS, processes=2, devices=1,

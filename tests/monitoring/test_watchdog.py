@@ -65,7 +65,7 @@ def test_recipes_for_pods_are_watched():
     assert build_recipe(load("configs/llama2_7b.py", [])).watch.stall_seconds == 1800
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_one_of_two_processes_hangs(tmp_path: pathlib.Path):
     """Both write their stacks and end with a line that names the one whose data does not come."""
     hangs_at_4 = """

@@ -18,6 +18,7 @@ def recipe_of(*overrides):
     return build_recipe(load("configs/llama2_7b.py:tiny", overrides))
 
 
+@pytest.mark.long
 def test_memory_is_what_the_arrays_take(here):
     recipe, facts, text = here
     memory, made = facts["memory"], estimate_step(facts, text)

@@ -103,7 +103,7 @@ cluster.running_in_cloud_tpu_vm = cloud_tpu_cluster.running_in_cloud_tpu_vm = Tr
             in printed)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_error_that_nobody_foresaw(folder):
     """Process 1 fails while process 0, which runs the coordinator, waits in a collective."""
     workdir = folder / "broken"

@@ -110,7 +110,7 @@ def config(tmp_path_factory):
     return str(config)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_learns_which_texts_belong_together_and_lm_embed_gives_its_vectors(
         config, tmp_path, capsys):
     assert run_here(tmp_path / "run", config=config) == 0

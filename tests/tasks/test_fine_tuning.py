@@ -121,6 +121,7 @@ def test_learning_rates_by_depth_and_group_are_the_same_on_a_mesh(folder, straig
     assert not np.allclose(alone[2:], losses(straight[0])[2:], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_adapters_and_a_head_learn_beside_a_frozen_encoder(folder):
     workdir = folder / "lora"
     lora = ("adapter.kind=lora", "adapter.targets=.", "adapter.dropout=0.1")

@@ -150,6 +150,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(name, folder):
                                        "answers/test.jsonl"])
 
 
+@pytest.mark.slow
 def test_a_decoder_answers_in_conversations(trained):
     lm = lmjax.load(trained("chat"))
     answers = lines(trained("chat"), "answers/eval.jsonl")

@@ -157,7 +157,7 @@ def test_a_merged_model_is_a_plain_one(base, tuned, tmp_path):
     assert first.keys() == read_about(base / "checkpoints/4")["checksums"]["params"].keys()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_base_that_is_not_there_or_is_another_is_told_in_one_line(base, tmp_path, capsys):
     moved = tmp_path / "base"
     shutil.copytree(base, moved)

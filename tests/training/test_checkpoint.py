@@ -107,6 +107,7 @@ def test_nothing_is_touched_when_every_checkpoint_is_damaged(copied, capsys):
     assert snapshot(copied / "checkpoints") == before
 
 
+@pytest.mark.long
 def test_a_disk_without_room_is_found_before_writing(tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     usage = shutil.disk_usage(tmp_path)

@@ -100,7 +100,7 @@ def test_a_mesh_gives_the_losses_of_one_device(teacher, microbatches):
                  many.params, one.params)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_stored_predictions_train_as_the_teacher_in_the_step(teacher, tmp_path, capsys):
     """With half of 64 tokens, what is left to draw is little: the losses differ by little."""
     assert run_here(tmp_path / "online", *of(teacher)) == 0

@@ -197,6 +197,7 @@ def test_other_data_than_the_checkpoint_was_trained_on_is_refused(copied, error,
     assert "eeeeeeeeeeee" in message and "data" in message
 
 
+@pytest.mark.long
 def test_a_run_goes_on_in_the_dtype_that_it_began_in(copied, capsys, monkeypatch, never_compiles):
     assert run_here(copied, *FINISHED) == 0
     assert "computing in float32 (auto: on cpu)" in capsys.readouterr().err
@@ -253,6 +254,7 @@ def test_only_a_user_error_or_one_of_files_is_the_users(error, code, line):
     assert found[0] == code and re.fullmatch(line, found[1]), found
 
 
+@pytest.mark.long
 def test_two_runs_in_one_directory_are_refused(tmp_path, error, monkeypatch):
     folder, held, log_step = tmp_path / "run", [], Records.log_step
 
@@ -270,6 +272,7 @@ def test_two_runs_in_one_directory_are_refused(tmp_path, error, monkeypatch):
     assert "another process" in error()
 
 
+@pytest.mark.long
 def test_a_broken_terminal_does_not_keep_the_files_from_closing(tmp_path, monkeypatch):
     closed = []
 

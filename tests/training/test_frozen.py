@@ -46,6 +46,7 @@ def stepped(devices=1, **settings):
     return before, *jax.device_get(program.traced.lower().compile()(state, batch))
 
 
+@pytest.mark.long
 def test_frozen_parameters_have_no_gradient_and_the_others_move_as_if_nothing_were_frozen():
     settings = {"optimizer.name": "sgd", "optimizer.clip_norm": 0, "optimizer.weight_decay": 0}
     before, after, metrics = stepped(**settings, **{"train.frozen": FROZEN})

@@ -39,6 +39,7 @@ def source(tmp_path_factory):
     return folder / "hf", folder / "more", options
 
 
+@pytest.mark.slow
 def test_new_tokens_begin_as_the_mean_of_the_old(source, tmp_path, capsys):
     hf, more, options = source
     own = [*options, f"data.tokenizer.path={more}", f"data.tokenizer.vocab_size={VOCAB + 2}",

@@ -47,6 +47,7 @@ def test_who_sees_whom(batch, window):
     assert (want & (position[:, :, None] < position[:, None, :])).any()
 
 
+@pytest.mark.long
 def test_packed_is_as_alone(batch):
     """Loss and gradients, document by document, to 1e-5."""
     model = build_model(DecoderConfig(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32),

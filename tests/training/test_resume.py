@@ -76,6 +76,7 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.long
 def test_sigterm_saves_the_step_and_exits_cleanly(straight, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
     log_step = Records.log_step

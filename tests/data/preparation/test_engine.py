@@ -28,6 +28,7 @@ def peaks(engine):
     return [int(re.search(r"VmHWM:\s+(\d+) kB", text)[1]) / 1024 for text in status]
 
 
+@pytest.mark.long
 def test_records_several_times_as_large_as_the_memory_are_grouped_within_it(tmp_path):
     with Engine(str(tmp_path), workers=2, memory_mib=MEMORY) as engine:
         engine.map(len, [(), ()])

@@ -118,6 +118,7 @@ def limit_memory(monkeypatch, engine):
     monkeypatch.setattr(engine, "memory", memory, raising=False)
 
 
+@pytest.mark.long
 def test_any_number_of_workers_and_any_memory_give_the_same_bytes(tmp_path, monkeypatch):
     texts, whole = everything(tmp_path, monkeypatch)
     prepare(make_config(texts, curate=whole), str(tmp_path / "a"), log=silent)
