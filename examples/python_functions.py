@@ -1,6 +1,6 @@
 """Writes functions of Python's standard library with what their docstrings say of them.
 
-    python examples/python_functions.py matches runs/data/python-matches.jsonl
+    python examples/python_functions.py swaps runs/data/python-swaps.jsonl
     python examples/python_functions.py preferences runs/data/python-preferences.jsonl
     python examples/python_functions.py partners runs/data/python-partners.jsonl
     python examples/python_functions.py summaries runs/data/python-summaries.jsonl
@@ -8,8 +8,8 @@
 
 Each line of JSON is made of a function, without its docstring, and of the docstring's first line:
 
-    matches      {"code", "summary", "label"}: whether the summary is that of the function; half of
-                 them are those of another function of the same module
+    swaps        {"code", "label"}: the function as it is ("own"), or after two of its words have
+                 changed places ("swapped")
     preferences  {"prompt", "chosen", "rejected"}: the function, its summary, and another's
     partners     {"first", "second"}: a summary and its function
     summaries    {"code", "summary"}
@@ -23,6 +23,7 @@ import ast
 import json
 import pathlib
 import random
+import re
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator
@@ -60,6 +61,21 @@ def conversation(code: str, summary: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in said]
 
 
+def swapped(code: str, rng: random.Random) -> str:
+    """The code after two different words have changed places; "" if it has no two.
+
+    A word is a name or a keyword after `def f`.
+    """
+    words = [*re.compile(r"\b[^\W\d]\w*").finditer(code, code.index("def f(") + len("def f("))]
+    if len({word[0] for word in words}) < 2:
+        return ""
+    one = rng.choice(words)
+    first, second = sorted((one, rng.choice([word for word in words if word[0] != one[0]])),
+                           key=lambda word: word.start())
+    return (code[: first.start()] + second[0] + code[first.end() : second.start()] + first[0]
+            + code[second.end() :])
+
+
 def records(kind: str, folder: pathlib.Path, rng: random.Random) -> Iterator[dict[str, object]]:
     """The records of a kind; a wrong summary is drawn from the function's own module."""
     by_module = defaultdict(list)
@@ -75,17 +91,18 @@ def records(kind: str, folder: pathlib.Path, rng: random.Random) -> Iterator[dic
                 yield {"code": code, "summary": summary}
             elif kind == "chats":
                 yield {"messages": conversation(code, summary)}
-            elif others and kind == "preferences":
-                yield {"prompt": code, "chosen": summary, "rejected": rng.choice(others)}
+            elif kind == "swaps":
+                if other := swapped(code, rng):
+                    is_own = rng.random() < 0.5
+                    yield {"code": code if is_own else other,
+                           "label": "own" if is_own else "swapped"}
             elif others:
-                is_own = rng.random() < 0.5
-                yield {"code": code, "summary": summary if is_own else rng.choice(others),
-                       "label": "yes" if is_own else "no"}
+                yield {"prompt": code, "chosen": summary, "rejected": rng.choice(others)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes functions of Python's own source.")
-    parser.add_argument("kind", choices=("matches", "preferences", "partners", "summaries",
+    parser.add_argument("kind", choices=("swaps", "preferences", "partners", "summaries",
                                          "chats"))
     parser.add_argument("out", type=pathlib.Path, help="file of JSON lines to write")
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import random
+import re
 import runpy
 import sysconfig
 
@@ -54,9 +55,13 @@ def test_functions_of_python_have_their_own_and_others_summaries():
     folder = FOLDER.parent / "logging"
     own = {(code, summary) for _, code, summary in script["functions"](folder)}
     by_kind = {kind: [*script["records"](kind, folder, random.Random(0))]
-               for kind in ("matches", "preferences", "partners", "summaries", "chats")}
-    for record in by_kind["matches"]:
-        assert ((record["code"], record["summary"]) in own) == (record["label"] == "yes")
+               for kind in ("swaps", "preferences", "partners", "summaries", "chats")}
+    codes = {code for code, _ in own}
+    of_words = {tuple(sorted(re.findall(r"\w+", code))) for code in codes}
+    for record in by_kind["swaps"]:
+        assert (record["code"] in codes) == (record["label"] == "own")
+        assert tuple(sorted(re.findall(r"\w+", record["code"]))) in of_words
+        assert "def f(" in record["code"]
     for record in by_kind["preferences"]:
         assert (record["prompt"], record["chosen"]) in own
         assert (record["prompt"], record["rejected"]) not in own
@@ -68,7 +73,7 @@ def test_functions_of_python_have_their_own_and_others_summaries():
         assert (code, answer) in own
         assert arguments == "It takes none." or f"def f({arguments.split(', ')[0]}" in code
     assert len(own) > 10 and all('"""' not in code for code, _ in own)
-    assert {record["label"] for record in by_kind["matches"]} == {"yes", "no"}
+    assert {record["label"] for record in by_kind["swaps"]} == {"own", "swapped"}
 
 
 def test_definitions_of_nouns_have_their_kinds_and_no_examples(tmp_path):

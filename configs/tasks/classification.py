@@ -1,12 +1,12 @@
-"""Says whether a summary is that of a function of Python, with the BERT of configs/bert.py.
+"""Says whether two words of a Python function changed places, with the BERT of configs/bert.py.
 
     lmjax train --config configs/bert.py --workdir runs/bert
-    python examples/python_functions.py matches runs/data/python-matches.jsonl
+    python examples/python_functions.py swaps runs/data/python-swaps.jsonl
     lmjax train --config configs/tasks/classification.py --workdir runs/classification
 
-The wrong summaries are those of other functions of the same module, so that single words tell
-nothing: logistic regression on words is right half of the time. For examples of your own, set
-config.data.sources to files of records, and name their columns in config.task.
+A function has the same words before and after, so that counts of words tell nothing: logistic
+regression on them is right half of the time. For examples of your own, set config.data.sources to
+files of records, and name their columns in config.task; `pair` is the column of a second text.
 `configs/tasks/classification.py:tiny` is the same recipe, made small for tests; it starts from
 `runs/bert-tiny`.
 """
@@ -21,13 +21,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.task = dict(
         name="classification",
-        input="{summary}",
-        pair="{code}",
+        input="{code}",
         label="label",
     )
     config.model = dict(family="encoder")  # the rest is that of the model it starts from
     config.data = dict(
-        sources=[dict(name="python-matches", uri="jsonl:runs/data/python-matches.jsonl")],
+        sources=[dict(name="python-swaps", uri="jsonl:runs/data/python-swaps.jsonl")],
         seq_len=256,  # as in pretraining; the code of a function has up to 600 characters
         heldout_fraction=0.2,  # of few examples: enough for figures to a few percent
     )

@@ -39,7 +39,7 @@ from lmjax.training.task_config import with_source
 
 # By task, the program of examples/ that writes its records, with its arguments.
 TASKS = {
-    "classification": ("python_functions.py", "matches", "runs/data/python-matches.jsonl"),
+    "classification": ("python_functions.py", "swaps", "runs/data/python-swaps.jsonl"),
     "tagging": ("python_tags.py", "runs/data/python-tags.jsonl"),
     "questions": ("python_questions.py", "runs/data/python-questions.jsonl"),
     "pairs": ("python_functions.py", "summaries", "runs/data/python-summaries.jsonl"),
