@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lmjax.cli.arguments import AnyPath, LocalPath
+from lmjax.cli.arguments import AnyPath, LocalPath, read_text
 from lmjax.cli.errors import explain
 from lmjax.errors import UserError
 from lmjax.runtime.files import check_writable
@@ -166,13 +166,14 @@ def add_bench(parser: ArgumentParser) -> None:
     _add_config(parser, required=False)
     parser.add_argument("what", nargs="?", default="train",
                         choices=("train", "generate", "score", "serve", "data", "tasks",
-                                 "learning"),
+                                 "learning", "pruning"),
                         help="serve: many clients at once beside one and beside offline batches; "
                         "score: likelihoods of texts beside their logits; "
                         "data: the stages of `lmjax prepare` and the rows of training; "
                         "tasks: what pretraining is worth for the recipes of configs/tasks; "
+                        "pruning: pruned models, trained on, beside small ones alone; "
                         "learning: steps that optimizers need to the loss of AdamW; "
-                        "the last three need no --config (default: train)")
+                        "data, tasks and learning need no --config (default: train)")
     parser.add_argument("--seconds", type=float, default=60.0,
                         help="seconds to measure for, per comparison (default: 60)")
     parser.add_argument("--out", default="", type=LocalPath, metavar="FILE",
@@ -195,7 +196,16 @@ def add_bench(parser: ArgumentParser) -> None:
     parser.add_argument("--sizes", nargs="+", default=[], metavar="SIZE",
                         help="for learning: 0.5M, 1M, 2.4M (default: all three)")
     parser.add_argument("--steps", type=int, default=600, metavar="N",
-                        help="for learning: steps of a run (default: 600)")
+                        help="for learning: steps of a run; for pruning: of training after it "
+                        "(default: 600)")
+    parser.add_argument("--run", default="", type=LocalPath, metavar="DIR",
+                        help="for pruning: the dense run, trained by --config")
+    parser.add_argument("--work", default="runs/pruning", type=LocalPath, metavar="DIR",
+                        help="for pruning: where its runs go (default: runs/pruning)")
+    parser.add_argument("--ways", nargs="+", default=[], metavar="PARTS",
+                        help="for pruning: what `lmjax compress --prune` takes, such as layers=1")
+    parser.add_argument("--texts", nargs="+", default=[], type=LocalPath, metavar="FILE",
+                        help="for pruning: texts by which what matters least is found")
 
 
 def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
@@ -240,6 +250,12 @@ def bench(arguments: Namespace, overrides: Sequence[str]) -> None:
                             "leave it out", where="--config")
         bench_learning(arguments.optimizers, arguments.sizes, seeds=arguments.seeds,
                        steps=arguments.steps, out=arguments.out)
+    elif arguments.what == "pruning":
+        from lmjax.benchmarks.pruning import bench_pruning
+
+        texts = [read_text(path) for path in arguments.texts]
+        bench_pruning(_recipe(arguments, overrides), run=arguments.run, work=arguments.work,
+                      ways=arguments.ways, steps=arguments.steps, texts=texts, out=arguments.out)
     else:
         from lmjax.benchmarks.train import bench
 
