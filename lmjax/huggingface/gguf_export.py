@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,19 +89,24 @@ def write_gguf(out: Path, model: Model, params: Params, reader: Reader, options:
         _add_tokenizer(writer, reader, config.vocab_size, log)
         if options.template:
             writer.add_chat_template(options.template)
-        for theirs in shapes:
+        kinds = {}
+        for theirs, shape in shapes.items():
+            shape = shape[::-1] if theirs.endswith(architecture.transposed) else shape
+            kinds[theirs] = _kind(theirs, shape, kind)
+            raw = gguf.GGMLQuantizationType[kinds[theirs].upper()]
+            block, size = gguf.GGML_QUANT_SIZES[raw]
+            writer.add_tensor_info(name_of(theirs), shape, np.dtype(np.float32),
+                                   math.prod(shape) // block * size, raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for theirs in shapes:  # one at a time
             w, of_w = get(theirs), step(theirs) if step else None
             if theirs.endswith(architecture.transposed):
                 w, of_w = w.T, of_w if of_w is None else of_w.T
             if architecture.pairs and (heads := heads_in(theirs, settings)):
                 w, of_w = paired(w, heads), of_w if of_w is None else paired(of_w, heads)
-            stored = _kind(theirs, w, kind)
-            data = encoded(w, stored, of_w)
-            types = gguf.GGMLQuantizationType
-            writer.add_tensor(name_of(theirs), data, raw_dtype=types[stored.upper()])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+            writer.write_tensor_data(encoded(w, kinds[theirs], of_w))
     except BaseException:
         writer.close()
         part.unlink(missing_ok=True)
@@ -151,12 +157,12 @@ def encoded(w: np.ndarray, kind: str, step: np.ndarray | None = None) -> np.ndar
     return np.concatenate([head, body.view(np.uint8)], axis=1).reshape(*w.shape[:-1], -1)
 
 
-def _kind(name: str, w: np.ndarray, kind: str) -> str:
-    if w.ndim == 1 or "wpe" in name:  # llama.cpp wants norms, biases and positions in float32
+def _kind(name: str, shape: tuple[int, ...], kind: str) -> str:
+    if len(shape) == 1 or "wpe" in name:  # llama.cpp wants norms, biases and positions in float32
         return "f32"
     if kind in ("f32", "f16"):
         return kind
-    if w.shape[-1] % BLOCK:
+    if shape[-1] % BLOCK:
         return "f16"
     return "q8_0" if name.endswith(TABLES) else kind
 
@@ -204,6 +210,10 @@ def _add_sentencepiece(writer: Any, reader: Reader, tokenizer: SentencePieceToke
     model = schema.ModelProto.FromString(tokenizer.model)
     if model.trainer_spec.model_type != model.trainer_spec.BPE:
         raise UserError("a BPE tokenizer: llama.cpp reads a unigram's without its bytes", "unigram",
+                        "export the model as a Hugging Face directory", where="GGUF")
+    if model.normalizer_spec.precompiled_charsmap:
+        raise UserError("a BPE tokenizer that reads characters as they are, as llama.cpp's does",
+                        f"one that normalizes them ({model.normalizer_spec.name})",
                         "export the model as a Hugging Face directory", where="GGUF")
     texts = [piece.piece for piece in model.pieces]
     kinds, scores = [piece.type for piece in model.pieces], [p.score for p in model.pieces]

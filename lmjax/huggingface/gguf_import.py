@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,14 @@ ALWAYS: dict[str, dict[str, Any]] = {
     "gpt2": {"activation_function": "gelu_new"},
 }
 LLAMA, UNIGRAM, BYTE_LEVEL = "llama", "t5", "gpt2"  # kinds of tokenizers, as GGUF names them
+
+
+class Rules(NamedTuple):
+    """What a SentencePiece tokenizer does with a text before it splits it."""
+
+    space_before: bool  # adds a space
+    one_space: bool  # takes spaces at the ends away, and all but one within
+    characters: bytes  # replaces characters: a compiled map of SentencePiece; empty: none
 
 
 def to_directory(file: Path, out: Path) -> None:
@@ -150,7 +158,9 @@ def _write_tokenizer(out: Path, told: dict[str, Any], where: str) -> None:
         raise UserError(f"tokenizer.ggml.{lost}", "none", "fetch the file again", where=where)
     if kind in (LLAMA, UNIGRAM):
         model = _sentencepiece(tokens, of("scores"), of("token_type"), unigram=kind == UNIGRAM,
-                               space=bool(of("add_space_prefix", True)),
+                               rules=Rules(bool(of("add_space_prefix", True)),
+                                           bool(of("remove_extra_whitespaces", False)),
+                                           bytes(of("precompiled_charsmap", ()))),
                                ids={role: of(f"{role}_token_id") for role in (
                                    "unknown", "bos", "eos", "padding")})
         (out / SENTENCEPIECE).write_bytes(model)
@@ -169,7 +179,7 @@ def _write_tokenizer(out: Path, told: dict[str, Any], where: str) -> None:
 
 
 def _sentencepiece(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], *,
-                   unigram: bool, space: bool, ids: dict[str, int | None]) -> bytes:
+                   unigram: bool, rules: Rules, ids: dict[str, int | None]) -> bytes:
     """A SentencePiece model with these pieces, whose kinds GGUF numbers as it does."""
     from sentencepiece import sentencepiece_model_pb2
 
@@ -192,8 +202,9 @@ def _sentencepiece(tokens: Sequence[str], scores: Sequence[float], kinds: Sequen
     for field, role in (("bos_piece", "bos"), ("eos_piece", "eos"), ("pad_piece", "padding")):
         if (found := ids[role]) is not None:
             setattr(trainer, field, tokens[found])
-    normalizer.name = "identity"
-    normalizer.add_dummy_prefix = space
-    normalizer.remove_extra_whitespaces = False
+    normalizer.name = "user_defined" if rules.characters else "identity"
+    normalizer.add_dummy_prefix = rules.space_before
+    normalizer.remove_extra_whitespaces = rules.one_space
+    normalizer.precompiled_charsmap = rules.characters
     normalizer.escape_whitespaces = True
     return bytes(made.SerializeToString())

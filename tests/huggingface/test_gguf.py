@@ -1,5 +1,6 @@
 """GGUF files against `transformers`, which reads them too, and against the package `gguf`."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import lmjax
 from lmjax.cli.main import main
 from lmjax.compression.quantize import quantize
 from lmjax.errors import UserError
+from lmjax.huggingface import gguf_import
 from lmjax.huggingface.gguf_export import encoded
 from lmjax.huggingface.gguf_names import halved, paired
 from lmjax.lm import LM
@@ -45,6 +47,30 @@ def test_rows_of_heads_are_paired_and_halved_again() -> None:
     w = np.arange(2 * 6).reshape(12, 1)  # two heads of six dimensions
     assert paired(w, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
     np.testing.assert_array_equal(halved(paired(w, 2), 2), w)
+
+
+def test_a_tokenizer_of_a_file_normalizes_texts_as_it_did() -> None:
+    """SentencePiece itself is asked: with a map of characters, and one space for several."""
+    spm = pytest.importorskip("sentencepiece")
+    from sentencepiece import sentencepiece_model_pb2
+
+    out = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Document 7 tells of the number 49"] * 20), model_writer=out,
+        vocab_size=60, model_type="unigram", hard_vocab_limit=False, minloglevel=2)
+    model = sentencepiece_model_pb2.ModelProto.FromString(out.getvalue())
+    pieces, rules = model.pieces, model.normalizer_spec
+    ours = gguf_import._sentencepiece(
+        [p.piece for p in pieces], [p.score for p in pieces], [p.type for p in pieces],
+        unigram=True, ids=dict(unknown=0, bos=1, eos=2, padding=None),
+        rules=gguf_import.Rules(True, True, rules.precompiled_charsmap))
+    before, after, plain = (spm.SentencePieceProcessor(model_proto=proto) for proto in (
+        out.getvalue(), ours, gguf_import._sentencepiece(
+            [p.piece for p in pieces], [p.score for p in pieces], [p.type for p in pieces],
+            unigram=True, ids=dict(unknown=0, bos=1, eos=2, padding=None),
+            rules=gguf_import.Rules(True, False, b""))))
+    text = "  \uff24ocument  \uff17 tells "  # fullwidth letters and digits
+    assert before.encode(text) == after.encode(text) != plain.encode(text)
 
 
 def made(tmp_path: Path, lm: LM, kind: str = "") -> Path:
