@@ -1,5 +1,6 @@
 """`lmjax compress`: a packed or a pruned model, or a picture of what each format costs."""
 
+import importlib.util
 import json
 import shlex
 from argparse import ArgumentParser, Namespace
@@ -48,6 +49,9 @@ def compress(arguments: Namespace, overrides: Sequence[str]) -> None:
         if Path(arguments.ladder).suffix not in (".png", ".svg"):
             raise UserError("a picture, .png or .svg", arguments.ladder, "name one of these",
                             where="--ladder")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UserError("the package matplotlib, which draws the picture", "none",
+                            "pip install matplotlib", where="--ladder")
         if not arguments.texts:
             raise UserError("texts to measure quality on", "none", "add --texts FILE ...",
                             where="--ladder")
