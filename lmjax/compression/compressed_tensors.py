@@ -21,6 +21,8 @@ from lmjax.lm import LM
 from lmjax.nn.packed import FORMATS
 from lmjax.runtime.files import new_directory
 
+VLLM_GROUPS = (32, 64, 128)  # inputs per scale of int4 that its kernels (Marlin) take
+
 
 def export_packed(lm: LM, out: Path, *, log: Callable[[str], None] = print,
                   **options: Any) -> None:
@@ -58,6 +60,9 @@ def export_packed(lm: LM, out: Path, *, log: Callable[[str], None] = print,
         tensors, size = _tensors(lm, [*tensor_shapes(dense.model.shapes, table)], get, step,
                                  np.dtype(settings.get("torch_dtype", "float32").replace(
                                      "bfloat16", "float32")))
+        if size and size not in VLLM_GROUPS:
+            log(f"groups of {size}: transformers reads them; vLLM's fast kernels take groups of "
+                f"{', '.join(map(str, VLLM_GROUPS))} (lmjax compress --group)")
         for path in sorted(whole.iterdir()):
             if "safetensors" not in path.name:
                 shutil.move(path, part / path.name)

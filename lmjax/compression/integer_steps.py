@@ -19,7 +19,7 @@ def integer_steps(lm: LM) -> Params:
         out: Params = {}
         for key, node in params.items():
             path = within + key
-            if path in which:
+            if path in which and isinstance(node, dict):
                 [name] = set(node) & set(FORMATS)
                 one = 1 if FORMATS[name].bits == 8 else 0x99  # 1 + 8 in each half
                 out[key] = {**node, name: jnp.full_like(node[name], one)}

@@ -15,6 +15,13 @@ from lmjax.data.tokenizers import Tokenizer
 from lmjax.errors import UserError
 from lmjax.huggingface.heads import TaskHead, read_head
 from lmjax.huggingface.model_types import MODEL_TYPES
+from lmjax.huggingface.packed_directories import (
+    KEY,
+    PackedTensors,
+    packed_tensors,
+    quantization_of,
+    read_packed,
+)
 from lmjax.huggingface.settings import (
     decided,
     kept_settings,
@@ -45,6 +52,7 @@ from lmjax.huggingface.weights import (
 )
 from lmjax.models.model import Model, ModelConfig, build_model
 from lmjax.nn.module import Params
+from lmjax.nn.packed import NOT_QUANTIZED, Quantization
 from lmjax.runtime.files import new_directory
 
 
@@ -61,6 +69,12 @@ class HFModel:
     source: dict[str, Any]
     head: TaskHead | None  # of a task, in place of the vocabulary's
     untied: bool  # config.json ties the head to the embedding, and the files hold two that differ
+    packed: PackedTensors | None = None  # of a directory whose linear layers are integers
+
+    @property
+    def quantization(self) -> Quantization:
+        """How its weights are packed."""
+        return self.packed.quantization if self.packed else NOT_QUANTIZED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +113,13 @@ def read_directory(path: Path) -> HFModel:
     """
     where = f"{path}/config.json"
     settings = read_json(path / "config.json")
+    quantization, packed = quantization_of(settings, where), None
+    settings = {key: value for key, value in settings.items() if key != KEY}
     model_type = model_type_of(settings, where)
     entries = plain_names(open_tensors(path), model_type, str(path))
+    if quantization.weights:
+        packed = packed_tensors(entries, quantization, str(path))
+        entries = dict(packed.entries)
     present = {field: stored if name in entries else absent
                for field, (name, stored, absent) in model_type.present.items()}
     config = read_settings(settings, where, present)
@@ -119,7 +138,7 @@ def read_directory(path: Path) -> HFModel:
     if head and head.task == "classification" and config.family == "decoder" and tokenizer:
         _check_end(settings.get("pad_token_id"), tokenizer.suffix, where)
     return HFModel(path, config, entries, tokenizer, source, head,
-                   tied and not config.tie_embeddings)
+                   tied and not config.tie_embeddings, packed)
 
 
 def remarks(found: HFModel) -> list[tuple[str, str]]:
@@ -152,15 +171,19 @@ def read_params(found: HFModel, model: Model, shardings: Params) -> Params:
     """Reads the weights, one tensor at a time, onto the devices that `shardings` names.
 
     Returns:
-      The parameters of `model`, float32.
+      The parameters of `model`, float32, or packed as its quantization says.
 
     Raises:
       UserError: a tensor is missing, not needed or of another shape.
     """
     model_type = model_type_of(found.source["settings"], str(found.path))
     table = rows_for(model_type, model.config)
-    check_tensors(found.entries, model.shapes, table, where=str(found.path),
+    shapes = model.with_quantization(NOT_QUANTIZED).shapes
+    check_tensors(found.entries, shapes, table, where=str(found.path),
                   ignore=(*model_type.ignore, *BUFFERS))
+    if found.packed and model.quantization.weights:
+        tensors = found.packed._replace(entries=found.entries)
+        return read_packed(tensors, model, shardings, table, str(found.path))
     return read_tree(found.entries, model.shapes, shardings, table)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lmjax.errors import UserError
 from lmjax.nn.layers import Dense
@@ -52,13 +53,22 @@ def matrices(functional: Functional) -> dict[str, Matrix]:
     return found
 
 
+def packs(path: str, q: Quantization) -> bool:
+    """Whether `q` packs the matrix of this path."""
+    return bool(_format(path, q))
+
+
+def _packed_ones(functional: Functional, q: Quantization) -> dict[str, Matrix]:
+    return {path: how for path, how in matrices(functional).items() if packs(path, q)}
+
+
 def packed_functional(functional: Functional, q: Quantization) -> tuple[Params, Params]:
     """The shapes and the axis names of the parameters, packed as `q` says.
 
     Raises:
       UserError: a matrix has an odd number of inputs, of which two do not share a byte.
     """
-    which = matrices(functional)
+    which = _packed_ones(functional, q)
 
     def shapes(path: str, shape: Any, axes: Any) -> Any:
         if path not in which:
@@ -81,16 +91,44 @@ def packed_functional(functional: Functional, q: Quantization) -> tuple[Params, 
             _map(names, functional.shapes, functional.axes))
 
 
+def packed_shardings(functional: Functional, shardings: Params, q: Quantization) -> Params:
+    """Where packed parameters lie if the unpacked ones lie as `shardings` says.
+
+    The inputs of a matrix, which are one dimension, are split as the first of them is, if they
+    divide.
+    """
+    which = _packed_ones(functional, q)
+    packed, _ = packed_functional(functional, q)
+
+    def place(path: str, sharding: NamedSharding, shape: Any) -> Any:
+        if path not in which:
+            return sharding
+        name, (lead, num_in) = _format(path, q), which[path]
+        spec: list[Any] = [*sharding.spec, *[None] * (8 - len(sharding.spec))]
+        values = shape[name].shape
+        if num_in:
+            out = len(values) - lead - 1
+            spec = [*spec[:lead], *spec[lead + num_in : lead + num_in + out], spec[lead]]
+        *kept, last = spec[: len(values)]
+        names = last if isinstance(last, tuple) else (last,) if last else ()
+        if values[-1] % math.prod(sharding.mesh.shape[axis] for axis in names):
+            last = None
+        return {name: NamedSharding(sharding.mesh, PartitionSpec(*kept, last)),
+                SCALES: NamedSharding(sharding.mesh, PartitionSpec(*kept, None))}
+
+    return _map(place, shardings, packed)
+
+
 def pack_params(functional: Functional, params: Params, q: Quantization) -> Params:
     """Rounds the parameters of a model to the nearest integers."""
-    which = matrices(functional)
+    which = _packed_ones(functional, q)
     return _map(lambda path, p, _: as_dict(_packed(p, path, which[path], q)) if path in which
                 else p, params, functional.axes)
 
 
 def unpack_params(functional: Functional, params: Params, q: Quantization) -> Params:
     """The float32 parameters that packed ones stand for."""
-    which = matrices(functional)
+    which = _packed_ones(functional, q)
 
     def unpacked(path: str, node: Any, shape: Any) -> Any:
         if path not in which:

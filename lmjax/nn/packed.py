@@ -60,18 +60,17 @@ class Quantization:
     weights: str = ""  # of the matrices of layers: a row of FORMATS; "": they are not rounded
     # Inputs that share a scale, for int4. int8 has a scale per output.
     group: int = 128
+    # The same for the table of tokens and the unembedding, which are read row by row; "": floats,
+    # as in directories of compressed-tensors.
+    tables: str = "int8"
 
     def __post_init__(self) -> None:
         choice("quantization.weights", self.weights, ("", *FORMATS))
+        choice("quantization.tables", self.tables, ("", "int8"))
         at_least(16, **{"quantization.group": self.group})
         if self.group % 2:
             raise UserError("an even number", self.group, "set 64 or 128",
                             where="quantization.group")
-
-    @property
-    def tables(self) -> str:
-        """The format of the token table and of the unembedding, which are read row by row."""
-        return self.weights and "int8"
 
 
 NOT_QUANTIZED = Quantization()

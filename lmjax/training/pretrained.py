@@ -29,6 +29,7 @@ from lmjax.data.rows import START_ID
 from lmjax.data.tokenizers import HF_FILES, Tokenizer, TokenizerConfig, tokenizer_from_bytes
 from lmjax.errors import UserError, first_line
 from lmjax.models.model import PROJECTION, Model, ModelConfig, build_model
+from lmjax.models.packing import packed_shardings
 from lmjax.nn.adapters import is_adapter, merge_adapters
 from lmjax.nn.module import Params
 from lmjax.nn.packed import Quantization
@@ -112,8 +113,9 @@ def find(path: str | os.PathLike, *, step: int | str | None = None,
 def _unpacked(about: About, model: Model, shardings: Params,
               read: Callable[[Model, Params], Params]) -> Params:
     """Reads packed weights as the float32 parameters that they stand for."""
-    packed = model.with_quantization(Quantization(**about["quantization"]))
-    params = read(packed, _placed_as(packed.shapes, shardings))
+    quantization = Quantization(**about["quantization"])
+    packed = model.with_quantization(quantization)
+    params = read(packed, packed_shardings(model.functional, shardings, quantization))
     unpack: Callable[[Params], Params] = jax.jit(lambda params: packed.dense(params)[1],
                                                  out_shardings=shardings)
     return unpack(params)
@@ -359,6 +361,8 @@ def _huggingface(path: Path) -> Pretrained:
         "versions": lmjax.versions(),
         "huggingface": found.source,
     }
+    if found.quantization.weights:
+        about["quantization"] = dataclasses.asdict(found.quantization)
     return Pretrained(str(path), recipe, found.tokenizer, about,
                       lambda model, shardings: huggingface.read_params(found, model, shardings))
 

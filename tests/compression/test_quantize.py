@@ -11,6 +11,7 @@ from lmjax.compression.gptq import rounded
 from lmjax.compression.quantize import quantize
 from lmjax.errors import UserError
 from lmjax.lm import LM
+from lmjax.models.packing import packed_shardings
 from lmjax.nn.packed import Quantization, pack
 from lmjax.sharding import MeshConfig
 from lmjax.tree import named_leaves, num_bytes
@@ -75,6 +76,12 @@ def test_a_mesh_computes_what_one_device_does() -> None:
     assert any(len(leaf.sharding.device_set) == 4 and not leaf.is_fully_replicated
                for _, leaf in named_leaves(split.params))
     np.testing.assert_allclose(split.logits(tokens), small.logits(tokens), atol=2e-4)
+    # A run that starts from packed weights knows only where its own float weights lie.
+    floats = split.layout.tree(split.dense().model.axes, split.dense().model.shapes)
+    found = packed_shardings(split.dense().model.functional, floats, INT4)
+    for (name, ours), (_, leaf) in zip(named_leaves(found), named_leaves(split.params),
+                                       strict=True):
+        assert ours.shard_shape(leaf.shape) == leaf.sharding.shard_shape(leaf.shape), name
 
 
 def test_too_few_texts_are_refused() -> None:
