@@ -92,11 +92,7 @@ def write_gguf(out: Path, model: Model, params: Params, reader: Reader, options:
         kinds = {}
         for theirs, shape in shapes.items():
             shape = shape[::-1] if theirs.endswith(architecture.transposed) else shape
-            kinds[theirs] = _kind(theirs, shape, kind)
-            raw = gguf.GGMLQuantizationType[kinds[theirs].upper()]
-            block, size = gguf.GGML_QUANT_SIZES[raw]
-            writer.add_tensor_info(name_of(theirs), shape, np.dtype(np.float32),
-                                   math.prod(shape) // block * size, raw)
+            kinds[theirs] = _add_tensor(writer, name_of(theirs), shape, _kind(theirs, shape, kind))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -114,6 +110,15 @@ def write_gguf(out: Path, model: Model, params: Params, reader: Reader, options:
     writer.close()
     part.replace(out)
     log(f"{out}: {architecture.name}, {kind}, {out.stat().st_size / 1e6:,.1f} MB")
+
+
+def _add_tensor(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> str:
+    """Adds a tensor to the list at the beginning of the file and returns its kind."""
+    gguf = library()
+    raw = gguf.GGMLQuantizationType[kind.upper()]
+    block, size = gguf.GGML_QUANT_SIZES[raw]
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, raw)
+    return kind
 
 
 def encoded(w: np.ndarray, kind: str, step: np.ndarray | None = None) -> np.ndarray:
