@@ -1,5 +1,25 @@
 """A user's mistake: one line that says what was expected, what was got, and the fix."""
 
+import re
+
+# What no message and no file may show: the name and password of an address, the value of an option
+# or a parameter that is named like a credential, and credentials that are known by their shape.
+SECRETS = (
+    (re.compile(r"(://)[^\s/@'\"]+@"), r"\1***@"),
+    (re.compile(r"(?i)(?<![a-z_])((?:[\w.-]*(?:auth|access|session|security|refresh|api|hf)[_-]?)?token"
+                r"|[\w.-]*(?:secret|passw(?:or)?d|signature|credential|(?:api|access)[_-]?key)"
+                r"|sig)(=|%3D)[^\s&,;'\")}]+"), r"\1\2***"),
+    (re.compile(r"(?i)(bearer )[\w.~+/-]{8,}"), r"\1***"),
+    (re.compile(r"\b(?:hf_|sk-|ghp_|AKIA|AIza|ya29\.)[\w-]{16,}"), "***"),
+)
+
+
+def masked(text: str) -> str:
+    """Returns `text` with *** in the place of credentials."""
+    for pattern, instead in SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
 
 class UserError(ValueError):
     """A command cannot run as asked, for a reason that its user can mend.
@@ -22,7 +42,11 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         subject = f"{self.where}: " if self.where else ""
-        return f"{subject}expected {self.expected}, got {self.got}; {self.fix}"
+        return masked(f"{subject}expected {self.expected}, got {self.got}; {self.fix}")
+
+
+class Fault(UserError):
+    """A run cannot go on, and may if it is started again: the exit code is 1, not 2."""
 
 
 def first_line(error: object) -> str:
@@ -30,5 +54,5 @@ def first_line(error: object) -> str:
 
     It is cut after 300 characters. If nothing is left, it is the name of the error's type.
     """
-    line = next(iter(str(error).strip().splitlines()), "")
+    line = next(iter(masked(str(error)).strip().splitlines()), "")
     return line.rstrip(".;")[:300] or type(error).__name__

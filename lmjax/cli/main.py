@@ -5,8 +5,8 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn, TextIO, cast
 
 from lmjax.cli import inference, runs
 from lmjax.cli.arguments import parse
@@ -18,6 +18,7 @@ from lmjax.cli.gguf import add_export_gguf, add_import_gguf, export_gguf, import
 from lmjax.cli.predict import add_predict, predict
 from lmjax.cli.serve import add_serve, serve
 from lmjax.cli.sweeps import add_compare, add_sweep, compare, sweep
+from lmjax.errors import masked
 
 
 class Command(NamedTuple):
@@ -100,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         return _run(argv)
+    sys.stdout = cast(TextIO, Masked(sys.stdout))
+    sys.stderr = cast(TextIO, Masked(sys.stderr))
     try:
         code = _run(sys.argv[1:])
     except Exception:
@@ -108,6 +111,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code:
         _end_process(code)
     return code
+
+
+class Masked:
+    """A stream of text that writes *** in the place of credentials, in tracebacks, too."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes the text; returns how many letters it had."""
+        self._stream.write(masked(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Writes the lines."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _end_process(code: int) -> NoReturn:

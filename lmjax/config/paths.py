@@ -9,7 +9,7 @@ import os
 import re
 import urllib.parse
 
-from lmjax.errors import UserError
+from lmjax.errors import UserError, masked
 
 BUCKETS = ("gs",)
 ALIASES = {"gcs": "gs"}
@@ -54,6 +54,9 @@ def expand(path: str | os.PathLike[str], where: str, *, bucket: bool = True) -> 
         text = _home(text, written, where)
         if found := ADDRESS.fullmatch(text):
             text = _from_address(text, found)
+    if masked(text) != text:  # it would be written into the records of a run
+        raise UserError("an address without credentials", text, "leave them out, and set "
+                        "GOOGLE_APPLICATION_CREDENTIALS for buckets", where=where)
     if not is_bucket(text):
         _check_local(text, where, bucket)
     elif not bucket:

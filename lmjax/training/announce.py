@@ -8,6 +8,7 @@ import jax
 import lmjax
 from lmjax.data.objectives import ObjectiveConfig, mark_ids
 from lmjax.data.tokenizers import Tokenizer
+from lmjax.errors import masked
 from lmjax.models.flops import embedding_parameters, flops_per_row
 from lmjax.monitoring.units import human_count
 from lmjax.runtime.chips import FLAGS
@@ -47,7 +48,7 @@ def announce(run: Run, directory: str, log: Log) -> dict[str, Any]:
         f"{human_count(heldout.predictions)} held out{bytes_per_token} ({directory})")
     if run.tokenizer and (line := told_ids_of(recipe.data.objective, run.tokenizer)):
         log(line)
-    flags = {name: os.environ[name] for name in FLAGS if os.environ.get(name)}
+    flags = {name: masked(os.environ[name]) for name in FLAGS if os.environ.get(name)}
     for name, value in flags.items():
         log(f"{name}: {value}")
     return {

@@ -22,7 +22,7 @@ from lmjax.data.text import formats, listing
 from lmjax.data.text.listing import Files
 from lmjax.data.text.records import Broken, Document, Record, text_of
 from lmjax.data.text.streams import readable
-from lmjax.errors import UserError
+from lmjax.errors import UserError, masked
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class SourceConfig:
         if self.where and not (column and equals):
             raise UserError("COLUMN=VALUE, such as split=test", repr(self.where), "correct it",
                             where="where")
+        if masked(self.uri) != self.uri:  # it would be written into the records of the data
+            raise UserError("an address without credentials", self.uri, "leave them out",
+                            where="uri")
         scheme, _, rest = self.uri.partition(":")
         if is_synthetic(self):
             if rest and not (rest.isdecimal() and int(rest)):
