@@ -3,10 +3,13 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
+
+GRACE_SECONDS = 3.0  # for the main thread to end by itself
 
 
 class StopSignal:
@@ -43,10 +46,10 @@ class StopSignal:
 def stop_signal() -> Iterator[StopSignal]:
     """Catches SIGTERM and SIGINT inside the block and records them in a `StopSignal`.
 
-    While there is nothing to save yet, a signal ends the process at once, and so does a second
-    SIGINT at any time.
+    While there is nothing to save yet, a signal ends the process at once, and so does a second one
+    at any time: within GRACE_SECONDS, even if the main thread is in a call that runs no Python.
     """
-    stop = StopSignal()
+    stop, done = StopSignal(), threading.Event()
     several = jax.process_count() > 1
 
     def handle(number: int, frame: object) -> None:
@@ -61,8 +64,28 @@ def stop_signal() -> Iterator[StopSignal]:
 
     numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, handle) for number in numbers}
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # told before any Python runs
+    threading.Thread(target=_watch, args=(read, stop, done), name="lmjax-signals",
+                     daemon=True).start()
     try:
         yield stop
     finally:
+        done.set()
+        signal.set_wakeup_fd(woken)
+        os.close(write)  # which ends the thread
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _watch(read: int, stop: StopSignal, done: threading.Event) -> None:
+    """Ends the process after a signal that acts at once, unless its main thread does so itself."""
+    received = 0
+    with os.fdopen(read, "rb", buffering=0) as signals:
+        while told := signals.read(1):
+            if told[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            received += 1
+            if (received > 1 or not stop.deferred) and not done.wait(GRACE_SECONDS):
+                os._exit(128 + told[0])
