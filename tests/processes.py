@@ -67,7 +67,7 @@ def finish_after_a_kill(workdir: pathlib.Path, *overrides: str, **options: objec
 
 # Overrides of configs/synthetic.py:tiny that end quickly, for `run_here`.
 FINISHED = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=2",
-            "checkpoint.keep_last=9", "eval.every=0")
+            "checkpoint.keep_last=9", "eval.every=0", "checkpoint.patience_seconds=0")
 
 
 def run_here(workdir: pathlib.Path, *overrides: str,

@@ -74,7 +74,7 @@ def show(workdir: str | Path, step: int) -> None:
     if not 1 <= step <= run.recipe.train.steps:
         raise UserError(f"1 to {run.recipe.train.steps}, as the run has", step, "correct it",
                         where="--step")
-    g = np.arange(run.steps.rows(step - 1), run.steps.rows(step))
+    g = np.arange(*run.steps.of(step))
     rows = run.split.rows(g)
     objective, task = run.recipe.data.objective, run.recipe.task
     shown = SHOWN[objective.architecture]

@@ -4,7 +4,7 @@ import errno
 import re
 import socket
 
-from lmjax.errors import UserError
+from lmjax.errors import Fault, UserError
 from lmjax.runtime.files import Busy, of_the_system
 
 # Errors of files that trying again will not mend: exception classes, error numbers, the fix.
@@ -47,14 +47,17 @@ def explain(error: BaseException) -> tuple[int, str]:
 def is_transient(error: BaseException) -> bool:
     """Whether trying again may succeed.
 
-    True if a network, disk or mount failed, or if another process works in the same place.
+    True if a network, disk or mount failed, for a `Fault`, or if another process works in the same
+    place.
     """
     error = of_the_system(error)
     cause = error.__cause__
     # A reader that names its file raises a UserError from the system's error.
     if isinstance(error, UserError) and isinstance(cause, OSError) and cause.errno:
         error = cause
-    return isinstance(error, Busy) or isinstance(error, OSError) and _lasting_fix(error) is None
+    if isinstance(error, Busy | Fault):
+        return True
+    return isinstance(error, OSError) and _lasting_fix(error) is None
 
 
 def _lasting_fix(error: OSError) -> str | None:

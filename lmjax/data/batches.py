@@ -29,14 +29,15 @@ Batch = dict[str, jax.Array]
 HostBatch = Callable[[int], Rows]  # step -> the rows of this process
 
 
-def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
-                 sharding: jax.sharding.Sharding) -> Batches:
-    """Batches of consecutive rows of a split; the work starts at once, in the background.
+def make_batches(split: Split, *, batch_size: int, start_row: int | Callable[[int], int],
+                 steps: int, sharding: jax.sharding.Sharding) -> Batches:
+    """Batches of rows of a split; the work starts at once, in the background.
 
     Args:
       split: what to read.
       batch_size: rows in a global batch.
-      start_row: the first row of the first batch.
+      start_row: the first row of the first batch, if the rows of all batches are consecutive, or
+        the first row of each batch, by its number from 0.
       steps: number of batches.
       sharding: of the dimensions (batch, seq) over the devices of all processes.
     Returns:
@@ -49,7 +50,8 @@ def make_batches(split: Split, *, batch_size: int, start_row: int, steps: int,
     local = _local_rows(split, batch_size, sharding)
 
     def host_batch(step: int) -> Rows:
-        return split.rows(start_row + step * batch_size + local)
+        first = start_row(step) if callable(start_row) else start_row + step * batch_size
+        return split.rows(first + local)
 
     return _device_batches(split, host_batch, range(steps), batch_size, sharding, local)
 

@@ -122,15 +122,17 @@ class StagedMixture:
 
 
 class BatchSize(NamedTuple):
-    """The batch size from some step of a run on."""
+    """The batch size from some step of a run on, and the row from which it takes rows."""
 
     step: int  # steps before it
-    row: int   # rows before it
+    row: int   # the first row; rows that are left out lie before it
     size: int  # rows per step
 
 
 class Steps:
     """Which rows each step of a run trains on. Each step takes the next `batch size` rows.
+
+    Rows may be left out; see `without`.
 
     Args:
       changes: the batch sizes of the run, ascending; the first begins at step 0 and row 0.
@@ -140,15 +142,38 @@ class Steps:
         self.changes = tuple(BatchSize(*change) for change in changes)
 
     def rows(self, step: int) -> int:
-        """Rows of the first `step` steps: step k trains on rows(k - 1) to rows(k) - 1."""
-        change = next(c for c in reversed(self.changes) if c.step <= step)
+        """The first row of step `step` + 1; all rows before it were trained on or left out."""
+        change = self._change(step)
         return change.row + (step - change.step) * change.size
+
+    def of(self, step: int) -> tuple[int, int]:
+        """The first row of step `step`, which counts from 1, and the row after its last one."""
+        first = self.rows(step - 1)
+        return first, first + self._change(step - 1).size
 
     def resumed(self, step: int, size: int) -> Steps:
         """The same up to `step`, then `size` rows per step."""
+        if self._change(step).size == size:
+            return self
         kept = [c for c in self.changes if c.step < step]
-        same = kept and kept[-1].size == size
-        return Steps(kept if same else [*kept, BatchSize(step, self.rows(step), size)])
+        return Steps([*kept, BatchSize(step, self.rows(step), size)])
+
+    def without(self, step: int, row: int) -> Steps:
+        """The same up to `step`; the next step begins at `row`, and the rows before are left out.
+
+        Rows that later steps leave out stay left out.
+        """
+        size = self._change(step).size
+        made = [*(c for c in self.changes if c.step < step), BatchSize(step, row, size)]
+        for i, change in enumerate(self.changes):
+            first = Steps(self.changes[:i]).rows(change.step) if i else 0  # that it leaves out
+            if change.step > step and first >= row:
+                last = made[-1]
+                made.append(BatchSize(last.step + (first - last.row) // size, change.row, size))
+        return Steps(made)
+
+    def _change(self, step: int) -> BatchSize:
+        return next(c for c in reversed(self.changes) if c.step <= step)
 
     def state(self, step: int) -> dict[str, Any]:
         """The data state of a checkpoint after `step` steps, as plain JSON values."""

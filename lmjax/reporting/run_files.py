@@ -89,8 +89,10 @@ class RunRecord:
 
     @property
     def diverged_at(self) -> int | None:
-        """The first step whose loss was not finite."""
+        """The first step whose loss was not finite and that was not skipped."""
         bad = ~np.isfinite(self.train.get("loss", np.zeros(0)))
+        if "skipped" in self.train:
+            bad &= ~np.isfinite(self.train["skipped"])
         return int(self.train["step"][bad.argmax()]) if bad.any() else None
 
     def tokens(self, step: Any) -> np.ndarray:

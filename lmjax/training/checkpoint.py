@@ -27,7 +27,7 @@ from lmjax.errors import UserError, first_line
 from lmjax.nn.module import Params
 from lmjax.runtime.distributed import agreed
 from lmjax.runtime.files import when_full
-from lmjax.training.checksums import checksums, verify
+from lmjax.training.checksums import checksums, non_finite, verify
 from lmjax.training.state import StateSpec, TrainState
 from lmjax.tree import named_leaves, num_bytes, split_tree
 
@@ -68,15 +68,9 @@ class Checkpointer:
         self._saving = 0  # the step whose checkpoint is on its way; 0: none
         logging.getLogger("absl").addFilter(_is_not_raised)
         self._newest = 0  # the newest step whose checkpoint this start has seen complete
-        keep = [policies.LatestN(keep_last), _Kept(self)]
-        if keep_every:
-            keep.append(policies.EveryNSteps(keep_every))
-        atomicity = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
-        self.manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-                atomicity_options=atomicity, cleanup_tmp_directories=True,
-                enable_async_checkpointing=True))
+        self._keep = [policies.LatestN(keep_last), _Kept(self),
+                      *([policies.EveryNSteps(keep_every)] if keep_every else [])]
+        self.manager, self._is_spoilt = self._manager(), False  # spoilt: by a save that failed
 
     def save(self, state: TrainState, about: About) -> None:
         """Copies the state to host memory and returns; writing goes on in the background.
@@ -89,7 +83,10 @@ class Checkpointer:
           OSError: the disk has no room. Nothing is deleted; earlier checkpoints stay.
         """
         step = int(state.step)
+        if self._is_spoilt:
+            self.manager, self._is_spoilt = self._manager(), False
         if step in self.manager.all_steps():
+            self._newest = max(self._newest, step)
             return
         trees = _trees(state, with_frozen="base" not in about)
         self.wait()  # Orbax saves one step at a time; only after that the free room is known
@@ -166,9 +163,10 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns when everything saved is complete on disk."""
-        with when_disk_full(self.directory):
-            self.manager.wait_until_finished()
-        self.note()
+        if not self._is_spoilt:
+            with when_disk_full(self.directory):
+                self.manager.wait_until_finished()
+            self.note()
 
     def note(self) -> None:
         """Tells `completed` of the checkpoint that was on its way, if it has become complete.
@@ -184,10 +182,28 @@ class Checkpointer:
                 self._newest = step
                 self.completed(step)
 
+    @property
+    def newest(self) -> int:
+        """The newest step whose checkpoint this start has seen complete."""
+        return self._newest
+
+    def renew(self) -> None:
+        """Forgets a save that has failed; the next one removes what is left of it."""
+        self._saving, self._is_spoilt = 0, True  # Orbax would wait for what cannot end
+
     def close(self) -> None:
         """Waits as `wait` does, then frees the background threads."""
         self.wait()
-        self.manager.close()
+        if not self._is_spoilt:
+            self.manager.close()
+
+    def _manager(self) -> ocp.CheckpointManager:
+        """Opens the directory; what is left of unfinished saves is removed."""
+        atomicity = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
+        return ocp.CheckpointManager(
+            self.directory, options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(self._keep), atomicity_options=
+                atomicity, cleanup_tmp_directories=True, enable_async_checkpointing=True))
 
     def _read(self, step: int, spec: StateSpec,
               check: Callable[[About], None]) -> tuple[TrainState, About]:
@@ -203,6 +219,8 @@ class Checkpointer:
                 item: _fresh(handler.restore(path / item, args=ocp.args.StandardRestore(shapes)))
                 for item, shapes in target.items()})
         _attempt(lambda: verify(trees, about["checksums"]))
+        if bad := non_finite(trees):
+            raise _Damaged(f"{bad} is not finite")
         return _state(spec, step, trees), about
 
     def _is_complete(self, step: int) -> bool:

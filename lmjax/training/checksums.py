@@ -44,6 +44,25 @@ def verify(trees: Mapping[str, Any], expected: Mapping[str, Mapping[str, str]]) 
                                 where=f"{item}/{name}")
 
 
+def non_finite(tree: Any) -> str:
+    """Returns the name of the first array with an element that is not finite; "" if none has."""
+    leaves = [(name, leaf) for name, leaf in named_leaves(tree)
+              if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    if not leaves:
+        return ""
+    mesh = getattr(leaves[0][1].sharding, "mesh", None)
+    fine = np.asarray(_finite(mesh)([leaf for _, leaf in leaves]))
+    return "" if fine.all() else leaves[int(fine.argmin())][0]
+
+
+@functools.cache
+def _finite(mesh: Mesh | None) -> Callable[[list[jax.Array]], jax.Array]:
+    def each(leaves: list[jax.Array]) -> jax.Array:
+        return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
+
+    return jax.jit(each, out_shardings=mesh and NamedSharding(mesh, PartitionSpec()))
+
+
 @functools.cache
 def _jitted(mesh: Mesh | None) -> Callable[[list[jax.Array]], jax.Array]:
     return jax.jit(_sums, out_shardings=mesh and NamedSharding(mesh, PartitionSpec()))

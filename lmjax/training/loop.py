@@ -19,6 +19,7 @@ from lmjax.decoding.sampling import Sampling
 from lmjax.errors import UserError
 from lmjax.models.model import Batch
 from lmjax.monitoring.goodput import ACTIVITIES, LEDGER_FILE, account, goodput_line
+from lmjax.monitoring.health import Rewind
 from lmjax.monitoring.jsonl import read_jsonl
 from lmjax.monitoring.profiling import Profiler, write_hlo
 from lmjax.monitoring.progress import to_stderr
@@ -27,9 +28,11 @@ from lmjax.reporting.report import write_report
 from lmjax.runtime.signals import StopSignal, stop_signal
 from lmjax.tasks.grpo import Grpo
 from lmjax.training.answers import answers_of, written
+from lmjax.training.checksums import non_finite
 from lmjax.training.evaluate import evaluate
 from lmjax.training.recipe import Recipe
 from lmjax.training.records import Records
+from lmjax.training.rewind import rewind
 from lmjax.training.rollout import rollout
 from lmjax.training.run import Log, Run
 from lmjax.training.setup import set_up
@@ -57,15 +60,13 @@ def train(recipe: Recipe, workdir: str | Path, log: Log = to_stderr) -> str:
         log = log if jax.process_index() == 0 else lambda line: None
         with stop_signal() as stop:
             run = set_up(recipe, workdir, log, watchdog.at)
-            start, end = run.start, recipe.train.steps
             with contextlib.closing(run.checkpointer):
-                if (start == end or run.out_of_patience) and not run.unfinished:
+                over = run.start == recipe.train.steps or run.out_of_patience
+                if over and not run.unfinished:
                     log(f"finished: {why_finished(run)}")
                     outcome = "done"
                 else:
-                    records = Records(run, start, time.monotonic() - began, watchdog)
-                    with contextlib.closing(records):
-                        outcome = run_steps(run, records, stop, start, end)
+                    outcome = _train_on(run, stop, watchdog, time.monotonic() - began, log)
         if jax.process_index() == 0 and (workdir / "metrics.jsonl").stat().st_size:
             log(goodput_line(account(read_jsonl(workdir / LEDGER_FILE))))
             try:
@@ -73,6 +74,30 @@ def train(recipe: Recipe, workdir: str | Path, log: Log = to_stderr) -> str:
             except UserError as error:  # the run itself is done
                 log(f"no report: {error}")
     return outcome
+
+
+def _train_on(run: Run, stop: StopSignal, watchdog: Watchdog, seconds: float, log: Log) -> str:
+    """Trains to the end, from a checkpoint again where a `Rewind` asks for it.
+
+    Args:
+      seconds: how long setting up took.
+
+    Returns:
+      The outcome of `run_steps`.
+    """
+    cause, rows = None, (0, 0)
+    while True:
+        records = Records(run, run.start, seconds, watchdog)
+        with contextlib.closing(records):
+            if cause:
+                records.rewound(run.start, cause, rows, seconds)
+            try:
+                return run_steps(run, records, stop, run.start, run.recipe.train.steps)
+            except Rewind as found:
+                cause = found.with_traceback(None)  # its frames hold the arrays of the state
+        began = time.monotonic()
+        rows = rewind(run, cause, log, watchdog.at)
+        seconds = time.monotonic() - began
 
 
 def why_finished(run: Run) -> str:
@@ -89,9 +114,8 @@ def run_steps(run: Run, records: Records, stop: StopSignal, start: int, end: int
     Returns:
       "done", or "stopped" when a signal asked for it; the current step is then saved.
     """
-    stop.defer()
     batches = make_batches(run.train_split, batch_size=run.recipe.train.batch_size,
-                           start_row=run.steps.rows(start), steps=max(end - start, 1),
+                           start_row=lambda i: run.steps.rows(start + i), steps=max(end - start, 1),
                            sharding=run.layout.sharding(("batch", "seq")))
     profiler = Profiler(run.recipe.watch.profile, run.workdir)
     with contextlib.closing(batches), contextlib.closing(profiler):
@@ -100,6 +124,7 @@ def run_steps(run: Run, records: Records, stop: StopSignal, start: int, end: int
         if run.compiled is None and start < end:  # while the first batches are made
             with records.timed(start, "compile"):
                 run.compiled = _compile(run)
+        stop.defer()  # from here on there may be steps to save
         return _loop(run, records, stop, range(start, end + 1), batches, profiler)
 
 
@@ -135,11 +160,11 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
             batch = rollout(run, state.whole(state.params), step + 1)
         profiler.before(step + 1)
         assert run.compiled is not None
-        state, metrics = run.compiled(state, batch)
+        state, metrics = run.compiled(state, {**batch, **records.limits(step + 1)})
         if on_its_way:
             records.log_step(*on_its_way)
         on_its_way = step + 1, metrics
-        run.checkpointer.note()
+        run.saver.note()
         if traced := profiler.after(step + 1, metrics):
             records.progress.log(f"step {step + 1}: {traced}")
 
@@ -167,7 +192,8 @@ def _due_after(run: Run, step: int, first: bool, stopping: bool) -> _Due:
         evaluates=to_evaluate and (final or _due(recipe.eval.every, step)),
         samples=to_evaluate and run.generator is not None and (
             final and recipe.sample.every > 0 or _due(recipe.sample.every, step)),
-        saves=not first and (final or stopping or _due(recipe.checkpoint.every, step)), first=first)
+        saves=not first and (final or stopping or _due(recipe.checkpoint.every, step)
+                             or run.saver.due), first=first)
 
 
 def _between_steps(run: Run, records: Records, stop: StopSignal, step: int, state: TrainState,
@@ -175,11 +201,11 @@ def _between_steps(run: Run, records: Records, stop: StopSignal, step: int, stat
     """Does what is due after `step`.
 
     Returns:
-      Whether evaluation and samples are complete, and whether the step was saved.
+      Whether evaluation and samples are complete, and whether a save of the step has begun.
     """
     # Save first: an evaluation that fails loses no training. The next start evaluates again.
-    if due.saves:
-        _save(run, records, step, state, unfinished=due.evaluates or due.samples)
+    saves = due.saves and _save(run, records, step, state,
+                                unfinished=due.evaluates or due.samples)
     complete = not due.evaluates or _evaluate(run, records, stop, step, state)
     ends_early = due.evaluates and complete and run.out_of_patience
     if complete and (due.samples or ends_early and run.generator and run.recipe.sample.every):
@@ -188,21 +214,24 @@ def _between_steps(run: Run, records: Records, stop: StopSignal, step: int, stat
     keeps = run.recipe.checkpoint.keep_best and run.best.step == step
     saves_now = not (due.saves or due.first) and (not complete or ends_early or keeps)
     if saves_now:
-        _save(run, records, step, state, unfinished=not complete)
+        saves = _save(run, records, step, state, unfinished=not complete)
     if complete and (due.evaluates or due.samples):
         records.writer.flush()  # what is noted as done is on the disk
         run.note(evaluated=step)
-    return complete, due.saves or saves_now
+    return complete, saves
 
 
 def _end(run: Run, records: Records, step: int, saved: int | None, stopped: bool) -> str:
-    """Waits for the save of step `saved`, if there was one, and returns the outcome."""
+    """Waits until the newest state is saved, if it has to be, and returns the outcome."""
+    state = run.state
+    assert state is not None
+    is_failing = run.saver.is_failing
+    if saved is not None or is_failing:
+        with records.timed(step, "checkpoint"):  # saving goes on in the background until here
+            run.saver.finish(lambda: _save(run, records, step, state, unfinished=stopped))
     if stopped:
-        done = "stopped and saved" if saved == step else "stopped"
+        done = "stopped and saved" if saved == step or is_failing else "stopped"
         records.progress.log(f"{done} at step {step}; the same command goes on from there")
-    if saved is not None:
-        with records.timed(saved, "checkpoint"):  # saving goes on in the background until here
-            run.checkpointer.wait()
     return "stopped" if stopped else "done"
 
 
@@ -226,7 +255,7 @@ def _evaluate(run: Run, records: Records, stop: StopSignal, step: int, state: Tr
 
     def until_stopped(batches: Iterator[T]) -> Iterator[T]:
         for batch in records.watchdog.each(batches, step, ACTIVITIES["eval"]):
-            run.checkpointer.note()
+            run.saver.note()
             if stop.due():
                 raise _Stopped
             yield batch
@@ -280,16 +309,26 @@ def _sample(run: Run, records: Records, step: int, state: TrainState) -> None:
             records.writer.sample(step, prompt, run.tokenizer.decode(answer))
 
 
-def _save(run: Run, records: Records, step: int, state: TrainState, unfinished: bool) -> None:
-    """Saves the state; if `unfinished`, the next start evaluates and samples the step."""
+def _save(run: Run, records: Records, step: int, state: TrainState, unfinished: bool) -> bool:
+    """Saves the state; if `unfinished`, the next start evaluates and samples the step.
+
+    Returns:
+      Whether the save has begun; if not, it is tried again later.
+
+    Raises:
+      Rewind: the state is not finite.
+    """
+    if bad := non_finite((state.params, state.opt_state, state.ema)):
+        raise Rewind(step, f"{bad} of the state is not finite")
     records.writer.flush()  # the files hold everything up to this step before the checkpoint counts
     about = {**run.about, "data": run.data_state(step) | {"tokens": records.tokens},
-             "unfinished": unfinished}
+             "unfinished": unfinished, "health": run.health.state()}
     if run.best.metric:
         about["best"] = dataclasses.asdict(run.best)
     with records.timed(step, "checkpoint"):
-        run.checkpointer.save(state, about)
+        begun = run.saver.save(state, about)
     records.ledger.row()
+    return begun
 
 
 def _compile(run: Run) -> StepFn:

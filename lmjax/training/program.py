@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lmjax.data.rows import dtype_of
@@ -27,7 +28,7 @@ from lmjax.training.optim.table import make_optimizer
 from lmjax.training.pruning import gradual_pruning
 from lmjax.training.recipe import Recipe
 from lmjax.training.state import StateSpec, state_spec
-from lmjax.training.step import make_eval_step, make_train_step
+from lmjax.training.step import LIMITS, make_eval_step, make_train_step
 from lmjax.tree import split_tree
 
 
@@ -89,7 +90,9 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     sharding = layout.sharding(("batch", "seq"))
     batch = {name: jax.ShapeDtypeStruct((train.batch_size, length), dtype_of(name),
                                         sharding=sharding) for name, length in fields.items()}
-    return Program(layout, model, spec, step_fn.trace(spec.shapes, batch),
+    limits = {name: jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.replicated)
+              for name in LIMITS if recipe.watch.spikes == "skip"}
+    return Program(layout, model, spec, step_fn.trace(spec.shapes, batch | limits),
                    make_eval_step(eval_loss, layout, train.microbatches), batch)
 
 

@@ -30,6 +30,7 @@ from lmjax.errors import UserError
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import ModelConfig
 from lmjax.models.presets import with_preset
+from lmjax.monitoring.health import SPIKES
 from lmjax.nn.adapters import AdapterConfig
 from lmjax.nn.packed import NOT_QUANTIZED, Quantization
 from lmjax.nn.quantized import MATMUL_DTYPES
@@ -129,10 +130,13 @@ class CheckpointConfig:
     # The step of a lost checkpoint that is given up: the run goes on from the newest that is left,
     # or begins anew. Ignored while that checkpoint, or a later one, is there.
     abandon: int = 0
+    # Seconds in which saves may fail before the run ends: it goes on, and tries again. 0: none.
+    patience_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         at_least(1, every=self.every, keep_last=self.keep_last)
-        at_least(0, keep_every=self.keep_every, abandon=self.abandon)
+        at_least(0, keep_every=self.keep_every, abandon=self.abandon,
+                 patience_seconds=self.patience_seconds)
 
     def path(self, workdir: Path) -> str:
         """Returns where the checkpoints of a run in `workdir` are: a URL or an absolute path."""
@@ -172,9 +176,16 @@ class WatchConfig:
     # A run that has not moved for so long ends with the stacks of all threads; 0: never. Setting
     # up, compiling and saving may take half an hour in any case, preparing data a day.
     stall_seconds: float = 0.0
+    # A step whose loss or gradient norm is not finite changes nothing. After so many in a row, the
+    # run goes back to its last checkpoint and leaves their rows out; 0: never.
+    rewind_after: int = 5
+    # What a loss or a gradient norm far above the usual leads to: off, record, skip (the step
+    # changes nothing), or rewind.
+    spikes: str = "record"
 
     def __post_init__(self) -> None:
-        at_least(0, stall_seconds=self.stall_seconds)
+        at_least(0, stall_seconds=self.stall_seconds, rewind_after=self.rewind_after)
+        choice("spikes", self.spikes, SPIKES)
         found = re.fullmatch(r"(\d+):(\d+)", self.profile)
         if self.profile and not (found and 1 <= int(found[1]) <= int(found[2])):
             raise UserError("steps A:B from 1 on, A not after B", repr(self.profile), "write 10:15",

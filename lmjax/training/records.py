@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator, Mapping
 
 import jax
+import numpy as np
 
-from lmjax.errors import UserError
 from lmjax.models.flops import flops_per_row
 from lmjax.models.model import Batch
 from lmjax.monitoring.goodput import ACTIVITIES, SLOW_FACTOR, Ledger
+from lmjax.monitoring.health import BadStep, Rewind
 from lmjax.monitoring.metrics import MetricsWriter
 from lmjax.monitoring.progress import Progress
 from lmjax.monitoring.slow_steps import Outliers, SlowStepLog
@@ -21,7 +22,7 @@ from lmjax.runtime.distributed import late_with, tell_late
 from lmjax.tasks.task import Task
 from lmjax.training.evaluate import bits_per_byte, bits_unit, summary
 from lmjax.training.run import Run
-from lmjax.training.step import Metrics
+from lmjax.training.step import LIMITS, Metrics
 
 WAITING = "waiting for data"
 RUNNING = "running the step"
@@ -97,16 +98,15 @@ class Records:
         """Waits until `step` is done, then writes its metrics and timings.
 
         Raises:
-          UserError: the loss or the weights are not finite. Raised before the step is saved, so
-            that it does not push the last good checkpoints out.
+          Rewind: the run has to go back to a checkpoint. Raised before the step is saved, so that
+            it does not push the last good checkpoints out.
         """
-        train = self.run.recipe.train
-        weight = int(metrics["weight"])  # returns when the step is done
-        loss, norm = float(metrics["loss"]), float(metrics["param_norm"])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError("finite loss and weights", f"loss {loss} and weight norm {norm}",
-                            "lower optimizer.peak_lr or clip_norm in another --workdir (the "
-                            "checkpoints are kept)", where=f"step {step}")
+        train, health = self.run.recipe.train, self.run.health
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])  # waits for the step
+        bad = health.judge(step, loss, norm)
+        weight = 0 if bad and bad.skipped else int(metrics["weight"])
+        if not math.isfinite(weights := float(metrics["param_norm"])):
+            raise Rewind(step, f"weight norm {weights}")
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         waited, self._waited = self._waited, 0.0
@@ -114,7 +114,10 @@ class Records:
         self.ledger.spend(step, useful=seconds - waited, data=waited)
         self._note_slow(step, seconds, waited)
         self._slow_steps.tick()
-        if step % train.log_every and step != train.steps:
+        if bad:
+            self._note_bad(bad)
+        skipped = {"skipped": health.skipped} if bad and bad.skipped else {}
+        if step % train.log_every and step != train.steps and not skipped:
             return
         values = {name: float(value) for name, value in metrics.items()
                   if name != "weight" and not value.ndim}
@@ -123,7 +126,7 @@ class Records:
         rows = self.run.steps.rows(step) // (task.samples if isinstance(task, Task) else 1)
         epoch = max(self.run.train_split.epochs(rows).values())
         self.writer.train(step, {**values, **bits, "tokens": self.tokens,
-                                 "epoch": epoch})
+                                 "epoch": epoch, **skipped})
         row_flops = flops_per_row(self.run.model, self.run.train_split.fields,
                                   self.run.spec.is_frozen)
         flops = row_flops * train.batch_size / seconds
@@ -133,6 +136,36 @@ class Records:
                                   "step_seconds": seconds, "tokens_per_second": rate,
                                   "data_wait_share": share, "model_flops_per_second": flops, **mfu})
         self.progress.update(step, values["loss"], bits.get("bits_per_byte"), rate, share, **mfu)
+
+    def rewound(self, step: int, cause: Rewind, rows: tuple[int, int], seconds: float) -> None:
+        """Writes that the run went back to `step`, and which rows it leaves out."""
+        first, end = rows
+        self.writer.event(step, "rewind", seconds, after=cause.step, why=cause.why,
+                          rows=f"{first}:{end}")
+        without = f" without the rows {first:,} to {end - 1:,}" if end > first else ""
+        self.progress.log(f"step {cause.step}: {cause.why}; went back to step {step}{without}")
+
+    def _note_bad(self, bad: BadStep) -> None:
+        """Writes that a step was skipped or is a spike, with its rows.
+
+        Raises:
+          Rewind: it is a reason to go back.
+        """
+        first, end = self.run.steps.of(bad.step)
+        kind = "skipped" if bad.skipped else "spike"
+        self.writer.event(bad.step, kind, 0.0, why=bad.what, rows=f"{first}:{end}")
+        self.progress.log(f"step {bad.step}: {bad.what}" + (
+            f"; nothing was learned from its rows, {first:,} to {end - 1:,}" * bad.skipped))
+        if cause := self.run.health.rewinds(bad):
+            raise cause
+
+    def limits(self, step: int) -> Batch:
+        """What the batch of `step` has beside its rows: above what a step changes nothing."""
+        if self.run.recipe.watch.spikes != "skip":
+            return {}
+        place = self.run.layout.replicated
+        return {name: jax.device_put(np.float32(limit), place)
+                for name, limit in zip(LIMITS, self.run.health.limits(step), strict=True)}
 
     def evaluated(self, step: int, name: str, found: Mapping[str, float]) -> None:
         """Writes the figures of an evaluation; `name` says of what: eval, eval_ema, test."""

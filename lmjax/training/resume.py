@@ -9,7 +9,7 @@ from lmjax.runtime.distributed import agreed
 from lmjax.tasks.task import Task
 from lmjax.training.adopt import adopted, comparable, has_new_tokens
 from lmjax.training.announce import announce_epochs, dtype_reason
-from lmjax.training.best import read_best, restored
+from lmjax.training.best import Best, read_best, restored
 from lmjax.training.changes import check_schedule
 from lmjax.training.checkpoint import About
 from lmjax.training.checksums import checksums
@@ -43,6 +43,8 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
     found = run.checkpointer.restore(run.spec, lambda about: _check(run, about),
                                      given_up(run.recipe, run.saved))
     if found is None:
+        run.start, run.tokens, run.best = 0, 0, Best(run.recipe.eval.metric)
+        run.health.restore({})
         if source:
             grows = has_new_tokens(run, source)
             check_start(source, comparable(run, source), None if grows else run.tokenizer,
@@ -63,6 +65,7 @@ def begin(run: Run, source: Pretrained | None, log: Log) -> dict[str, Any]:
     run.restore_seconds = time.monotonic() - began
     run.state, about = found
     run.start = about["step"]
+    run.health.restore(about.get("health", {}))
     # A step is saved before it is evaluated, and the evaluation may have failed or been stopped.
     run.unfinished = about.get("unfinished", False) and run.saved.evaluated < run.start
     _restore_best(run, about)

@@ -15,14 +15,17 @@ from lmjax.data.tokenizers import Tokenizer
 from lmjax.decoding.generate import Generator
 from lmjax.decoding.reading import generator_of
 from lmjax.models.model import Model
+from lmjax.monitoring.health import Health
 from lmjax.sharding import Layout
 from lmjax.tasks.task import Facts
 from lmjax.tasks.writing import WritingTask
 from lmjax.training.best import Best, write_best
 from lmjax.training.checkpoint import Checkpointer
+from lmjax.training.pretrained import Pretrained
 from lmjax.training.program import Program
 from lmjax.training.recipe import Recipe
 from lmjax.training.saved import Saved
+from lmjax.training.saving import Saver
 from lmjax.training.state import StateSpec, TrainState
 from lmjax.training.step import StepFn
 
@@ -41,6 +44,7 @@ class Run:
     tokenizer: Tokenizer | None  # None on synthetic data
     generator: Generator | None  # None without a tokenizer, or with the head of a task
     checkpointer: Checkpointer
+    saver: Saver
     about: dict[str, Any]  # what every checkpoint of the run records, besides its own step
     steps: Steps  # which rows of the data each step takes
     facts: Facts | None = None  # of the task's training examples; None without a task
@@ -53,6 +57,10 @@ class Run:
     saved: Saved = dataclasses.field(default_factory=Saved)  # what saved.json holds
     restore_seconds: float = 0.0  # spent on reading the checkpoint; 0: there was none
     compiled: StepFn | None = None  # the train step, once the loop has started
+    source: Pretrained | None = None  # the model that a new run starts from
+    teacher: Pretrained | None = None  # of a distillation
+    health: Health = dataclasses.field(default_factory=Health)  # of the steps so far
+    rewinds: int = 0  # to the step `start`
 
     def data_state(self, step: int) -> dict[str, Any]:
         """Returns what a checkpoint after `step` steps records of the data.

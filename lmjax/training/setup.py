@@ -16,6 +16,7 @@ from lmjax.data.tokenizers import Tokenizer, prepared_tokenizer
 from lmjax.decoding.generate import Generator
 from lmjax.errors import UserError
 from lmjax.monitoring.goodput import ACTIVITIES
+from lmjax.monitoring.health import Health
 from lmjax.runtime.chips import GIB
 from lmjax.runtime.devices import device_memory
 from lmjax.runtime.distributed import agreed
@@ -41,6 +42,7 @@ from lmjax.training.reference import add_reference
 from lmjax.training.resume import begin
 from lmjax.training.run import Log, Run
 from lmjax.training.saved import Saved, find_saved, given_up, keep_records
+from lmjax.training.saving import Saver
 from lmjax.training.state import StateSpec
 from lmjax.training.task_data import open_data, prepare_task
 from lmjax.training.teacher import (
@@ -77,18 +79,36 @@ def set_up(recipe: Recipe, workdir: Path, log: Log,
     add_reference(recipe, directory, source, log)
     at(0, "setting up")
     run = _open(recipe, workdir, directory, log, teacher)
-    run.saved = saved
-    at(0, ACTIVITIES["restore"])
-    facts = announce(run, directory, log) | begin(run, source, log)
-    if teacher:
-        add_teacher(run, teacher, log)
-        if recipe.distill.stored_tokens:
-            add_predictions(run, teacher, log, lambda: at(0, "preparing data"))
-    _remember(run, log)
+    run.saved, run.source, run.teacher = saved, source, teacher
+    facts = announce(run, directory, log) | place(run, log, at)
+    cover(run, log, at)
     if jax.process_index() == 0:  # only now: a start that is refused leaves the directory as it was
         for name, value in (("run.json", facts), ("config.json", plain(recipe))):
             write_whole(workdir / name, json.dumps(value, indent=2) + "\n")
     return run
+
+
+def place(run: Run, log: Log, at: At) -> dict[str, Any]:
+    """Gives the run its state: that of its newest checkpoint that is whole, or its first one.
+
+    Returns:
+      The facts of `begin` for run.json.
+
+    Raises:
+      UserError: an error of `begin`.
+    """
+    at(0, ACTIVITIES["restore"])
+    facts = begin(run, run.source, log)
+    if run.teacher:
+        add_teacher(run, run.teacher, log)
+    _remember(run, log)
+    return facts
+
+
+def cover(run: Run, log: Log, at: At) -> None:
+    """Computes what the teacher predicts for the rows of the run's steps, if that is stored."""
+    if run.teacher and run.recipe.distill.stored_tokens:
+        add_predictions(run, run.teacher, log, lambda: at(0, "preparing data"))
 
 
 def _remember(run: Run, log: Log) -> None:
@@ -162,11 +182,14 @@ def _open(recipe: Recipe, workdir: Path, directory: str, log: Log,
     checkpointer = Checkpointer(recipe.checkpoint.path(workdir), log=log,
                                 keep_last=recipe.checkpoint.keep_last,
                                 keep_every=recipe.checkpoint.keep_every)
+    saver = Saver(checkpointer, recipe.checkpoint.patience_seconds, workdir, log)
     run = Run(recipe, workdir, program, train_split, heldout, tokenizer, generator, checkpointer,
+              saver,
               about=_about(recipe, program, tokenizer, facts) | (
                   {"teacher": record_of(teacher)} if teacher else {}),
               steps=Steps([(0, 0, recipe.train.batch_size)]), best=Best(recipe.eval.metric),
-              facts=facts, test=test)
+              facts=facts, test=test,
+              health=Health(recipe.watch.spikes, recipe.watch.rewind_after))
     if recipe.sample.every and generator:
         generator.check(run.prompts, recipe.sample.max_tokens)
     return run

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from lmjax.training.state import StateSpec, TrainState
 
 Metrics = Mapping[str, jax.Array]
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+# Scalars that a batch may have besides its rows: a step above one of them changes nothing.
+LIMITS = ("max_loss", "max_grad_norm")
 
 
 def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: optax.Schedule, *,
@@ -27,11 +30,16 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
 
     The state is donated; its frozen parameters and its teacher stay as they are. The
     gradient is that of the mean over the batch's tokens, however they are split into microbatches.
-    Randomness is keyed by (seed, step, microbatch), so any step can be
-    run again.
+    Randomness is keyed by (seed, step, microbatch), so any step can be run again.
+
+    A step whose loss or gradient norm is not finite, or above one of LIMITS in its batch, changes
+    neither parameters nor moments nor their average. Steps are counted all the same.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        limits = {name: batch[name] for name in LIMITS if name in batch}
+        batch = {name: x for name, x in batch.items() if name not in limits}
+
         def of_trained(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
             return loss_fn(state.for_loss(params), batch, key)
 
@@ -45,13 +53,19 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
                 sums, grads = _gradient(of_trained, state.params, batch, key, microbatches)
         weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
+        loss, grad_norm = sums.nats / weight, optax.tree.norm(grads)
+        healthy = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        for name, value in zip(LIMITS, (loss, grad_norm), strict=True):
+            healthy &= value <= limits[name] if name in limits else True
         updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else ema_update(state.ema, params, ema_decay, state.step)
+        params, opt_state, ema = _where(healthy, (params, opt_state, ema),
+                                        (state.params, state.opt_state, state.ema))
         metrics = {
-            "loss": sums.nats / weight,
+            "loss": loss,
             "learning_rate": schedule(state.step),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
             "weight": sums.weight,
             **{name: x if x.ndim else x / weight for name, x in sums.extra.items()},
@@ -75,6 +89,18 @@ def make_eval_step(loss_fn: LossFn, layout: Layout,
             return loss_fn(params, batch, None)
 
     return jax.jit(step, out_shardings=layout.replicated)
+
+
+def _where(healthy: jax.Array, new: Any, old: Any) -> Any:
+    """Takes the new arrays if `healthy`, else the old ones; counts of steps go on in any case.
+
+    Learning rates and other schedules thereby depend on the number of the step alone.
+    """
+    def one(new: jax.Array, old: jax.Array) -> jax.Array:
+        counts = new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer)
+        return new if counts else jnp.where(healthy, new, old)
+
+    return jax.tree.map(one, new, old)
 
 
 def _gradient(loss_fn: LossFn, params: Params, batch: Batch, key: jax.Array,

@@ -77,6 +77,23 @@ def test_the_step_of_a_row_is_found_after_every_change():
     assert Steps([(0, 0, 8)]).resumed(0, 3).rows(5) == 15
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_are_left_out_whatever_was_left_out_before(seed):
+    """Against a twin that lists the rows of every step and cuts the list."""
+    rng = np.random.default_rng(seed)
+    steps, twin = Steps([(0, 0, 4)]), [*range(400)]
+    for _ in range(4):
+        step = int(rng.integers(0, 30))
+        last = step + int(rng.integers(1, 6))  # its rows and those before it, after `step`, go
+        first, end = steps.rows(step), steps.of(last)[1]
+        steps = steps.without(step, end)
+        twin = [row for row in twin if not first <= row < end]
+        assert [list(range(*steps.of(k))) for k in range(1, 60)] == [
+            twin[4 * (k - 1) : 4 * k] for k in range(1, 60)]
+        assert Steps.restored(json.loads(json.dumps(steps.state(step))), step).resumed(
+            step, 4).changes == steps.changes
+
+
 def test_a_stage_has_its_own_shares_and_takes_up_where_the_last_one_left():
     stages = [(0, (1.0, 1.0, 0.0)), (700, (0.0, 3.0, 1.0)), (1500, (1.0, 0.0, 0.0))]
     order = mixture(stages)
