@@ -46,7 +46,7 @@ def test_only_credentials_are_masked(text, shown):
     assert shown in str(UserError("a", text, "b"))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_crash_with_credentials_in_flags_and_in_its_traceback(tmp_path):
     crash = f"""
 from lmjax.training.records import Records

@@ -75,7 +75,7 @@ def digest_of(split: Split, sha256: "hashlib._Hash") -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("memory_limit_mib", [0, 64])
+@pytest.mark.parametrize("memory_limit_mib", [pytest.param(0, marks=pytest.mark.slow), 64])
 def test_each_file_of_prepared_data(tmp_path, monkeypatch, memory_limit_mib):
     monkeypatch.setattr(store, "CHUNK", 1 << 10)
     monkeypatch.setattr(store, "SHARD", 1 << 12)

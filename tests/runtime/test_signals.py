@@ -25,11 +25,9 @@ STAGES = {  # what holds a run, how many signals end it
 }
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("stage", [
-    pytest.param(stage, marks=() if stage in ("compiling", "saving") else pytest.mark.slow)
-    for stage in STAGES])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_is_stuck_ends_within_seconds(tmp_path, stage, number):
     workdir, (patch, signals) = tmp_path / "run", STAGES[stage]
     process = start(workdir, *FINISHED, first=HOLD.format(workdir=str(workdir)) + patch)

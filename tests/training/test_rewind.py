@@ -52,7 +52,7 @@ def events(workdir: pathlib.Path, name: str) -> list[dict]:
     return [row for row in lines(workdir, "timing.jsonl") if row.get("event") == name]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_step_without_a_number_changes_nothing(tmp_path, monkeypatch):
     poison(monkeypatch, lambda g: g == 37)  # in step 5
     assert run_here(tmp_path / "run", *RUN, "checkpoint.every=1", "train.steps=7") == 0
@@ -86,7 +86,7 @@ def test_after_some_in_a_row_their_rows_are_left_out(tmp_path, monkeypatch, caps
     assert lines(tmp_path / "run") == lines(tmp_path / "twin")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_infinite_moment_is_not_saved_and_not_restored(tmp_path, monkeypatch, capsys):
     def spoil(call, state, metrics):
         """Such a moment makes the updates of Adam zero: neither loss nor weights tell of it."""
@@ -116,7 +116,7 @@ def test_an_infinite_moment_is_not_saved_and_not_restored(tmp_path, monkeypatch,
         assert lines(run) == lines(straight)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", health.SPIKES)
 def test_spikes_are_treated_as_the_policy_says(tmp_path, monkeypatch, capsys, policy):
     """One row counts a single token, so that the gradient of its step is as of few tokens."""
@@ -143,7 +143,7 @@ def test_spikes_are_treated_as_the_policy_says(tmp_path, monkeypatch, capsys, po
     assert read_about(run / "checkpoints/12")["data"]["next_row"] == 96 + 8 * (policy == "rewind")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_that_no_rewind_heals_ends_with_a_fault(tmp_path, monkeypatch, capsys):
     """The exit code is 1: on other devices it may heal. What was saved stays."""
     poison(monkeypatch, lambda g: g >= 40)

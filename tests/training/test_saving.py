@@ -39,7 +39,8 @@ def fail_saves(patch: pytest.MonkeyPatch, code: int, where: pathlib.Path, times:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("code", [
+    errno.EIO, pytest.param(errno.ENOSPC, marks=pytest.mark.slow)])
 def test_a_run_outlives_saves_that_fail(code, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lmjax.training.saving.RETRY_SECONDS", 0.0)
     steps = fail_saves(monkeypatch, code, tmp_path, times=5)
@@ -49,7 +50,7 @@ def test_a_run_outlives_saves_that_fail(code, finished, tmp_path, monkeypatch, c
     assert_same_run(finished, tmp_path / "run", ["metrics.jsonl"])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_that_can_never_save_leaves_its_newest_state_elsewhere(
         finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
