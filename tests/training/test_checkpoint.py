@@ -25,7 +25,7 @@ def test_a_diverged_run_keeps_its_good_checkpoints(tmp_path, capsys):
                     "optimizer.warmup_steps=0", "train.steps=12", "optimizer.peak_lr=1.0",
                     "optimizer.weight_decay=1e5") == 1
     message = one_line(capsys.readouterr().err)
-    assert "got weight norm inf, after 3 rewinds to step" in message and "peak_lr" in message
+    assert "after 3 rewinds to step" in message and "peak_lr" in message
     step = int(message.split("step ")[1].split(":")[0])
     assert step > 3 and checkpoint_steps(workdir / "checkpoints") == [step - 2, step - 1]
 
