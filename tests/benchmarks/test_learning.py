@@ -9,12 +9,21 @@ import pytest
 from lmjax.benchmarks import learning
 from lmjax.benchmarks.learning import Found, Row, Run, interpolated, table
 from lmjax.cli.main import main
+from lmjax.config import load
+from lmjax.training.recipe import build_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def found(row, seed, needed):
     return Found("1M", row, ("optimizer.b2=0.9",), seed, 2.0 + seed, 1.5, 0.25, needed)
+
+
+def test_every_setting_of_the_table_makes_another_recipe():
+    for row in learning.ROWS.values():
+        recipes = [build_recipe(load(str(ROOT / learning.RECIPE), (*row.settings, setting)))
+                   for choice in row.choices for setting in choice]
+        assert len({repr(recipe.optimizer) for recipe in recipes}) > len(recipes) / 2
 
 
 def test_steps_are_read_between_two_runs_on_a_line_over_their_logarithm():
