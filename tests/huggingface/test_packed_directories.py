@@ -97,7 +97,8 @@ def test_their_directories_give_their_logits(form, weights, expected, tmp_path) 
     wanted = their_directory(tmp_path / "hf", form, **weights)
     lm = lmjax.load(tmp_path / "hf")
     assert lm.model.quantization.weights == expected
-    atol = 2e-2 if "activations" in weights else 1e-4  # activations are rounded by both
+    # Both round activations, by steps of a 127th (ours) and of a 127.5th (theirs) of the largest.
+    atol = 6e-2 if "activations" in weights else 1e-4
     np.testing.assert_allclose(lm.logits(TOKENS), wanted, atol=atol * np.abs(wanted).max())
     floats = lm.dense()
     if "activations" not in weights:
