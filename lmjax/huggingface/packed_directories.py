@@ -65,7 +65,8 @@ def quantization_of(settings: Mapping[str, Any], where: str) -> Quantization:
     need(form in FORMATS_READ, f"a format of {', '.join(FORMATS_READ)}", repr(form))
     sparse = told.get("sparsity_config") or {}
     need(sparse.get("format", "dense") == "dense", "dense storage of zeros", sparse.get("format"))
-    need(not told.get("kv_cache_scheme"), "no kv_cache_scheme", "one")
+    for key in ("kv_cache_scheme", "transform_config"):
+        need(not told.get(key), f"no {key}", "one")
     groups = [*(told.get("config_groups") or {}).values()]
     if not groups:
         return NOT_QUANTIZED

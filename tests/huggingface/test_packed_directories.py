@@ -124,6 +124,7 @@ def described(**changes: object) -> dict:
     (dict(weights=dict(group_size=8)), "groups of 16 or more"),
     (dict(input_activations=dict(num_bits=8, dynamic=True)), "expected activations as they are"),
     (dict(kv_cache_scheme={"num_bits": 8}), "no kv_cache_scheme"),
+    (dict(transform_config={"config_groups": {"R1": {}}}), "no transform_config"),
     (dict(sparsity_config={"format": "sparse-24-bitmask"}), "dense storage of zeros"),
 ])
 def test_what_is_computed_otherwise_is_refused(changes, message) -> None:
