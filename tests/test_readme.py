@@ -75,9 +75,9 @@ sys.exit(main(args))
 """
 # Other tests run these (tests/launch/test_installation.py, tests/benchmarks, tests/scaling,
 # tests/tasks/test_glosses.py), or a test machine cannot.
-ELSEWHERE = ("./launch/local", "./launch/test", "pip install", "pip download",
-             "lmjax bench generate", "lmjax bench score", "lmjax bench tasks",
-             "lmjax bench serve --url", "lmjax sweep")
+ELSEWHERE = ("./launch/local", "./launch/test", "pip install", "pip download", "lmjax sweep",
+             *(f"lmjax bench {what}" for what in (
+                 "generate", "score", "tasks", "learning", "pruning", "serve --url")))
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:
@@ -133,7 +133,8 @@ def test_every_command_and_its_config_are_understood(page, monkeypatch, capsys):
 
 # The longest pages only with -m slow, for the time that .ci/run has.
 SLOW = ("speed.md", "data.md", "huggingface.md", "finetuning.md", "adapting.md", "tagging.md",
-        "distillation.md", "compression.md", "planning.md", "extending.md", "training.md")
+        "distillation.md", "compression.md", "planning.md", "extending.md", "training.md",
+        "learning.md")
 
 
 @pytest.mark.parametrize("page", [

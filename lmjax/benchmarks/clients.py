@@ -153,7 +153,9 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
 
 def _quantile(values: list[float], percent: int) -> float:
     """A percentile; nan of fewer than two values."""
-    return statistics.quantiles(values, n=100)[percent - 1] if len(values) > 1 else float("nan")
+    if len(values) < 2:
+        return float("nan")
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def _print(report: Report) -> None:

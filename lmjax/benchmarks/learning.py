@@ -26,7 +26,7 @@ import jax
 from scipy.special import stdtr  # JAX depends on SciPy
 
 from lmjax.benchmarks.rounds import Report, write_report
-from lmjax.config import load
+from lmjax.config import load, plain
 from lmjax.errors import UserError
 from lmjax.monitoring.jsonl import read_jsonl
 from lmjax.training.loop import train
@@ -104,7 +104,7 @@ def bench_learning(rows: Sequence[str], sizes: Sequence[str], *, seeds: int = 1,
     Args:
       rows: keys of ROWS; none: all. AdamW is always among them.
       sizes: keys of SIZES; none: all but tiny.
-      seeds: how many seeds train with the best settings.
+      seeds: how many seeds train with the best settings, which seed 0 chose.
       steps: of a run.
       out: a file for the figures as JSON; "" writes none.
     Raises:
@@ -128,7 +128,7 @@ def bench_learning(rows: Sequence[str], sizes: Sequence[str], *, seeds: int = 1,
 def _of_size(size: str, names: Sequence[str], seeds: int, steps: int) -> list[Found]:
     chosen = {name: _tuned(size, name, steps) for name in names}
     found = []
-    for seed in range(seeds):
+    for seed in range(1, seeds + 1):  # the settings were chosen with seed 0
         target = _run(Run(size, REFERENCE, chosen[REFERENCE], seed, steps))["loss"]
         for name in names:
             run = Run(size, name, chosen[name], seed, steps)
@@ -208,25 +208,23 @@ def _beside(its: Sequence[Found], others: Sequence[Found]) -> tuple[str, str]:
 
 
 def _run(run: Run) -> dict[str, Any]:
-    """The line of a run in results.jsonl; trains it if there is none."""
+    """The line of a run in results.jsonl; trains it if there is none of this recipe."""
     file = WORK / "results.jsonl"
-    for line in read_jsonl(file):
-        if Run(line["size"], line["row"], tuple(line["settings"]), line["seed"],
-               line["step"]) == run:
-            return line
     variant, model = SIZES[run.size]
     data = WORK / f"data{variant.replace(':', '-')}"
-    name = hashlib.sha256(repr(run).encode()).hexdigest()[:12]
     recipe = build_recipe(load(RECIPE + variant, (
         *model, *run.settings, f"train.steps={run.steps}", f"train.seed={run.seed}",
         f"data.seed={run.seed}", f"data.directory={data}", "eval.every=0", "eval.batches=0",
         "sample.every=0", f"checkpoint.every={run.steps}")))
+    name = hashlib.sha256(json.dumps(plain(recipe), sort_keys=True).encode()).hexdigest()[:12]
+    if known := next((line for line in read_jsonl(file) if line["recipe"] == name), None):
+        return known
     began = time.process_time()
     if train(recipe, WORK / name) == "stopped":
         raise KeyboardInterrupt
     jax.clear_caches()  # of a run's compiled programs, which are not needed any more
     last = [line for line in read_jsonl(WORK / name / "metrics.jsonl") if "eval/loss" in line][-1]
-    line = {**run._asdict(), "step": run.steps, "loss": last["eval/loss"],
+    line = {**run._asdict(), "step": run.steps, "recipe": name, "loss": last["eval/loss"],
             "bits_per_byte": last["eval/bits_per_byte"],
             "cpu_seconds": round(time.process_time() - began, 1)}
     with file.open("a") as out:

@@ -15,6 +15,7 @@ of the dense run and of the retraining together.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -70,7 +71,8 @@ def bench_pruning(recipe: Recipe, *, run: str, work: str, ways: Sequence[str], s
     prunings = {way: parse_pruning(way) for way in ways or WAYS}  # refuses all mistakes at once
     bench = Bench(recipe, run, load(run), Path(work), steps, texts)
     done = Results(bench.work / "results.jsonl", {
-        "run": run, "steps": steps, "config": plain(recipe)})
+        "run": run, "steps": steps, "config": plain(recipe),
+        "texts": [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]})
     done.add("nothing", DENSE, lambda: _trained_on(bench, bench.lm, run, bench.work / DENSE))
     for way, pruning in prunings.items():
         done.add(way, PRUNED, lambda: _pruned(bench, way, pruning))  # noqa: B023

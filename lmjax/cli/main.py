@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         return _run(argv)
-    sys.stdout = cast(TextIO, Masked(sys.stdout))
+    # Standard output is what was asked for: a model may write code with a `token=`.
     sys.stderr = cast(TextIO, Masked(sys.stderr))
     try:
         code = _run(sys.argv[1:])

@@ -113,7 +113,8 @@ def _setting(value: Any) -> str:
 
 def _value(group: Group) -> str:
     if math.isnan(group.mean):
-        return "none yet"
+        lost = sum(math.isnan(value) for value in group.values)
+        return f"none of {lost} run{'s' * (lost > 1)}"
     width = group.half_width
     return f"{group.mean:.4f}" + f" \u00b1 {width:.4f}" * math.isfinite(width)
 

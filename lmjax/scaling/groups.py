@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lmjax.errors import UserError
-from lmjax.reporting.run_files import RunRecord, last, read_run
+from lmjax.reporting.run_files import RunRecord, read_run
 from lmjax.reporting.task_report import is_task, measures
 from lmjax.training.best import HIGHER_IS_BETTER
 
@@ -27,24 +27,23 @@ class Group:
     name: str
     runs: tuple[RunRecord, ...]
     settings: Mapping[str, Any]  # by dotted key, without those of IGNORED
-    values: tuple[float, ...]  # of the metric at each run's last evaluation; nan: it has none
+    # Of the metric at each run's last evaluation; nan: it has none, or the run has diverged.
+    values: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """The mean over the runs that have a value; nan if none has."""
-        known = [value for value in self.values if math.isfinite(value)]
-        return float(np.mean(known)) if known else math.nan
+        """The mean over the runs; nan if one of them has no value."""
+        return float(np.mean(self.values))
 
     @property
     def half_width(self) -> float:
         """Half of the confidence interval of the mean, by Student's t; nan for a single run."""
         from scipy import stats  # it takes half a second
 
-        known = [value for value in self.values if math.isfinite(value)]
-        if len(known) < 2:
+        if (count := len(self.values)) < 2:
             return math.nan
-        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(known) - 1)
-        return float(quantile * np.std(known, ddof=1) / math.sqrt(len(known)))
+        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+        return float(quantile * np.std(self.values, ddof=1) / math.sqrt(count))
 
 
 def read_runs(places: Sequence[str | Path]) -> list[RunRecord]:
@@ -83,8 +82,8 @@ def choose_metric(runs: Sequence[RunRecord], asked: str = "") -> str:
     Raises:
       UserError: no evaluation has the metric that was asked for, or the runs share none.
     """
-    seen = [[name for name in run.heldout if name in HIGHER_IS_BETTER
-             and math.isfinite(last(run.heldout, name))] for run in runs if run.heldout]
+    seen = [[name for name in run.heldout if name in HIGHER_IS_BETTER] for run in runs
+            if run.heldout]
     if asked and not any(asked in names for names in seen):
         raise UserError(f"one of {', '.join(sorted({n for names in seen for n in names}))}",
                         repr(asked), "correct it", where="--metric")
@@ -108,7 +107,7 @@ def group_runs(runs: Sequence[RunRecord], metric: str) -> list[Group]:
     flat = [_settings(its[0]) for its in by_settings.values()]
     keys = differing(flat)
     groups = [Group(_name(settings, keys, its), tuple(its), settings,
-                    tuple(last(run.heldout, metric) for run in its))
+                    tuple(float(run.heldout.get(metric, (math.nan,))[-1]) for run in its))
               for settings, its in zip(flat, by_settings.values(), strict=True)]
     sign = -1 if HIGHER_IS_BETTER[metric] else 1
     return sorted(groups, key=lambda group: (math.isnan(group.mean), sign * group.mean))

@@ -1,5 +1,6 @@
 """Runs as processes of their own, some of them at the same time."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from lmjax.monitoring.units import human_seconds
 
 POLL = 0.5  # seconds between looks at the processes
 SHOW = 30.0  # seconds between lines of progress
+TPUS = ("accel[0-9]*", "vfio/[0-9]*")  # in /dev, on a TPU VM
 FINISHED = "finished.jsonl"
 LOG = "log.txt"
 TAIL = 4096  # bytes of the end of a file, which hold its last line
@@ -45,24 +47,33 @@ def shares(at_once: int) -> list[str]:
       GPUs, or one run that gets all of them.
 
     Raises:
-      UserError: at_once is less than 1, or more than there are GPUs.
+      UserError: at_once is less than 1, more than there are GPUs, or more than 1 on a TPU.
     """
     if at_once < 1:
         raise UserError("at least 1", at_once, "correct it", where="--at-once")
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+    cpu = os.environ.get("JAX_PLATFORMS", "").startswith("cpu")
+    if cpu:
         cards = []
     elif given is not None:
         cards = [card for card in given.split(",") if card]
     else:
         cards = [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia*"))
                  if path.name.removeprefix("nvidia").isdecimal()]
+    if at_once > 1 and not (cpu or cards) and _has_tpu():
+        raise UserError("1 on a TPU, whose chips belong to one process", at_once,
+                        "leave it out: each run uses all chips", where="--at-once")
     if not cards or at_once == 1:
         return [""] * at_once
     if at_once > len(cards):
         raise UserError(f"at most {len(cards)}, the number of GPUs", at_once, "lower it",
                         where="--at-once")
     return [",".join(cards[i::at_once]) for i in range(at_once)]
+
+
+def _has_tpu() -> bool:
+    return importlib.util.find_spec("libtpu") is not None and any(
+        path for name in TPUS for path in Path("/dev").glob(name))
 
 
 def finished(workdir: Path) -> set[str]:
@@ -103,13 +114,11 @@ def train_all(jobs: Sequence[Job], workdir: Path, cards: Sequence[str]) -> list[
             if time.monotonic() - shown >= SHOW and running:
                 shown = time.monotonic()
                 _show(running, done, len(jobs), shown - began, workdir)
-    except KeyboardInterrupt:
+    finally:  # after Ctrl-C or an error some are running: they save their step and end
         for one in running:
             one.process.send_signal(signal.SIGTERM)
         for one in running:
             one.process.wait()
-        raise
-    finally:
         signal.signal(signal.SIGTERM, before)
     return failed
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from lmjax.config import load
+from lmjax.config import load, plain
 from lmjax.data.preparation.prepare import prepare
 from lmjax.errors import UserError
 from lmjax.monitoring.progress import to_stderr
@@ -33,6 +33,7 @@ from lmjax.scaling.compare import write_comparison
 from lmjax.scaling.groups import short
 from lmjax.scaling.processes import Job, finished, shares, train_all
 from lmjax.tasks.task import Task
+from lmjax.training.changes import blocking_changes
 from lmjax.training.pretrained import make_tokenizer
 from lmjax.training.recipe import Recipe, build_recipe
 from lmjax.training.task_config import with_source
@@ -55,7 +56,7 @@ class Space:
     grid: Mapping[str, Sequence[str]]  # by dotted key: its values
     ranges: Mapping[str, tuple[float, float]]  # by dotted key: the least and greatest value
     draws: int = 0  # points drawn from grid and ranges; 0: every point of the grid
-    seeds: int = 1  # runs per point
+    seeds: int = 1  # runs per point, whose seeds of weights and of the order of data are 0, 1, ...
 
     def points(self) -> Iterator[dict[str, str]]:
         """By dotted key its value, for one point after the other.
@@ -81,10 +82,9 @@ class Space:
         """All runs, those with the first seed first."""
         points = list({json.dumps(point): point for point in self.points()}.values())
         names = short([*self.grid, *self.ranges])
-        return [Run(_name({names[key]: value for key, value in point.items()}, seed, self.seeds),
+        return [Run(_name({names[key]: value for key, value in point.items()}, seed),
                     (*(f"{key}={value}" for key, value in point.items()),
-                     *(() if self.seeds == 1 else
-                       (f"train.seed={seed}", f"data.seed={seed}"))))
+                     f"train.seed={seed}", f"data.seed={seed}"))
                 for seed in range(self.seeds) for point in points]
 
 
@@ -148,6 +148,9 @@ def sweep(spec: str, overrides: Sequence[str], workdir: str | Path, space: Space
     recipes = {run.name: _recipe(spec, [*overrides, *run.overrides], run.name) for run in runs}
     _keep_plan(workdir, spec, overrides)
     done = finished(workdir)
+    for run in runs:
+        if run.name in done:
+            _check_same(workdir / run.name, recipes[run.name])
     left = [run for run in runs if run.name not in done]
     to_stderr(f"{len(runs)} runs, {len(runs) - len(left)} of them finished")
     jobs = []
@@ -159,10 +162,21 @@ def sweep(spec: str, overrides: Sequence[str], workdir: str | Path, space: Space
             str(workdir / run.name),
             *(f"--config.{item}" for item in (*overrides, *run.overrides, *shared))]))
     failed = train_all(jobs, workdir, cards)
-    if any((workdir / run.name / "metrics.jsonl").exists() for run in runs):
+    if made := [workdir / run.name for run in runs
+                if (workdir / run.name / "metrics.jsonl").exists()]:
         out = workdir / "compare.html"
-        print("\n".join([*write_comparison([workdir], out), str(out)]))
+        print("\n".join([*write_comparison(made, out), str(out)]))
     return failed
+
+
+def _check_same(workdir: Path, recipe: Recipe) -> None:
+    """Refuses a config file that was edited since a run finished."""
+    file = workdir / "config.json"
+    changes, _ = blocking_changes(json.loads(file.read_text()), plain(recipe))
+    if changes:
+        raise UserError("the settings of the finished runs", f"{workdir.name} with "
+                        f"{'; '.join(changes)}", "undo the change, or give another --workdir",
+                        where=str(file))
 
 
 def _recipe(spec: str, overrides: Sequence[str], name: str) -> Recipe:
@@ -226,10 +240,9 @@ def _values(text: str, key: str) -> list[str]:
     return values
 
 
-def _name(point: Mapping[str, str], seed: int, seeds: int) -> str:
+def _name(point: Mapping[str, str], seed: int) -> str:
     """The name of a run's directory: its settings, or a hash of them where they are long."""
-    parts = [f"{key}={value}" for key, value in point.items()]
-    parts += [f"seed={seed}"] if seeds > 1 or not parts else []
+    parts = [*(f"{key}={value}" for key, value in point.items()), f"seed={seed}"]
     name = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts))
     if len(name) <= MOST_NAME and name == ",".join(parts):
         return name

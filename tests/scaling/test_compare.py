@@ -84,6 +84,18 @@ def test_the_metric_is_the_first_that_all_runs_have(tmp_path):
         choose_metric(read_runs([write_run(tmp_path / "c", 2.0, steps=5)]))
 
 
+def test_a_group_with_a_diverged_run_comes_last_whatever_the_run_had_before(tmp_path):
+    for seed in range(2):
+        path = write_run(tmp_path / f"a{seed}", 1.0, seed=seed)
+    writer = MetricsWriter(path, 20, tensorboard=False)
+    writer.eval(30, {"loss": math.nan, "bits_per_byte": math.nan})
+    writer.close()
+    write_run(tmp_path / "b", 2.0, rate=2e-3)
+    rows = write_comparison([tmp_path], tmp_path / "page.html")[2:]
+    assert rows[0].startswith("| peak_lr=0.002 |")
+    assert "| none of 1 run |" in rows[1]
+
+
 def test_keys_are_short_unless_two_would_be_the_same():
     assert short(["model.num_layers", "encoder.num_layers", "optimizer.peak_lr"]) == {
         "model.num_layers": "model.num_layers", "encoder.num_layers": "encoder.num_layers",

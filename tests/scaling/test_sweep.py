@@ -28,8 +28,9 @@ def test_a_grid_has_every_combination_with_every_seed():
     assert {run.overrides[2:] for run in runs[4:]} == {("train.seed=1", "data.seed=1")}
 
 
-def test_one_seed_leaves_the_seeds_of_the_config():
-    assert parse_space(["a.b=1"], [], 0, 1).runs()[0].overrides == ("a.b=1",)
+def test_more_seeds_keep_the_runs_of_fewer():
+    one, three = (parse_space(GRID, [], 0, seeds).runs() for seeds in (1, 3))
+    assert three[:4] == one
 
 
 def test_draws_lie_in_their_limits_and_more_of_them_keep_the_first():
@@ -41,6 +42,7 @@ def test_draws_lie_in_their_limits_and_more_of_them_keep_the_first():
     runs = draws(200)
     assert runs[:50] == draws(50)
     values = [dict(item.split("=") for item in run.overrides) for run in runs]
+    assert {value.pop("train.seed") for value in values} == {"0"}
     rates = sorted(float(value["optimizer.peak_lr"]) for value in values)
     assert 1e-4 <= rates[0] < 3e-4 and 3e-2 < rates[-1] <= 1e-1
     assert 1e-3 < rates[100] < 1e-2  # evenly in the logarithm: the median is near 3e-3
@@ -52,7 +54,7 @@ def test_draws_lie_in_their_limits_and_more_of_them_keep_the_first():
 def test_a_name_is_a_directory_whatever_the_values_are():
     runs = parse_space(['data.sources=["[{\\"uri\\": \\"text:a/*.txt\\"}]","b"]'], [], 0, 1).runs()
     assert all("/" not in run.name and len(run.name) <= 100 for run in runs)
-    assert runs[0].overrides == ('data.sources=[{"uri": "text:a/*.txt"}]',)
+    assert runs[0].overrides[0] == 'data.sources=[{"uri": "text:a/*.txt"}]'
     long = parse_space([f"a.b={'x' * 300},{'x' * 300}y"], [], 0, 1).runs()
     assert len({run.name for run in long}) == 2
 
@@ -81,7 +83,7 @@ def test_a_wrong_value_of_one_run_is_refused_before_the_first_trains(tmp_path, c
             "--grid", "optimizer.name=adamw,adamm"]
     assert main(argv) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "name=adamm: " in error and "did you mean" not in error
+    assert error.count("\n") == 1 and "name=adamm,seed=0: " in error and "did you mean" not in error
     assert not (tmp_path / "s").exists()
 
 
