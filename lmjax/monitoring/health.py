@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SPIKES = ("off", "record", "skip", "rewind")  # what a spike leads to
-WINDOW = 128  # steps without a fault whose median is the usual value
+WINDOW = 128  # good steps whose median is the baseline
 MIN_STEPS = 32  # no step is a spike before so many
 SIGMAS = 10.0  # a spike lies so many deviations above the median
 # The least deviation, as a share of the median: the losses of a run at rest hardly differ.
 LEAST_DEVIATION = 0.02
-PATIENCE = 16  # recorded spikes in a row after which their height counts as usual
+PATIENCE = 16  # consecutive spikes after which the new level becomes the baseline
 UNLIMITED = (math.inf, math.inf)
 
 
@@ -28,7 +28,8 @@ class BadStep(NamedTuple):
     step: int
     what: str  # its loss and gradient norm, and why they are no good
     skipped: bool  # whether it changed no state
-    first: int  # the first step of the row of faults that it is in
+    first: int  # of the consecutive skipped steps that end with it; itself if it is not skipped
+    is_spike: bool  # whether all of these have finite values
 
 
 class Rewind(Exception):
@@ -39,7 +40,7 @@ class Rewind(Exception):
       why: what happened, in words.
       first: the steps `first` to `step` are at fault, and their rows are to be left out; 0: no row
         is known to be the cause.
-      is_spike: whether the run may as well go on.
+      is_spike: whether all of them have finite values, so that the run may as well go on.
     """
 
     def __init__(self, step: int, why: str, first: int = 0, is_spike: bool = False) -> None:
@@ -52,35 +53,49 @@ class Health:
 
     Args:
       spikes: one of SPIKES.
-      rewind_after: so many skipped steps in a row make the run rewind; 0: it never does.
+      rewind_after: so many consecutive skipped steps make the run rewind; 0: it never does.
+
+    Attributes:
+      skipped: steps that changed no state so far.
+      forgives: whether spikes no longer make the run rewind. Rewinding has not helped, and no
+        checkpoint was saved since.
     """
 
     def __init__(self, spikes: str = "record", rewind_after: int = 0):
         self.spikes, self.rewind_after = spikes, rewind_after
-        self.skipped = 0  # steps so far
-        self._in_a_row = 0  # of the newest steps: skipped, or recorded as spikes
+        self.skipped, self.forgives = 0, False
+        self._skips = 0  # consecutive skipped steps up to the newest step
+        self._spikes = 0  # consecutive spikes up to the newest step, skipped or not
         self._recent: list[tuple[int, float, float]] = []  # (step, loss, gradient norm)
+        self._accepted = 0  # the step that made the new level the baseline: no older step counts
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint records, as plain JSON values."""
-        return {"skipped": self.skipped, "in_a_row": self._in_a_row,
+        return {"skipped": self.skipped, "consecutive_skips": self._skips,
+                "consecutive_spikes": self._spikes, "accepted": self._accepted,
                 "recent": [list(entry) for entry in self._recent]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from the `state` of a checkpoint; from nothing if it has none."""
-        self.skipped, self._in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
+        self.skipped, self.forgives = state.get("skipped", 0), False
+        self._skips, self._spikes, self._accepted = (
+            state.get(key, 0) for key in ("consecutive_skips", "consecutive_spikes", "accepted"))
         self._recent = [(int(step), loss, norm) for step, loss, norm in state.get("recent", ())]
 
-    def accept(self) -> None:
-        """Takes the height of the newest steps as usual from now on."""
-        self._recent, self._in_a_row = [], 0
+    def forgive(self) -> None:
+        """Lets the next steps set a new baseline; until the next save no spike leads to a rewind.
+
+        Without the latter, a spike that comes back in every replay would rewind for ever.
+        """
+        self._recent, self._skips, self._spikes, self.forgives = [], 0, 0, True
 
     def limits(self, step: int) -> tuple[float, float]:
         """Above which loss or gradient norm `step` is a spike: float32 values, infinite at first.
 
         They come from the steps up to `step` - 2: the step before is still running.
         """
-        known = [entry for entry in self._recent if entry[0] <= step - 2][-WINDOW:]
+        oldest = self._accepted if self._accepted <= step - 2 else 0
+        known = [entry for entry in self._recent if oldest < entry[0] <= step - 2][-WINDOW:]
         if self.spikes == "off" or len(known) < MIN_STEPS:
             return UNLIMITED
         loss, norm = (_limit([entry[i] for entry in known]) for i in (1, 2))
@@ -92,23 +107,26 @@ class Health:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite and loss <= high[0] and norm <= high[1]:
             self._recent = [*self._recent, (step, loss, norm)][-WINDOW - 2 :]
-            self._in_a_row = 0
+            self._skips = self._spikes = 0
             return None
-        self._in_a_row += 1
+        skipped = not finite or self.spikes == "skip"
+        self.skipped += skipped
+        self._skips = self._skips + 1 if skipped else 0
+        self._spikes = self._spikes + 1 if finite else 0
         bad = BadStep(step, f"loss {loss:.6g} and gradient norm {norm:.6g}, " + (
             f"above {high[0]:.6g} or {high[1]:.6g}" if finite else "not finite"),
-            not finite or self.spikes == "skip", step - self._in_a_row + 1)
-        self.skipped += bad.skipped
-        if not bad.skipped and self._in_a_row >= PATIENCE:
-            self.accept()
+            skipped, step - max(self._skips, 1) + 1, is_spike=self._spikes >= max(self._skips, 1))
+        if self._spikes >= PATIENCE:  # the next step runs already, with the old limits
+            self._accepted, self._spikes = step, 0
         return bad
 
     def rewinds(self, bad: BadStep) -> Rewind | None:
         """Returns how the run has to go back because of `bad`; None if it goes on."""
-        if not bad.skipped and self.spikes == "rewind":
-            return Rewind(bad.step, bad.what, bad.step, is_spike=True)
-        if bad.skipped and 0 < self.rewind_after <= bad.step - bad.first + 1:
-            return Rewind(bad.step, bad.what, bad.first)
+        skips = bad.step - bad.first + 1 if bad.skipped else 0
+        if bad.is_spike and self.forgives:
+            return None
+        if self.spikes == "rewind" and not bad.skipped or 0 < self.rewind_after <= skips:
+            return Rewind(bad.step, bad.what, bad.first, bad.is_spike)
         return None
 
 

@@ -327,6 +327,7 @@ def _save(run: Run, records: Records, step: int, state: TrainState, unfinished: 
         about["best"] = dataclasses.asdict(run.best)
     with records.timed(step, "checkpoint"):
         begun = run.saver.save(state, about)
+    run.health.forgives = False  # as in a run that goes on from this checkpoint
     records.ledger.row()
     return begun
 

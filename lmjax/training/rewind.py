@@ -1,7 +1,5 @@
 """Rewinding: a run goes back to its last checkpoint and leaves out rows, without a new start."""
 
-import contextlib
-
 from lmjax.errors import Fault
 from lmjax.monitoring.health import Rewind
 from lmjax.training.run import Log, Run
@@ -28,8 +26,7 @@ def rewind(run: Run, cause: Rewind, log: Log, at: At) -> tuple[int, int]:
     Raises:
       Fault: the run has been back at this checkpoint too often.
     """
-    with contextlib.suppress(OSError):  # an older checkpoint will do
-        run.checkpointer.wait()
+    run.saver.settle()  # if that fails, an older checkpoint will do
     steps, began, run.state = run.steps, run.start, None
     place(run, log, at)
     run.steps = steps  # those of the checkpoint, and what was left out since it was saved
@@ -41,7 +38,7 @@ def rewind(run: Run, cause: Rewind, log: Log, at: At) -> tuple[int, int]:
                     "clip_norm in another --workdir (the checkpoints are kept), or start again on "
                     "other devices", where=f"step {cause.step}")
     if run.rewinds > MOST_REWINDS:
-        run.health.accept()
+        run.health.forgive()
         return end, end
     if run.rewinds == MOST_REWINDS:
         step = run.start

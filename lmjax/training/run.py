@@ -71,9 +71,13 @@ class Run:
         return {"fingerprint": self.train_split.fingerprint_of(state["next_row"]), **state}
 
     def note(self, **changed: int) -> None:
-        """Changes fields of saved.json; process 0 writes them."""
+        """Changes fields of `saved` on every process; process 0 writes saved.json.
+
+        A rewind decides from them what to repeat, and all processes have to decide the same.
+        """
+        self.saved = Saved(**(dataclasses.asdict(self.saved) | changed))
         if jax.process_index() == 0:
-            self.saved.write(self.workdir, **changed)
+            self.saved.write(self.workdir)
 
     def remember(self, best: Best) -> None:
         """Makes `best` the run's best; if the recipe keeps it, its checkpoint stays from now on."""
@@ -95,6 +99,7 @@ class Run:
         best = self.best.step
         if not (self.recipe.checkpoint.keep_best and best) or best == step:
             return state
+        self.saver.settle()
         return self.checkpointer.with_weights_of(best, self.spec, state)
 
     @functools.cached_property

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
@@ -29,10 +28,8 @@ class Saved:
     evaluated: int = 0  # the newest step whose evaluation and samples are complete
     abandoned: int = 0  # the last step that `checkpoint.abandon` gave up: it does so only once
 
-    def write(self, workdir: Path, **changed: Any) -> None:
-        """Changes these fields and writes the file."""
-        for name, value in changed.items():
-            setattr(self, name, value)
+    def write(self, workdir: Path) -> None:
+        """Writes the file."""
         write_whole(workdir / FILE, json.dumps(dataclasses.asdict(self)) + "\n")
 
 

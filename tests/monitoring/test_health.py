@@ -31,7 +31,8 @@ def test_no_false_alarm_and_every_spike_is_found():
 def test_limits_are_the_same_when_a_step_starts_and_when_it_is_judged():
     """A step starts before the step before it is judged, unless the run evaluates between them."""
     at_start, judge = [UNLIMITED], Health("skip")
-    for step, (loss, norm) in enumerate(figures(0, 400), 1):
+    level = [(9.0, 1.0)] * 60  # becomes the baseline
+    for step, (loss, norm) in enumerate([*figures(1, 100), *level, *figures(0, 400)], 1):
         at_start.append(judge.limits(step + 1))
         assert judge.limits(step) == at_start[step - 1]
         judge.judge(step, loss, norm)
@@ -40,7 +41,7 @@ def test_limits_are_the_same_when_a_step_starts_and_when_it_is_judged():
     median = statistics.median(losses)
     spread = 1.4826 * statistics.median(abs(loss - median) for loss in losses)
     wanted = median + 10 * max(spread, 0.02 * median)
-    assert judge.limits(401)[0] == pytest.approx(wanted, rel=1e-6)
+    assert judge.limits(561)[0] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_a_restored_run_goes_on_with_the_same_judgement():
@@ -57,12 +58,14 @@ def test_a_restored_run_goes_on_with_the_same_judgement():
     assert fresh.rewinds(fresh.judge(103, *bad[2])) is None
 
 
-def test_a_new_height_counts_as_usual_after_a_while():
-    judge = Health("record")
+@pytest.mark.parametrize("policy", ["record", "skip"])
+def test_a_new_level_becomes_the_baseline(policy):
+    judge = Health(policy)
     for step, (loss, norm) in enumerate(figures(2, 100), 1):
         judge.judge(step, loss, norm)
     found = [judge.judge(step, 9.0, 1.0) is not None for step in range(101, 101 + 60)]
-    assert found == [True] * health.PATIENCE + [False] * (60 - health.PATIENCE)
+    bad = health.PATIENCE + 1  # the last of these steps had begun when the one before was judged
+    assert found == [True] * bad + [False] * (60 - bad)
 
 
 @pytest.mark.parametrize("policy, rewinds", [("off", False), ("record", False), ("rewind", True)])
@@ -73,3 +76,31 @@ def test_the_policy_decides_what_a_spike_leads_to(policy, rewinds):
     found = judge.judge(101, 9.0, 1.0)
     assert (found is None) == (policy == "off")
     assert found is None or (judge.rewinds(found) is not None) == rewinds
+
+
+def test_only_consecutive_skipped_steps_lead_to_a_rewind():
+    """A recorded spike has changed the state; a step that is not finite says nothing of levels."""
+    judge = Health("record", 3)
+    for step, (loss, norm) in enumerate(figures(4, 100), 1):
+        judge.judge(step, loss, norm)
+    for step in range(101, 105):
+        assert judge.rewinds(judge.judge(step, 9.0, 1.0)) is None
+    for step in (105, 106):
+        assert judge.rewinds(judge.judge(step, math.nan, 1.0)) is None
+    assert judge.rewinds(judge.judge(107, 9.0, 1.0)) is None
+    for step in (108, 109):
+        assert judge.rewinds(judge.judge(step, math.nan, 1.0)) is None
+    found = judge.rewinds(judge.judge(110, math.nan, 1.0))
+    assert (found.first, found.step, found.is_spike) == (108, 110, False)
+
+
+def test_a_run_goes_on_if_all_skipped_steps_are_spikes():
+    judge, mixed = Health("skip", 2), Health("skip", 2)
+    for step, (loss, norm) in enumerate(figures(5, 100), 1):
+        judge.judge(step, loss, norm)
+        mixed.judge(step, loss, norm)
+    judge.judge(101, 9.0, 1.0)
+    mixed.judge(101, math.nan, 1.0)
+    found, other = (h.rewinds(h.judge(102, 9.0, 1.0)) for h in (judge, mixed))
+    assert (found.first, found.is_spike) == (101, True)
+    assert (other.first, other.is_spike) == (101, False)

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import types
 from collections.abc import Callable
 
 import jax
@@ -13,8 +14,12 @@ from processes import final_checksums, finish, finish_after_a_kill, finish_toget
 from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture
 from lmjax.monitoring import health
+from lmjax.monitoring.health import Health
 from lmjax.training import loop, setup
+from lmjax.training import rewind as rewinding
 from lmjax.training.checkpoint import checkpoint_steps, read_about
+from lmjax.training.run import Run
+from lmjax.training.saved import Saved
 
 # Eight rows per step: step k takes the rows 8(k - 1) to 8k - 1.
 RUN = ("train.steps=12", "optimizer.warmup_steps=2", "checkpoint.every=4", "train.batch_size=8",
@@ -181,9 +186,53 @@ def test_the_whole_story_repeats_bit_for_bit_after_a_kill(tmp_path, mesh):
     assert [line["step"] for line in lines(tmp_path / "killed") if "skipped" in line] == [8]
 
 
+def fake_run(patch: pytest.MonkeyPatch, judge: Health, **fields) -> types.SimpleNamespace:
+    """What `rewind` needs of a run whose only checkpoint is the state before its first step."""
+    def place(run, log, at):
+        run.start, run.steps = 0, Steps([(0, 0, 8)])
+        run.health.restore({})
+
+    patch.setattr(rewinding, "place", place)
+    patch.setattr(rewinding, "cover", lambda run, log, at: None)
+    return types.SimpleNamespace(
+        health=judge, steps=Steps([(0, 0, 8)]), start=0, rewinds=0, state=None,
+        saver=types.SimpleNamespace(settle=lambda: True),
+        recipe=types.SimpleNamespace(train=types.SimpleNamespace(batch_size=8)), **fields)
+
+
+@pytest.mark.parametrize("policy, after", [("rewind", 0), ("skip", 2)])
+def test_spikes_that_come_back_do_not_rewind_for_ever(monkeypatch, policy, after):
+    """Every 40th step is a spike, or the end of two: longer than a new baseline takes."""
+    judge, count = Health(policy, after), 0
+    run, step = fake_run(monkeypatch, judge), 1
+    while step <= 200 and count < 20:
+        spikes = step % 40 in (0, 39 if policy == "skip" else 0)
+        bad = judge.judge(step, 9.0 if spikes else 3.0, 1.0)
+        cause = bad and judge.rewinds(bad)
+        if cause:
+            rewinding.rewind(run, cause, print, print)
+            count, step = count + 1, 0
+        step += 1
+    assert count == rewinding.MOST_REWINDS + 1
+    judge.forgives = False  # a checkpoint is saved
+    assert step == 201
+    judge.judge(201, 9.0, 1.0)
+    assert judge.rewinds(judge.judge(202, 9.0, 1.0))
+
+
+def test_every_process_knows_which_step_was_evaluated(tmp_path, monkeypatch):
+    """Only process 0 writes it down."""
+    for process in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        run = types.SimpleNamespace(saved=Saved(), workdir=tmp_path)
+        Run.note(run, evaluated=4)
+        assert run.saved.evaluated == 4
+        assert (tmp_path / "saved.json").exists() == (process == 0)
+
+
 @pytest.mark.slow
 def test_two_processes_go_back_together(tmp_path):
-    story = (*RUN, "mesh.data=2", "watch.rewind_after=2")
+    story = (*RUN, "mesh.data=2", "watch.rewind_after=2", "eval.every=4")
     for name in ("first", "second"):
         finish_together(tmp_path / name, *story, processes=2, devices=1, first=POISONED)
     assert final_checksums(tmp_path / "first") == final_checksums(tmp_path / "second")
