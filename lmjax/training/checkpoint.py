@@ -55,6 +55,8 @@ class Checkpointer:
     Attributes:
       completed: called with the step of each checkpoint that `note` finds complete.
       kept: the step of a checkpoint that stays, however old; 0: none.
+      saving: the step whose checkpoint is on its way; 0: none.
+      newest: the newest step whose checkpoint this start has seen complete.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 2, keep_every: int = 0,
@@ -64,10 +66,8 @@ class Checkpointer:
             raise UserError("a directory of checkpoints", "a file", "move it away",
                             where=str(directory))
         self.completed: Callable[[int], None] = lambda step: None
-        self.kept = 0
-        self._saving = 0  # the step whose checkpoint is on its way; 0: none
+        self.kept = self.saving = self.newest = 0
         logging.getLogger("absl").addFilter(_is_not_raised)
-        self._newest = 0  # the newest step whose checkpoint this start has seen complete
         self._keep = [policies.LatestN(keep_last), _Kept(self),
                       *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         self.manager, self._is_spoilt = self._manager(), False  # spoilt: by a save that failed
@@ -83,10 +83,9 @@ class Checkpointer:
           OSError: the disk has no room. Nothing is deleted; earlier checkpoints stay.
         """
         step = int(state.step)
-        if self._is_spoilt:
-            self.manager, self._is_spoilt = self._manager(), False
+        self._reopen()
         if step in self.manager.all_steps():
-            self._newest = max(self._newest, step)
+            self.newest = max(self.newest, step)
             return
         trees = _trees(state, with_frozen="base" not in about)
         self.wait()  # Orbax saves one step at a time; only after that the free room is known
@@ -98,7 +97,7 @@ class Checkpointer:
         with when_disk_full(self.directory):
             self.manager.save(step, force=True, args=ocp.args.Composite(
                 about=ocp.args.JsonSave(about), **items))
-        self._saving = step
+        self.saving = step
 
     def restore(self, spec: StateSpec, check: Callable[[About], None],
                 abandon: int = 0) -> tuple[TrainState, About] | None:
@@ -120,6 +119,7 @@ class Checkpointer:
           UserError: every checkpoint is damaged, or one holds other arrays than `spec`.
         """
         damaged: dict[int, str] = {}
+        self._reopen()
         for step in agreed(lambda: sorted(map(int, self.manager.all_steps()), reverse=True)):
             try:
                 found = self._read(step, spec, check)
@@ -130,7 +130,7 @@ class Checkpointer:
                 continue
             for bad in damaged:
                 self._set_aside(bad)
-            self._newest = step
+            self.newest = step
             return found
         if damaged and max(damaged) > abandon:
             raise UserError("a readable checkpoint", f"{len(damaged)} damaged, the newest with: "
@@ -174,28 +174,27 @@ class Checkpointer:
         Raises:
           OSError: it could not be written.
         """
-        if self._saving and not self.manager.is_saving_in_progress():
-            step, self._saving = self._saving, 0
+        if self.saving and not self.manager.is_saving_in_progress():
+            step, self.saving = self.saving, 0
             with when_disk_full(self.directory):  # the thread's error, now and not at the next save
                 self.manager.wait_until_finished()
             if self._is_complete(step):
-                self._newest = step
+                self.newest = step
                 self.completed(step)
-
-    @property
-    def newest(self) -> int:
-        """The newest step whose checkpoint this start has seen complete."""
-        return self._newest
 
     def renew(self) -> None:
         """Forgets a save that has failed; the next one removes what is left of it."""
-        self._saving, self._is_spoilt = 0, True  # Orbax would wait for what cannot end
+        self.saving, self._is_spoilt = 0, True  # Orbax would wait for what cannot end
 
     def close(self) -> None:
         """Waits as `wait` does, then frees the background threads."""
         self.wait()
         if not self._is_spoilt:
             self.manager.close()
+
+    def _reopen(self) -> None:
+        if self._is_spoilt:
+            self.manager, self._is_spoilt = self._manager(), False
 
     def _manager(self) -> ocp.CheckpointManager:
         """Opens the directory; what is left of unfinished saves is removed."""
@@ -237,9 +236,9 @@ class Checkpointer:
 
     def _check_room(self, size: int, step: int) -> None:
         """Refuses a checkpoint that a local disk may not hold; compressed it may need less."""
-        if self._newest and not self._is_complete(self._newest):
+        if self.newest and not self._is_complete(self.newest):
             raise FileNotFoundError(
-                f"{self.directory}: expected the checkpoint of step {self._newest}, which this run "
+                f"{self.directory}: expected the checkpoint of step {self.newest}, which this run "
                 f"has saved, got none before saving step {step}; bring the directory or its mount "
                 "back and run the same command again")
         if not os.path.isdir(self.directory):  # a bucket

@@ -38,6 +38,7 @@ class Saver:
         self._failing_since: float | None = None
         self._next = 0.0  # when to try again
         self._newest = 0  # the newest complete checkpoint when a save failed
+        self._last: Exception | None = None  # the failure at which patience was over
 
     @property
     def is_failing(self) -> bool:
@@ -47,18 +48,21 @@ class Saver:
     @property
     def due(self) -> bool:
         """Whether a save has failed and it is time to try again."""
-        return self.is_failing and time.monotonic() >= self._next
+        return (self.is_failing and not self.checkpointer.saving
+                and time.monotonic() >= self._next)
 
     def save(self, state: TrainState, about: About) -> bool:
         """Saves a state as `Checkpointer.save` does; returns whether it has begun.
 
         Raises:
-          OSError: saves have failed for too long.
+          OSError: saves have failed for too long. The state is saved elsewhere.
         """
         try:
+            if self._last:
+                raise self._last
             self.checkpointer.save(state, about)
         except Exception as error:  # noqa: BLE001 - TensorStore raises errors of its own
-            if self._failed(error):
+            if self._failed(error) and not self._last:
                 return False
             if rescued := self._rescued(state, about, of_the_system(error)):
                 raise rescued from error
@@ -66,12 +70,12 @@ class Saver:
         return True
 
     def note(self) -> None:
-        """Calls `Checkpointer.note`.
-
-        Raises:
-          OSError: saves have failed for too long.
-        """
+        """Calls `Checkpointer.note`; if a save has failed, the next call of `save` tells."""
         self._attempt(self.checkpointer.note)
+
+    def settle(self) -> bool:
+        """Waits for the save that is on its way; returns whether it did not fail."""
+        return self._attempt(self.checkpointer.wait)
 
     def finish(self, save: Callable[[], bool]) -> None:
         """Returns when the newest state is complete on the disk.
@@ -82,7 +86,7 @@ class Saver:
         Raises:
           OSError: saves have failed for too long.
         """
-        while not (self._attempt(self.checkpointer.wait) and not self.is_failing):
+        while not (self.settle() and not self.is_failing):
             time.sleep(max(self._next - time.monotonic(), 0.0))
             save()
 
@@ -99,18 +103,23 @@ class Saver:
         return True
 
     def _failed(self, error: Exception) -> bool:
-        """Notes a failed save; returns whether to try again."""
+        """Notes a failed save; returns whether another call of `save` is to come.
+
+        The error may come while no state is at hand. So when patience is over, the next call of
+        `save`, which is due at once, ends the run.
+        """
         found = of_the_system(error)
         if not self.patience or not isinstance(found, OSError) or isinstance(found, GONE):
             return False
         now = time.monotonic()
         self._failing_since = now if self._failing_since is None else self._failing_since
         left = self.patience - (now - self._failing_since)
-        if left <= 0:
-            return False
-        self._next = now + min(RETRY_SECONDS, self.patience / 10, left)
+        self._next = now + max(min(RETRY_SECONDS, self.patience / 10, left), 0.0)
         self._newest = self.checkpointer.newest
         self.checkpointer.renew()
+        if left <= 0:
+            self._last = error
+            return True
         self.log(f"a checkpoint could not be written ({first_line(found)}); the run goes on and "
                  f"tries again for {human_seconds(left)}")
         return True
@@ -119,17 +128,27 @@ class Saver:
         """Saves the state elsewhere; returns the error that says where, None if it cannot."""
         if not (self.patience and isinstance(error, OSError)) or isinstance(error, GONE):
             return None
-        name = f"rescued-{self.workdir.absolute().name}"
-        for place in (self.workdir / "rescued", Path(tempfile.gettempdir()) / name):
+        for make in (self._beside, self._temporary):
             try:
-                rescue = Checkpointer(place.absolute(), log=self.log)
+                place = make().absolute()
+                rescue = Checkpointer(place, log=self.log)
                 rescue.save(state, about)
                 rescue.close()
             except Exception:  # noqa: BLE001 - the next place may do
                 continue
-            where = place.absolute() / str(int(state.step))
+            where = place / str(int(state.step))
             return OSError(error.errno, f"{self.checkpointer.directory}: expected to save within "
                            f"{human_seconds(self.patience)}, got {os.strerror(error.errno or 0)}; "
                            f"the newest state is in {where}: make room or mend the disk, move it "
                            "there and run the same command again")
         return None
+
+    def _beside(self) -> Path:
+        """Makes a directory in WORKDIR without checkpoints: a save deletes old ones."""
+        place = self.workdir / "rescued"
+        place.mkdir(exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=place)) if any(place.iterdir()) else place
+
+    def _temporary(self) -> Path:
+        """Makes a directory for temporary files; runs of the same name get others."""
+        return Path(tempfile.mkdtemp(prefix=f"rescued-{self.workdir.absolute().name}-"))
