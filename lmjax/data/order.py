@@ -152,25 +152,48 @@ class Steps:
         return first, first + self._change(step - 1).size
 
     def resumed(self, step: int, size: int) -> Steps:
-        """The same up to `step`, then `size` rows per step."""
-        if self._change(step).size == size:
+        """The same up to `step`, then `size` rows per step; what is left out stays left out.
+
+        If that does not begin where a step ends now, up to `size` - 1 rows more are left out.
+        """
+        if {self._change(step).size, *(c.size for c in self.changes if c.step > step)} == {size}:
             return self
-        kept = [c for c in self.changes if c.step < step]
-        return Steps([*kept, BatchSize(step, self.rows(step), size)])
+        return self._changed(BatchSize(step, self.rows(step), size))
 
     def without(self, step: int, row: int) -> Steps:
         """The same up to `step`; the next step begins at `row`, and the rows before are left out.
 
         Rows that later steps leave out stay left out.
         """
-        size = self._change(step).size
-        made = [*(c for c in self.changes if c.step < step), BatchSize(step, row, size)]
-        for i, change in enumerate(self.changes):
-            first = Steps(self.changes[:i]).rows(change.step) if i else 0  # that it leaves out
-            if change.step > step and first >= row:
+        return self._changed(BatchSize(step, row, self._change(step).size))
+
+    def step_of(self, row: int) -> int:
+        """How many steps come before the one that takes `row`, which is not left out."""
+        change = next(c for c in reversed(self.changes) if c.row <= row)
+        return change.step + (row - change.row) // change.size
+
+    def trained(self, step: int) -> int:
+        """How many rows the first `step` steps take; `rows` also counts those left out."""
+        return self.rows(step) - sum(change.row - first for first, change in self._gaps()
+                                     if change.step <= step)
+
+    def _changed(self, new: BatchSize) -> Steps:
+        """The same up to `new`; of what comes after it only the rows that are left out stay so."""
+        made = [*(c for c in self.changes if c.step < new.step), new]
+        for first, change in self._gaps():
+            if change.step > new.step and first >= new.row:
                 last = made[-1]
-                made.append(BatchSize(last.step + (first - last.row) // size, change.row, size))
+                step = last.step + (first - last.row) // new.size
+                if step == last.step:  # not even one step fits before these rows
+                    made.pop()
+                made.append(BatchSize(step, change.row, new.size))
         return Steps(made)
+
+    def _gaps(self) -> list[tuple[int, BatchSize]]:
+        """The changes that leave rows out, each with the first of these rows."""
+        found = [(Steps(self.changes[:i]).rows(change.step) if i else 0, change)
+                 for i, change in enumerate(self.changes)]
+        return [(first, change) for first, change in found if first < change.row]
 
     def _change(self, step: int) -> BatchSize:
         return next(c for c in reversed(self.changes) if c.step <= step)

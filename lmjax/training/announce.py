@@ -91,9 +91,10 @@ def announce_epochs(run: Run, log: Log) -> dict[str, Any]:
       UserError: the run goes through a source more often than data.max_epochs allows.
     """
     recipe, split = run.recipe, run.train_split
-    rows = run.steps.rows(recipe.train.steps)
-    rows //= recipe.task.samples if isinstance(recipe.task, Task) else 1
-    split.check_epochs(rows, recipe.data.max_epochs)
+    samples = recipe.task.samples if isinstance(recipe.task, Task) else 1
+    # Rows that were left out do not count: they would refuse a run that was fine when it began.
+    split.check_epochs(run.steps.trained(recipe.train.steps) // samples, recipe.data.max_epochs)
+    rows = run.steps.rows(recipe.train.steps) // samples
     epochs = max(split.epochs(rows).values())
     log(f"run: {recipe.train.steps:,} steps of "
         f"{human_count(recipe.train.batch_size * recipe.data.seq_len)} tokens, {epochs:.2f} epochs")

@@ -29,7 +29,9 @@ def rewind(run: Run, cause: Rewind, log: Log, at: At) -> tuple[int, int]:
     run.saver.settle()  # if that fails, an older checkpoint will do
     steps, began, run.state = run.steps, run.start, None
     place(run, log, at)
-    run.steps = steps  # those of the checkpoint, and what was left out since it was saved
+    # Those of the checkpoint, and what was left out since it was saved. If the batch size changed
+    # after the checkpoint, it now changes there.
+    run.steps = steps.resumed(run.start, run.recipe.train.batch_size)
     run.rewinds = (run.rewinds if run.start == began else 0) + 1
     step, end = max(cause.first - 1, run.start), steps.of(cause.step)[1]
     if run.rewinds > MOST_REWINDS and not cause.is_spike:
@@ -45,6 +47,6 @@ def rewind(run: Run, cause: Rewind, log: Log, at: At) -> tuple[int, int]:
     elif not cause.first:  # no row is known to be the cause
         return end, end
     first = steps.rows(step)
-    run.steps = steps.without(step, end)
+    run.steps = run.steps.without(run.steps.step_of(first), end)
     cover(run, log, at)
     return first, end

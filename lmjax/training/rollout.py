@@ -25,7 +25,7 @@ def rollout(run: Run, params: Params, step: int) -> Batch:
     """
     task, size = run.recipe.task, run.recipe.train.batch_size
     assert isinstance(task, Grpo)
-    first, last = (run.steps.rows(n) // task.group for n in (step - 1, step))
+    first, last = (row // task.group for row in run.steps.of(step))
     pairs = prompts_of(run.train_split.rows(np.arange(first, last)))
     prompts = [prompt for prompt, _ in pairs for _ in range(task.group)]
     end, decode = target_end(run.reader), run.reader.names.decode

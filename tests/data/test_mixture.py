@@ -94,6 +94,39 @@ def test_rows_are_left_out_whatever_was_left_out_before(seed):
             step, 4).changes == steps.changes
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_new_batch_size_keeps_out_what_was_left_out(seed):
+    """A run goes back before a change of batch size, or before rows that it left out."""
+    rng = np.random.default_rng(seed)
+    steps, gone = Steps([(0, 0, 4)]).resumed(20, 6), set()
+    for step in rng.integers(0, 50, 3).tolist():
+        first, end = steps.rows(step), steps.of(step + int(rng.integers(1, 6)))[1]
+        last_gap = max(gone, default=-1) + 1
+        if last_gap > first:  # before a change of size nothing can be left out after it
+            continue
+        steps, gone = steps.without(step, end), gone | {*range(first, end)}
+    assert steps.trained(100) == sum(end - first for first, end in map(steps.of, range(1, 101)))
+    start, size = int(rng.integers(0, 15)), int(rng.integers(1, 9))
+    again = steps.resumed(start, size)
+    spans = [again.of(k) for k in range(1, 200)]
+    assert spans[:start] == [steps.of(k) for k in range(1, start + 1)]
+    assert {end - first for first, end in spans[start:]} == {size}
+    taken = [row for span in spans for row in range(*span)]
+    assert taken == sorted(set(taken)) and not gone.intersection(taken)
+    assert again.trained(199) == len(taken)
+    gaps = len([row for row in gone if row - 1 not in gone])
+    assert len({*range(taken[-1])} - {*taken} - gone) <= gaps * (size - 1)
+    for k in range(start, 199):
+        assert again.step_of(again.rows(k)) == k
+
+
+def test_rows_that_are_left_out_do_not_count_as_trained_on():
+    steps = Steps([(0, 0, 8)]).without(0, 16).without(4, 80)
+    assert [steps.of(k) for k in (1, 4, 5)] == [(16, 24), (40, 48), (80, 88)]
+    assert [steps.trained(k) for k in (0, 4, 10)] == [0, 32, 80]
+    assert [tuple(c) for c in steps.changes] == [(0, 16, 8), (4, 80, 8)]
+
+
 def test_a_stage_has_its_own_shares_and_takes_up_where_the_last_one_left():
     stages = [(0, (1.0, 1.0, 0.0)), (700, (0.0, 3.0, 1.0)), (1500, (1.0, 0.0, 0.0))]
     order = mixture(stages)

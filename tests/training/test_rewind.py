@@ -220,6 +220,18 @@ def test_spikes_that_come_back_do_not_rewind_for_ever(monkeypatch, policy, after
     assert judge.rewinds(judge.judge(202, 9.0, 1.0))
 
 
+def test_a_run_that_goes_back_before_a_change_of_batch_size_takes_that_size(monkeypatch):
+    """The checkpoint of the change is damaged, so that the run goes back to the beginning."""
+    run = fake_run(monkeypatch, Health())
+    run.recipe.train.batch_size, run.start = 4, 10
+    run.steps = Steps([(0, 0, 8)]).resumed(10, 4).without(11, 92)  # 84 to 91 are left out
+    cause = health.Rewind(13, "", 13)  # the rows 96 to 99
+    assert rewinding.rewind(run, cause, print, print) == (96, 100)
+    assert [tuple(c) for c in run.steps.changes] == [(0, 0, 4), (21, 92, 4), (22, 100, 4)]
+    assert rewinding.rewind(run, health.Rewind(3, "no row"), print, print) == (12, 12)
+    assert run.steps.of(22) == (92, 96)
+
+
 def test_every_process_knows_which_step_was_evaluated(tmp_path, monkeypatch):
     """Only process 0 writes it down."""
     for process in (1, 0):
