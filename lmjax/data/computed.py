@@ -57,7 +57,11 @@ class ComputedMixture(Mixture):
         self._parts: list[ts.TensorStore] = []  # the array of each folder
 
     def cover(self, rows: int) -> None:
-        """Makes the first `rows` rows of the run those that are needed."""
+        """Makes the first `rows` rows of the run those that are needed.
+
+        The folders are opened again when the next row is read: `write` may add some until then.
+        """
+        self._parts = []
         used = self._number(np.arange(rows))
         _, first = np.unique(used, return_index=True)
         self._first = np.sort(first)

@@ -74,8 +74,10 @@ def gradual_pruning(config: PruningConfig, steps: int,
     def update(updates: Any, state: optax.ScaleByScheduleState,
                params: Any = None) -> tuple[Any, optax.ScaleByScheduleState]:
         step = state.count
-        is_due = (step >= config.start) & (
-            ((step - config.start) % config.every == 0) & (step < end) | (step == end))
+        # After `end` the same weights are cut again, in case that step was skipped: it was not
+        # finite, or a spike.
+        is_due = (step >= config.start) & (((step - config.start) % config.every == 0)
+                                           | (step == end) | (step == steps - 1))
         share = config.share(step, steps)
         updates = jax.lax.cond(is_due, lambda u: _cut(u, params, share, which), lambda u: u,
                                updates)

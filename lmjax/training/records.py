@@ -164,7 +164,9 @@ class Records:
         if self.run.recipe.watch.spikes != "skip":
             return {}
         place = self.run.layout.replicated
-        return {name: jax.device_put(np.float32(limit), place)
+        # Of a value of the host, `device_put` would compare the copies of all processes each time.
+        return {name: jax.make_array_from_callback(
+                    (), place, lambda index, limit=limit: np.float32(limit))
                 for name, limit in zip(LIMITS, self.run.health.limits(step), strict=True)}
 
     def evaluated(self, step: int, name: str, found: Mapping[str, float]) -> None:

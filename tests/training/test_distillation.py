@@ -280,6 +280,17 @@ def test_two_runs_do_not_store_into_one_folder_at_once(teacher, tmp_path):
     assert second.stored == 2
 
 
+def test_rows_that_are_stored_later_are_read(teacher, tmp_path):
+    """As after a rewind that leaves rows out: the run then takes rows that it did not need."""
+    recipe = build_recipe(load(SYNTHETIC, of(teacher, "distill.stored_tokens=4")))
+    rows = with_predictions(recipe, str(tmp_path), open_splits(recipe.data)[0],
+                            find_teacher(recipe))
+    for begin, end in ((0, 2), (2, 4)):
+        rows.cover(end)
+        rows.write([(np.full((2, 128), end, np.int32), np.zeros((2, 128), np.float32))], begin, {})
+        assert set(rows.rows(np.arange(begin, end))[IDS].flat) == {end}
+
+
 @pytest.mark.long
 def test_no_device_gathers_the_logits_of_the_whole_batch(teacher):
     """The largest array that is gathered is far from the batch's logits."""

@@ -1,5 +1,7 @@
 """`config.pruning`: zeros by the cubic schedule, which a run keeps and a resumed run repeats."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,25 @@ def zeros_of(functional, params):
     """Path -> the zeros of every output of a matrix that is pruned."""
     return {path: np.asarray(jnp.sum(as_matrix(dict(named_leaves(params))[path], how) == 0, -1))
             for path, how in matrices(functional).items() if path not in TABLES}
+
+
+@pytest.mark.long
+def test_the_share_is_reached_even_if_its_step_is_skipped():
+    """A step at fault leaves the weights as they were; the counts of steps go on."""
+    model = build_model(DecoderConfig(**{**SIZES, "num_layers": 1}), vocab_size=32, platform="cpu",
+                        dtype=jnp.float32)
+    config, steps = PruningConfig(weights=0.5, start=2, end=8, every=5), 11
+    tx = gradual_pruning(config, steps, model.functional)
+    params = jax.tree.map(lambda s: jnp.sin(jnp.arange(math.prod(s.shape)) + 1.0).reshape(s.shape),
+                          model.shapes)
+    nothing, state, update = jax.tree.map(jnp.zeros_like, params), tx.init(params), jax.jit(
+        tx.update)
+    for step in range(steps):
+        updates, state = update(nothing, state, params)
+        params = params if step == 8 else optax.apply_updates(params, updates)
+    for path, zeros in zeros_of(model.functional, params).items():
+        inputs = dict(named_leaves(params))[path].size // zeros.size
+        assert set(zeros.flat) == {inputs // 2}, path
 
 
 @pytest.mark.long
