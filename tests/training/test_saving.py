@@ -57,6 +57,7 @@ def test_a_run_outlives_saves_that_fail(code, finished, tmp_path, monkeypatch, c
 @pytest.mark.slow
 def test_a_run_that_can_never_save_leaves_its_newest_state_elsewhere(
         finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
