@@ -35,7 +35,7 @@ def test_the_share_is_reached_even_if_its_step_is_skipped():
     """A step at fault leaves the weights as they were; the counts of steps go on."""
     model = build_model(DecoderConfig(**{**SIZES, "num_layers": 1}), vocab_size=32, platform="cpu",
                         dtype=jnp.float32)
-    config, steps = PruningConfig(weights=0.5, start=2, end=8, every=5), 11
+    config, steps = PruningConfig(weights=0.5, start=2, end=8, every=100), 11
     tx = gradual_pruning(config, steps, model.functional)
     params = jax.tree.map(lambda s: jnp.sin(jnp.arange(math.prod(s.shape)) + 1.0).reshape(s.shape),
                           model.shapes)
