@@ -117,7 +117,7 @@ class Health:
             f"above {high[0]:.6g} or {high[1]:.6g}" if finite else "not finite"),
             skipped, step - max(self._skips, 1) + 1, is_spike=self._spikes >= max(self._skips, 1))
         if self._spikes >= PATIENCE:  # the next step runs already, with the old limits
-            self._accepted, self._spikes = step, 0
+            self._accepted, self._skips, self._spikes = step, 0, 0
         return bad
 
     def rewinds(self, bad: BadStep) -> Rewind | None:

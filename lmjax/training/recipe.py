@@ -176,8 +176,8 @@ class WatchConfig:
     # A run that has not moved for so long ends with the stacks of all threads; 0: never. Setting
     # up, compiling and saving may take half an hour in any case, preparing data a day.
     stall_seconds: float = 0.0
-    # A step whose loss or gradient norm is not finite changes nothing. After so many in a row, the
-    # run goes back to its last checkpoint and leaves their rows out; 0: never.
+    # A step whose loss or gradient norm is not finite changes nothing. After so many consecutive
+    # ones, the run goes back to its last checkpoint and leaves their rows out; 0: never.
     rewind_after: int = 5
     # What a loss or a gradient norm far above the usual leads to: off, record, skip (the step
     # changes nothing), or rewind.

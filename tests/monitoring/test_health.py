@@ -60,12 +60,13 @@ def test_a_restored_run_goes_on_with_the_same_judgement():
 
 @pytest.mark.parametrize("policy", ["record", "skip"])
 def test_a_new_level_becomes_the_baseline(policy):
-    judge = Health(policy)
+    judge = Health(policy, health.PATIENCE + 1)
     for step, (loss, norm) in enumerate(figures(2, 100), 1):
         judge.judge(step, loss, norm)
-    found = [judge.judge(step, 9.0, 1.0) is not None for step in range(101, 101 + 60)]
+    found = [judge.judge(step, 9.0, 1.0) for step in range(101, 101 + 60)]
     bad = health.PATIENCE + 1  # the last of these steps had begun when the one before was judged
-    assert found == [True] * bad + [False] * (60 - bad)
+    assert [bool(f) for f in found] == [True] * bad + [False] * (60 - bad)
+    assert not any(judge.rewinds(f) for f in found if f)
 
 
 @pytest.mark.parametrize("policy, rewinds", [("off", False), ("record", False), ("rewind", True)])
