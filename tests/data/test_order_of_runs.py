@@ -140,6 +140,8 @@ def test_added_ids_are_shown_by_their_names(tmp_path):
     texts = ["def read(self): return self.text"] * 5
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=280), texts)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.to_bytes())
+    manifest = {"tokenizer": {"hash": tokenizer.hash}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     mask = tokenizer.vocab_size
     ids = [1, *tokenizer.encode("def r"), mask, mask, *tokenizer.encode("(self)\u00e9"), 2]
     data = DataConfig(seq_len=32, objective=ObjectiveConfig(augment=AugmentConfig(share=1.0)))

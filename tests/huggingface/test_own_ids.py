@@ -265,6 +265,8 @@ def test_what_version_010_recorded_keeps_its_ids(tmp_path):
         del old["data"]["objective"]["own_ids"]
         data = recorded_recipe(old).data
         (tmp_path / "tokenizer.model").write_bytes(tokenizer.to_bytes())
+        manifest = {"tokenizer": {"hash": tokenizer.hash}}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         first = tokenizer.vocab_size + (COUNT - 1 if make is t5 else 0)
         assert make_reader(data, str(tmp_path))(np.array([first])) == name
         about = {"huggingface": {"settings": {}, "generation": {}}, "init_from": {}}
