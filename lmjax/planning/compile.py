@@ -38,7 +38,8 @@ Log = Callable[[str], None]
 # the model, the step, and the arrays of a batch. A change of their text compiles every step anew.
 SOURCES = (
     "nn", "models", "tasks", "training/optim",
-    *(f"training/{name}.py" for name in ("frozen", "program", "recipe", "state", "step")),
+    *(f"training/{name}.py" for name in ("frozen", "program", "pruning", "recipe", "state",
+                                         "step")),
     *(f"data/{name}.py" for name in ("augmentation", "config", "denoising", "objectives", "packing",
                                      "rows")),
     "config", "sharding.py", "tree.py", "runtime/chips.py", "planning/compile.py",
