@@ -135,7 +135,10 @@ def test_a_sweep_that_is_stopped_asks_its_runs_to_stop(tmp_path, sent):
     waits = ("import signal, sys, time\n"
              f"signal.signal(signal.SIGTERM, lambda *_: ({DONE}, sys.exit(75)))\n"
              "print('ready', flush=True)\ntime.sleep(60)")
-    code = ("import sys; from pathlib import Path; from lmjax.scaling.processes import *\n"
+    # A shell without job control starts its background jobs with SIGINT ignored.
+    code = ("import signal, sys; from pathlib import Path\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "from lmjax.scaling.processes import *\n"
             f"W = {str(tmp_path / 'a')!r}\n"
             f"train_all([Job('a', 10, [sys.executable, '-c', 'import pathlib; W = ' + repr(W) + "
             f"chr(10) + {waits!r}])], Path({str(tmp_path)!r}), [''])")
