@@ -143,6 +143,7 @@ def test_refusals():
         Generator(model)(params, [[1, 2, 3, 4]], max_tokens=29)
 
 
+@pytest.mark.long
 def test_generation_follows_the_exact_distribution():
     """Pairs of tokens in 4096 rows of one prompt follow p(a) p(b | a)."""
     model, params = tiny_decoder()

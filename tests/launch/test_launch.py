@@ -347,6 +347,7 @@ def test_gpu_check_refuses_a_time_below_0():
     assert done.returncode == 2 and "--seconds: expected 0 or more, got -1" in done.stderr
 
 
+@pytest.mark.long
 def test_a_coordinator_that_cannot_be_reached(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nobody listens

@@ -164,6 +164,7 @@ def test_tpu_pod_ends_with_the_code_of_a_run_that_failed(cloud, code, restarts, 
     assert verbs.count("create") == 1 and verbs[-2:] == END and verbs.count("start") == runs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("answers, word", [
     ({"describe": [NONE], " create ": [["no quota", 1]]}, "could not create"),
     ({"describe": [NONE, ["FAILED", 0]]}, "got FAILED"),

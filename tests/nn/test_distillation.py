@@ -53,6 +53,7 @@ def check(student, teacher, p_of, targets, mask, chunk):
     return got
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunk", (0, 2))
 @pytest.mark.parametrize("teacher_size", (V - 3, V, V + 4))
 def test_loss_and_gradients_are_those_of_the_formula(teacher_size, chunk):
@@ -66,6 +67,7 @@ def keys(seed=0):
     return jax.random.split(jax.random.key(seed), B)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunk", (0, 3))
 def test_stored_tokens_are_the_likeliest_and_some_of_the_others(chunk):
     student, teacher, targets, mask = inputs()
@@ -96,6 +98,7 @@ def test_stored_tokens_are_the_likeliest_and_some_of_the_others(chunk):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-5, atol=3e-6), got, want)
 
 
+@pytest.mark.long
 def test_the_gradient_of_stored_tokens_is_right_on_average():
     student, teacher, targets, mask = inputs()
 

@@ -266,6 +266,7 @@ def test_a_ring_passes_keys_on_and_never_gathers_them(mesh):
     assert "all-gather" not in text and "all-to-all" not in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel, T, window", quick(
     [("ring", 24, 0), ("ring", 24, 5), ("splash", 512, 0), ("splash", 512, 200)],
     {("ring", 24, 5), ("splash", 512, 0)}))
@@ -339,6 +340,7 @@ def test_balanced_rows_give_every_device_as_many_tiles(balanced, tiles):
     assert [int(rows.sum()) for rows in np.split(visited, 4)] == tiles
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", ["xla", "chunked"])
 def test_bfloat16_gradients_against_float32(kernel):
     """If all keys have the same value, the gradients of queries and keys are 0.

@@ -76,6 +76,7 @@ def test_dropless_is_a_loop_over_tokens(keys):
     np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("M, E, absent", [(64, 1, 0), (300, 3, 0), (512, 8, 100), (4096, 8, 0)])
 def test_blocks_hold_every_choice_once_and_one_expert_each(M, E, absent):
     """absent: choices of other devices' experts, which are sorted last."""

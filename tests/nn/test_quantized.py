@@ -47,6 +47,7 @@ def check(got: np.ndarray, a: np.ndarray, b: np.ndarray,
     assert error.sum() > 0.03 * bound.sum()  # the operands were rounded
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", MATMUL_DTYPES)
 def test_each_row_and_column_has_its_own_scale(kind):
     with matmuls_in(kind):

@@ -151,6 +151,7 @@ def test_remat_saves_less():
     assert saved["full"] < saved["query+key"] < saved["attention"], saved
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, keys, width", [
     ("kernel", dict(attention="chunked"), 16 + 4), ("kernel", dict(attention="ring"), 16 + 4),
     ("gate+up", dict(moe=dict(experts=4, per_token=2)), 2 * 2 * 24),

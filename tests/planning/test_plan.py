@@ -35,6 +35,7 @@ def test_bad_arguments_are_refused_before_the_step_is_compiled(arguments, messag
     assert message.format(tmp_path) in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arguments, message", [
     (["--topology", "v9:2x2"], "--topology: expected one such as"),
     (["--topology", "cpu", "--search"], "--search: expected a TPU topology"),

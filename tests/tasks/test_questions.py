@@ -240,6 +240,7 @@ def small_model():
     return model, jax.jit(model.init)(jax.random.key(0))
 
 
+@pytest.mark.long
 def test_packed_windows_have_the_losses_of_single_ones_and_padding_none(own):
     model, params = small_model()
     windows = windows_of(Questions(stride=5).encode(LONG, own, FACTS, Sizes(48)))[:3]

@@ -65,6 +65,7 @@ def test_frozen_parameters_have_no_gradient_and_the_others_move_as_if_nothing_we
     assert num_bytes(after.opt_state) == num_bytes(after.params) + 4, "a momentum and a count"
 
 
+@pytest.mark.long
 def test_the_compiled_step_passes_frozen_arrays_through_in_place():
     program, _ = made(**{"train.frozen": FROZEN})
     compiled = program.traced.lower().compile()
