@@ -6,7 +6,8 @@ import re
 # or a parameter that is named like a credential, and credentials that are known by their shape.
 SECRETS = (
     (re.compile(r"(://)[^\s/@'\"]+@"), r"\1***@"),
-    (re.compile(r"(?i)(?<![a-z_])((?:[\w.-]*(?:auth|access|session|security|refresh|api|hf)[_-]?)?token"
+    (re.compile(r"(?i)(?<![a-z_])("
+                r"(?:[\w.-]*(?:auth|access|session|security|refresh|api|hf)[_-]?)?token"
                 r"|[\w.-]*(?:secret|passw(?:or)?d|signature|credential|(?:api|access)[_-]?key)"
                 r"|sig)(=|%3D)[^\s&,;'\")}]+"), r"\1\2***"),
     (re.compile(r"(?i)(bearer )[\w.~+/-]{8,}"), r"\1***"),

@@ -14,6 +14,7 @@ from lmjax.monitoring.units import human_count, human_seconds
 from lmjax.reporting import page as html
 from lmjax.reporting.run_files import RunRecord
 from lmjax.reporting.task_report import title
+from lmjax.runtime.files import write_whole
 from lmjax.scaling.groups import (
     CONFIDENCE,
     Group,
@@ -60,10 +61,7 @@ def write_comparison(places: Sequence[str | Path], out: str | Path,
             ["setting", *(group.name for group in groups)],
             [[key, *(_setting(group.settings.get(key)) for group in groups)] for key in keys],
             numbers_from=len(groups) + 1), wide=True)
-    path = Path(out)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(html.page("Comparison \u00b7 lmjax", body), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(Path(out), html.page("Comparison \u00b7 lmjax", body))
     rule = ["---"] * (1 + len(shown)) + ["---:"] * (len(head) - 1 - len(shown))
     return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
 
