@@ -134,7 +134,7 @@ def test_every_command_and_its_config_are_understood(page, monkeypatch, capsys):
 # The longest pages only with -m slow, for the time that .ci/run has.
 SLOW = ("speed.md", "data.md", "huggingface.md", "finetuning.md", "adapting.md", "tagging.md",
         "distillation.md", "compression.md", "planning.md", "extending.md", "training.md",
-        "learning.md")
+        "learning.md", "reliability.md", "serving.md", "sweeps.md")
 
 
 @pytest.mark.parametrize("page", [

@@ -187,7 +187,7 @@ def job_id() -> int:
                 return job
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_slurm(cloud, tmp_path):
     """The submitted script really runs: two processes find each other by Slurm's variables."""
     executable(cloud.home / "venv/bin/python",

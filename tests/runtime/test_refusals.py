@@ -27,7 +27,7 @@ def end_together(workdir: pathlib.Path, *overrides: str, expect: int, **options:
     return told[0]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_full_disk_and_then_a_checkpoint_that_one_process_cannot_read(folder):
     workdir = folder / "full"
     full_later = """
