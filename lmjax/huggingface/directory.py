@@ -50,6 +50,7 @@ from lmjax.huggingface.weights import (
     tensor_getter,
     tensor_shapes,
 )
+from lmjax.models.folding import folded
 from lmjax.models.model import Model, ModelConfig, build_model
 from lmjax.nn.module import Params
 from lmjax.nn.packed import NOT_QUANTIZED, Quantization
@@ -212,6 +213,11 @@ def write_directory(out: Path, model: Model, params: Params, reader: Reader | No
     """
     source = source or {"settings": {}, "generation": {}, "dtype": "float32"}
     dtype = options.dtype or source["dtype"]
+    trained, weights = model, params
+    model, params = folded(model, params)
+    if model is not trained:
+        _check_equal("the folded weights", _logits(trained, weights), _logits(model, params))
+        log(f"the multipliers of {trained.config.parametrization} are folded into the weights")
     if reader is not None and not source["settings"] and model.config.position_offset:
         model, params = _counted_from(pad_of(reader.names.tokenizer), model, params)
     config = model.config
@@ -286,6 +292,12 @@ def _check_written(path: Path, model: Model, params: Params, dtype: str) -> None
     found = read_directory(path)
     device = next(iter(jax.tree.leaves(params)[0].devices()))
     again = build_model(found.config, vocab_size=0, platform=device.platform, dtype=jnp.float32)
+    read = read_params(found, again, jax.tree.map(lambda x: x.sharding, params))
+    _check_equal(str(path), _logits(model, _rounded(params, dtype)), _logits(again, read))
+
+
+def _logits(model: Model, params: Params) -> np.ndarray:
+    """The logits of two rows of random tokens, computed in float32."""
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 8), dtype=np.int32)
     batch = {"tokens": tokens,
              "positions": np.broadcast_to(np.arange(8, dtype=np.int32), (2, 8)),
@@ -294,13 +306,14 @@ def _check_written(path: Path, model: Model, params: Params, dtype: str) -> None
               "encoder_positions": batch["positions"],
               "encoder_segment_ids": batch["segment_ids"]}
     same = dataclasses.replace(model, dtype=jnp.dtype(jnp.float32))
-    expected = np.asarray(jax.jit(same.logits)(_rounded(params, dtype), batch))
-    read = read_params(found, again, jax.tree.map(lambda x: x.sharding, params))
-    got = np.asarray(jax.jit(again.logits)(read, batch))
+    return np.asarray(jax.jit(same.logits)(params, batch))
+
+
+def _check_equal(where: str, expected: np.ndarray, got: np.ndarray) -> None:
     off = np.abs(expected - got).max()
     if not off <= 1e-5 * np.abs(expected).max():  # also refuses NaN
         raise UserError("the logits of the checkpoint", f"others by up to {off:.2g}",
-                        "nothing was exported, report this", str(path))
+                        "nothing was exported, report this", where)
 
 
 def _rounded(params: Params, dtype: str) -> Params:

@@ -125,6 +125,10 @@ def write_settings(config: ModelConfig, model_type: str = "",
     if model_type not in ("", *MODEL_TYPES):
         raise UserError(f"one of {', '.join(MODEL_TYPES)}", repr(model_type),
                         "choose one of them", "--model-type")
+    if config.parametrization != "standard":
+        raise UserError("a model whose multipliers are folded into its weights",
+                        f"parametrization={config.parametrization} with adapters or packed weights",
+                        "merge or unpack them first", "config.model.parametrization")
     names = [model_type] if model_type else [
         name for name, row in MODEL_TYPES.items() if isinstance(config, row.config)]
     reasons = []
@@ -370,6 +374,8 @@ def _resolved(config: ModelConfig) -> ModelConfig:
         changes |= dict(max_positions=1)
     if c.positions != "relative":
         changes |= dict(relative_buckets=32, relative_distance=128)
+    if c.parametrization == "standard":
+        changes |= dict(base_embed_dim=0, base_num_layers=0, base_head_dim=0)
     if isinstance(c, EncDecConfig):
         changes |= dict(num_encoder_layers=c.num_encoder_layers or c.num_layers)
     if isinstance(c, EncoderConfig):

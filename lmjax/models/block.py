@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.models.config import TransformerConfig
+from lmjax.models.parametrization import attention_multiplier, residual_multiplier
 from lmjax.nn.adapters import adapter_noise
 from lmjax.nn.attention import Attention, AttentionConfig, AttentionInit, CacheUpdate, KVCache
 from lmjax.nn.kernels.choose import Kernel
@@ -67,6 +68,7 @@ class Block(nnx.Module):
         c, norm = config, NORMS[config.norm]
         init, out_init = normal(c.init_std), residual_init(c.init_std, num_layers)
         self.config = c
+        self.multiplier = c.residual_multiplier * residual_multiplier(c, num_layers)
 
         def new_norm() -> Norm:
             return norm(c.embed_dim, eps=c.norm_eps, rngs=rngs)
@@ -143,7 +145,7 @@ class Block(nnx.Module):
 
     def _branch(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
         """A branch's output as it is added to the residual stream."""
-        y, multiplier = dropout(y, self.config.dropout, key), self.config.residual_multiplier
+        y, multiplier = dropout(y, self.config.dropout, key), self.multiplier
         return y if multiplier == 1.0 else y * multiplier
 
 
@@ -158,7 +160,8 @@ def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Attenti
     qk_norm = NORMS[c.norm if c.norm.startswith("rms") else "rmsnorm"]
     config = AttentionConfig(
         c.embed_dim, dims.num_heads, dims.num_kv_heads, dims.head_dim,
-        qkv_bias=c.use_bias or c.qkv_bias, out_bias=c.use_bias or c.out_bias, scale=scale,
+        qkv_bias=c.use_bias or c.qkv_bias, out_bias=c.use_bias or c.out_bias,
+        scale=scale * attention_multiplier(c),
         softcap=c.attention_softcap,
         qk_norm=functools.partial(qk_norm, eps=c.norm_eps) if c.qk_norm else None)
     init = AttentionInit(query_init, normal(c.init_std), residual_init(c.init_std, num_layers))

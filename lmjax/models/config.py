@@ -18,12 +18,13 @@ CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {
     "mlp": MLP_KINDS,
     "norm_position": ("pre", "post", "both"),
     "embedding_norm": ("none", "own", "first"),
+    "parametrization": ("standard", "mup", "completep"),
 }
 LAYER_KINDS = ("global", "local")
 NOT_NEGATIVE = (
     "num_kv_heads", "head_dim", "vocab_size", "sliding_window", "attention_softcap",
     "logit_softcap", "dropout", "position_offset", "local_rope_theta", "query_scalar",
-    "embedding_std", "norm_eps", "init_std")
+    "embedding_std", "norm_eps", "init_std", "base_embed_dim", "base_num_layers", "base_head_dim")
 
 
 class Dims(NamedTuple):
@@ -84,6 +85,12 @@ class TransformerConfig:
     dropout: float = 0.0  # of the embeddings and of each residual branch
     init_std: float = 0.02
     embedding_std: float = 0.0  # of the token table at the start; 0: init_std
+    # standard; mup: rates, initial weights and multipliers follow width; completep: depth, too. See
+    # `models.parametrization`. Of the base, whose settings hold for all sizes:
+    parametrization: str = "standard"
+    base_embed_dim: int = 0
+    base_num_layers: int = 0  # of each stack of layers
+    base_head_dim: int = 0  # 0: head_dim
     attention: str = "auto"  # the kernel's name, or auto
     scan_layers: bool = True  # compiles a loop over one layer; else every layer by itself
     # What is stored for the backward pass; the rest is recomputed. none: store all; full,
@@ -106,6 +113,11 @@ class TransformerConfig:
             raise UserError("less than 1", self.dropout, "lower it", where="dropout")
         self._check_heads()
         self._check_layers()
+        for key, needed in (("base_embed_dim", self.parametrization != "standard"),
+                            ("base_num_layers", self.parametrization == "completep")):
+            if needed and not getattr(self, key):
+                raise UserError(f"that of the base model for parametrization="
+                                f"{self.parametrization}", 0, "set it", where=key)
 
     def _check_heads(self) -> None:
         """Refuses heads that do not divide what they share."""

@@ -15,6 +15,7 @@ from lmjax.config import choice
 from lmjax.errors import UserError
 from lmjax.models.cache import Cache
 from lmjax.models.config import TransformerConfig
+from lmjax.models.parametrization import logit_multiplier
 from lmjax.models.transformer import TokenInfo, Trunk, embed, task_head, token_table
 from lmjax.nn.kernels.choose import Kernel
 from lmjax.nn.moe import Routing
@@ -44,7 +45,7 @@ class Decoder(Trunk):
     def __init__(self, config: DecoderConfig, kernel: Kernel, rngs: nnx.Rngs):
         # The order of creation decides which random key a parameter gets: the embedding's is first.
         self.embedding = token_table(config, rngs)
-        self.divisor = config.logit_divisor
+        self.divisor = config.logit_divisor / logit_multiplier(config)
         super().__init__(config, kernel, rngs, causal=True)
         self.task_head = task_head(config, rngs)
         tied = config.tie_embeddings or self.task_head is not None

@@ -15,6 +15,7 @@ from flax import nnx
 from lmjax.config import at_least, choice
 from lmjax.models.cache import Cache, Source
 from lmjax.models.config import TransformerConfig
+from lmjax.models.parametrization import logit_multiplier
 from lmjax.models.transformer import TokenInfo, Trunk, embed, task_head, token_table
 from lmjax.nn.attention import KVCache
 from lmjax.nn.kernels.choose import Kernel
@@ -116,7 +117,9 @@ class EncDec(nnx.Module):
         return self._scaled(x_BTD), cache._replace(layers=layers)
 
     def _scaled(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD * self.config.embed_dim ** -0.5 if self.config.scale_output else x_BTD
+        scale = self.config.embed_dim ** -0.5 if self.config.scale_output else 1.0
+        scale *= logit_multiplier(self.config)
+        return x_BTD if scale == 1.0 else x_BTD * scale
 
     @property
     def unembedding(self) -> tuple[jax.Array, jax.Array | None]:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from lmjax.config import at_least, choice
 from lmjax.models.config import TransformerConfig
+from lmjax.models.parametrization import logit_multiplier
 from lmjax.models.transformer import TokenInfo, Trunk, embed, task_head, token_table
 from lmjax.nn.kernels.choose import Kernel
 from lmjax.nn.layers import ACTIVATIONS, MLP_KINDS, NORMS, Dense, Embedding
@@ -95,8 +96,9 @@ class Encoder(Trunk):
         if self.transform is not None and self.transform_norm is not None:
             x_BTD = self.transform_norm(self.activation(self.transform(x_BTD)))
         if self.task_head is not None:
-            x_BTD = self.task_head(x_BTD, key)
-        return x_BTD, routing
+            return self.task_head(x_BTD, key), routing
+        multiplier = logit_multiplier(self.config)
+        return x_BTD if multiplier == 1.0 else x_BTD * multiplier, routing
 
     def pooled(self, x_BTD: jax.Array) -> jax.Array:
         """One vector per row, [B, D], computed by BERT's pooler from `states`."""

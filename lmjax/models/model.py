@@ -20,6 +20,7 @@ from lmjax.models.decoder import Decoder, DecoderConfig
 from lmjax.models.encdec import EncDec, EncDecConfig
 from lmjax.models.encoder import Encoder, EncoderConfig
 from lmjax.models.packing import packed_functional, unpack_params
+from lmjax.models.parametrization import scale_initial
 from lmjax.models.transformer import TokenInfo
 from lmjax.nn.adapters import NO_ADAPTERS, AdapterConfig, is_adapter
 from lmjax.nn.kernels.choose import Kernel, Needs, choose_kernel
@@ -147,7 +148,7 @@ class Model:
 
     def init(self, key: jax.Array) -> Params:
         """New float32 parameters."""
-        return self.functional.init(key)
+        return scale_initial(self.config, self.functional.init(key), self.axes)
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Hidden:
         """The hidden states of every position, and what turns them into logits.

@@ -14,6 +14,7 @@ from lmjax.models.block import Block, PerLayer, Shared
 from lmjax.models.cache import Source
 from lmjax.models.config import TransformerConfig
 from lmjax.models.heads import Head
+from lmjax.models.parametrization import embedding_multiplier
 from lmjax.nn.attention import CacheUpdate, KVCache
 from lmjax.nn.kernels.choose import Kernel, kernel_for_cache, prepare, uses_balanced_rows
 from lmjax.nn.layers import NORMS, Embedding, Norm
@@ -193,8 +194,9 @@ def embed(config: TransformerConfig, table: Embedding, tokens_BT: jax.Array,
           dtype: Any) -> jax.Array:
     """The embeddings [B, T, D] of token ids, in `dtype`, scaled if the config says so."""
     x_BTD = table(tokens_BT, dtype)
-    if config.embedding_multiplier != 1.0:
-        x_BTD = x_BTD * config.embedding_multiplier
+    multiplier = config.embedding_multiplier * embedding_multiplier(config)
+    if multiplier != 1.0:
+        x_BTD = x_BTD * multiplier
     if not config.scale_embeddings:
         return x_BTD
     return x_BTD * jnp.asarray(config.embed_dim ** 0.5, dtype)  # the factor is rounded, as Gemma's

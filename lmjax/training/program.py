@@ -13,6 +13,7 @@ import optax
 from lmjax.data.rows import dtype_of
 from lmjax.errors import UserError
 from lmjax.models.model import Batch, Model, ModelConfig, build_model
+from lmjax.models.parametrization import optimizer_factors
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
 from lmjax.nn.packed import NOT_QUANTIZED, Quantization, rounded_to
@@ -71,8 +72,10 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     schedule = make_schedule(recipe.optimizer, train.steps)
     frozen = frozen_in(recipe, model)
     trained = model.axes if frozen is None else split_tree(model.axes, frozen.accepts)[1]
+    factors = optimizer_factors(model.config, recipe.optimizer.name, model.shapes, model.axes)
     tx = make_optimizer(recipe.optimizer, train.steps, trained,
-                        multipliers(recipe.optimizer, model.shapes, model.axes),
+                        multipliers(recipe.optimizer, model.shapes, model.axes, factors),
+                        factors=factors,
                         keep_zeros=train.keep_zeros or recipe.pruning.weights > 0)
     if recipe.pruning.weights:
         tx = optax.chain(tx, gradual_pruning(recipe.pruning, train.steps, model.functional))

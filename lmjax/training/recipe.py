@@ -29,6 +29,7 @@ from lmjax.decoding.sampling import Sampling
 from lmjax.errors import UserError
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import ModelConfig
+from lmjax.models.parametrization import check_optimizer
 from lmjax.models.presets import with_preset
 from lmjax.monitoring.health import SPIKES
 from lmjax.nn.adapters import AdapterConfig
@@ -214,6 +215,10 @@ class Recipe:
     def __post_init__(self) -> None:
         choice("optimizer.name", self.optimizer.name, OPTIMIZERS)
         choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
+        check_optimizer(self.model, self.optimizer.name)
+        if self.train.shrink and self.model.parametrization != "standard":
+            raise UserError("false, since the multipliers of a model of other sizes differ", True,
+                            "start without shrink", where="train.shrink")
         family, objective, seq_len = self.model.family, self.data.objective, self.data.seq_len
         if self.model.positions == "learned" and seq_len > self.model.max_positions:
             raise UserError(f"at most model.max_positions={self.model.max_positions}", seq_len,

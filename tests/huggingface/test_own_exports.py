@@ -32,6 +32,8 @@ SPANS = {"name": "span_corruption", "sentinels": 16}
 # (model, objective, whether the tokenizer is a byte-level one that puts nothing around a text)
 FAMILIES = {
     "llama": ({}, {}, False),
+    "completep": ({"parametrization": "completep", "base_embed_dim": 6, "base_num_layers": 1,
+                   "tie_embeddings": True}, {}, False),
     "gpt2": ({"preset": "gpt2"}, {}, False),
     "byte-level": ({}, {}, True),
     "mistakes": ({}, {"augment": {"share": 0.5, "mask": 0.1}}, False),

@@ -14,7 +14,7 @@ FACTOR_MIN_DIM = 128
 FACTOR_CLIP_RMS = 1.0
 
 
-def adafactor(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
+def adafactor(config: OptimizerConfig, axes: Any, own: Any) -> optax.GradientTransformation:
     """Adafactor's rescaling, with the RMS of each parameter's update clipped."""
     return optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=FACTOR_MIN_DIM),
                        _clip_rms(axes))

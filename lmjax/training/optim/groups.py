@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from lmjax.errors import UserError
+from lmjax.models.parametrization import Factors
 from lmjax.training.optim.config import GroupConfig, OptimizerConfig
 from lmjax.training.optim.parameters import Axes, kind_of
 from lmjax.tree import named_leaves
@@ -21,7 +22,8 @@ TOP = ("head", "task_head/", "transform", "pooler/", "projection")  # what lies 
 OWN = ("b1", "b2", "weight_decay", "decay_fraction", "final_lr_fraction")
 
 
-def multipliers(config: OptimizerConfig, shapes: Any, axes: Any) -> dict[str, np.ndarray]:
+def multipliers(config: OptimizerConfig, shapes: Any, axes: Any,
+                factors: Mapping[str, Factors] | None = None) -> dict[str, np.ndarray]:
     """What the learning rate of each parameter is multiplied by.
 
     With `layer_decay` d and n layers, layer i (from 0) learns at d^(n - i), what lies below the
@@ -32,6 +34,7 @@ def multipliers(config: OptimizerConfig, shapes: Any, axes: Any) -> dict[str, np
       config: of the optimizer.
       shapes: those of all parameters of the model, trained or not.
       axes: their axis names.
+      factors: of the model's parametrization, by path; None or empty: all are 1.
 
     Returns:
       By path: a float32 scalar or, for a stack of layers, [layers]. Empty if all of them are 1.
@@ -51,6 +54,8 @@ def multipliers(config: OptimizerConfig, shapes: Any, axes: Any) -> dict[str, np
                             where=f"{where}.parameters")
     found = {path: group_of(config, path, names[path]) for path, _ in leaves}
     by_group = {path: its.multiplier if its else 1.0 for path, its in found.items()}
+    if factors:
+        by_group = {path: by * factors[path].rate for path, by in by_group.items()}
     if config.layer_decay == 1.0 and set(by_group.values()) == {1.0}:
         return {}
     depths = {path.split(STACK)[0]: shape.shape[0] for path, shape in leaves if STACK in path}
@@ -84,12 +89,14 @@ def with_group(config: OptimizerConfig, group: GroupConfig | None) -> OptimizerC
     return dataclasses.replace(config, groups=(), **set_there)
 
 
-def own_configs(config: OptimizerConfig, axes: Any) -> Any:
+def own_configs(config: OptimizerConfig, axes: Any,
+                factors: Mapping[str, Factors] | None = None) -> Any:
     """The optimizer's config as it is for each parameter.
 
     Args:
       config: of the optimizer.
       axes: a tree like the parameters, whose leaves are tuples of axis names.
+      factors: of the model's parametrization, by path; None or empty: all are 1.
 
     Returns:
       A tree of `OptimizerConfig`s without groups. `weight_decay` is 0 for what does not decay.
@@ -100,7 +107,10 @@ def own_configs(config: OptimizerConfig, axes: Any) -> Any:
         group, its = group_of(config, path, names), config
         if kind_of(names) not in decayed:
             its = dataclasses.replace(its, weight_decay=0.0)
-        return with_group(its, group)
+        its = with_group(its, group)
+        by = factors.get(path) if factors else None
+        return its if by is None else dataclasses.replace(
+            its, weight_decay=its.weight_decay * by.decay, eps=its.eps * by.eps)
 
     leaves = [own(*item) for item in _axes_by_path(axes).items()]
     return jax.tree.unflatten(jax.tree.structure(axes, is_leaf=_is_axes), leaves)

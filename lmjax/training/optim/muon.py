@@ -15,7 +15,7 @@ from lmjax.training.optim.parameters import Axes, kind_of, map_axes, sides
 UPDATE_RMS = 0.2  # AdamW's usual RMS: one learning rate fits both (arXiv:2502.16982)
 
 
-def muon(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
+def muon(config: OptimizerConfig, axes: Any, own: Any) -> optax.GradientTransformation:
     """Muon's update of every matrix, with AdamW's RMS, and AdamW's of every other parameter."""
     dims = map_axes(_matrix_dimensions, axes)
     labels = map_axes(lambda a: "muon" if kind_of(a) == "matrix" else "adamw", axes)
@@ -24,7 +24,7 @@ def muon(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
                       weight_dimension_numbers=lambda _: dims),
         optax.stateless(lambda updates, params: jax.tree.map(_to_adamw_rms, updates, dims)),
     )
-    return optax.partition({"muon": matrices, "adamw": adamw(config, axes)}, labels)
+    return optax.partition({"muon": matrices, "adamw": adamw(config, axes, own)}, labels)
 
 
 def _to_adamw_rms(update: jax.Array, dims: MuonDimensionNumbers) -> jax.Array:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from lmjax.config import choice
+from lmjax.models.parametrization import Factors
 from lmjax.training.optim.adam import adamw, lion, sgd
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.factored import adafactor
@@ -17,8 +18,9 @@ from lmjax.training.optim.muon import muon
 from lmjax.training.optim.parameters import kind_of, map_axes
 from lmjax.training.optim.schedules import make_schedule
 
-# name -> (config, axes) -> how a gradient is rescaled, before weight decay and learning rate
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation]] = {
+# name -> (config, axes, the config of each parameter) -> how a gradient is rescaled, before weight
+# decay and learning rate
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Any, Any], optax.GradientTransformation]] = {
     "adamw": adamw,
     "adafactor": adafactor,
     "lion": lion,
@@ -29,6 +31,7 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformat
 
 def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any,
                    by_path: Mapping[str, np.ndarray] | None = None, *,
+                   factors: Mapping[str, Factors] | None = None,
                    keep_zeros: bool = False) -> optax.GradientTransformation:
     """Returns the transformation that turns a gradient into an update of the weights.
 
@@ -40,17 +43,19 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any,
       total_steps: the step at which the schedule ends.
       axes: a tree like the parameters, whose leaves are tuples of axis names.
       by_path: of `groups.multipliers`; None or empty: all parameters learn at one rate.
+      factors: of the model's parametrization; None or empty: all are 1. Those of the rates are in
+        `by_path`.
       keep_zeros: the elements of matrices that are exactly 0 stay 0.
     """
     choice("optimizer.name", config.name, OPTIMIZERS)
-    own = own_configs(config, axes)
+    own = own_configs(config, axes, factors)
     # Zeros take no part in the norm of the gradient. Muon and Adafactor mix the elements of a
     # matrix, so that their update has to be cut as well.
     cut = [_without_zeros(axes)] if keep_zeros else []
     return optax.chain(
         *cut,
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        OPTIMIZERS[config.name](config, axes),
+        OPTIMIZERS[config.name](config, axes, own),
         _decay(own),
         # Weights decay at their learning rate, so a multiplier holds for the decay, too.
         *([scale_by_multipliers(by_path)] if by_path else []),
