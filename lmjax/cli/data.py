@@ -7,24 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmjax.data.config import DataConfig
-from lmjax.data.objectives import Objective
 from lmjax.data.order import Steps
 from lmjax.data.pipeline import Mixture
-from lmjax.data.tokenizers import NamedIds, prepared_tokenizer
 from lmjax.errors import UserError
-from lmjax.tasks.task import Task
 from lmjax.training.checkpoint import checkpoint_steps, read_about
 from lmjax.training.recipe import Recipe, recorded_recipe
+from lmjax.training.row_texts import make_reader, row_texts
 from lmjax.training.task_data import open_data
 
 CHUNK = 1024  # rows located at once
-# The fields of a row to show, by architecture. A decoder's targets hold the whole text.
-SHOWN = {
-    "decoder": ("targets",),
-    "encoder": ("tokens", "targets"),
-    "encdec": ("encoder_tokens", "targets"),
-}
 
 
 class TrainedData(NamedTuple):
@@ -75,25 +66,14 @@ def show(workdir: str | Path, step: int) -> None:
         raise UserError(f"1 to {run.recipe.train.steps}, as the run has", step, "correct it",
                         where="--step")
     g = np.arange(*run.steps.of(step))
-    rows = run.split.rows(g)
-    objective, task = run.recipe.data.objective, run.recipe.task
-    shown = SHOWN[objective.architecture]
-    shown = ("tokens", *shown) if objective.augment.share else shown
-    if isinstance(task, Task):  # targets are ids of text only where the model writes
-        shown = tuple(name for name in rows if name.endswith("tokens")
-                      or task.writes and name == "targets")
-    name = task.name or objective.name
+    name = run.recipe.task.name or run.recipe.data.objective.name
     print(f"step {step}: rows {g[0]:,} to {g[-1]:,} of the run, by {name}")
-    for i, (row, source, epoch, place) in enumerate(zip(g, *run.split.locate(g), strict=True)):
-        part = run.split.sources[source]
-        print(f"\nrow {row:,}: {part.name}, epoch {epoch}, packed row {place:,}")
-        for segment, (name, first, length) in enumerate(part.documents_at(place), 1):
-            print(f"  document {name}, {length} from {first} on")
-            for field in shown:
-                side = field.removesuffix("tokens") if field.endswith("tokens") else ""
-                segments = rows[f"{side}segment_ids"][i]
-                text = run.text(rows[field][i][segments == segment])
-                label = f"{field}: " if len(shown) > 1 else ""
+    for row in row_texts(run.recipe, run.split, run.text, g):
+        print(f"\nrow {row.row:,}: {row.source}, epoch {row.epoch}, packed row {row.place:,}")
+        for document in row.documents:
+            print(f"  document {document.name}, {document.length} from {document.first} on")
+            for field, text in document.texts:
+                label = f"{field}: " if len(document.texts) > 1 else ""
                 print("\n".join(f"    {label}{line}" for line in text.split("\n")))
 
 
@@ -120,16 +100,3 @@ def order(workdir: str | Path, first: int, last: int) -> None:
             documents = " ".join(f"{name}[{start}:{start + length}]"
                                  for name, start, length in part.documents_at(place))
             print(f"{row}\t{part.name}\t{epoch}\t{place}\t{documents}")
-
-
-def make_reader(config: DataConfig, directory: str) -> Callable[[np.ndarray], str]:
-    """Makes the function that turns token ids [n] into text.
-
-    Synthetic tokens become their numbers; the objective's ids become their names.
-    """
-    if config.synthetic:
-        return lambda ids: " ".join(map(str, ids))
-    tokenizer = prepared_tokenizer(directory)
-    objective = Objective(config.objective, seq_len=config.seq_len,
-                          vocab_size=tokenizer.vocab_size, tokenizer=tokenizer)
-    return NamedIds(tokenizer, objective.ids).decode

@@ -16,6 +16,7 @@ from lmjax.cli.doctor import add_doctor, doctor
 from lmjax.cli.errors import explain, is_transient
 from lmjax.cli.gguf import add_export_gguf, add_import_gguf, export_gguf, import_gguf
 from lmjax.cli.predict import add_predict, predict
+from lmjax.cli.replay import add_replay, replay
 from lmjax.cli.serve import add_serve, serve
 from lmjax.cli.sweeps import add_compare, add_sweep, compare, sweep
 from lmjax.errors import masked
@@ -43,6 +44,8 @@ COMMANDS = {
                        runs.add_prepare, runs.prepare),
     "data": Command("show the rows that a step trained on, or list the rows of a run in order",
                     runs.add_data, runs.data),
+    "replay": Command("repeat one step of a run to the bit, and say what happened in it",
+                      add_replay, replay),
     "trace": Command("say whether a prepared document was kept, or which rule removed it",
                      runs.add_trace, runs.trace, needs_jax=False),
     "generate": Command("continue prompts with a trained model",

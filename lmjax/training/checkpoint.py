@@ -122,8 +122,8 @@ class Checkpointer:
         self._reopen()
         for step in agreed(lambda: sorted(map(int, self.manager.all_steps()), reverse=True)):
             try:
-                found = self._read(step, spec, check)
-            except _Damaged as error:
+                found = read_state(self.directory / str(step), spec, check)
+            except Damaged as error:
                 damaged[step] = str(error)
                 self.log(f"checkpoint {self.directory / str(step)} is damaged and not used: "
                          f"{error}")
@@ -204,24 +204,6 @@ class Checkpointer:
                 preservation_policy=policies.AnyPreservationPolicy(self._keep), atomicity_options=
                 atomicity, cleanup_tmp_directories=True, enable_async_checkpointing=True))
 
-    def _read(self, step: int, spec: StateSpec,
-              check: Callable[[About], None]) -> tuple[TrainState, About]:
-        path = self.directory / str(step)
-        with_frozen = spec.frozen is not None and not spec.frozen.base
-        target = _trees(spec.shapes, with_frozen)
-        about = _attempt(lambda: read_about(path))
-        check(about)
-        _check_names(path, target, about)
-        # With a handler, as Orbax's checkpointers wait for all processes, even for one that failed.
-        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-            trees = _attempt(lambda: {
-                item: _fresh(handler.restore(path / item, args=ocp.args.StandardRestore(shapes)))
-                for item, shapes in target.items()})
-        _attempt(lambda: verify(trees, about["checksums"]))
-        if bad := non_finite(trees):
-            raise _Damaged(f"{bad} is not finite")
-        return _state(spec, step, trees), about
-
     def _is_complete(self, step: int) -> bool:
         return (self.directory / str(step) / COMMITTED).exists()
 
@@ -247,6 +229,24 @@ class Checkpointer:
         if free < size:
             raise OSError(errno.ENOSPC, f"checkpoint of step {step}: expected {size / 1e6:.0f} MB "
                           f"free in {self.directory}, got {free / 1e6:.0f} MB; {AGAIN}")
+
+
+def read_state(path: epath.Path, spec: StateSpec,
+               check: Callable[[About], None]) -> tuple[TrainState, About]:
+    """Reads a checkpoint as `Checkpointer.restore` does; raises `Damaged` if it is."""
+    target = _trees(spec.shapes, spec.frozen is not None and not spec.frozen.base)
+    about = _attempt(lambda: read_about(path))
+    check(about)
+    _check_names(path, target, about)
+    # With a handler, as Orbax's checkpointers wait for all processes, even for one that failed.
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        trees = _attempt(lambda: {
+            item: _fresh(handler.restore(path / item, args=ocp.args.StandardRestore(shapes)))
+            for item, shapes in target.items()})
+    _attempt(lambda: verify(trees, about["checksums"]))
+    if bad := non_finite(trees):
+        raise Damaged(f"{bad} is not finite")
+    return _state(spec, about["step"], trees), about
 
 
 def read_about(path: str | os.PathLike) -> About:
@@ -321,7 +321,7 @@ class _Kept:
         return [checkpoint.step == self.checkpointer.kept for checkpoint in checkpoints]
 
 
-class _Damaged(Exception):
+class Damaged(Exception):
     """A checkpoint cannot be read, or its arrays are not those that were saved."""
 
 
@@ -331,7 +331,7 @@ def _is_not_raised(record: logging.LogRecord) -> bool:
 
 
 def _attempt(read: Callable[[], T]) -> T:
-    """Returns what `read` returns; raises `_Damaged` on all processes if any of them fails."""
+    """Returns what `read` returns; raises `Damaged` on all processes if any of them fails."""
     error: str | None = None
     value = cast(T, None)
     try:
@@ -345,7 +345,7 @@ def _attempt(read: Callable[[], T]) -> T:
         if error is None and not np.all(fine):
             error = "another process could not read it"
     if error is not None:
-        raise _Damaged(error)
+        raise Damaged(error)
     return value
 
 

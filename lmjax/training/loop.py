@@ -31,7 +31,7 @@ from lmjax.training.answers import answers_of, written
 from lmjax.training.checksums import non_finite
 from lmjax.training.evaluate import evaluate
 from lmjax.training.recipe import Recipe
-from lmjax.training.records import Records
+from lmjax.training.records import Records, step_limits
 from lmjax.training.rewind import rewind
 from lmjax.training.rollout import rollout
 from lmjax.training.run import Log, Run
@@ -160,7 +160,7 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
             batch = rollout(run, state.whole(state.params), step + 1)
         profiler.before(step + 1)
         assert run.compiled is not None
-        state, metrics = run.compiled(state, {**batch, **records.limits(step + 1)})
+        state, metrics = run.compiled(state, {**batch, **step_limits(run, step + 1)})
         if on_its_way:
             records.log_step(*on_its_way)
         on_its_way = step + 1, metrics

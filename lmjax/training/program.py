@@ -43,6 +43,8 @@ class Program(NamedTuple):
     traced: jax.stages.Traced
     eval_fn: Callable[[Params, Batch], Loss]
     batch: dict[str, jax.ShapeDtypeStruct]  # the arrays [B, T] of a training batch, with shardings
+    # The loss that the step minimises, of `model` or of one that computes the same in another way.
+    loss_of: Callable[[Model], LossFn]
 
 
 def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: int,
@@ -86,8 +88,7 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     if not model.config.head.outputs:  # a task has few classes, which need not be split
         layout.spec(("act_vocab",), (model.config.vocab_size,))
     loss_fn, eval_loss = _losses(recipe, model, facts, taught_by)
-    low_bits = functools.partial(matmuls_in, train.matmul_dtype)  # of the layers' matmuls
-    step_fn = make_train_step(_within(low_bits, loss_fn), spec, layout, schedule,
+    step_fn = make_train_step(loss_fn, spec, layout, schedule,
                               seed=train.seed, microbatches=train.microbatches,
                               ema_decay=recipe.optimizer.ema_decay)
     sharding = layout.sharding(("batch", "seq"))
@@ -96,7 +97,8 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     limits = {name: jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.replicated)
               for name in LIMITS if recipe.watch.spikes == "skip"}
     return Program(layout, model, spec, step_fn.trace(spec.shapes, batch | limits),
-                   make_eval_step(eval_loss, layout, train.microbatches), batch)
+                   make_eval_step(eval_loss, layout, train.microbatches), batch,
+                   lambda model: _losses(recipe, model, facts, taught_by)[0])
 
 
 def make_model(recipe: Recipe, layout: Layout, *, vocab_size: int,
@@ -166,7 +168,7 @@ def placed(recipe: Recipe,
 
 
 def _losses(recipe: Recipe, model: Model, facts: Facts | None,
-            teacher: Model | None) -> tuple[LossFn, LossFn]:
+           teacher: Model | None) -> tuple[LossFn, LossFn]:
     """What training minimises, and what evaluation computes."""
     train, task = recipe.train, recipe.task
     loss_fn = next_token_loss(model, z_loss=train.z_loss, chunk=train.loss_chunk)
@@ -180,7 +182,8 @@ def _losses(recipe: Recipe, model: Model, facts: Facts | None,
     if recipe.quantization.weights:
         rounded = functools.partial(rounded_to, recipe.quantization)
         loss_fn, eval_loss = _within(rounded, loss_fn), _within(rounded, eval_loss)
-    return loss_fn, eval_loss
+    low_bits = functools.partial(matmuls_in, train.matmul_dtype)  # of the layers' matmuls
+    return _within(low_bits, loss_fn), eval_loss
 
 
 def _within(context: Callable[[], AbstractContextManager[None]], loss_fn: LossFn) -> LossFn:

@@ -159,16 +159,6 @@ class Records:
         if cause := self.run.health.rewinds(bad):
             raise cause
 
-    def limits(self, step: int) -> Batch:
-        """What the batch of `step` has beside its rows: above what a step changes nothing."""
-        if self.run.recipe.watch.spikes != "skip":
-            return {}
-        place = self.run.layout.replicated
-        # Of a value of the host, `device_put` would compare the copies of all processes each time.
-        return {name: jax.make_array_from_callback(
-                    (), place, np.asarray(limit, np.float32).__getitem__)
-                for name, limit in zip(LIMITS, self.run.health.limits(step), strict=True)}
-
     def evaluated(self, step: int, name: str, found: Mapping[str, float]) -> None:
         """Writes the figures of an evaluation; `name` says of what: eval, eval_ema, test."""
         self.writer.eval(step, {f"{name}/{key}": value for key, value in found.items()})
@@ -198,3 +188,14 @@ class Records:
                           doing=doing)
         self._slow_steps.add((seconds - waited) / usual,
                              f"process {process} ({host}) was {doing}")
+
+
+def step_limits(run: Run, step: int) -> Batch:
+    """What the batch of `step` has beside its rows: above what a step changes nothing."""
+    if run.recipe.watch.spikes != "skip":
+        return {}
+    place = run.layout.replicated
+    # Of a value of the host, `device_put` would compare the copies of all processes each time.
+    return {name: jax.make_array_from_callback(
+                (), place, np.asarray(limit, np.float32).__getitem__)
+            for name, limit in zip(LIMITS, run.health.limits(step), strict=True)}

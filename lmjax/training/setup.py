@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,9 @@ def set_up(recipe: Recipe, workdir: Path, log: Log,
     directory = _data(recipe, workdir, source, log)
     add_reference(recipe, directory, source, log)
     at(0, "setting up")
-    run = _open(recipe, workdir, directory, log, teacher)
+    run = open_run(recipe, workdir, directory, log, teacher, lambda: Checkpointer(
+        recipe.checkpoint.path(workdir), log=log, keep_last=recipe.checkpoint.keep_last,
+        keep_every=recipe.checkpoint.keep_every))
     run.saved, run.source, run.teacher = saved, source, teacher
     facts = announce(run, directory, log) | place(run, log, at)
     cover(run, log, at)
@@ -163,25 +165,34 @@ def _data(recipe: Recipe, workdir: Path, source: Pretrained | None, log: Log) ->
     return directory
 
 
-def _open(recipe: Recipe, workdir: Path, directory: str, log: Log,
-          teacher: Pretrained | None) -> Run:
-    """Opens the data and the checkpoints and makes the program; the run has no state yet."""
+def open_run(recipe: Recipe, workdir: Path, directory: str, log: Log, teacher: Pretrained | None,
+             open_checkpoints: Callable[[], Checkpointer],
+             devices: Sequence[jax.Device] | None = None) -> Run:
+    """Opens the data and the checkpoints and makes the program; the run has no state yet.
+
+    Args:
+      directory: of the data.
+      teacher: of a distillation.
+      open_checkpoints: called once everything else is in order.
+      devices: of the mesh; None: all.
+
+    Raises:
+      UserError: the recipe, the data or the devices do not fit each other.
+    """
     train_split, heldout, test, facts = open_data(recipe, directory)
     tokenizer = None if recipe.data.synthetic else prepared_tokenizer(directory)
     if teacher:
         check_teacher(teacher, recipe, tokenizer, vocab_size=train_split.vocab_size, facts=facts)
         if recipe.distill.stored_tokens:
             train_split = with_predictions(recipe, directory, train_split, teacher)
-    program = make_program(recipe, jax.devices(), vocab_size=train_split.vocab_size,
+    program = make_program(recipe, devices or jax.devices(), vocab_size=train_split.vocab_size,
                            fields=train_split.fields, facts=facts,
                            teacher=teacher and teacher.recipe.model)
     _check_memory(program.spec)
     generator = None if tokenizer is None or program.model.config.head.outputs else Generator(
         program.model, program.layout, end_ids=[tokenizer.eos_id],
         vocab_size=tokenizer.vocab_size)
-    checkpointer = Checkpointer(recipe.checkpoint.path(workdir), log=log,
-                                keep_last=recipe.checkpoint.keep_last,
-                                keep_every=recipe.checkpoint.keep_every)
+    checkpointer = open_checkpoints()
     saver = Saver(checkpointer, recipe.checkpoint.patience_seconds, workdir, log)
     run = Run(recipe, workdir, program, train_split, heldout, tokenizer, generator, checkpointer,
               saver,

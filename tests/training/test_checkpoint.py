@@ -163,5 +163,5 @@ def test_an_error_without_words_is_an_error():
     def fail():
         raise ValueError("...")
 
-    with pytest.raises(checkpoint._Damaged, match="ValueError"):
+    with pytest.raises(checkpoint.Damaged, match="ValueError"):
         checkpoint._attempt(fail)
