@@ -168,7 +168,7 @@ def placed(recipe: Recipe,
 
 
 def _losses(recipe: Recipe, model: Model, facts: Facts | None,
-           teacher: Model | None) -> tuple[LossFn, LossFn]:
+            teacher: Model | None) -> tuple[LossFn, LossFn]:
     """What training minimises, and what evaluation computes."""
     train, task = recipe.train, recipe.task
     loss_fn = next_token_loss(model, z_loss=train.z_loss, chunk=train.loss_chunk)
