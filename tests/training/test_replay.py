@@ -42,7 +42,7 @@ def poisoned():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, poisoned):
-    """Dropout, two microbatches, a mixture that changes at row 112, eight devices, a skipped step."""
+    """Dropout, microbatches, a mixture that changes at row 112, eight devices, a skipped step."""
     workdir = tmp_path_factory.mktemp("replay") / "run"
     sources = '[{"name": "a", "uri": "synthetic"}, {"name": "b", "uri": "synthetic"}]'
     stages = '[{"row": 112, "weights": {"a": 1, "b": 3}}]'
