@@ -41,11 +41,14 @@ class Rewind(Exception):
       first: the steps `first` to `step` are at fault, and their rows are to be left out; 0: no row
         is known to be the cause.
       is_spike: whether all of them have finite values, so that the run may as well go on.
+      of_device: whether a device is to blame, so that no row is ever left out.
     """
 
-    def __init__(self, step: int, why: str, first: int = 0, is_spike: bool = False) -> None:
-        super().__init__(step, why, first, is_spike)
+    def __init__(self, step: int, why: str, first: int = 0, is_spike: bool = False,
+                 of_device: bool = False) -> None:
+        super().__init__(step, why, first, is_spike, of_device)
         self.step, self.why, self.first, self.is_spike = step, why, first, is_spike
+        self.of_device = of_device
 
 
 class Health:

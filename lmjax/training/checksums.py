@@ -65,11 +65,11 @@ def _finite(mesh: Mesh | None) -> Callable[[list[jax.Array]], jax.Array]:
 
 @functools.cache
 def _jitted(mesh: Mesh | None) -> Callable[[list[jax.Array]], jax.Array]:
-    return jax.jit(_sums, out_shardings=mesh and NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(sums_of, out_shardings=mesh and NamedSharding(mesh, PartitionSpec()))
 
 
-def _sums(leaves: list[jax.Array]) -> jax.Array:
-    """uint32 [leaves, 2], whole on every process."""
+def sums_of(leaves: list[jax.Array]) -> jax.Array:
+    """The checksums of arrays, uint32 [leaves, 2], while a function is traced."""
 
     def mix(x: jax.Array, constant: int) -> jax.Array:  # the finalizer of MurmurHash3, a bijection
         x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)

@@ -31,7 +31,8 @@ from lmjax.training.answers import answers_of, written
 from lmjax.training.checksums import non_finite
 from lmjax.training.evaluate import evaluate
 from lmjax.training.recipe import Recipe
-from lmjax.training.records import Records, step_limits
+from lmjax.training.records import Records, compared, step_limits
+from lmjax.training.replicas import hashes
 from lmjax.training.rewind import rewind
 from lmjax.training.rollout import rollout
 from lmjax.training.run import Log, Run
@@ -163,7 +164,7 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
         state, metrics = run.compiled(state, {**batch, **step_limits(run, step + 1)})
         if on_its_way:
             records.log_step(*on_its_way)
-        on_its_way = step + 1, metrics
+        on_its_way = step + 1, {**metrics, **compared(run, step + 1, state)}
         run.saver.note()
         if traced := profiler.after(step + 1, metrics):
             records.progress.log(f"step {step + 1}: {traced}")
@@ -316,10 +317,12 @@ def _save(run: Run, records: Records, step: int, state: TrainState, unfinished: 
       Whether the save has begun; if not, it is tried again later.
 
     Raises:
-      Rewind: the state is not finite.
+      Rewind: the state is not finite, or its replicas differ.
     """
     if bad := non_finite((state.params, state.opt_state, state.ema)):
         raise Rewind(step, f"{bad} of the state is not finite")
+    if run.recipe.watch.compare_every and not _due(run.recipe.watch.compare_every, step):
+        records.check_replicas(step, hashes(state))  # of other steps, `log_step` has done it
     records.writer.flush()  # the files hold everything up to this step before the checkpoint counts
     about = {**run.about, "data": run.data_state(step) | {"tokens": records.tokens},
              "unfinished": unfinished, "health": run.health.state()}

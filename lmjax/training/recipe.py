@@ -183,9 +183,13 @@ class WatchConfig:
     # What a loss or a gradient norm far above the usual leads to: off, record, skip (the step
     # changes nothing), or rewind.
     spikes: str = "record"
+    # Steps between comparisons of the devices that hold the same weights, moments and averages; 0:
+    # none. With it, every state is compared before it is saved.
+    compare_every: int = 0
 
     def __post_init__(self) -> None:
-        at_least(0, stall_seconds=self.stall_seconds, rewind_after=self.rewind_after)
+        at_least(0, stall_seconds=self.stall_seconds, rewind_after=self.rewind_after,
+                 compare_every=self.compare_every)
         choice("spikes", self.spikes, SPIKES)
         found = re.fullmatch(r"(\d+):(\d+)", self.profile)
         if self.profile and not (found and 1 <= int(found[1]) <= int(found[2])):

@@ -21,7 +21,9 @@ from lmjax.runtime.chips import peak_flops
 from lmjax.runtime.distributed import late_with, tell_late
 from lmjax.tasks.task import Task
 from lmjax.training.evaluate import bits_per_byte, bits_unit, summary
+from lmjax.training.replicas import HASHES, described, differing, hashes
 from lmjax.training.run import Run
+from lmjax.training.state import TrainState
 from lmjax.training.step import LIMITS, Metrics
 
 WAITING = "waiting for data"
@@ -103,6 +105,7 @@ class Records:
         """
         train, health = self.run.recipe.train, self.run.health
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])  # waits for the step
+        self.check_replicas(step, metrics.get(HASHES))
         bad = health.judge(step, loss, norm)
         weight = 0 if bad and bad.skipped else int(metrics["weight"])
         if not math.isfinite(weights := float(metrics["param_norm"])):
@@ -144,6 +147,20 @@ class Records:
                           rows=f"{first}:{end}")
         without = f" without the rows {first:,} to {end - 1:,}" if end > first else ""
         self.progress.log(f"step {cause.step}: {cause.why}; went back to step {step}{without}")
+
+    def check_replicas(self, step: int, found: jax.Array | None) -> None:
+        """Compares what the devices hold after `step`; `found` is what `replicas.hashes` gave.
+
+        Raises:
+          Rewind: they differ. The devices and the arrays are written down first.
+        """
+        if not (bad := differing(found, self.run.spec.shapes)):
+            return
+        for item in bad:
+            self.writer.event(step, "replica_differs", 0.0, array=item.array,
+                              device=item.device.id, process=item.device.process_index,
+                              majority=item.is_sure)
+        raise Rewind(step, described(bad), of_device=True)
 
     def _note_bad(self, bad: BadStep) -> None:
         """Writes that a step was skipped or is a spike, with its rows.
@@ -199,3 +216,10 @@ def step_limits(run: Run, step: int) -> Batch:
     return {name: jax.make_array_from_callback(
                 (), place, np.asarray(limit, np.float32).__getitem__)
             for name, limit in zip(LIMITS, run.health.limits(step), strict=True)}
+
+
+def compared(run: Run, step: int, state: TrainState) -> Metrics:
+    """What is computed beside the metrics of `step` where devices are compared after it."""
+    every = run.recipe.watch.compare_every
+    found = hashes(state) if every and step % every == 0 else None
+    return {} if found is None else {HASHES: found}

@@ -36,13 +36,14 @@ def rewind(run: Run, cause: Rewind, log: Log, at: At) -> tuple[int, int]:
     step, end = max(cause.first - 1, run.start), steps.of(cause.step)[1]
     if run.rewinds > MOST_REWINDS and not cause.is_spike:
         raise Fault("a run that heals from its last checkpoint", f"{cause.why}, after "
-                    f"{MOST_REWINDS} rewinds to step {run.start}", "lower optimizer.peak_lr or "
-                    "clip_norm in another --workdir (the checkpoints are kept), or start again on "
-                    "other devices", where=f"step {cause.step}")
+                    f"{MOST_REWINDS} rewinds to step {run.start}",
+                    "start again without that device" if cause.of_device else
+                    "lower optimizer.peak_lr or clip_norm in another --workdir (the checkpoints "
+                    "are kept), or start again on other devices", where=f"step {cause.step}")
     if run.rewinds > MOST_REWINDS:
         run.health.forgive()
         return end, end
-    if run.rewinds == MOST_REWINDS:
+    if run.rewinds == MOST_REWINDS and not cause.of_device:
         step = run.start
     elif not cause.first:  # no row is known to be the cause
         return end, end
