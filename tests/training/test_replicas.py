@@ -45,7 +45,8 @@ def with_flip(state, name, place, element=0, bit=3):
 def state(request):
     layout = make_layout(MeshConfig(**MESHES[request.param]), jax.devices())
     model = build_model(MODEL, vocab_size=32, platform="cpu", dtype="float32")
-    spec = state_spec(model, make_optimizer(OptimizerConfig(warmup_steps=1), 10, model.axes), layout, ema=True)
+    tx = make_optimizer(OptimizerConfig(warmup_steps=1), 10, model.axes)
+    spec = state_spec(model, tx, layout, ema=True)
     return spec.init(0)
 
 
