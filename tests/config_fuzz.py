@@ -180,7 +180,7 @@ def theirs(raw, size=1.0):
             if max(_sizes(config)) > 600:
                 raise Broken("too large")
             model = cls(config).float().eval()
-            tensors = _weights(model, size)
+            tensors = filled(model, size)
             logits = _logits(model, torch)
     except Broken:
         raise
@@ -201,7 +201,7 @@ def _sizes(config):
         50 * (getattr(config, name, 0) or 0) for name in few]
 
 
-def _weights(model, size):
+def filled(model, size=1.0):
     """Fills the model, and returns its tensors as transformers writes them."""
     import torch
     from safetensors.torch import load_file

@@ -5,6 +5,12 @@ MODERN = dict(
     vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=48, hidden_act="silu", rms_norm_eps=1e-5,
     tie_word_embeddings=False, attention_dropout=0.0, bos_token_id=1, eos_token_id=2)
+
+
+def without(base, *names):
+    return {name: value for name, value in base.items() if name not in names}
+
+
 LLAMA = MODERN | dict(rope_theta=500.0, attention_bias=False, mlp_bias=False, head_dim=8)
 QWEN = MODERN | dict(rope_theta=500.0, use_sliding_window=False, sliding_window=4,
                      max_window_layers=1)
@@ -23,6 +29,10 @@ T5 = dict(
     relative_attention_num_buckets=8, relative_attention_max_distance=12, layer_norm_epsilon=1e-5,
     feed_forward_proj="relu", is_encoder_decoder=True, pad_token_id=0, decoder_start_token_id=0,
     tie_word_embeddings=True)
+COHERE = without(MODERN, "rms_norm_eps") | dict(
+    rope_theta=500.0, layer_norm_eps=1e-4, logit_scale=0.25, tie_word_embeddings=True)
+GLM = MODERN | dict(
+    pad_token_id=0, rope_theta=500.0, head_dim=8, partial_rotary_factor=0.5, attention_bias=True)
 # model type -> a whole config.json
 BASES = {
     "llama": LLAMA,
@@ -42,6 +52,49 @@ BASES = {
     "granite": {name: value for name, value in LLAMA.items() if name != "head_dim"} | dict(
         embedding_multiplier=6.0, logits_scaling=2.0, residual_multiplier=0.5,
         attention_multiplier=0.2),
+    "olmo": without(MODERN, "rms_norm_eps") | dict(
+        rope_theta=500.0, attention_bias=False, clip_qkv=0.4, pad_token_id=1),
+    "olmo2": MODERN | dict(rope_theta=500.0, attention_bias=False),
+    "olmo3": MODERN | dict(
+        num_hidden_layers=5, sliding_window=4, attention_bias=False, rope_scaling=dict(
+            rope_type="yarn", factor=2.0, original_max_position_embeddings=24,
+            attention_factor=1.2)),
+    "smollm3": MODERN | dict(
+        num_hidden_layers=5, rope_theta=500.0, attention_bias=False, mlp_bias=False,
+        no_rope_layer_interval=2, use_sliding_window=False, pad_token_id=0),
+    "ministral": MODERN | dict(rope_theta=500.0, sliding_window=4, head_dim=8, layer_types=[
+        "full_attention", "sliding_attention", "sliding_attention"]),
+    "starcoder2": without(MODERN, "rms_norm_eps") | dict(
+        rope_theta=500.0, sliding_window=4, hidden_act="gelu_pytorch_tanh", norm_epsilon=1e-4,
+        use_bias=True, residual_dropout=0.1, embedding_dropout=0.1, tie_word_embeddings=True),
+    "stablelm": without(MODERN, "rms_norm_eps") | dict(
+        rope_theta=500.0, layer_norm_eps=1e-4, partial_rotary_factor=0.5, use_qkv_bias=True,
+        qk_layernorm=True, use_parallel_residual=True),
+    "cohere": COHERE | dict(use_qk_norm=True, attention_bias=False),
+    "cohere2": COHERE | dict(num_hidden_layers=5, sliding_window=4, sliding_window_pattern=3),
+    "glm": GLM,
+    "glm4": GLM,
+    "gpt_neox": dict(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3, hidden_act="gelu",
+        num_attention_heads=4, max_position_embeddings=48, layer_norm_eps=1e-4, rotary_pct=0.5,
+        rotary_emb_base=500, use_parallel_residual=True, tie_word_embeddings=False,
+        attention_bias=True),
+    "gptj": dict(vocab_size=V, n_embd=32, n_layer=2, n_head=2, n_inner=48, n_positions=48,
+                 activation_function="gelu_new", layer_norm_epsilon=1e-4, rotary_dim=8,
+                 tie_word_embeddings=False, scale_attn_weights=True),
+    "phi": without(MODERN, "rms_norm_eps") | dict(
+        hidden_act="gelu_new", layer_norm_eps=1e-4, partial_rotary_factor=0.5, rope_theta=500.0,
+        qk_layernorm=False),
+    "falcon": dict(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2,
+        ffn_hidden_size=48, layer_norm_epsilon=1e-4, new_decoder_architecture=True, alibi=False,
+        multi_query=True, parallel_attn=True, bias=False, rope_theta=500.0, activation="gelu",
+        tie_word_embeddings=True),
+    "opt": dict(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
+        max_position_embeddings=48, activation_function="relu", do_layer_norm_before=True,
+        word_embed_proj_dim=32, enable_bias=True, layer_norm_elementwise_affine=True,
+        pad_token_id=1, tie_word_embeddings=True),
     "gpt2": dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_inner=48, n_positions=48,
                  activation_function="gelu_new", layer_norm_epsilon=1e-4, tie_word_embeddings=True,
                  scale_attn_weights=True),
@@ -79,7 +132,8 @@ PROJECTIONS = ["relu", "gelu", "silu", "gelu_new", "gated-gelu", "gated-silu", "
                "gated-gelu_new", "gated", "relu-gated"]
 # Values worth trying: (a pattern of keys, values)
 VALUES = [
-    (r"hidden_act.*|activation_function|dense_act_fn|classifier_activation", ACTIVATIONS),
+    (r"hidden_act.*|activation|activation_function|dense_act_fn|classifier_activation",
+     ACTIVATIONS),
     (r"feed_forward_proj", PROJECTIONS),
     (r".*(eps|epsilon)", [1e-12, 1e-6, 1e-5, 1e-3, 0.1, 0, 0.0, "1e-5"]),
     (r"(max_|n_)position.*|original_max_position_embeddings", [16, 24, 48, 50, 64, 4096]),
@@ -93,15 +147,28 @@ VALUES = [
     (r"(attn|final)_logit_softcapping", [None, 0.0, 1.0, 5.0, 50.0]),
     (r"query_pre_attn_scalar", [4, 16, 20.5, 256]),
     (r".*_multiplier|logits_scaling", [1, 1.0, 0.25, 3.0, 0.0, -1.0]),
-    (r"n_inner|intermediate_size|d_ff", [None, 40, 48, 128]),
+    (r"n_inner|intermediate_size|d_ff|ffn_dim|ffn_hidden_size", [None, 40, 48, 128]),
     (r"pad_token_id", [None, -1, 0, 1, 2]),
     (r"num_experts_per_tok", [1, 2, 3, 4, 5]),
     (r"position_embedding_type", ["absolute", "relative_key", None]),
-    (r"partial_rotary_factor", [1.0, 0.5, None]),
+    (r"partial_rotary_factor", [1.0, 0.5, 0.25, 0.3, None]),
     (r"type_vocab_size", [0, 1, 2]),
     (r"layer_types", [None, []]),
     (r"decoder_sparse_step", [1, 2, 0]),
     (r"mlp_only_layers", [[], [0], None]),
+    (r"no_rope_layers", [None, [1, 0, 1, 0, 1], [0] * 5, [1] * 9, [1, 0]]),
+    (r"no_rope_layer_interval", [1, 2, 3, 7]),
+    (r"clip_qkv", [None, 0.2, 8.0, 0.0]),
+    (r"rotary_dim", [2, 4, 6, 16, 5, 64]),
+    (r"rotary_pct", [0.25, 0.5, 1.0, 0.3, 2.0]),
+    (r"rotary_emb_base", [10, 100.0, 10000]),
+    (r"logit_scale", [1.0, 0.25, 3, 0.0]),
+    (r"num_kv_heads", [1, 2, 4, None]),
+    (r"num_ln_in_parallel_attn", [None, 1, 2]),
+    (r"word_embed_proj_dim", [None, 16, 32]),
+    (r"multi_query|new_decoder_architecture|parallel_attn|alibi|qk_layernorm|do_layer_norm_before"
+     r"|enable_bias|layer_norm_elementwise_affine|_remove_final_layer_norm|bias",
+     [True, False]),
     (r"attention_dropout|attn_pdrop", [0.0, 0.1]),
     (r"tie_word_embeddings|.*_bias|is_gated_act|use_.*|is_causal|scale_.*|is_decoder|norm_topk_prob"
      r"|add_cross_attention|share_.*|is_encoder_decoder", [True, False, None]),
@@ -126,5 +193,6 @@ STRANGE = dict(
     attention_multiplier=0.5, logits_scaling=3.0, resid_pdrop=0.1, embd_pdrop=0.1,
     name_or_path="x", _commit_hash="0", use_bfloat16=False, tf_legacy_loss=False,
     output_attentions=False, cache_implementation="hybrid", sliding_window_size=4,
+    num_ln_in_parallel_attn=1, _remove_final_layer_norm=True, no_rope_layers=[1, 0, 1, 0, 1],
     vocab_size=V, layer_norm_eps=0.1, rms_norm_eps=0.1, norm_eps=0.1, layer_norm_epsilon=0.1)
 KINDS = ["default", "linear", "yarn", "llama3", "dynamic", "longrope", "proportional", "odd"]

@@ -15,6 +15,7 @@ from lmjax.compression.layer_inputs import grams, influences
 from lmjax.config import plain
 from lmjax.errors import UserError
 from lmjax.lm import LM
+from lmjax.models.config import is_local
 from lmjax.models.model import ModelConfig
 from lmjax.training.program import placed
 from lmjax.tree import named_leaves
@@ -95,6 +96,10 @@ def _check(config: ModelConfig, layers: int, heads: float, mlp: float, texts: bo
     if heads and config.positions == "relative":
         raise UserError("a model whose layers share nothing per head", "positions=relative",
                         "leave heads out", where="prune heads")
+    if heads and config.qk_norm and config.qk_norm_over != "head":
+        raise UserError("norms of queries and keys that all heads share",
+                        f"qk_norm_over={config.qk_norm_over}", "leave heads out",
+                        where="prune heads")
     if mlp and config.moe.experts:
         raise UserError("a model without experts", f"{config.moe.experts} experts", "leave mlp out",
                         where="prune mlp")
@@ -119,16 +124,15 @@ def _kept_layers(config: ModelConfig, scores: np.ndarray, count: int,
 
 
 def _pattern(config: ModelConfig, kept: np.ndarray) -> dict[str, Any]:
-    """The fields of the config that give each kept layer its kind, global or local."""
+    """The fields of the config that give each kept layer its kind."""
     if not config.layer_pattern:
         return {}
     names, pattern = config.kinds(config.num_layers)
     kinds = [names[pattern[i % len(pattern)]] for i in kept]
-    if "local" not in kinds:
-        return {"layer_pattern": (), "sliding_window": 0}
     period = next(n for n in range(1, len(kinds) + 1)
                   if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
-    return {"layer_pattern": tuple(kinds[:period])}
+    return {"layer_pattern": () if set(kinds) == {"global"} else tuple(kinds[:period]),
+            "sliding_window": config.sliding_window if any(map(is_local, kinds)) else 0}
 
 
 def _energies(kernel: jax.Array, grams_LII: jax.Array, count: int) -> np.ndarray:

@@ -218,7 +218,8 @@ def write_directory(out: Path, model: Model, params: Params, reader: Reader | No
     if model is not trained:
         _check_equal("the folded weights", _logits(trained, weights), _logits(model, params))
         log(f"the multipliers of {trained.config.parametrization} are folded into the weights")
-    if reader is not None and not source["settings"] and model.config.position_offset:
+    counted = model.config.position_offset and model.config.family == "encoder"
+    if reader is not None and not source["settings"] and counted:
         model, params = _counted_from(pad_of(reader.names.tokenizer), model, params)
     config = model.config
     if config.positions in ("rope", "sinusoidal"):

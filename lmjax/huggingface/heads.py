@@ -106,7 +106,7 @@ def normal_form(c: ModelConfig) -> dict[str, Any]:
     changes: dict[str, Any] = {"head": dataclasses.replace(c.head, dropout=0.0, first_dropout=0.0),
                                "tie_embeddings": True, "logit_softcap": 0.0}
     if isinstance(c, DecoderConfig):
-        changes |= {"logit_divisor": 1.0}
+        changes |= {"logit_divisor": 1.0, "output_bias": False}
     if isinstance(c, EncoderConfig):
         changes |= {"mlm_head": kind == "transform", "pooler": kind == "pooler",
                     "head_activation": c.head_act if kind == "transform" else "gelu"}

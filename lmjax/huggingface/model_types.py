@@ -13,9 +13,24 @@ have its default. `lmjax.huggingface.schema` explains the other columns: `also`,
 from collections.abc import Mapping
 from typing import Any
 
+from lmjax.huggingface.decoders import (
+    COHERE,
+    COHERE2,
+    GLM,
+    GLM4,
+    MINISTRAL,
+    OLMO,
+    OLMO2,
+    OLMO3,
+    SMOLLM3,
+    STABLELM,
+    STARCODER2,
+)
 from lmjax.huggingface.encoder_decoders import MARIAN, MT5, T5
 from lmjax.huggingface.heads import MODERNBERT_HEADS, decoder_heads, encoder_heads
-from lmjax.huggingface.schema import GATED, TIED, UNGATED, UNTIED, ModelType, Setting, defaults
+from lmjax.huggingface.older_decoders import FALCON, GPT_J, GPT_NEOX, OPT, PHI
+from lmjax.huggingface.rows import ATTENTION_BIAS, MLP_BIAS, MODERN, SIZES, WINDOW
+from lmjax.huggingface.schema import GATED, TIED, UNGATED, ModelType, Setting, defaults
 from lmjax.huggingface.tables import (
     GEMMA_TABLE,
     GPT2_TABLE,
@@ -29,28 +44,7 @@ from lmjax.huggingface.tables import (
 from lmjax.huggingface.weights import Stored
 from lmjax.models.encoder import EncoderConfig
 
-# Decoders: the defaults are those of Llama.
-
-SIZES = (
-    Setting("vocab_size", "vocab_size", 32000),
-    Setting("hidden_size", "embed_dim", 4096),
-    Setting("num_hidden_layers", "num_layers", 32),
-    Setting("num_attention_heads", "num_heads", 32),
-    Setting("intermediate_size", "mlp_dim", 11008),
-    Setting("max_position_embeddings", "max_positions", 2048),
-)
-MODERN = (
-    *SIZES,
-    Setting("num_key_value_heads", "num_kv_heads", None, also={None: 0}),
-    Setting("rms_norm_eps", "norm_eps", 1e-6),
-    Setting("hidden_act", "mlp", "silu", only=GATED),
-    Setting("head_dim", "head_dim", None, also={None: 0}),
-    UNTIED,
-)
-ATTENTION_BIAS = (Setting("attention_bias", "qkv_bias", False),
-                  Setting("attention_bias", "out_bias", False))
-MLP_BIAS = Setting("mlp_bias", "mlp_bias", False)
-WINDOW = Setting("sliding_window", "sliding_window", 4096, also={None: 0})
+# Decoders
 
 LLAMA = ModelType(
     "llama", "LlamaForCausalLM",
@@ -87,6 +81,7 @@ PHI3 = ModelType(
     is_local=lambda settings, i: True,
     reads_layer_types=False,
     scaling=False,  # its class has longrope, which lmjax does not compute
+    rotary=("partial_rotary_factor", 1.0),
     own_code=("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"),
     heads=decoder_heads("Phi3", only=("classification", "tagging")))
 MIXTRAL = ModelType(
@@ -341,4 +336,6 @@ MODERNBERT = ModelType(
 # An export without --model-type takes the first of these that can express the whole model.
 MODEL_TYPES = {model_type.name: model_type for model_type in (
     LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, QWEN2_MOE, GEMMA, GEMMA2, GEMMA3, GRANITE,
-    PHI3, GPT2, BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, MODERNBERT, T5, MT5, MARIAN)}
+    PHI3, GPT2, OLMO, OLMO2, OLMO3, SMOLLM3, MINISTRAL, STARCODER2, STABLELM, COHERE, COHERE2, GLM,
+    GLM4, GPT_NEOX, GPT_J, PHI, FALCON, OPT, BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, MODERNBERT, T5,
+    MT5, MARIAN)}

@@ -192,7 +192,8 @@ def adapter_table(model_type: ModelType, config: ModelConfig) -> Table:
             continue
         into = "out,in2" if "in2" in row.how else "out,in"
         for name, how in (("a", into), ("b", "out,in"), ("magnitude", "flat")):
-            table[f"{ours}/{name}"] = Stored(module + TENSORS[name], how)
+            order = () if name == "a" else row.order
+            table[f"{ours}/{name}"] = Stored(module + TENSORS[name], how, order=order)
     return table
 
 

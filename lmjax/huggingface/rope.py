@@ -25,9 +25,10 @@ SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "yarn": (("factor",), ("beta_fast", "beta_slow", "attention_factor")),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ())}
+PARTIAL = "partial_rotary_factor"
 ORIGINAL = "original_max_position_embeddings"  # of yarn and llama3
 # More settings of a group, which mean what lmjax computes only with these values.
-NEUTRAL_VALUES = {"truncate": (True, None), "partial_rotary_factor": (1.0, None),
+NEUTRAL_VALUES = {"truncate": (True, None), PARTIAL: (1.0, None),
                   "mscale": (None,), "mscale_all_dim": (None,),
                   "finetuned": (True, False)}  # a note of the first models with yarn
 
@@ -41,6 +42,9 @@ def read_rope(settings: Settings, model_type: ModelType, where: str) -> dict[str
     """
     full, local = _groups(settings, model_type, where)
     fields: dict[str, Any] = {}
+    if model_type.rotary is not None:
+        theirs, default = model_type.rotary
+        fields["rotary_fraction"] = full.get(PARTIAL, settings.get(theirs, default))
     names = zip(("rope_theta", "local_rope_theta"), (full, local), model_type.rope.items(),
                 strict=False)
     for ours, group, (theirs, default) in names:
@@ -82,6 +86,9 @@ def write_rope(model_type: ModelType, c: ModelConfig) -> dict[str, Any]:
     """
     thetas = (c.rope_theta, c.local_rope_theta or c.rope_theta)
     settings = {**dict(zip(model_type.rope, thetas, strict=False)), "rope_scaling": None}
+    settings.pop("", None)
+    if model_type.rotary is not None:
+        settings[model_type.rotary[0]] = c.rotary_fraction
     scaling = c.rope_scaling
     if scaling.kind == "none":
         return settings
@@ -143,9 +150,9 @@ def _kind(group: Settings) -> Any:
 def _scaling(rope: Settings, settings: Settings, model_type: ModelType,
              where: str) -> dict[str, Any]:
     kind = _kind(rope)
-    turned = rope.get("partial_rotary_factor")
-    if turned not in NEUTRAL_VALUES["partial_rotary_factor"]:
-        raise UserError("RoPE over whole heads", f"partial_rotary_factor={turned!r}, which lmjax "
+    turned = rope.get(PARTIAL)
+    if model_type.rotary is None and turned not in NEUTRAL_VALUES[PARTIAL]:
+        raise UserError("RoPE over whole heads", f"{PARTIAL}={turned!r}, which lmjax "
                         "cannot compute", "take a model without it", where)
     if kind == "default":
         return {}
@@ -155,7 +162,7 @@ def _scaling(rope: Settings, settings: Settings, model_type: ModelType,
                         f"{kind!r}, which lmjax cannot compute", "take a model with one of them",
                         where)
     known = {*SCALING, *NEUTRAL_VALUES, "rope_type", "type", "rope_theta"}
-    odd = [name for name, value in rope.items() if value is not None and (
+    odd = [name for name, value in rope.items() if value is not None and name != PARTIAL and (
         name not in known or value not in NEUTRAL_VALUES.get(name, (value,)))]
     if odd:
         raise UserError(f"rope settings of {', '.join(SCALING)}",

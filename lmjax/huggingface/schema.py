@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lmjax.errors import UserError
 from lmjax.huggingface.weights import Table
 from lmjax.models.decoder import DecoderConfig
 
@@ -78,6 +79,21 @@ class ModelType:
     own_code: tuple[str, ...] = ()
     heads: Mapping[str, HeadType] = field(default_factory=dict)  # task -> its class
     scaling: bool = True  # whether the class has the RoPE scalings that lmjax has
+    # Whether the class rotates neighbouring dimensions, 2i and 2i + 1, as a pair. lmjax pairs i
+    # with i + rotary_dim / 2, so rows of queries and keys are read and written in another order.
+    interleaved: bool = False
+    # Whether the fused matrix of queries, keys and values has, for each key head, the rows of its
+    # query heads, then those of the key and those of the value.
+    grouped: bool = False
+    # The setting of the part of each head that is rotated, and its default.
+    rotary: tuple[str, float] | None = None
+    # (config.json, i, whether layer i is local) -> whether the layer has no RoPE.
+    nope: Callable[[Mapping[str, Any], int, bool], bool] | None = None
+    # Settings that are not one to one with fields, which `neutral` lists: fields of ours that
+    # follow from config.json, and the settings that follow from our config.
+    told: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    tell: Callable[[Any], Mapping[str, Any]] | None = None
+    by_config: Callable[[Any], Table] | None = None  # our config -> rows that replace others
     # The settings of the global and the local RoPE theta with their defaults; empty without RoPE.
     rope: Mapping[str, float] = field(default_factory=lambda: {"rope_theta": 10_000.0})
 
@@ -129,6 +145,11 @@ UNGATED = {
 # are not tied, and TIED that they are.
 UNTIED = Setting("tie_word_embeddings", "tie_embeddings", False)
 TIED = UNTIED._replace(default=True)
+
+
+def not_computed(expected: str, got: str, where: str, fix: str = "without it") -> UserError:
+    """The refusal of a setting that lmjax does not compute with."""
+    return UserError(expected, f"{got}, which lmjax cannot compute", f"take a model {fix}", where)
 
 
 def defaults(rows: tuple[Setting, ...], **values: Any) -> tuple[Setting, ...]:

@@ -12,9 +12,18 @@ from lmjax.config import build
 from lmjax.errors import UserError
 from lmjax.huggingface import heads
 from lmjax.huggingface.heads import TaskHead
+from lmjax.huggingface.layer_types import read_layers, write_layers
 from lmjax.huggingface.model_types import MODEL_TYPES
 from lmjax.huggingface.rope import ORIGINAL, read_rope, told_twice, write_rope
-from lmjax.huggingface.schema import NEUTRAL, ONLY, PASSED_OVER, ModelType, Setting
+from lmjax.huggingface.schema import (
+    NEUTRAL,
+    ONLY,
+    PASSED_OVER,
+    ModelType,
+    Setting,
+    not_computed,
+)
+from lmjax.models.config import is_local
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.encdec import EncDecConfig
 from lmjax.models.encoder import EncoderConfig
@@ -26,7 +35,6 @@ FREE = ("dropout", "init_std", "embedding_std", "attention", "scan_layers", "rem
 # Settings of `NEUTRAL` that tell what a model is, where its class reads them.
 WRITTEN_ANEW = {"layer_types", "rope_theta", "rope_scaling", "rope_parameters", "dtype",
                 "auto_map"}
-LAYER_TYPES = {"sliding_attention": "local", "full_attention": "global"}  # theirs -> ours
 
 
 def model_type_of(settings: Settings, where: str) -> ModelType:
@@ -69,7 +77,7 @@ def read_settings(settings: Settings, where: str,
     try:
         fields = _fields(model_type, settings, where, present or {})
         return _build(model_type, fields, where)
-    except (TypeError, AttributeError, ZeroDivisionError) as error:  # a list for a number, say
+    except (TypeError, AttributeError, ZeroDivisionError, IndexError) as error:  # a list, say
         raise UserError("settings as transformers writes them", f"one of another kind ({error})",
                         "fetch it again", where) from None
 
@@ -176,6 +184,7 @@ def _fields(model_type: ModelType, settings: Settings, where: str,
     if "use_sliding_window" in model_type.neutral and not settings.get("use_sliding_window"):
         settings = {**settings, "sliding_window": None}
     fields = {**model_type.fixed, **present}
+    fields |= model_type.told(settings) if model_type.told else {}
     for row in model_type.settings:
         value = _value(row, settings, where)
         if row.ours:
@@ -186,14 +195,14 @@ def _fields(model_type: ModelType, settings: Settings, where: str,
                     f"{row.theirs} to agree with what else gives {row.ours}={fields[row.ours]!r}",
                     repr(value), "take a model whose halves are alike", where)
         elif value != row.default and value is not None:
-            raise _not_computed(f"{row.theirs}={row.default!r}", repr(value), where)
+            raise not_computed(f"{row.theirs}={row.default!r}", repr(value), where)
     if fields["norm_eps"] == 0:  # a row of zeros, as padding may be, would become NaN
-        raise _not_computed("an epsilon of the norms above 0", "0", where, "with another")
-    _fill(fields, settings)
+        raise not_computed("an epsilon of the norms above 0", "0", where, "with another")
+    _fill(fields, model_type, settings)
     if model_type.is_local is not None:
-        _read_layers(fields, model_type, settings, where)
+        read_layers(fields, model_type, settings, where)
     elif any(kind != "full_attention" for kind in settings.get("layer_types") or ()):
-        raise _not_computed("layer_types of 'full_attention'", repr(settings["layer_types"]), where)
+        raise not_computed("layer_types of 'full_attention'", repr(settings["layer_types"]), where)
     if model_type.rope:
         fields |= read_rope(settings, model_type, where)
     nested: dict[str, Any] = {}
@@ -210,8 +219,10 @@ def _refuse_unknown(model_type: ModelType, settings: Settings, where: str) -> No
             raise UserError(f"{name}={expected!r}, as other settings say", repr(settings[name]),
                             "remove the one that is wrong", where)
     for name, values in ONLY.items():
+        if model_type.rotary and name == model_type.rotary[0]:
+            continue
         if settings.get(name, values[0]) not in values:
-            raise _not_computed(f"{name}={values[0]}", repr(settings[name]), where)
+            raise not_computed(f"{name}={values[0]}", repr(settings[name]), where)
     for name, value in _unknown(model_type, settings, implied).items():
         if not _is_harmless(name):
             raise UserError("settings that lmjax computes with", f"{name}={value!r}",
@@ -222,6 +233,7 @@ def _unknown(model_type: ModelType, settings: Settings, implied: Settings) -> Se
     """The settings that the model type does not know and that say something."""
     known = NEUTRAL.union(model_type.neutral, model_type.rope, implied, ONLY,
                           (ORIGINAL,) if model_type.rope else (),
+                          model_type.rotary[:1] if model_type.rotary else (),
                           (row.theirs for row in model_type.settings),
                           (row.alias for row in model_type.settings))
     # An empty setting, or one that is switched off, does nothing. Any other may do something.
@@ -232,10 +244,6 @@ def _unknown(model_type: ModelType, settings: Settings, implied: Settings) -> Se
 def _is_harmless(name: str) -> bool:
     """Whether no class reads a setting: a name with a leading underscore is the writer's own."""
     return name in PASSED_OVER or name.startswith("_")
-
-
-def _not_computed(expected: str, got: str, where: str, fix: str = "without it") -> UserError:
-    return UserError(expected, f"{got}, which lmjax cannot compute", f"take a model {fix}", where)
 
 
 def _value(row: Setting, settings: Settings, where: str) -> Any:
@@ -250,26 +258,26 @@ def _value(row: Setting, settings: Settings, where: str) -> Any:
 def _ours(row: Setting, value: Any, where: str) -> Any:
     if row.only is not None:
         if value not in row.only:
-            raise _not_computed(f"{row.theirs} to be one of {', '.join(map(repr, row.only))}",
+            raise not_computed(f"{row.theirs} to be one of {', '.join(map(repr, row.only))}",
                                 repr(value), where, "with one of them")
         return row.only[value]
     if row.also and value not in row.also and value in row.also.values():
         # Our field says "none" with this value, theirs computes with it.
-        raise _not_computed(f"{row.theirs} of null or above 0", repr(value), where)
+        raise not_computed(f"{row.theirs} of null or above 0", repr(value), where)
     if row.power:
         if not value > 0:
-            raise _not_computed(f"{row.theirs} above 0", repr(value), where, "with another")
+            raise not_computed(f"{row.theirs} above 0", repr(value), where, "with another")
         return float(value) ** row.power
     if isinstance(value, int) and (row.times, row.plus) != (1, 0):
         return (value - row.plus) // row.times
     return row.also.get(value, value) if row.also else value
 
 
-def _fill(fields: dict[str, Any], settings: Settings) -> None:
+def _fill(fields: dict[str, Any], model_type: ModelType, settings: Settings) -> None:
     """Fills in those of their defaults that follow from other settings."""
     if fields.get("mlp_dim", 0) is None:  # GPT-2
         fields["mlp_dim"] = 4 * fields["embed_dim"]
-    if "position_offset" in fields:  # RoBERTa
+    if _counts_offset(model_type):
         fields["max_positions"] -= fields["position_offset"]
     if "num_encoder_layers" in fields:
         fields["num_layers"] = fields["num_layers"] or fields["num_encoder_layers"]
@@ -281,54 +289,21 @@ def _fill(fields: dict[str, Any], settings: Settings) -> None:
         fields["query_scalar"] = float(query_scalar)
 
 
-def _read_layers(fields: dict[str, Any], model_type: ModelType, settings: Settings,
-                 where: str) -> None:
-    """Sets the window and the pattern of local and global layers."""
-    num_layers, listed = fields["num_layers"], settings.get("layer_types")
-    if listed and (set(listed) - set(LAYER_TYPES) or len(listed) != num_layers):
-        raise _not_computed(f"layer_types of {', '.join(LAYER_TYPES)} for {num_layers} layers",
-                            repr(listed), where, "with one of them")
-    assert model_type.is_local is not None
-    # `build` refuses a number of layers that is no integer.
-    kinds = ["local" if model_type.is_local(settings, i) else "global"
-             for i in range(num_layers if isinstance(num_layers, int) else 0)]
-    has_window = bool(fields["sliding_window"])
-    if listed:
-        named = [LAYER_TYPES[kind] for kind in listed]
-        if not model_type.reads_layer_types and named != kinds and has_window:
-            raise UserError(f"no layer_types, which a {model_type.name} does not read",
-                            repr(listed), "remove it if sliding_window holds for all layers", where)
-        kinds = named if model_type.reads_layer_types else kinds
-    if model_type.reads_layer_types and "local" in kinds and not has_window:
-        raise UserError("a sliding_window for layers of sliding_attention", "none",
-                        "set it, or make all layers full_attention", where)
-    if "local" not in kinds or not has_window:
-        fields["sliding_window"] = 0
-    elif "global" in kinds:
-        period = next(p for p in range(1, len(kinds) + 1)
-                      if all(kind == kinds[i % p] for i, kind in enumerate(kinds)))
-        fields["layer_pattern"] = kinds[:period]
-
-
 # Writing
 
 
 def _write(model_type: ModelType, config: ModelConfig) -> dict[str, Any]:
     c = dataclasses.replace(_resolved(config), max_positions=config.max_positions)
-    if any(row.ours == "position_offset" for row in model_type.settings):
+    if _counts_offset(model_type):
         c = dataclasses.replace(c, max_positions=c.max_positions + c.position_offset)
     settings: dict[str, Any] = {
         "architectures": [model_type.architecture], "model_type": model_type.name}
     for row in model_type.settings:
         settings[row.theirs] = _theirs(row, _get(c, row.ours)) if row.ours else row.default
-    if model_type.is_local is not None:
-        names = {ours: theirs for theirs, ours in LAYER_TYPES.items()}
-        if model_type.reads_layer_types:
-            settings["layer_types"] = [names[kind] for kind in c.layer_pattern]
-        if "use_sliding_window" in model_type.neutral:
-            settings["use_sliding_window"] = bool(c.sliding_window)
+    settings |= write_layers(model_type, c)
     if model_type.rope:
         settings |= write_rope(model_type, c)
+    settings |= model_type.tell(c) if model_type.tell else {}
     if model_type.name == "t5" and isinstance(c, EncDecConfig):
         # Older versions of transformers read this setting instead of scale_decoder_outputs.
         settings["tie_word_embeddings"] = c.scale_output
@@ -349,6 +324,11 @@ def _theirs(row: Setting, value: Any) -> Any:
     return back.get(value, value)
 
 
+def _counts_offset(model_type: ModelType) -> bool:
+    """Whether their number of positions includes `position_offset`, as RoBERTa's does."""
+    return any(row.ours == "position_offset" for row in model_type.settings)
+
+
 def _get(config: Any, path: str) -> Any:
     for name in path.split("."):
         config = getattr(config, name)
@@ -365,11 +345,16 @@ def _resolved(config: ModelConfig) -> ModelConfig:
     changes: dict[str, Any] = {}
     kinds, pattern = c.kinds(c.num_layers)
     layers = tuple(kinds[pattern[i % len(pattern)]] for i in range(c.num_layers))
+    if c.positions != "rope":
+        layers = tuple(kind.removesuffix("_nope") for kind in layers)
+        changes |= dict(rope_theta=1.0, rotary_fraction=1.0)
     same_theta = c.local_rope_theta == c.rope_theta and c.rope_scaling.kind == "none"
     if c.positions != "rope" or same_theta or "local" not in layers:
         changes |= dict(local_rope_theta=0.0)
-    if c.positions != "rope":
-        changes |= dict(rope_theta=1.0)
+    if not c.qk_norm or c.qk_norm_kind == "auto":
+        changes |= dict(qk_norm_kind=c.norm if c.norm.startswith("rms") else "rmsnorm")
+    if not c.qk_norm:
+        changes |= dict(qk_norm_over="head")
     if c.positions != "learned":  # other positions have no end
         changes |= dict(max_positions=1)
     if c.positions != "relative":
@@ -393,4 +378,4 @@ def _resolved(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(
         c, num_kv_heads=c.dims.num_kv_heads, head_dim=c.dims.head_dim, layer_pattern=layers,
         moe=moe, query_scalar=c.query_scalar or float(c.dims.head_dim),
-        sliding_window=c.sliding_window if "local" in layers else 0, **changes)
+        sliding_window=c.sliding_window if any(map(is_local, layers)) else 0, **changes)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.errors import UserError
+from lmjax.huggingface.orders import in_order
 from lmjax.huggingface.schema import ModelType
 from lmjax.huggingface.tensors import STORED_DTYPES, Entry, equal_tensors, read_tensor
 from lmjax.huggingface.weights import Stored
@@ -58,7 +59,11 @@ def rows_for(model_type: ModelType, config: ModelConfig) -> dict[str, Stored]:
     rows = dict(model_type.table)
     if not MLP_KINDS[config.mlp][1]:
         rows |= model_type.ungated
-    return rows if config.tie_embeddings else rows | dict(model_type.untied)
+    if not config.tie_embeddings:
+        rows |= model_type.untied
+    if model_type.by_config is not None:
+        rows |= model_type.by_config(config)
+    return in_order(rows, model_type, config)
 
 
 def one_of_each(entries: Entries, model_type: ModelType, config: ModelConfig,

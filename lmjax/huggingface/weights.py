@@ -46,6 +46,8 @@ class Stored(NamedTuple):
     # The name of layer 0's tensor, if it does not follow `theirs`: ModernBERT stores the attention
     # norm of its first layer as the embedding's norm.
     first: str = ""
+    # Where each output of ours lies among the outputs of their tensor, if not in the same order.
+    order: tuple[int, ...] = ()
 
     @property
     def output_axis(self) -> int:
@@ -145,9 +147,10 @@ def tensor_getter(params: Params, table: Table) -> Callable[[str], np.ndarray]:
         for piece in pieces[name]:
             whole = parameters[piece.path]
             shares.append(_theirs(np.asarray(whole[piece.at] if piece.at else whole), piece))
-        if len(shares) == 1:
-            return shares[0]
-        return np.concatenate(shares, axis=pieces[name][0].row.output_axis)
+        axis = pieces[name][0].row.output_axis
+        joined = shares[0] if len(shares) == 1 else np.concatenate(shares, axis=axis)
+        order = np.concatenate([np.array(piece.row.order, int) for piece in pieces[name]])
+        return joined if not len(order) else joined.take(np.argsort(order), axis=axis)
     return get
 
 
@@ -204,8 +207,10 @@ def _their_shape(pieces: Sequence[_Piece]) -> tuple[int, ...]:
 
 def _ours(x: np.ndarray, piece: _Piece) -> np.ndarray:
     """The piece of our parameter that their tensor `x` holds."""
-    if piece.row.part[1] > 1:
-        axis = piece.row.output_axis
+    axis = piece.row.output_axis
+    if piece.row.order:
+        x = x.take(piece.row.order, axis=axis)
+    elif piece.row.part[1] > 1:
         x = np.moveaxis(np.moveaxis(x, axis, 0)[piece.start:][:_shape(piece)[axis]], 0, axis)
     return (x.T if piece.row.how.startswith("out") else x).reshape(piece.shape)
 

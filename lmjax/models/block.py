@@ -4,7 +4,7 @@ Shape suffixes: B batch, T sequence, D embed_dim.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,8 @@ from lmjax.nn.positions import Rotation
 from lmjax.nn.recorded import Recorded, in_layer, record
 from lmjax.nn.sequence import gather_sequence, scatter_sequence, stream_axis
 from lmjax.sharding import constrain
+
+Branch = Callable[[jax.Array], tuple[jax.Array, Any]]
 
 
 class Shared(NamedTuple):
@@ -73,18 +75,18 @@ class Block(nnx.Module):
         def new_norm() -> Norm:
             return norm(c.embed_dim, eps=c.norm_eps, rngs=rngs)
 
-        both = c.norm_position == "both"
-        self.attention_norm = new_norm()
+        before, after = c.norm_position != "after", c.norm_position in ("both", "after")
+        self.attention_norm = new_norm() if before else None
         self.attention = _attention(c, num_layers, rngs)
-        self.mlp_norm = new_norm()
+        self.mlp_norm = new_norm() if before and c.parallel_residual != "one_norm" else None
         mlp: dict[str, Any] = dict(kind=c.mlp, init=init, out_init=out_init, rngs=rngs)
         self.mlp = (MoE(c.embed_dim, c.mlp_dim, c.moe, **mlp) if c.moe.experts else
                     MLP(c.embed_dim, c.mlp_dim, use_bias=c.use_bias or c.mlp_bias, **mlp))
-        self.attention_post_norm = new_norm() if both else None
-        self.mlp_post_norm = new_norm() if both else None
-        self.cross_norm = new_norm() if cross else None
+        self.attention_post_norm = new_norm() if after else None
+        self.mlp_post_norm = new_norm() if after else None
+        self.cross_norm = new_norm() if cross and before else None
         self.cross_attention = _attention(c, num_layers, rngs) if cross else None
-        self.cross_post_norm = new_norm() if both and cross else None
+        self.cross_post_norm = new_norm() if after and cross else None
 
     def __call__(self, x_BTD: jax.Array, layer: PerLayer, cache: KVCache | None,
                  shared: Shared) -> tuple[jax.Array, KVCache | None, LayerOut]:
@@ -117,31 +119,44 @@ class Block(nnx.Module):
 
         with adapter_noise(layer.key), in_layer() as recorded:
             record(entry=x_BTD)
-            x, cache = self._add(x_BTD, attention, self.attention_norm, self.attention_post_norm,
-                                 next(keys), layer.first)
-            if self.cross_norm is not None:
-                x, _ = self._add(x, cross, self.cross_norm, self.cross_post_norm, next(keys))
-            x, routing = self._add(x, mlp, self.mlp_norm, self.mlp_post_norm, next(keys))
+            if self.config.parallel_residual != "none":
+                x, cache, routing = self._add_both(x_BTD, attention, mlp, keys)
+            else:
+                x, cache = self._add(x_BTD, attention, self.attention_norm,
+                                     self.attention_post_norm, next(keys), layer.first)
+                if self.cross_attention is not None:
+                    x, _ = self._add(x, cross, self.cross_norm, self.cross_post_norm, next(keys))
+                x, routing = self._add(x, mlp, self.mlp_norm, self.mlp_post_norm, next(keys))
             x = constrain(x, "batch", stream_axis(x), "act_embed")
             record(state=x)
         return x, cache, LayerOut(routing, recorded)
 
-    def _add(self, x: jax.Array, branch: Callable[[jax.Array], tuple[jax.Array, Any]],
-             norm: Norm, post_norm: Norm | None, key: jax.Array | None,
+    def _add(self, x: jax.Array, branch: Branch,
+             norm: Norm | None, post_norm: Norm | None, key: jax.Array | None,
              norms_stream: jax.Array | None = None) -> tuple[jax.Array, Any]:
         """(x + branch(x) with its norms and dropout, the branch's second result).
 
         norms_stream: bool; where true, the normed x replaces x in the sum.
         """
         if self.config.norm_position == "post":
+            assert norm is not None
             y, out = branch(gather_sequence(x))
             return norm(x + self._branch(y, key)), out
-        y = norm(x)
+        y = x if norm is None else norm(x)
         if norms_stream is not None:
             x = jnp.where(norms_stream, y, x)
         y, out = branch(gather_sequence(y))
         y = y if post_norm is None else post_norm(y)
         return x + self._branch(y, key), out
+
+    def _add_both(self, x: jax.Array, attention: Branch, mlp: Branch,
+                  keys: Iterator[jax.Array | None]) -> tuple[jax.Array, Any, Any]:
+        """(x + attention(x) + mlp(x) with norms and dropout, the branches' second results)."""
+        assert self.attention_norm is not None
+        y = gather_sequence(self.attention_norm(x))
+        z = y if self.mlp_norm is None else gather_sequence(self.mlp_norm(x))
+        (y, cache), (z, routing) = attention(y), mlp(z)
+        return x + self._branch(y, next(keys)) + self._branch(z, next(keys)), cache, routing
 
     def _branch(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
         """A branch's output as it is added to the residual stream."""
@@ -156,13 +171,15 @@ def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Attenti
     # If scores are not divided by sqrt(head_dim) (T5 divides by 1), initial queries are scaled to
     # give scores of the usual size.
     query_init = normal(c.init_std * dims.head_dim ** -0.5 / scale)
-    # Models with LayerNorm norm their queries and keys with RMSNorm.
-    qk_norm = NORMS[c.norm if c.norm.startswith("rms") else "rmsnorm"]
+    # Most models with LayerNorm norm their queries and keys with RMSNorm.
+    auto = c.norm if c.norm.startswith("rms") else "rmsnorm"
+    qk_norm = NORMS[auto if c.qk_norm_kind == "auto" else c.qk_norm_kind]
     config = AttentionConfig(
         c.embed_dim, dims.num_heads, dims.num_kv_heads, dims.head_dim,
         qkv_bias=c.use_bias or c.qkv_bias, out_bias=c.use_bias or c.out_bias,
         scale=scale * attention_multiplier(c),
         softcap=c.attention_softcap,
-        qk_norm=functools.partial(qk_norm, eps=c.norm_eps) if c.qk_norm else None)
+        qk_norm=functools.partial(qk_norm, eps=c.norm_eps) if c.qk_norm else None,
+        qk_norm_over=c.qk_norm_over, clip=c.qkv_clip)
     init = AttentionInit(query_init, normal(c.init_std), residual_init(c.init_std, num_layers))
     return Attention(config, init, rngs)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from lmjax.config import at_least, choice
 from lmjax.errors import UserError
 from lmjax.models.heads import HeadConfig
+from lmjax.nn.attention import QK_NORMS
 from lmjax.nn.layers import MLP_KINDS, NORMS
 from lmjax.nn.moe import MoEConfig
 from lmjax.nn.positions import RopeScaling
@@ -16,15 +17,20 @@ CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {
     "positions": ("rope", "learned", "sinusoidal", "relative", "none"),
     "norm": NORMS,
     "mlp": MLP_KINDS,
-    "norm_position": ("pre", "post", "both"),
+    "norm_position": ("pre", "post", "both", "after"),
+    "parallel_residual": ("none", "one_norm", "own_norms"),
+    "qk_norm_over": QK_NORMS,
+    "qk_norm_kind": ("auto", *NORMS),
     "embedding_norm": ("none", "own", "first"),
     "parametrization": ("standard", "mup", "completep"),
 }
-LAYER_KINDS = ("global", "local")
+# The kinds of layers: local ones have the window, and those of "nope" have no RoPE.
+LAYER_KINDS = ("global", "local", "global_nope", "local_nope")
 NOT_NEGATIVE = (
     "num_kv_heads", "head_dim", "vocab_size", "sliding_window", "attention_softcap",
     "logit_softcap", "dropout", "position_offset", "local_rope_theta", "query_scalar",
-    "embedding_std", "norm_eps", "init_std", "base_embed_dim", "base_num_layers", "base_head_dim")
+    "embedding_std", "norm_eps", "init_std", "qkv_clip", "base_embed_dim", "base_num_layers",
+    "base_head_dim")
 
 
 class Dims(NamedTuple):
@@ -52,11 +58,18 @@ class TransformerConfig:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
     local_rope_theta: float = 0.0  # of local layers, without scaling; 0: like the global layers
+    rotary_fraction: float = 1.0  # the part of each head, its first dimensions, that RoPE rotates
     relative_buckets: int = 32
     relative_distance: int = 128  # all larger distances share the last bucket
-    norm: str = "rmsnorm"  # rmsnorm, rmsnorm_1p (Gemma: 1 + scale), layernorm, layernorm_no_bias
+    # rmsnorm, rmsnorm_1p (Gemma: 1 + scale), layernorm, layernorm_no_bias, layernorm_plain (OLMo:
+    # without parameters)
+    norm: str = "rmsnorm"
     norm_eps: float = 1e-5
-    norm_position: str = "pre"  # pre: before a branch; post: after the sum; both: around a branch
+    # pre: before a branch; post: after the sum; both: around a branch; after: of a branch's output
+    norm_position: str = "pre"
+    # none: the MLP reads the sum that attention added to. Else both read the same residual stream:
+    # own_norms through a norm each (GPT-NeoX), one_norm through the same norm (GPT-J).
+    parallel_residual: str = "none"
     # none; own: a norm of the embeddings; first: the first layer's attention norm also replaces
     # the residual stream by its output (ModernBERT)
     embedding_norm: str = "none"
@@ -69,13 +82,18 @@ class TransformerConfig:
     qkv_bias: bool = False  # in the projections to queries, keys and values
     out_bias: bool = False  # in the output projection of attention
     mlp_bias: bool = False  # in the matrices of the MLP
-    qk_norm: bool = False  # norms each head's queries and keys
+    qk_norm: bool = False  # norms queries and keys
+    # head: each head, all with one scale; each_head: each with its own scale; all_heads: the
+    # features of all heads together
+    qk_norm_over: str = "head"
+    qk_norm_kind: str = "auto"  # like `norm`; auto: `norm` if it is an RMSNorm, else rmsnorm
+    qkv_clip: float = 0.0  # queries, keys and values are clipped to [-qkv_clip, qkv_clip]; 0: off
     query_scalar: float = 0.0  # scores are divided by its square root; 0: head_dim
     # In a local layer a token sees the last `sliding_window` tokens, itself included; in an encoder
     # the window reaches as far ahead. 0: no window.
     sliding_window: int = 0
-    # The kinds of the layers in this order, repeated: "global" or "local", which has the window.
-    # Empty: all layers are local if there is a window, and global if there is none.
+    # The kinds of the layers in this order, repeated: "global" or "local", which has the window, or
+    # either with "_nope", which has no RoPE. Empty: local if there is a window, else global.
     layer_pattern: tuple[str, ...] = ()
     attention_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: off
     logit_softcap: float = 0.0  # the same for logits
@@ -130,6 +148,11 @@ class TransformerConfig:
         if self.positions == "rope" and self.dims.head_dim % 2:
             raise UserError("an even number for rope", self.dims.head_dim, "change it",
                             where="head_dim")
+        if self.positions == "rope" and (not 0 < self.rotary_fraction <= 1 or self.rotary_dim % 2
+                                         or not self.rotary_dim):
+            raise UserError("a part of head_dim with an even number of dimensions, at least 2",
+                            f"{self.rotary_fraction} of {self.dims.head_dim}", "change it",
+                            where="rotary_fraction")
 
     def _check_layers(self) -> None:
         """Refuses switches that no layer can combine."""
@@ -137,15 +160,20 @@ class TransformerConfig:
             if self.moe.experts and getattr(self, key):
                 raise UserError("false with moe.experts", "true", "switch one of them off",
                                 where=key)
-        if "local" in self.layer_pattern and not self.sliding_window:
+        has_local = any(is_local(kind) for kind in self.layer_pattern)
+        if has_local and not self.sliding_window:
             raise UserError("at least 1 for the local layers of layer_pattern", 0, "set it",
                             where="sliding_window")
-        if self.sliding_window and self.layer_pattern and "local" not in self.layer_pattern:
+        if self.sliding_window and self.layer_pattern and not has_local:
             raise UserError(f"a local layer for sliding_window={self.sliding_window}", "none",
                             "add one or set sliding_window=0", where="layer_pattern")
-        if self.embedding_norm == "first" and self.norm_position == "post":
-            raise UserError("none or own with norm_position=post", "first", "change one",
-                            where="embedding_norm")
+        if self.embedding_norm == "first" and (self.norm_position in ("post", "after")
+                                               or self.parallel_residual != "none"):
+            raise UserError("none or own, since the first norm is not before attention alone",
+                            "first", "change one", where="embedding_norm")
+        if self.parallel_residual != "none" and self.norm_position != "pre":
+            raise UserError(f"none with norm_position={self.norm_position}",
+                            self.parallel_residual, "change one", where="parallel_residual")
 
     @property
     def output_softcap(self) -> float:
@@ -158,12 +186,17 @@ class TransformerConfig:
         return Dims(self.num_heads, self.num_kv_heads or self.num_heads,
                     self.head_dim or self.embed_dim // self.num_heads)
 
+    @property
+    def rotary_dim(self) -> int:
+        """The number of dimensions of a head that RoPE rotates."""
+        return int(self.dims.head_dim * self.rotary_fraction)
+
     def kinds(self, num_layers: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """The kinds of layers among the first `num_layers`, and the kind of each layer.
 
         Returns:
-          (kinds, pattern): "global" and "local", each if there are such layers, in the order of
-          their first layer; layer i is of kind kinds[pattern[i % len(pattern)]].
+          (kinds, pattern): those of `LAYER_KINDS` of which there are layers, in the order of their
+          first layer; layer i is of kind kinds[pattern[i % len(pattern)]].
         """
         pattern = self.layer_pattern[:num_layers]
         if not pattern:
@@ -173,4 +206,14 @@ class TransformerConfig:
 
     def window(self, kind: str) -> int:
         """The attention window of layers of this kind, in tokens; 0: none."""
-        return self.sliding_window if kind == "local" else 0
+        return self.sliding_window if is_local(kind) else 0
+
+
+def is_local(kind: str) -> bool:
+    """Whether layers of this kind have the window."""
+    return kind.startswith("local")
+
+
+def is_rotated(kind: str) -> bool:
+    """Whether layers of this kind have RoPE, if the model has it."""
+    return not kind.endswith("nope")

@@ -1,4 +1,4 @@
-"""The decoder: one class for GPT, Llama, Qwen, Mistral and Gemma, which differ only in settings.
+"""The decoder: one class for GPT, Llama, OLMo, Cohere and others, which differ only in settings.
 
 The settings of published models are in `presets`.
 Shape suffixes: B batch, T sequence, D embed_dim, V vocab_size.
@@ -18,6 +18,7 @@ from lmjax.models.config import TransformerConfig
 from lmjax.models.parametrization import logit_multiplier
 from lmjax.models.transformer import TokenInfo, Trunk, embed, task_head, token_table
 from lmjax.nn.kernels.choose import Kernel
+from lmjax.nn.module import param, zeros
 from lmjax.nn.moe import Routing
 
 
@@ -27,6 +28,7 @@ class DecoderConfig(TransformerConfig):
 
     family: str = "decoder"
     logit_divisor: float = 1.0  # divides logits (Granite)
+    output_bias: bool = False  # of the logits (GPT-J)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +52,8 @@ class Decoder(Trunk):
         self.task_head = task_head(config, rngs)
         tied = config.tie_embeddings or self.task_head is not None
         self.head = None if tied else token_table(config, rngs)
+        self.head_bias = (param(rngs, zeros, (config.vocab_size,), ("norm",))
+                          if config.output_bias and self.task_head is None else None)
 
     def states(self, batch: Mapping[str, jax.Array], dtype: Any,
                key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
@@ -92,4 +96,5 @@ class Decoder(Trunk):
         """The table (V, D) that scores the vocabulary, and the bias (V,) of the scores, if any."""
         if self.task_head is not None:
             return self.task_head.unembedding
-        return (self.head or self.embedding).table[...], None
+        bias = None if self.head_bias is None else self.head_bias[...]
+        return (self.head or self.embedding).table[...], bias

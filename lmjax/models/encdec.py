@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.config import at_least, choice
+from lmjax.errors import UserError
 from lmjax.models.cache import Cache, Source
 from lmjax.models.config import TransformerConfig
 from lmjax.models.parametrization import logit_multiplier
@@ -38,6 +39,9 @@ class EncDecConfig(TransformerConfig):
         super().__post_init__()
         choice("family", self.family, ("encdec",))
         at_least(0, num_encoder_layers=self.num_encoder_layers)
+        if self.parallel_residual != "none":
+            raise UserError("none, since layers also attend to the encoder",
+                            self.parallel_residual, "change it", where="parallel_residual")
 
 
 class EncDec(nnx.Module):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from lmjax.models.block import Block, PerLayer, Shared
 from lmjax.models.cache import Source
-from lmjax.models.config import TransformerConfig
+from lmjax.models.config import TransformerConfig, is_local, is_rotated
 from lmjax.models.heads import Head
 from lmjax.models.parametrization import embedding_multiplier
 from lmjax.nn.attention import CacheUpdate, KVCache
@@ -149,11 +149,11 @@ class Trunk(nnx.Module):
 
     def _rotation(self, kind: str, positions_BT: jax.Array) -> Rotation | None:
         c = self.config
-        if c.positions != "rope":
+        if c.positions != "rope" or not is_rotated(kind):
             return None
-        if kind == "local" and c.local_rope_theta:
-            return rope_rotation(positions_BT, c.dims.head_dim, c.local_rope_theta)
-        return rope_rotation(positions_BT, c.dims.head_dim, c.rope_theta, c.rope_scaling)
+        if is_local(kind) and c.local_rope_theta:
+            return rope_rotation(positions_BT, c.rotary_dim, c.local_rope_theta)
+        return rope_rotation(positions_BT, c.rotary_dim, c.rope_theta, c.rope_scaling)
 
     def _bias(self, positions_BT: jax.Array, kv_positions_BS: jax.Array) -> jax.Array | None:
         """float32 [B, H, T, S], added to the attention scores."""

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.nn.kernels.choose import KERNELS, Kernel, attend
 from lmjax.nn.kv_cache import CacheArray, like
-from lmjax.nn.layers import Dense
+from lmjax.nn.layers import Dense, Norm
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import Initializer
 from lmjax.nn.ops import gradient_barrier
@@ -23,6 +23,9 @@ from lmjax.nn.positions import Rotation, apply_rope
 from lmjax.nn.recorded import record
 from lmjax.nn.sequence import scatter_sequence
 from lmjax.sharding import constrain
+
+# What a norm of queries and keys norms together: see `TransformerConfig.qk_norm_over`.
+QK_NORMS = ("head", "each_head", "all_heads")
 
 
 class KVCache(NamedTuple):
@@ -104,8 +107,11 @@ class AttentionConfig:
     out_bias: bool  # whether the output projection has one
     scale: float  # multiplies the scores
     softcap: float  # of the scores; 0: none
-    # Makes the norms of queries and keys, called with (head_dim, rngs=); None: there are none.
-    qk_norm: Callable[..., nnx.Module] | None
+    # Makes the norms of queries and keys, called with the scale's shape and rngs=; None: there are
+    # none.
+    qk_norm: Callable[..., Norm] | None
+    qk_norm_over: str = "head"  # of `QK_NORMS`
+    clip: float = 0.0  # queries, keys and values are clipped to [-clip, clip]; 0: they are not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +128,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: AttentionConfig, init: AttentionInit, rngs: nnx.Rngs):
         c = config
-        self.scale, self.softcap = c.scale, c.softcap
+        self.scale, self.softcap, self.clip = c.scale, c.softcap, c.clip
         into, heads = (c.embed_dim,), (c.num_heads, c.head_dim)
         kv_heads, kv_axes = (c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim")
         self.query = Dense(into, heads, ("embed", "heads", "head_dim"), use_bias=c.qkv_bias,
@@ -133,8 +139,14 @@ class Attention(nnx.Module):
                            rngs=rngs)
         self.out = Dense(heads, into, ("heads", "head_dim", "embed"), use_bias=c.out_bias,
                          init=init.out, rngs=rngs)
-        self.query_norm = c.qk_norm(c.head_dim, rngs=rngs) if c.qk_norm else None
-        self.key_norm = c.qk_norm(c.head_dim, rngs=rngs) if c.qk_norm else None
+        self.over_all_heads = c.qk_norm_over == "all_heads"
+
+        def norm(num_heads: int) -> Norm | None:
+            shapes = {"head": (c.head_dim,), "each_head": (num_heads, c.head_dim),
+                      "all_heads": (num_heads * c.head_dim,)}
+            return c.qk_norm(*shapes[c.qk_norm_over], rngs=rngs) if c.qk_norm else None
+
+        self.query_norm, self.key_norm = norm(c.num_heads), norm(c.num_kv_heads)
 
     def __call__(self, x_BTD: jax.Array, mask: AttentionMask, rotation: Rotation | None = None,
                  bias_BHTS: jax.Array | None = None, cache: KVCache | None = None,
@@ -160,8 +172,8 @@ class Attention(nnx.Module):
     def keys_values(self, x_BSD: jax.Array, rotation: Rotation | None = None,
                     kernel: Kernel = KERNELS["xla"]) -> tuple[jax.Array, jax.Array]:
         """Keys and values of x, [B, G, S, K], placed on the mesh as `kernel` wants them."""
-        k, v = self.key(x_BSD), self.value(x_BSD)
-        k = k if self.key_norm is None else self.key_norm(k)
+        k, v = self._clipped(self.key(x_BSD)), self._clipped(self.value(x_BSD))
+        k = self._normed(k, self.key_norm)
         k = k if rotation is None else apply_rope(k, rotation)
         k, v = (constrain(x, "batch", kernel.keys, "act_kv_heads", None) for x in (k, v))
         return (checkpoint_name(k, "key").swapaxes(1, 2),
@@ -171,8 +183,7 @@ class Attention(nnx.Module):
                rotation: Rotation | None = None, bias_BHTS: jax.Array | None = None, *,
                kernel: Kernel) -> jax.Array:
         """Attention from x to the given keys and values, [B, T, D]."""
-        q = self.query(x_BTD)
-        q = q if self.query_norm is None else self.query_norm(q)
+        q = self._normed(self._clipped(self.query(x_BTD)), self.query_norm)
         q = q if rotation is None else apply_rope(q, rotation)
         q = checkpoint_name(constrain(q, "batch", "seq", "act_heads", None), "query")
         record(query=q)
@@ -181,3 +192,13 @@ class Attention(nnx.Module):
                    kernel=kernel)
         y = constrain(gradient_barrier(y), "batch", "seq", "act_heads", None)
         return checkpoint_name(scatter_sequence(self.out(y)), "out")
+
+    def _normed(self, x_BTHK: jax.Array, norm: Norm | None) -> jax.Array:
+        if norm is None:
+            return x_BTHK
+        if self.over_all_heads:
+            return norm(x_BTHK.reshape(*x_BTHK.shape[:2], -1)).reshape(x_BTHK.shape)
+        return norm(x_BTHK)
+
+    def _clipped(self, x_BTHK: jax.Array) -> jax.Array:
+        return jnp.clip(x_BTHK, -self.clip, self.clip) if self.clip else x_BTHK

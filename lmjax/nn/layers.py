@@ -106,12 +106,13 @@ _rows.defvjp(lambda num, table, ids: (_rows(num, table, ids), ids), _rows_backwa
 class RMSNorm(nnx.Module):
     """x / rms(x) * (offset + scale) over the last dimension, in float32.
 
-    Zhang and Sennrich 2019, arXiv:1910.07467.
+    Zhang and Sennrich 2019, arXiv:1910.07467. `shape` is that of the scale: the last dimensions of
+    x, of which only the last one is normed.
     """
 
-    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs, offset: float = 0.0):
+    def __init__(self, *shape: int, eps: float, rngs: nnx.Rngs, offset: float = 0.0):
         self.eps, self.offset = eps, offset
-        self.scale = param(rngs, zeros if offset else ones, (dim,), ("norm",))
+        self.scale = param(rngs, zeros if offset else ones, shape, ("norm",) * len(shape))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, along_last(self.scale[...] + self.offset, x.ndim), self.eps)
@@ -120,19 +121,21 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """(x - mean) / std * scale + bias over the last dimension, in float32.
 
-    Ba et al. 2016, arXiv:1607.06450.
+    Ba et al. 2016, arXiv:1607.06450. `shape` is that of the scale, as in `RMSNorm`.
     """
 
-    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs, use_bias: bool = True):
-        self.eps = eps
-        self.scale = param(rngs, ones, (dim,), ("norm",))
-        self.bias = param(rngs, zeros, (dim,), ("norm",)) if use_bias else None
+    def __init__(self, *shape: int, eps: float, rngs: nnx.Rngs, use_scale: bool = True,
+                 use_bias: bool = True):
+        self.eps, axes = eps, ("norm",) * len(shape)
+        self.scale = param(rngs, ones, shape, axes) if use_scale else None
+        self.bias = param(rngs, zeros, shape, axes) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        y = x32 * inverse * along_last(self.scale[...], x.ndim)
+        y = x32 * inverse
+        y = y if self.scale is None else y * along_last(self.scale[...], x.ndim)
         y = y if self.bias is None else y + along_last(self.bias[...], x.ndim)
         return y.astype(x.dtype)
 
@@ -144,6 +147,7 @@ NORMS: dict[str, Callable[..., Norm]] = {
     "rmsnorm_1p": functools.partial(RMSNorm, offset=1.0),
     "layernorm": LayerNorm,
     "layernorm_no_bias": functools.partial(LayerNorm, use_bias=False),
+    "layernorm_plain": functools.partial(LayerNorm, use_scale=False, use_bias=False),
 }
 
 

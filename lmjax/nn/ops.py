@@ -189,7 +189,7 @@ def _rms_backward(saved: tuple[jax.Array, ...],
     x32, g32 = x.astype(jnp.float32), g.astype(jnp.float32)
     gs = g32 * scale
     along = jnp.sum(gs * x32, axis=-1, keepdims=True) * (inverse**3 / x.shape[-1])
-    rows = tuple(range(x.ndim - 1))
+    rows = tuple(i for i in range(x.ndim - 1) if scale.shape[i] == 1)
     d_scale = jnp.sum(g32 * x32 * inverse, axis=rows, keepdims=True)
     return (gs * inverse - x32 * along).astype(x.dtype), d_scale, None
 

@@ -19,7 +19,7 @@ from lmjax.config import at_least, choice
 from lmjax.errors import UserError
 from lmjax.sharding import platform
 
-# cos and sin of the rotary angles, each float32 [B, T, head_dim / 2]
+# cos and sin of the rotary angles, each float32 [B, T, rotary_dim / 2]
 Rotation = tuple[jax.Array, jax.Array]
 
 
@@ -120,7 +120,14 @@ def rope_rotation(positions_BT: jax.Array, head_dim: int, theta: float,
 
 
 def apply_rope(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i + head_dim/2}) of every head, in float32."""
+    """Rotates the pairs (x_i, x_{i + rotary_dim/2}) of every head, in float32.
+
+    The dimensions after the first `rotary_dim`, twice as many as `rotation` has, stay as they are.
+    """
+    rotary_dim = 2 * rotation[0].shape[-1]
+    if rotary_dim < x_BTHK.shape[-1]:
+        turned, kept = jnp.split(x_BTHK, [rotary_dim], axis=-1)
+        return jnp.concatenate([apply_rope(turned, rotation), kept], axis=-1)
     cos, sin = (r[:, :, None, :] for r in rotation)
     if platform() == "tpu":
         cos, sin = (jnp.concatenate([r, r], axis=-1) for r in (cos, sin))

@@ -1,0 +1,227 @@
+"""Decoders with random weights against transformers: logits, gradients, decoding and round trips.
+
+Rows are padded, of different lengths, and packed. Gradients are compared under their names, as an
+export would write them.
+"""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed, so nothing is compared with "
+                            "it: pip install lmjax[oracle]")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed, so "
+                                   "nothing is compared with it: pip install lmjax[oracle]")
+
+from config_fuzz import filled, save, theirs  # noqa: E402
+from config_values import BASES, V  # noqa: E402
+
+from lmjax import huggingface  # noqa: E402
+from lmjax.huggingface.model_types import MODEL_TYPES  # noqa: E402
+from lmjax.huggingface.settings import write_settings  # noqa: E402
+from lmjax.huggingface.stored import rows_for  # noqa: E402
+from lmjax.huggingface.weights import tensor_getter, tensor_shapes  # noqa: E402
+from lmjax.models.model import build_model  # noqa: E402
+from lmjax.sharding import MeshConfig, make_layout, use_layout  # noqa: E402
+from lmjax.tasks.losses import next_token_loss  # noqa: E402
+
+T, LENGTHS = 14, (8, 6)  # of the documents, which are a padded row each, and one row together
+MORE = 6  # tokens that are generated
+# Name -> (model type, changes of its base). Without one: the base itself.
+VARIANTS = {
+    "stablelm-plain": ("stablelm", dict(use_parallel_residual=False, qk_layernorm=False)),
+    "neox-in-turn": ("gpt_neox", dict(use_parallel_residual=False, rotary_pct=1.0)),
+    "phi-normed": ("phi", dict(qk_layernorm=True)),
+    "falcon-7b": ("falcon", dict(new_decoder_architecture=False, num_kv_heads=None)),
+    "falcon-11b": ("falcon", dict(num_ln_in_parallel_attn=1)),
+    "falcon-old": ("falcon", dict(new_decoder_architecture=False, multi_query=False, bias=True,
+                                  num_kv_heads=4, parallel_attn=False)),
+    "opt-post": ("opt", dict(do_layer_norm_before=False)),
+    "smollm3-window": ("smollm3", dict(use_sliding_window=True, sliding_window=4)),
+    "cohere-plain": ("cohere", dict(use_qk_norm=False, attention_bias=True)),
+    "phi3-partial": ("phi3", dict(partial_rotary_factor=0.5))}
+NAMES = ("olmo", "olmo2", "olmo3", "smollm3", "ministral", "starcoder2", "stablelm", "cohere",
+         "cohere2", "glm", "glm4", "gpt_neox", "gptj", "phi", "falcon", "opt", *VARIANTS)
+PATTERNS = ("olmo3", "smollm3", "smollm3-window", "cohere2", "ministral")  # layers of two kinds
+
+
+def cases(*fast):
+    """All names, of which only these run where every second counts."""
+    return pytest.mark.parametrize("name", [
+        pytest.param(name, marks=pytest.mark.long if name in fast else pytest.mark.slow)
+        for name in NAMES])
+
+
+def settings_of(name):
+    model_type, changes = VARIANTS.get(name, (name, {}))
+    layers = {} if name in PATTERNS or model_type == "gptj" else {"num_hidden_layers": 2}
+    return {**BASES[model_type], **changes, **layers, "model_type": model_type}
+
+
+@functools.cache
+def batch_of():
+    """Two documents as padded rows, and both in one row, whose loss does not count."""
+    tokens = np.random.default_rng(0).integers(5, V, (2, T + 1), dtype=np.int32)
+    at = np.arange(T, dtype=np.int32)
+    real = (at < np.array(LENGTHS)[:, None]).astype(np.int32)
+    first, second = (tokens[i, :n] for i, n in enumerate(LENGTHS))
+    return {
+        "tokens": np.stack([*(tokens[:, :T] * real), np.concatenate([first, second])]),
+        "targets": np.concatenate([tokens[:, 1:], tokens[:1, 1:]]),
+        "segment_ids": np.stack([*real, 1 + (at >= LENGTHS[0])]).astype(np.int32),
+        "positions": np.stack([at, at, np.concatenate([np.arange(n) for n in LENGTHS])]).astype(
+            np.int32),
+        "loss_mask": np.concatenate([real, 0 * real[:1]]).astype(np.float32)}
+
+
+@functools.cache
+def oracle(name):
+    """(their model with random weights, its tensors)."""
+    model_type = MODEL_TYPES[settings_of(name)["model_type"]]
+    cls = getattr(transformers, model_type.architecture)
+    config = cls.config_class.from_dict(json.loads(json.dumps(settings_of(name))))
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = cls(config).float().eval()
+    return model, filled(model)
+
+
+@functools.cache
+def ours(name):
+    """(model, parameters, rows of the table) of their tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder), settings_of(name), oracle(name)[1])
+        found = huggingface.read_directory(Path(folder))
+        model = build_model(found.config, vocab_size=0, platform="cpu", dtype=jnp.float32)
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        params = huggingface.read_params(found, model,
+                                         jax.tree.map(lambda x: sharding, model.shapes))
+    return model, params, rows_for(MODEL_TYPES[settings_of(name)["model_type"]], model.config)
+
+
+def logits_and_gradients(model):
+    loss_fn = next_token_loss(model)
+
+    def run(params, batch):
+        def mean(params):
+            sums = loss_fn(params, batch, None)
+            return sums.total / sums.weight
+
+        return model.logits(params, batch), *jax.value_and_grad(mean)(params)
+
+    return run
+
+
+@functools.cache
+def computed(name):
+    """Our (logits, loss, gradients)."""
+    model, params, _ = ours(name)
+    return jax.jit(logits_and_gradients(model))(params, batch_of())
+
+
+@cases("olmo2", "cohere", "gpt_neox")
+def test_logits_loss_and_gradients_are_those_of_transformers(name):
+    theirs_, _ = oracle(name)
+    batch = {key: torch.tensor(value[:2]) for key, value in batch_of().items()}
+    expected = theirs_(batch["tokens"].long(), attention_mask=batch["segment_ids"]).logits
+    nats = torch.nn.functional.cross_entropy(
+        expected.flatten(0, 1), batch["targets"].long().flatten(), reduction="none")
+    loss = (nats * batch["loss_mask"].flatten()).sum() / batch["loss_mask"].sum()
+    theirs_.zero_grad()
+    loss.backward()
+    got, our_loss, grads = computed(name)
+    expected, got = expected.detach().numpy(), np.asarray(got)
+    scale, start = np.abs(expected).max(), 0
+    for i, n in enumerate(LENGTHS):
+        for row in (got[i, :n], got[2, start:start + n]):  # padded and packed
+            np.testing.assert_allclose(row, expected[i, :n], atol=2e-5 * scale, rtol=0)
+        start += n
+    assert float(our_loss) == pytest.approx(loss.item(), rel=1e-5)
+    table = ours(name)[2]
+    get = tensor_getter(grads, table)
+    wanted = {key.replace("lm_head.weight", head_name(table)): p.grad.numpy()
+              for key, p in theirs_.named_parameters() if p.grad is not None}
+    shapes = tensor_shapes(grads, table)
+    assert shapes.keys() == wanted.keys()
+    largest = max(np.abs(g).max() for g in wanted.values())
+    for key, grad in wanted.items():
+        # A key's bias shifts all scores of a query alike: its gradient is 0 but for rounding.
+        has_keys = "bias" in key and any(part in key for part in ("k_proj", "query_key_value"))
+        size = largest if has_keys else np.abs(grad).max()
+        np.testing.assert_allclose(get(key), grad, atol=1e-4 * size, rtol=0, err_msg=key)
+
+
+def head_name(table):
+    return table["head/table"].theirs
+
+
+@cases("cohere", "smollm3")
+def test_greedy_decoding_of_a_ragged_batch_gives_their_tokens(name):
+    model, params, _ = ours(name)
+    tokens = batch_of()["tokens"]
+    expected = [oracle(name)[0].generate(
+        torch.tensor(tokens[i:i + 1, :n]).long(), do_sample=False, max_new_tokens=MORE,
+        eos_token_id=None, pad_token_id=0)[0, n:].numpy() for i, n in enumerate(LENGTHS)]
+    at = jnp.asarray(LENGTHS, jnp.int32) - 1
+
+    @jax.jit
+    def run(params, prompt):
+        cache = model.init_cache(2, LENGTHS[0] + MORE)
+        logits, cache = model.step(params, prompt, cache, at)
+
+        def one(carry, _):
+            cache, last = carry
+            logits, cache = model.step(params, last[:, None], cache)
+            return (cache, jnp.argmax(logits, -1)), last
+
+        last = jnp.argmax(logits, -1)
+        return jax.lax.scan(one, (cache, last), length=MORE)[1].T
+
+    np.testing.assert_array_equal(run(params, tokens[:2, :LENGTHS[0]]), np.stack(expected))
+
+
+@cases("olmo2", "cohere", "gpt_neox", "falcon", "gptj", "stablelm")
+def test_a_round_trip_is_bit_exact(name):
+    """Tensors come back as they were, and transformers computes the same with our config.json."""
+    model, params, table = ours(name)
+    tensors, logits = theirs(settings_of(name))
+    written = write_settings(model.config, settings_of(name)["model_type"])
+    np.testing.assert_array_equal(theirs({**written, "pad_token_id": 0})[1], logits)
+    get = tensor_getter(params, table)
+    assert tensor_shapes(params, table).keys() == tensors.keys()
+    for key, tensor in oracle(name)[1].items():
+        np.testing.assert_array_equal(get(key), tensor, err_msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), dict(data=2, stage=2, tensor=2)],
+                         ids=["sharded", "stages"])
+def test_a_mesh_computes_what_one_device_does(name, mesh):
+    model, params, _ = ours(name)
+    if "stage" in mesh and (model.config.num_layers % 2 or model.config.layer_pattern):
+        pytest.skip("its layers do not divide into two stages")
+    batch = {key: np.concatenate([value, value[:1]]) for key, value in batch_of().items()}
+    batch["loss_mask"][3] = 0
+    layout = make_layout(MeshConfig(**mesh))
+    placed = jax.device_put(params, layout.tree(model.axes, model.shapes))
+
+    @jax.jit
+    def run(params, batch):
+        with use_layout(layout):
+            return logits_and_gradients(model)(params, batch)
+
+    logits, loss, grads = run(placed, batch)
+    one_logits, one_loss, one_grads = computed(name)
+    np.testing.assert_allclose(logits[:3], one_logits, rtol=0,
+                               atol=2e-5 * np.abs(one_logits).max())
+    assert float(loss) == pytest.approx(float(one_loss), rel=1e-5)
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(one_grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest), grads,
+                 one_grads)
