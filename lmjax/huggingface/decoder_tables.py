@@ -7,7 +7,7 @@ from lmjax.models.decoder import DecoderConfig
 MLP_FUSED: Table = {path: row for path, row in PHI3_TABLE.items()
                     if path.startswith(f"{BLOCK}mlp/")}
 OLMO2_TABLE = joined(
-    LLAMA_TABLE,
+    {path: row for path, row in LLAMA_TABLE.items() if "mlp_norm" not in path},
     both(f"{BLOCK}attention_post_norm", f"{LAYER}.post_attention_layernorm"),
     both(f"{BLOCK}mlp_post_norm", f"{LAYER}.post_feedforward_layernorm"))
 STARCODER2_TABLE = joined(

@@ -22,6 +22,8 @@ def in_order(rows: Mapping[str, Stored], model_type: ModelType,
         return out
     heads = (config.dims.num_heads, config.dims.num_kv_heads, config.dims.num_kv_heads)
     for part, num_heads in zip(PARTS, heads, strict=True):
+        if part == "value" and not model_type.grouped:
+            continue
         dims = np.arange(config.dims.head_dim)
         if model_type.interleaved and part != "value":
             dims = _paired(config.dims.head_dim, config.rotary_dim)

@@ -49,6 +49,9 @@ def _by_module(config: ModelConfig) -> dict[str, float]:
     """
     embeddings, logits = embedding_multiplier(config), logit_multiplier(config)
     query = "attention/query_norm" if config.qk_norm else "attention/query"
+    if config.qkv_clip and not config.qk_norm and attention_multiplier(config) != 1.0:
+        raise UserError("queries that are not clipped", f"qkv_clip={config.qkv_clip}",
+                        "keep lmjax's own checkpoint", where="config.model.parametrization")
     scales = {query: attention_multiplier(config), "embedding": embeddings}
     if config.head.outputs:  # it has no multiplier
         return scales
@@ -56,7 +59,8 @@ def _by_module(config: ModelConfig) -> dict[str, float]:
         return scales | {"head": logits}
     if config.family == "encoder" and getattr(config, "mlm_head", False):
         last = "transform_norm"
-    elif config.norm_position != "post" and config.family != "encoder":
+    elif (config.norm_position != "post" and config.family != "encoder"
+          and config.norm != "layernorm_plain"):
         last = "decoder/norm" if config.family == "encdec" else "norm"
     else:
         raise UserError("a norm before the unembedding, whose scale takes the multiplier of the "
@@ -86,7 +90,7 @@ def _scaled(leaf: jax.Array, path: str, scales: dict[str, float],
 
 def _ends_branch(module: str, config: ModelConfig) -> bool:
     """Whether a module of a layer is the last one of a residual branch."""
-    if config.norm_position == "both":
+    if config.norm_position in ("both", "after"):
         return module.endswith("_post_norm")
     return module == "attention/out" or (module.startswith("mlp/") and module.endswith("down"))
 

@@ -47,8 +47,7 @@ CASES = [
     ("phi3", {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config",
                            "AutoModelForCausalLM": "a/b--modeling_phi3.Phi3ForCausalLM"}}, "agree"),
     ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Other"}}, "refused"),
-    ("phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-     "refused"),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "agree"),
     ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.5] * 4,
                                "long_factor": [2.0] * 4}}, "refused"),
     ("t5", {"scale_decoder_outputs": None}, "agree"), ("llama", {"rms_norm_eps": 0.0}, "refused"),
@@ -111,7 +110,8 @@ def test_the_defaults_are_those_of_the_class(name):
     model_type = MODEL_TYPES[name]
     theirs = getattr(transformers, model_type.architecture).config_class()
     derived = {"head_dim", "num_decoder_layers", "num_key_value_heads", "scale_decoder_outputs",
-               "decoder_vocab_size", "rope_scaling"}  # null in the class, until it is filled in
+               "decoder_vocab_size", "rope_scaling", "ffn_hidden_size",
+               "word_embed_proj_dim"}  # null in the class, until it is filled in
     for row in model_type.settings:
         if hasattr(theirs, row.theirs) and row.theirs not in derived:
             value = getattr(theirs, row.theirs)

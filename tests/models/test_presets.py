@@ -69,6 +69,14 @@ def test_a_family_picks_its_config_and_refuses_the_keys_of_others():
      "config.model.family: expected one of decoder, encoder, encdec, got 'bert'"),
     ({"model": {"family": "encoder"}, "sample": {"every": 1}},
      "config.sample.every: expected 0, .* for the family encoder"),
+    ({"model": {"parallel_residual": "one_norm", "norm_position": "after"}},
+     "config.model.parallel_residual: expected none with norm_position=after, got one_norm"),
+    ({"model": {"family": "encdec", "parallel_residual": "own_norms"}},
+     "config.model.parallel_residual: expected none, .*got own_norms"),
+    ({"model": {"rotary_fraction": 0.2, "head_dim": 16, "num_heads": 4}},
+     "config.model.rotary_fraction: expected a part of head_dim with an even number .*got 0.2 of"),
+    ({"model": {"layer_pattern": ["local_nope"]}}, "config.model.sliding_window: expected at leas"),
+    ({"model": {"qk_norm_over": "heads"}}, "config.model.qk_norm_over: expected one of head, "),
     ({"model": {"preset": "llama3-9b"}},
      "config.model.preset: .*got 'llama3-9b'; nearest: llama3-8b")])
 def test_refusals(keys, refusal):

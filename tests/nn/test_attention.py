@@ -46,6 +46,15 @@ def test_the_mask_is_the_rule(causal, window):
 # --- positions
 
 
+def test_a_rotation_of_a_part_of_each_head_leaves_the_rest():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 16))
+    rotation = rope_rotation(jnp.arange(3)[None], 6, 100.0)
+    turned = apply_rope(x, rotation)
+    np.testing.assert_array_equal(turned[..., 6:], x[..., 6:])
+    np.testing.assert_array_equal(turned[..., :6], apply_rope(x[..., :6], rotation))
+    assert float(jnp.abs(turned - x)[0, 1:, :, :6].min()) > 0
+
+
 def test_rope_depends_on_distance_alone():
     """<R_m q, R_n k> is a function of m - n, and rotation keeps the norm."""
     q, k = (jax.random.normal(key, (1, 1, 1, 16)) for key in jax.random.split(jax.random.key(0)))
