@@ -218,8 +218,7 @@ def write_directory(out: Path, model: Model, params: Params, reader: Reader | No
     if model is not trained:
         _check_equal("the folded weights", _logits(trained, weights), _logits(model, params))
         log(f"the multipliers of {trained.config.parametrization} are folded into the weights")
-    counted = model.config.position_offset and model.config.family == "encoder"
-    if reader is not None and not source["settings"] and counted:
+    if reader is not None and not source["settings"] and model.config.position_offset:
         model, params = _counted_from(pad_of(reader.names.tokenizer), model, params)
     config = model.config
     if config.positions in ("rope", "sinusoidal"):
@@ -256,7 +255,7 @@ def _counted_from(pad: int, model: Model, params: Params) -> tuple[Model, Params
     """The same model with the row of position 0 after row `pad`, as RoBERTa counts positions."""
     config, table = model.config, params["positions"]["table"]
     more = pad + 1 - config.position_offset
-    if pad >= config.max_positions or not more:
+    if pad >= config.max_positions or not more or config.family != "encoder":  # not OPT
         return model, params
     table = jnp.pad(table, ((more, 0), (0, 0))) if more > 0 else table[-more:]
     config = dataclasses.replace(config, position_offset=pad + 1)
