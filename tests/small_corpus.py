@@ -37,3 +37,29 @@ def contents(directory):
              for path in sorted(directory.rglob("*")) if path.is_file()}
     return {name: path.read_bytes() for name, path in files.items()
             if "receipt" not in name and name != "data_report.html"}
+
+
+def name_of_word(number):
+    """A word of three syllables, different for every number below 274,625."""
+    return "".join("bcdfgklmnprst"[part % 13] + "aeiou"[part // 13]
+                   for part in (number % 65, number // 65 % 65, number // 65**2))
+
+
+def sentences(count, seed, words=400):
+    """Texts in which each word has its own few followers, always the same ones; 30 to 90 words."""
+    grammar, rng = random.Random(f"grammar {words}"), random.Random(seed)
+    followers = [[grammar.randrange(words) for _ in range(4)] for _ in range(words)]
+    texts = []
+    for _ in range(count):
+        word, text = rng.randrange(words), []
+        for _ in range(rng.randint(30, 90)):
+            text.append(name_of_word(word))
+            word = rng.choice(followers[word])
+        texts.append(" ".join(text))
+    return texts
+
+
+def shuffled(texts):
+    """The same texts with the words of each in another order."""
+    rng = random.Random(0)
+    return [" ".join(rng.sample(words := text.split(), len(words))) for text in texts]

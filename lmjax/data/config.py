@@ -55,6 +55,19 @@ class DedupConfig:
 
 
 @dataclass(frozen=True)
+class QualityConfig:
+    """A filter that is learnt from examples of good text; what is unlike them is removed."""
+
+    good: tuple[SourceConfig, ...] = ()  # the examples, 100 or more; () switches the step off
+    only: tuple[str, ...] = ()           # names of the sources that are judged; () judges all
+    lost: float = 0.01                   # share of text as good as the examples that may be removed
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lost < 1:
+            raise UserError("a share in (0, 1)", self.lost, "use e.g. 0.01", where="lost")
+
+
+@dataclass(frozen=True)
 class CurateConfig:
     """Which documents of a corpus stay, beyond `data.clean` and `data.min_chars`.
 
@@ -67,6 +80,7 @@ class CurateConfig:
     gopher_repetition: GopherRepetition | None = None
     c4: C4 | None = None
     fineweb: FineWeb | None = None
+    quality: QualityConfig = field(default_factory=QualityConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     workers: int = 0                 # processes; 0: one per core
@@ -142,6 +156,9 @@ class DataConfig:
                  seed=self.seed)
         for rule in self.clean:
             choice("clean", rule, CLEANING_RULES)
+        names = [source.name for source in self.sources]
+        for name in self.curate.quality.only:
+            choice("curate.quality.only", name, names)
         if not 0 < self.heldout_fraction < 1:
             raise UserError("a share in (0, 1)", self.heldout_fraction, "use e.g. 0.02",
                             where="heldout_fraction")

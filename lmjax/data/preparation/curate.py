@@ -162,7 +162,7 @@ class Findings:
     """The files in which earlier stages say what `finish_shard` has to remove.
 
     removed: per rule, an .npy of the documents to remove: uint64 [2 or 3, n], (document, the one
-      that stays, the bits of their float64 similarity).
+      that stays or itself, the bits of their float64 similarity or of its float64 score).
     cuts: for `windows` and `lines`, if they are on, an .npy of places to cut (`repeats.repeats`).
     index: the folder of the index of the evaluation sets; "" if there are none.
     """
@@ -201,8 +201,9 @@ def finish_shard(part: Shard, config: CurateConfig, min_chars: int, findings: Fi
         rule = next((rule for rule, rows in gone.items() if number in rows), None)
         if rule:
             by, *bits = gone[rule][number]
-            similarity = float(np.array(bits, np.uint64).view(np.float64)[0]) if bits else 1.0
-            tally.remove(rule, name, text, by=name_of(int(by)), value=similarity)
+            value = float(np.array(bits, np.uint64).view(np.float64)[0]) if bits else 1.0
+            stays = name_of(int(by)) if by != number else ""
+            tally.remove(rule, name, text, by=stays, value=value)
             continue
         after = _cut(name, text, number, places, config.dedup, tally)
         if after is not text and len(after.strip()) < max(min_chars, 1):

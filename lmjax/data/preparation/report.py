@@ -42,8 +42,8 @@ def write_data_report(config: DataConfig, made: Prepared, entries: dict[str, Any
       the path of the page.
     """
     cards = (_head(config, made, entries), _funnel(made), _lengths(made), _rules(made),
-             _languages(made), _stages(made), _sources(entries), _fertility(made), _clusters(made),
-             _contamination(made, found), _examples(made))
+             _quality(made), _languages(made), _stages(made), _sources(entries), _fertility(made),
+             _clusters(made), _contamination(made, found), _examples(made))
     path = os.path.join(folder, "data_report.html")
     with open(path, "w", encoding="utf-8") as out:
         out.write(page("Data report", "".join(cards)))
@@ -94,6 +94,23 @@ def _rules(made: Prepared) -> str:
         body += "<h3>Changed, and kept</h3>" + table(["rule", "documents"], counts)
     return card("Removed, by rule", body, "A document counts for the first rule that it broke.",
                 wide=True)
+
+
+def _quality(made: Prepared) -> str:
+    """Documents by their score, all and kept."""
+    if "quality" not in made.removed:
+        return ""
+    facts = made.removed["quality"].facts
+    count, edge = map(np.array, facts["scores"])
+    # The threshold lies within a bar: what the bars above it do not hold was removed from this one.
+    kept, left = count.copy(), facts["removed"]
+    for i in range(len(kept)):
+        kept[i] -= (taken := min(left, int(kept[i])))
+        left -= taken
+    note = (f"Documents by score, all (grey) and kept (blue). Below {facts['threshold']:.2f} lie "
+            f"{facts['removed']:,}, which are unlike the {facts['examples']:,} examples.")
+    labels = [f"{x:.1f}" for x in edge[:-1]]
+    return card("Likeness to the examples", _histogram(labels, count, kept), note)
 
 
 def _lengths(made: Prepared) -> str:
@@ -189,6 +206,8 @@ def _document(parts: Sequence[Shard], number: int) -> tuple[str, str]:
 def _clusters(made: Prepared) -> str:
     parts, body = made.cleaned.parts, ""
     for rule, stage in made.removed.items():
+        if rule == "quality":
+            continue
         rows = np.load(stage.path("removed.npy"), mmap_mode="r")
         kept, sizes = np.unique(rows[1], return_counts=True)
         top = np.lexsort((kept, -sizes))[:CLUSTERS]

@@ -34,10 +34,11 @@ STAGE_NAMES = {name: f"{number}-{name}" for number, name in enumerate((
     "near",       # finds nearly equal documents
     "cuts",       # finds repeated windows of words and repeated lines
     "evals",      # indexes the evaluation sets
-    "finish",     # removes and cuts what the four stages before it found
+    "finish",     # removes and cuts what the five stages before it found
     "tokenizer",  # trains or reads the tokenizer
     "tokens",     # tokenises the documents and counts what does not come back
 ), start=1)}
+STAGE_NAMES["quality"] = "2-quality"  # finds documents that are unlike examples of good text
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Prepared:
     ingested: Corpus
     cleaned: Corpus
     finished: Corpus
-    removed: dict[str, Stage]  # `exact` and `near`, by the rule of the documents that they remove
+    removed: dict[str, Stage]  # what finds documents to remove, by rule
     evals: Stage | None
     tokenizer: Tokenizer
     tokens: Stage
@@ -71,9 +72,12 @@ def run_stages(config: DataConfig, engine: Engine, make_tokenizer: TokenizerFact
     """
     ingested = _ingest(config, engine)
     cleaned = _clean(config, engine, ingested)
-    removed = {"exact_copy": _exact(engine, cleaned)}
+    removed = {}
+    if config.curate.quality.good:
+        removed["quality"] = _quality(config, engine, cleaned)
+    removed["exact_copy"] = _exact(engine, cleaned)
     if config.curate.dedup.threshold:
-        removed["near_copy"] = _near(config, engine, cleaned, removed["exact_copy"])
+        removed["near_copy"] = _near(config, engine, cleaned, removed)
     cuts = _cuts(config, engine, cleaned, removed)
     evals = _evals(config, engine) if config.curate.decontaminate.sources else None
     finished = _finish(config, engine, cleaned, _Found(removed, cuts, evals))
@@ -119,7 +123,7 @@ def _ingest(config: DataConfig, engine: Engine) -> Corpus:
 
 def _clean(config: DataConfig, engine: Engine, corpus: Corpus) -> Corpus:
     decides = config.curate.decides()
-    for later in ("dedup", "decontaminate"):
+    for later in ("quality", "dedup", "decontaminate"):
         del decides[later]
 
     def build(folder: str) -> dict[str, Any]:
@@ -129,6 +133,23 @@ def _clean(config: DataConfig, engine: Engine, corpus: Corpus) -> Corpus:
 
     return corpus_of(engine.stage(STAGE_NAMES["clean"], [decides, config.clean, config.min_chars],
                                   {"text": corpus.stage.digest}, build, describe=describe))
+
+
+def _quality(config: DataConfig, engine: Engine, corpus: Corpus) -> Stage:
+    settings = config.curate.quality
+
+    def build(folder: str) -> dict[str, Any]:
+        from lmjax.data.preparation import quality  # imports SciPy, which takes its time
+
+        return quality.remove(engine, corpus.parts, settings, config.clean, config.broken_budget,
+                              folder)
+
+    decides = [config.curate.decides()["quality"], config.clean, config.broken_budget]
+    inputs = {source.name: sources.identity(source) for source in settings.good}
+    return engine.stage(
+        STAGE_NAMES["quality"], decides, inputs | {"text": corpus.stage.digest}, build,
+        describe=lambda facts: (f"{facts['removed']:,} documents are unlike the "
+                                f"{facts['examples']:,} examples"))
 
 
 def _exact(engine: Engine, corpus: Corpus) -> Stage:
@@ -141,19 +162,22 @@ def _exact(engine: Engine, corpus: Corpus) -> Stage:
                         describe=lambda facts: f"{facts['removed']:,} copies")
 
 
-def _near(config: DataConfig, engine: Engine, corpus: Corpus, exact: Stage) -> Stage:
+def _near(config: DataConfig, engine: Engine, corpus: Corpus, before: Mapping[str, Stage]) -> Stage:
     settings = config.curate.dedup
 
     def build(folder: str) -> dict[str, int]:
-        removed = exact.path("removed.npy")
+        gone = [np.load(stage.path("removed.npy"))[0] for stage in before.values()]
+        removed = os.path.join(folder, "before.npy")
+        np.save(removed, np.unique(np.concatenate(gone))[None])
         found, similar = dedup.near(engine, corpus.parts, removed, settings, folder)
+        os.remove(removed)
         shutil.rmtree(os.path.join(folder, "spill"))
         rows = np.concatenate([found, similar.view(np.uint64)[None]])
         np.save(os.path.join(folder, "removed.npy"), rows)
         return {"removed": found.shape[1]}
 
     decides = {key: getattr(settings, key) for key in ("threshold", "shingle", "bands", "rows")}
-    inputs = {"text": corpus.stage.digest, "exact": exact.digest}
+    inputs = {"text": corpus.stage.digest} | {rule: stage.digest for rule, stage in before.items()}
     return engine.stage(STAGE_NAMES["near"], decides, inputs, build,
                         describe=lambda facts: f"{facts['removed']:,} near copies, each verified")
 

@@ -22,6 +22,7 @@ vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,6 +115,22 @@ class NGram:
             history_T = np.concatenate([[-1], rank_T[:-1]])[: len(tokens)]
             history_T[place_T == 0] = -1
         return np.where(place_T == 0, 0.0, np.log(p_T))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything that the model consists of, as named arrays."""
+        named = {f"{k}.{name}": value for k, order in enumerate(self._orders)
+                 for name, value in order._asdict().items()}
+        return named | {"ids": np.array([self.vocab_size, self.bos_id])}
+
+    @classmethod
+    def of_arrays(cls, named: Mapping[str, np.ndarray]) -> NGram:
+        """The model whose `arrays` these are."""
+        model = cls.__new__(cls)
+        model.vocab_size, model.bos_id = map(int, named["ids"])
+        orders = (len(named) - 1) // len(_Order._fields)
+        model._orders = [_Order(*(named[f"{k}.{name}"] for name in _Order._fields))
+                         for k in range(orders)]
+        return model
 
 
 def positions(tokens: np.ndarray, bos_id: int) -> np.ndarray:
