@@ -177,7 +177,10 @@ def _models(tokens: dict[str, list[np.ndarray]], of: np.ndarray,
 
 def _predictability(models: dict[str, list[NGram]],
                     tokens: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Per text: nats per token by the lowest order of each kind, and the gain of each next: [D, F]."""
+    """How well the models predict each text, in nats per token: [D, F].
+
+    Of each kind of model, the lowest order's, and what each higher order gains.
+    """
     columns = []
     for name, by_order in models.items():
         flat, ends = tokens[name]
