@@ -13,7 +13,7 @@ from lmjax.huggingface.decoder_tables import (
     STABLELM_TABLE,
     STARCODER2_TABLE,
 )
-from lmjax.huggingface.rows import ATTENTION_BIAS, MLP_BIAS, MODERN, WINDOW
+from lmjax.huggingface.rows import ATTENTION_BIAS, MLP_BIAS, MODERN, WINDOW, biases
 from lmjax.huggingface.schema import UNGATED, ModelType, Setting, defaults
 from lmjax.huggingface.tables import LLAMA_TABLE
 from lmjax.models.config import is_rotated
@@ -100,7 +100,7 @@ STARCODER2 = ModelType(
               "rms_norm_eps", "hidden_act"),
      Setting("hidden_act", "mlp", "gelu_pytorch_tanh", only=UNGATED),
      Setting("norm_epsilon", "norm_eps", 1e-5),
-     Setting("use_bias", "use_bias", True),
+     *biases("use_bias", True),
      WINDOW._replace(default=None)),
     STARCODER2_TABLE,
     fixed={"norm": "layernorm"},

@@ -14,7 +14,7 @@ from lmjax.huggingface.decoder_tables import (
     PHI_TABLE,
     falcon_norms,
 )
-from lmjax.huggingface.rows import SIZES
+from lmjax.huggingface.rows import SIZES, biases
 from lmjax.huggingface.schema import TIED, UNGATED, UNTIED, ModelType, Setting, defaults
 from lmjax.models.decoder import DecoderConfig
 
@@ -120,7 +120,7 @@ FALCON = ModelType(
      Setting("max_position_embeddings", "max_positions", 2048),
      Setting("layer_norm_epsilon", "norm_eps", 1e-5),
      Setting("activation", "mlp", "gelu", only=UNGATED),
-     Setting("bias", "use_bias", False),
+     *biases("bias", False),
      Setting("alibi", "", False),
      TIED),
     FALCON_TABLE,
@@ -146,7 +146,7 @@ OPT = ModelType(
      Setting("do_layer_norm_before", "norm_position", True, only={True: "pre", False: "post"}),
      Setting("layer_norm_elementwise_affine", "norm", True,
              only={True: "layernorm", False: "layernorm_plain"}),
-     Setting("enable_bias", "use_bias", True),
+     *biases("enable_bias", True),
      Setting("_remove_final_layer_norm", "", False),
      Setting("word_embed_proj_dim", "embed_dim", None),
      TIED),

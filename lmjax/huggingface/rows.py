@@ -22,3 +22,8 @@ ATTENTION_BIAS = (Setting("attention_bias", "qkv_bias", False),
                   Setting("attention_bias", "out_bias", False))
 MLP_BIAS = Setting("mlp_bias", "mlp_bias", False)
 WINDOW = Setting("sliding_window", "sliding_window", 4096, also={None: 0})
+
+
+def biases(theirs: str, default: bool) -> tuple[Setting, ...]:
+    """The rows of one setting for the biases of all matrices of a layer."""
+    return tuple(Setting(theirs, ours, default) for ours in ("qkv_bias", "out_bias", "mlp_bias"))

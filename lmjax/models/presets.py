@@ -18,7 +18,8 @@ DIMS = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "head
 
 # Settings whose values say little by themselves (`models.config` describes all of them):
 #   norm_position    "both": norms before and after each branch, the latter before the branch is
-#                    added; "post": after it is added. The default is before the branch only.
+#                    added; "after": the latter alone; "post": after it is added. The default is
+#                    before the branch only.
 #   embedding_norm   "own": the embeddings have a norm of their own; "first": the first layer's
 #                    attention norm also serves as the embeddings' norm.
 #   position_offset  position p reads row p + position_offset of the table.
@@ -53,6 +54,36 @@ GEMMA3 = GEMMA | dict(max_positions=131072, vocab_size=262208, qk_norm=True,
                       layer_pattern=("local",) * 5 + ("global",), sliding_window=1024,
                       rope_theta=1e6, local_rope_theta=10_000.0,
                       rope_scaling=dict(kind="linear", factor=8.0))
+GEMMA1 = GEMMA | dict(norm_position="pre", max_positions=8192, vocab_size=256000)
+PHI3 = dict(max_positions=4096, vocab_size=32064)
+OLMO = dict(norm="layernorm_plain", max_positions=2048, vocab_size=50304)
+OLMO2 = dict(norm_eps=1e-6, norm_position="after", qk_norm=True, qk_norm_over="all_heads",
+             rope_theta=500_000.0, max_positions=4096, vocab_size=100352)
+OLMO3 = OLMO2 | dict(max_positions=65536, vocab_size=100278, sliding_window=4096,
+                     layer_pattern=("local",) * 3 + ("global",), local_rope_theta=500_000.0,
+                     rope_scaling=dict(kind="yarn", factor=8.0, original_positions=8192))
+SMOLLM3 = dict(norm_eps=1e-6, rope_theta=5e6, max_positions=65536, vocab_size=128256,
+               layer_pattern=("global",) * 3 + ("global_nope",), tie_embeddings=True)
+LAYERNORM = dict(norm="layernorm", use_bias=True)
+STARCODER2 = LAYERNORM | dict(mlp="gelu_tanh", rope_theta=1e6, max_positions=16384,
+                              vocab_size=49152, sliding_window=4096, tie_embeddings=True)
+STABLELM = dict(norm="layernorm", rotary_fraction=0.25, max_positions=4096, vocab_size=100352)
+NEOX = LAYERNORM | dict(mlp="gelu", rotary_fraction=0.25, parallel_residual="own_norms",
+                        max_positions=2048)
+PYTHIA = NEOX | dict(vocab_size=50304)
+GPTJ = dict(norm="layernorm", mlp="gelu_tanh", mlp_bias=True, output_bias=True,
+            rotary_fraction=0.25, parallel_residual="one_norm", max_positions=2048,
+            vocab_size=50400)
+PHI = LAYERNORM | dict(mlp="gelu_tanh", output_bias=True, rotary_fraction=0.5,
+                       parallel_residual="one_norm", max_positions=2048, vocab_size=51200)
+FALCON = dict(norm="layernorm", mlp="gelu", parallel_residual="own_norms", tie_embeddings=True,
+              max_positions=2048, vocab_size=65024)
+COHERE = dict(norm="layernorm_no_bias", parallel_residual="one_norm", max_positions=131072,
+              logit_divisor=16.0, tie_embeddings=True, vocab_size=256000)
+GLM4 = dict(norm_eps=1.5625e-07, qkv_bias=True, rotary_fraction=0.5, max_positions=131072,
+            vocab_size=151552)
+OPT = LAYERNORM | dict(positions="learned", position_offset=2, mlp="relu", max_positions=2048,
+                       tie_embeddings=True, vocab_size=50272, dropout=0.1)
 BERT = dict(family="encoder", positions="learned", max_positions=512, norm="layernorm",
             norm_eps=1e-12, norm_position="post", embedding_norm="own", mlp="gelu", use_bias=True,
             token_types=2, pooler=True, tie_embeddings=True, vocab_size=30522, dropout=0.1)
@@ -124,6 +155,56 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "gemma3-4b": (GEMMA3, (34, 2560, 8, 4, 10240, 256)),
     "gemma3-12b": (GEMMA3, (48, 3840, 16, 8, 15360, 256)),
     "gemma3-27b": (GEMMA3, (62, 5376, 32, 16, 21504, 128), dict(query_scalar=168.0)),
+    "gemma-2b": (GEMMA1, (18, 2048, 8, 1, 16384, 256)),
+    "gemma-7b": (GEMMA1, (28, 3072, 16, 16, 24576, 256)),
+    "phi3-mini": (PHI3, (32, 3072, 32, 32, 8192)),
+    "phi4": (PHI3, (40, 5120, 40, 10, 17920), dict(
+        rope_theta=250_000.0, max_positions=16384, vocab_size=100352)),
+    "olmo-1b": (OLMO, (16, 2048, 16, 16, 8192), dict(tie_embeddings=True)),
+    "olmo-7b": (OLMO, (32, 4096, 32, 32, 11008)),
+    "olmo2-1b": (OLMO2, (16, 2048, 16, 16, 8192)),
+    "olmo2-7b": (OLMO2, (32, 4096, 32, 32, 11008)),
+    "olmo2-13b": (OLMO2, (40, 5120, 40, 40, 13824)),
+    "olmo2-32b": (OLMO2, (64, 5120, 40, 8, 27648)),
+    "olmo3-7b": (OLMO3, (32, 4096, 32, 32, 11008)),
+    "olmo3-32b": (OLMO3, (64, 5120, 40, 8, 27648)),
+    "smollm3-3b": (SMOLLM3, (36, 2048, 16, 4, 11008)),
+    "starcoder2-3b": (STARCODER2, (30, 3072, 24, 2, 12288), dict(rope_theta=999999.4420358813)),
+    "starcoder2-7b": (STARCODER2, (32, 4608, 36, 4, 18432)),
+    "starcoder2-15b": (STARCODER2, (40, 6144, 48, 4, 24576), dict(
+        rope_theta=100_000.0, tie_embeddings=False)),
+    "stablelm-3b": (STABLELM, (32, 2560, 32, 32, 6912), dict(vocab_size=50304)),
+    "stablelm2-1.6b": (STABLELM, (24, 2048, 32, 32, 5632), dict(qkv_bias=True)),
+    "pythia-70m": (PYTHIA, (6, 512, 8, 8, 2048)),
+    "pythia-160m": (PYTHIA, (12, 768, 12, 12, 3072)),
+    "pythia-410m": (PYTHIA, (24, 1024, 16, 16, 4096)),
+    "pythia-1b": (PYTHIA, (16, 2048, 8, 8, 8192)),
+    "pythia-1.4b": (PYTHIA, (24, 2048, 16, 16, 8192)),
+    "pythia-2.8b": (PYTHIA, (32, 2560, 32, 32, 10240)),
+    "pythia-6.9b": (PYTHIA, (32, 4096, 32, 32, 16384), dict(vocab_size=50432)),
+    "pythia-12b": (PYTHIA, (36, 5120, 40, 40, 20480), dict(vocab_size=50688)),
+    "gpt-neox-20b": (NEOX, (44, 6144, 64, 64, 24576), dict(mlp="gelu_tanh", vocab_size=50432)),
+    "gpt-j-6b": (GPTJ, (28, 4096, 16, 16, 16384)),
+    "phi-1.5": (PHI, (24, 2048, 32, 32, 8192)),
+    "phi-2": (PHI, (32, 2560, 32, 32, 10240), dict(rotary_fraction=0.4)),
+    "falcon-7b": (FALCON, (32, 4544, 71, 1, 18176), dict(parallel_residual="one_norm")),
+    "falcon-40b": (FALCON, (60, 8192, 128, 8, 32768)),
+    "command-r": (COHERE, (40, 8192, 64, 64, 22528), dict(rope_theta=8e6)),
+    "command-r-plus": (COHERE, (64, 12288, 96, 8, 33792), dict(
+        rope_theta=75e6, logit_divisor=1.2, qk_norm=True, qk_norm_over="each_head",
+        qk_norm_kind="layernorm_no_bias")),
+    "command-r7b": (COHERE, (32, 4096, 32, 8, 14336), dict(
+        rope_theta=50_000.0, logit_divisor=4.0, sliding_window=4096,
+        layer_pattern=("local",) * 3 + ("global_nope",))),
+    "glm4-9b": (GLM4, (40, 4096, 32, 2, 13696, 128)),
+    "glm4-9b-0414": (GLM4, (40, 4096, 32, 2, 13696, 128), dict(
+        norm_position="both", max_positions=32768, norm_eps=1e-5)),
+    "opt-125m": (OPT, (12, 768, 12, 12, 3072)),
+    "opt-1.3b": (OPT, (24, 2048, 32, 32, 8192)),
+    "opt-2.7b": (OPT, (32, 2560, 32, 32, 10240)),
+    "opt-6.7b": (OPT, (32, 4096, 32, 32, 16384)),
+    "opt-13b": (OPT, (40, 5120, 40, 40, 20480)),
+    "opt-30b": (OPT, (48, 7168, 56, 56, 28672)),
     "bert-base": (BERT, (12, 768, 12, 12, 3072)),
     "bert-large": (BERT, (24, 1024, 16, 16, 4096)),
     "roberta-base": (ROBERTA, (12, 768, 12, 12, 3072)),
