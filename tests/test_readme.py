@@ -76,6 +76,7 @@ sys.exit(main(args))
 # Other tests run these (tests/launch/test_installation.py, tests/benchmarks, tests/scaling,
 # tests/tasks/test_glosses.py), or a test machine cannot.
 ELSEWHERE = ("./launch/local", "./launch/test", "pip install", "pip download", "lmjax sweep",
+             "lmjax scale",
              *(f"lmjax bench {what}" for what in (
                  "generate", "score", "tasks", "learning", "pruning", "serve --url")))
 

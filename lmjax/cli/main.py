@@ -17,6 +17,7 @@ from lmjax.cli.errors import explain, is_transient
 from lmjax.cli.gguf import add_export_gguf, add_import_gguf, export_gguf, import_gguf
 from lmjax.cli.predict import add_predict, predict
 from lmjax.cli.replay import add_replay, replay
+from lmjax.cli.scale import add_scale, scale
 from lmjax.cli.serve import add_serve, serve
 from lmjax.cli.sweeps import add_compare, add_sweep, compare, sweep
 from lmjax.errors import masked
@@ -79,6 +80,8 @@ COMMANDS = {
                        add_compare, compare, needs_jax=False),
     "sweep": Command("train one recipe with many settings and seeds, and compare the runs",
                      add_sweep, sweep),
+    "scale": Command("tune a small model for a large one, and say what a large run will reach",
+                     add_scale, scale),
     "bench": Command("measure training, generation, scoring, serving, data preparation or "
                      "fine-tuning, and compare with other libraries",
                      runs.add_bench, runs.bench),

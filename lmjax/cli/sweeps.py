@@ -32,7 +32,7 @@ def sweep(arguments: Namespace, overrides: Sequence[str]) -> int:
     from lmjax.scaling.sweep import parse_space, sweep
 
     space = parse_space(arguments.grid, arguments.ranges, arguments.draws, arguments.seeds)
-    return int(bool(sweep(arguments.config, overrides, arguments.workdir, space,
+    return int(bool(sweep(arguments.config, overrides, arguments.workdir, space.runs(),
                           at_once=arguments.at_once)))
 
 

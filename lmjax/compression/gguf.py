@@ -10,6 +10,7 @@ from lmjax.errors import UserError
 from lmjax.huggingface.gguf_export import KINDS, GGUFOptions, write_gguf
 from lmjax.huggingface.gguf_import import to_directory
 from lmjax.lm import LM, load
+from lmjax.models.folding import folded
 from lmjax.runtime.files import check_new
 
 OF_WEIGHTS = {"": "f16", "int8": "q8_0", "int8_dynamic": "q8_0", "int4": "q4_0"}
@@ -48,7 +49,10 @@ def export_gguf(lm: LM, out: Path, *, kind: str = "",
     tokenizer = lm.need_tokenizer()
     options = GGUFOptions(kind, steps, lm.about.get("huggingface"), lm.recipe.data.seq_len,
                           tokenizer.files.get(FILE, b"").decode())
-    write_gguf(out, whole.model, whole.params, lm.reader, options, log=log)
+    model, params = whole.model, whole.params
+    if steps is None:  # integers cannot be scaled one by one: `write_settings` refuses them
+        model, params = folded(model, params)
+    write_gguf(out, model, params, lm.reader, options, log=log)
 
 
 def import_gguf(file: Path) -> LM:

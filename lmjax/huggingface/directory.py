@@ -213,11 +213,7 @@ def write_directory(out: Path, model: Model, params: Params, reader: Reader | No
     """
     source = source or {"settings": {}, "generation": {}, "dtype": "float32"}
     dtype = options.dtype or source["dtype"]
-    trained, weights = model, params
-    model, params = folded(model, params)
-    if model is not trained:
-        _check_equal("the folded weights", _logits(trained, weights), _logits(model, params))
-        log(f"the multipliers of {trained.config.parametrization} are folded into the weights")
+    model, params = _without_multipliers(model, params, log)
     if reader is not None and not source["settings"] and model.config.position_offset:
         model, params = _counted_from(pad_of(reader.names.tokenizer), model, params)
     config = model.config
@@ -249,6 +245,16 @@ def write_directory(out: Path, model: Model, params: Params, reader: Reader | No
                             types=getattr(config, "token_types", 0) > 1, log=log)
         _check_written(part, model, params, dtype)
     log(f"{out}: a {model_type.architecture} in {dtype}; read back, it has equal logits")
+
+
+def _without_multipliers(model: Model, params: Params,
+                         log: Callable[[str], None]) -> tuple[Model, Params]:
+    """The same model with its parametrization folded into the weights; the logits are compared."""
+    plain, weights = folded(model, params)
+    if plain is not model:
+        _check_equal("the folded weights", _logits(model, params), _logits(plain, weights))
+        log(f"the multipliers of {model.config.parametrization} are folded into the weights")
+    return plain, weights
 
 
 def _counted_from(pad: int, model: Model, params: Params) -> tuple[Model, Params]:

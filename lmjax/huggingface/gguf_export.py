@@ -26,7 +26,6 @@ from lmjax.huggingface.settings import write_settings
 from lmjax.huggingface.stored import rows_for
 from lmjax.huggingface.tokenizer_export import PROBES, pad_of, rules_of
 from lmjax.huggingface.weights import tensor_getter, tensor_shapes
-from lmjax.models.folding import folded
 from lmjax.models.model import Model
 from lmjax.nn.module import Params
 
@@ -67,8 +66,6 @@ def write_gguf(out: Path, model: Model, params: Params, reader: Reader, options:
       UserError: GGUF does not hold such a model or tokenizer.
     """
     gguf = library()
-    if options.steps is None:  # packed integers cannot be scaled one by one
-        model, params = folded(model, params)
     config, kind = model.config, options.kind
     if config.family != "decoder" or config.head.outputs:
         raise UserError("a decoder that continues texts", "another model",

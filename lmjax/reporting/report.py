@@ -18,6 +18,7 @@ from lmjax.monitoring.goodput import ACTIVITIES, SLOW_FACTOR
 from lmjax.monitoring.units import human_count, human_seconds
 from lmjax.reporting import page as html
 from lmjax.reporting import task_report
+from lmjax.reporting.forecast import forecast_card
 from lmjax.reporting.model_card import write_card
 from lmjax.reporting.run_files import Columns, RunRecord, last, median, read_run
 from lmjax.reporting.summary import device_name, summarise
@@ -44,7 +45,8 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         raise UserError("the directory of a run", f"{workdir}, which is none",
                         "give the --workdir of lmjax train")
     run = read_run(workdir)
-    sections = (_header, _tiles, _task, _curves, _time, _samples, _data, _model, _config)
+    sections = (_header, _tiles, forecast_card, _task, _curves, _time, _samples, _data, _model,
+                _config)
     body = "".join(section(run) for section in sections)
     path = workdir / "report.html"
     temporary = path.with_name("report.html.tmp")

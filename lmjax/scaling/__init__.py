@@ -1,1 +1,1 @@
-"""Many runs: sweeps over settings, and pages that compare runs."""
+"""Many runs: sweeps, pages that compare runs, transfer of settings, laws of scaling."""

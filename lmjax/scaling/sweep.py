@@ -123,15 +123,30 @@ def parse_space(grid: Sequence[str], ranges: Sequence[str], draws: int, seeds: i
     return Space(values, limits, draws, seeds)
 
 
-def sweep(spec: str, overrides: Sequence[str], workdir: str | Path, space: Space, *,
+def sweep(spec: str, overrides: Sequence[str], workdir: str | Path, runs: Sequence[Run], *,
           at_once: int = 1) -> list[str]:
     """Trains the runs that are not finished, and compares all of them.
+
+    Arguments, result and errors are those of `train_runs`.
+    """
+    failed = train_runs(spec, overrides, workdir, runs, at_once=at_once)
+    workdir = Path(workdir)
+    if made := [workdir / run.name for run in runs
+                if (workdir / run.name / "metrics.jsonl").exists()]:
+        out = workdir / "compare.html"
+        print("\n".join([*write_comparison(made, out), str(out)]))
+    return failed
+
+
+def train_runs(spec: str, overrides: Sequence[str], workdir: str | Path, runs: Sequence[Run], *,
+               at_once: int = 1) -> list[str]:
+    """Trains the runs that are not finished.
 
     Args:
       spec: the config, FILE[:VARIANT].
       overrides: KEY=VALUE of all runs.
       workdir: of the sweep.
-      space: what the runs differ in.
+      runs: what the runs differ in.
       at_once: runs that train at the same time. On a machine with NVIDIA GPUs each gets its share
         of them.
 
@@ -144,7 +159,6 @@ def sweep(spec: str, overrides: Sequence[str], workdir: str | Path, space: Space
     """
     workdir = Path(workdir)
     cards = shares(at_once)
-    runs = space.runs()
     recipes = {run.name: _recipe(spec, [*overrides, *run.overrides], run.name) for run in runs}
     _keep_plan(workdir, spec, overrides)
     done = finished(workdir)
@@ -155,18 +169,13 @@ def sweep(spec: str, overrides: Sequence[str], workdir: str | Path, space: Space
     to_stderr(f"{len(runs)} runs, {len(runs) - len(left)} of them finished")
     jobs = []
     for run in left:
-        directory = _data(recipes[run.name], workdir)
+        directory = shared_data(recipes[run.name], workdir)
         shared = [f"data.directory={directory}"] if directory else []
         jobs.append(Job(run.name, recipes[run.name].train.steps, [
             sys.executable, "-m", "lmjax.cli", "train", "--config", spec, "--workdir",
             str(workdir / run.name),
             *(f"--config.{item}" for item in (*overrides, *run.overrides, *shared))]))
-    failed = train_all(jobs, workdir, cards)
-    if made := [workdir / run.name for run in runs
-                if (workdir / run.name / "metrics.jsonl").exists()]:
-        out = workdir / "compare.html"
-        print("\n".join([*write_comparison(made, out), str(out)]))
-    return failed
+    return train_all(jobs, workdir, cards)
 
 
 def _check_same(workdir: Path, recipe: Recipe) -> None:
@@ -204,7 +213,7 @@ def _keep_plan(workdir: Path, spec: str, overrides: Sequence[str]) -> None:
     write_whole(file, json.dumps(plan, indent=2) + "\n")
 
 
-def _data(recipe: Recipe, workdir: Path) -> str:
+def shared_data(recipe: Recipe, workdir: Path) -> str:
     """Prepares the data that a run shares with others; "" if it has to prepare its own."""
     data = recipe.data
     if (data.directory or data.synthetic or recipe.train.init_from or recipe.distill.teacher

@@ -1,0 +1,215 @@
+"""`lmjax scale ladder` and `forecast`: from small runs to what a large one will reach.
+
+    WORKDIR/RUN          a run per size and number of tokens, as `lmjax sweep` makes them
+    WORKDIR/law.json     the fitted law, its intervals, and the runs that it came from
+    WORKDIR/law.md       the same as tables
+    WORKDIR/law.png      curves of equal FLOPs, the fit, and its residuals
+    RUN/forecast.json    what RUN will reach, written before it begins
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lmjax.config import load, plain
+from lmjax.errors import UserError
+from lmjax.models.flops import flops_per_token
+from lmjax.monitoring.units import human_count
+from lmjax.reporting.run_files import read_run
+from lmjax.runtime.files import write_whole
+from lmjax.scaling.law import CONFIDENCE, Fit, Observation, fit
+from lmjax.scaling.processes import finished
+from lmjax.scaling.sizes import Size, based_on, resized
+from lmjax.scaling.sweep import Run
+from lmjax.sharding import MeshConfig, make_layout
+from lmjax.training.program import make_model
+from lmjax.training.recipe import Recipe, build_recipe, recorded_recipe
+
+FILE = "forecast.json"
+NAMES = {"floor": "E", "size_factor": "A", "size_exponent": "a", "data_factor": "B",
+         "data_exponent": "b"}
+
+
+def parse_sizes(texts: Sequence[str]) -> list[Size]:
+    """Reads WIDTHxDEPTH.
+
+    Raises:
+      UserError: one of them is something else.
+    """
+    sizes = []
+    for text in texts:
+        width, _, depth = text.partition("x")
+        if not (width.isdecimal() and depth.isdecimal() and int(width) and int(depth)):
+            raise UserError("WIDTHxDEPTH, such as 256x4", repr(text), "correct it",
+                            where="--sizes")
+        sizes.append(Size(int(width), int(depth)))
+    return sizes
+
+
+def size_of(recipe: Recipe) -> float:
+    """N: the FLOPs of a training token divided by 6, so that 6 N D are the FLOPs of a run."""
+    layout = make_layout(MeshConfig(), jax.devices()[:1])
+    model = make_model(dataclasses.replace(recipe, mesh=MeshConfig()), layout,
+                       vocab_size=recipe.model.vocab_size or recipe.data.tokenizer.vocab_size)
+    return flops_per_token(model, recipe.data.seq_len) / 6
+
+
+def tokens_of(recipe: Recipe) -> int:
+    """D: the tokens that a recipe trains on."""
+    return recipe.train.steps * recipe.train.batch_size * recipe.data.seq_len
+
+
+def rungs(spec: str, overrides: Sequence[str], sizes: Sequence[Size],
+          ratios: Sequence[float]) -> list[Run]:
+    """A run for each size and each ratio of tokens to size, with a schedule of its own length.
+
+    Raises:
+      UserError: a size does not fit the heads, or a run would be shorter than its warm-up.
+    """
+    own, found = build_recipe(load(spec, overrides)), []
+    if any(not ratio > 0 for ratio in ratios):
+        raise UserError("ratios above 0", list(ratios), "correct them", where="--ratios")
+    base = min(sizes, key=lambda size: (size.embed_dim, size.num_layers))
+    for size in sizes:
+        settings = [*resized(own.model, size),
+                    *based_on(own.model, own.model.parametrization, base)]
+        recipe = build_recipe(load(spec, [*overrides, *settings]))
+        a_step = recipe.train.batch_size * recipe.data.seq_len
+        for ratio in ratios:
+            steps = max(1, round(ratio * size_of(recipe) / a_step))
+            found.append(Run(f"{size.name}-{ratio:g}", (*settings, f"train.steps={steps}")))
+    return found
+
+
+def observations(workdir: Path) -> dict[str, Observation]:
+    """The finished runs of a ladder by their names.
+
+    Raises:
+      UserError: there are none, or their data differ.
+    """
+    found, data = {}, set()
+    for name in sorted(finished(workdir)):
+        run = read_run(workdir / name)
+        loss = float(run.heldout["loss"][-1])
+        if math.isfinite(loss):
+            data.add(run.facts["data"]["fingerprint"])
+            found[name] = Observation(run.facts["flops_per_token"] / 6,
+                                      float(run.tokens(run.step)), loss)
+    if not found:
+        raise UserError("a directory of finished runs", f"{workdir}, which has none",
+                        "run lmjax scale ladder first", where="--workdir")
+    if len(data) > 1:
+        raise UserError("runs on the same data", f"{len(data)} kinds", "take another --workdir",
+                        where=str(workdir))
+    return found
+
+
+def fit_ladder(workdir: Path, budgets: Sequence[float]) -> tuple[dict[str, Observation], Fit]:
+    """Fits the law to the finished runs, and writes law.json and law.md.
+
+    Args:
+      workdir: of the ladder.
+      budgets: FLOPs for which the best size is told.
+
+    Raises:
+      UserError: there are too few runs.
+    """
+    runs = observations(workdir)
+    found = fit(list(runs.values()))
+    write_whole(workdir / "law.json", json.dumps({
+        "law": dataclasses.asdict(found.law),
+        "intervals": {name: found.interval_of(name) for name in NAMES},
+        "confidence": CONFIDENCE, "runs": _record(workdir, runs)}, indent=1) + "\n")
+    write_whole(workdir / "law.md", "\n".join(table(runs, found, budgets)) + "\n")
+    return runs, found
+
+
+def _record(workdir: Path, runs: Mapping[str, Observation]) -> list[dict[str, Any]]:
+    """The runs with what identifies them: a hash of their config and their metrics."""
+    return [{"run": name, **dataclasses.asdict(run), "sha256": hashlib.sha256(b"".join(
+        (workdir / name / file).read_bytes() for file in ("config.json", "metrics.jsonl"))
+        ).hexdigest()} for name, run in runs.items()]
+
+
+def table(runs: Mapping[str, Observation], found: Fit, budgets: Sequence[float]) -> list[str]:
+    """The law, the best size for each budget, and the runs with their residuals, in Markdown."""
+    law = found.law
+    rows = ["loss = E + A / N^a + B / D^b; N: FLOPs of a training token / 6, D: tokens", "",
+            f"| | value | {CONFIDENCE:.0%} interval |", "| --- | ---: | --- |"]
+    for name, letter in NAMES.items():
+        low, high = found.interval_of(name)
+        rows.append(f"| {letter} | {getattr(law, name):.4g} | {low:.4g} to {high:.4g} |")
+    if budgets:
+        rows += ["", f"| FLOPs | best N | {CONFIDENCE:.0%} interval | tokens | loss |",
+                 "| ---: | ---: | --- | ---: | ---: |"]
+    for flops in budgets:
+        size, tokens = law.best(flops)
+        low, high = found.interval_of_best(flops)
+        rows.append(f"| {flops:.3g} | {human_count(size)} | {human_count(low)} to "
+                    f"{human_count(high)} | {human_count(tokens)} | {law.loss(size, tokens):.4f} |")
+    rows += ["", "| run | N | tokens | FLOPs | loss | law | residual |",
+             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    rows += [f"| {name} | {human_count(run.parameters)} | {human_count(run.tokens)} | "
+             f"{run.flops:.3g} | {run.loss:.4f} | {law.loss(run.parameters, run.tokens):.4f} | "
+             f"{residual:+.2%} |"
+             for (name, run), residual in zip(runs.items(), found.residuals, strict=True)]
+    return rows
+
+
+def forecast(spec: str, overrides: Sequence[str], workdir: Path, run: Path) -> dict[str, Any]:
+    """Writes RUN/forecast.json: the loss that a recipe will reach, with an interval.
+
+    Args:
+      spec: the config of the run, FILE[:VARIANT].
+      overrides: its KEY=VALUE.
+      workdir: of the ladder.
+      run: the directory that the run will have.
+
+    Returns:
+      what the file holds.
+
+    Raises:
+      UserError: the run has begun, has a forecast, or its recipe is not that of the ladder.
+    """
+    for name, what in (("metrics.jsonl", "has begun"), (FILE, "has a forecast")):
+        if (run / name).exists():
+            raise UserError("a run that is still to come", f"one that {what}",
+                            "a forecast is written down before the run, once", where=str(run))
+    recipe = build_recipe(load(spec, overrides))
+    runs = observations(workdir)
+    _check_same_data(recipe, workdir / next(iter(runs)))
+    found = fit(list(runs.values()))
+    size, tokens = size_of(recipe), tokens_of(recipe)
+    low, high = found.interval(size, tokens)
+    made = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "loss": found.law.loss(size, tokens), "low": low, "high": high, "confidence": CONFIDENCE,
+        "parameters": size, "tokens": tokens, "flops": 6 * size * tokens,
+        "times_the_largest": 6 * size * tokens / max(one.flops for one in runs.values()),
+        "law": dataclasses.asdict(found.law),
+        "recipe_sha256": hashlib.sha256(
+            json.dumps(plain(recipe), sort_keys=True).encode()).hexdigest(),
+        "runs": _record(workdir, runs)}
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / FILE, json.dumps(made, indent=1) + "\n")
+    return made
+
+
+def _check_same_data(recipe: Recipe, of_ladder: Path) -> None:
+    """Refuses a recipe whose losses do not compare with those of the ladder."""
+    data = [recipe.data, recorded_recipe(
+        json.loads((of_ladder / "config.json").read_text())).data]
+    mine, theirs = (one.prepared_by() | {"seq_len": one.seq_len} for one in data)
+    if mine != theirs:
+        keys = [key for key in mine if mine[key] != theirs.get(key)]
+        raise UserError("the data of the ladder", f"others ({', '.join(keys)})",
+                        "make a ladder of this recipe", where="config.data")
+
+
