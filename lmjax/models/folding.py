@@ -16,6 +16,8 @@ from lmjax.models.parametrization import (
 from lmjax.nn.module import Params
 from lmjax.tree import named_leaves
 
+BRANCH = "the outputs of residual branches"
+
 
 def folded(model: Model, params: Params) -> tuple[Model, Params]:
     """The same model with parametrization=standard, as other libraries compute it.
@@ -32,8 +34,20 @@ def folded(model: Model, params: Params) -> tuple[Model, Params]:
     config = model.config
     if config.parametrization == "standard" or model.adapter.kind or model.quantization.weights:
         return model, params
-    scales = _by_module(config)
-    leaves = [_scaled(leaf, path, scales, config) for path, leaf in named_leaves(params)]
+    leaves, to_fold = [], dict(_by_module(config))
+    missing = {name for name, scale in to_fold.items() if scale != 1.0}
+    for path, leaf in named_leaves(params):
+        name = _part(path, config)
+        scale = to_fold.get(name, 1.0)
+        if name == BRANCH:
+            scale = residual_multiplier(config, leaf.shape[0])
+        missing.discard(name)
+        leaves.append(leaf if scale == 1.0 else _scaled(leaf, path, scale, config))
+    if missing or (config.qkv_clip and not config.qk_norm and to_fold["attention/query"] != 1.0):
+        raise UserError(f"weights that take the multipliers of parametrization="
+                        f"{config.parametrization}",
+                        f"none of {', '.join(sorted(missing)) or 'queries, which are clipped'}",
+                        "keep lmjax's own checkpoint", where="config.model.parametrization")
     plain = dataclasses.replace(config, parametrization="standard", base_embed_dim=0,
                                 base_num_layers=0, base_head_dim=0)
     device = next(iter(leaves[0].devices()))
@@ -45,14 +59,13 @@ def folded(model: Model, params: Params) -> tuple[Model, Params]:
 def _by_module(config: ModelConfig) -> dict[str, float]:
     """What the weights and biases of modules are multiplied by, by their paths.
 
-    Those of layers are named without what stands before "layers/block/".
+    Those of layers are named without what stands before "layers/block/". Each stack has its own
+    value for BRANCH.
     """
     embeddings, logits = embedding_multiplier(config), logit_multiplier(config)
     query = "attention/query_norm" if config.qk_norm else "attention/query"
-    if config.qkv_clip and not config.qk_norm and attention_multiplier(config) != 1.0:
-        raise UserError("queries that are not clipped", f"qkv_clip={config.qkv_clip}",
-                        "keep lmjax's own checkpoint", where="config.model.parametrization")
-    scales = {query: attention_multiplier(config), "embedding": embeddings}
+    scales = {query: attention_multiplier(config), "embedding": embeddings,
+              BRANCH: residual_multiplier(config, config.num_layers)}
     if config.head.outputs:  # it has no multiplier
         return scales
     if not config.tie_embeddings:
@@ -70,28 +83,24 @@ def _by_module(config: ModelConfig) -> dict[str, float]:
     return scales | {last: logits / embeddings}
 
 
-def _scaled(leaf: jax.Array, path: str, scales: dict[str, float],
-            config: ModelConfig) -> jax.Array:
-    module, _, name = path.rpartition("/")
-    stack, layer, inside = module.partition("layers/block/")
-    if layer:
-        module = inside.removeprefix("cross_") if inside.startswith("cross_attention") else inside
-        scale = scales.get(module, 1.0)
-        if _ends_branch(module, config):
-            scale = residual_multiplier(config, leaf.shape[0])
+def _part(path: str, config: ModelConfig) -> str:
+    """The name in `_by_module` of what a parameter belongs to; "" for what is not scaled."""
+    module, _, _ = path.rpartition("/")
+    _, layer, inside = module.partition("layers/block/")
+    if not layer:
+        return module
+    if config.norm_position in ("both", "after"):  # the last module of a branch is its norm
+        ends = inside.endswith("_post_norm")
     else:
-        scale = scales.get(module, 1.0)
-    if scale == 1.0:
-        return leaf
-    if name == "scale" and config.norm == "rmsnorm_1p":
+        ends = inside.endswith("attention/out") or (
+            inside.startswith("mlp/") and inside.endswith("down"))
+    return BRANCH if ends else inside.removeprefix("cross_")
+
+
+def _scaled(leaf: jax.Array, path: str, scale: float, config: ModelConfig) -> jax.Array:
+    norm = config.norm
+    if path.endswith("query_norm/scale") and config.qk_norm_kind != "auto":
+        norm = config.qk_norm_kind
+    if path.endswith("/scale") and norm == "rmsnorm_1p":  # the parameter is the scale - 1
         return (leaf + 1) * np.float32(scale) - 1
     return leaf * np.float32(scale)
-
-
-def _ends_branch(module: str, config: ModelConfig) -> bool:
-    """Whether a module of a layer is the last one of a residual branch."""
-    if config.norm_position in ("both", "after"):
-        return module.endswith("_post_norm")
-    return module == "attention/out" or (module.startswith("mlp/") and module.endswith("down"))
-
-

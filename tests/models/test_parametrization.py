@@ -34,6 +34,10 @@ FAMILIES: dict[str, ModelConfig] = {
         tie_embeddings=True, qk_norm=True, logit_softcap=30.0),
     "GPT-2's switches": DecoderConfig(**TINY, positions="learned", norm="layernorm",
                                       mlp="gelu_tanh", use_bias=True, tie_embeddings=True),
+    "OLMo's switches": DecoderConfig(**TINY, norm_position="after", qk_norm=True,
+                                     qk_norm_over="all_heads"),
+    "GPT-J's switches": DecoderConfig(**TINY, parallel_residual="one_norm", norm="layernorm",
+                                      output_bias=True, qk_norm=True, qk_norm_kind="rmsnorm_1p"),
     "experts": DecoderConfig(**TINY, moe=MoEConfig(experts=4, per_token=2, shared_dim=8,
                                                    shared_gate=True)),
     "encoder": EncoderConfig(**TINY, norm="layernorm", norm_position="post", use_bias=True,
@@ -162,7 +166,13 @@ def test_what_does_not_go_together_is_refused(change: dict[str, Any], message: s
 def test_an_export_that_cannot_fold_is_refused() -> None:
     with pytest.raises(UserError, match="folded into its weights"):
         write_settings(with_base(FAMILIES["decoder"], "mup"))
-    post = dataclasses.replace(FAMILIES["encoder"], mlm_head=False)
-    model = made(with_base(post, "mup"))
-    with pytest.raises(UserError, match="tie_embeddings=false"):
-        folded(model, model.init(jax.random.key(0)))
+    plain = dict(norm="layernorm_plain", norm_position="after")
+    for name, change, message in (
+            ("encoder", dict(mlm_head=False), "tie_embeddings=false"),
+            ("decoder", plain, "outputs of residual branches"),
+            ("tied, Gemma's switches", dict(norm="layernorm_plain"), "a norm before"),
+            ("decoder", dict(qkv_clip=1.0), "queries, which are clipped")):
+        model = made(with_base(dataclasses.replace(FAMILIES[name], **change), "completep"))
+        params = jax.tree.map(lambda s: jnp.ones(s.shape), model.shapes)
+        with pytest.raises(UserError, match=message):
+            folded(model, params)
