@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
                                    "nothing is compared with it: pip install lmjax[oracle]")
 
 from config_fuzz import compare, mutated, theirs  # noqa: E402
+from config_switches import switched  # noqa: E402
 from config_values import BASES, STRANGE  # noqa: E402
 
 from lmjax.huggingface.model_types import MODEL_TYPES  # noqa: E402
@@ -141,11 +142,11 @@ def test_a_config_as_this_version_writes_it_in_full(name):
     assert not difference(read_settings(full, "full"), read_settings(base, "base"))
 
 
-def outcomes(seeds):
+def outcomes(seeds, case=mutated):
     """Counts the outcomes; fails on the first that is silent or without a word."""
     counts = collections.Counter()
     for seed in seeds:
-        raw = mutated(seed)
+        raw = case(seed)
         outcome, detail = compare(raw)
         assert outcome not in ("SILENT", "TRACEBACK"), (seed, outcome, detail, raw)
         counts[outcome] += 1
@@ -162,3 +163,15 @@ def test_five_thousand_mutated_configs_are_never_another_model():
     counts = outcomes(range(5000))
     print(dict(counts))
     assert counts["refused"] < 0.35 * 5000
+
+
+# The decoders that have switches of their own.
+SWITCHED = ("olmo", "olmo2", "olmo3", "smollm3", "ministral", "starcoder2", "stablelm", "cohere",
+            "cohere2", "glm", "glm4", "gpt_neox", "gptj", "phi", "falcon", "opt", "phi3", "gemma")
+
+
+@pytest.mark.slow
+def test_five_hundred_configs_with_random_switches_agree_or_are_refused():
+    counts = outcomes(range(500), lambda seed: switched(seed, SWITCHED))
+    print(dict(counts))
+    assert counts["agree"] > 250

@@ -32,12 +32,16 @@ SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_atte
 BASES = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(
         **SMALL, num_key_value_heads=2, initializer_range=0.2)),
+    # Its rows of queries and keys lie in another order than ours.
+    "cohere": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(
+        **SMALL, num_key_value_heads=2, initializer_range=0.2)),
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(
         **SMALL, initializer_range=0.2)),
 }
 TARGETS = {  # names that adapt all matrices of a layer, and names that adapt some
     "llama": (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
               ["q_proj", "v_proj"]),
+    "cohere": (["q_proj", "k_proj", "v_proj"], ["k_proj"]),
     "bert": (["query", "key", "value", "attention.output.dense", "intermediate.dense"],
              ["query", "value"]),
 }
@@ -79,7 +83,8 @@ def assert_close(a, b):
 @pytest.mark.parametrize("name, kind", [
     ("llama", "dora"), ("bert", "lora"),
     *(pytest.param(name, kind, marks=pytest.mark.slow) for name, kind in (
-        ("llama", "rslora"), ("llama", "lora"), ("bert", "dora"), ("bert", "rslora")))])
+        ("cohere", "dora"), ("llama", "rslora"), ("llama", "lora"), ("bert", "dora"),
+        ("bert", "rslora")))])
 def test_an_adapter_of_peft_computes_the_same_here_and_comes_back(name, kind, bases, tmp_path):
     theirs = adapted(bases[name], name, kind, TARGETS[name][0])
     theirs.save_pretrained(tmp_path / "theirs")
