@@ -120,6 +120,9 @@ def test_a_preset_that_is_not_there_is_refused():
     ("mixtral-8x7b", COUNTS["mixtral-8x7b"] - 32000 * 4096 - 32 * 6 * 3 * 4096 * 14336),
     # One encoder token and one decoder token; the table is also the unembedding.
     ("t5-base", COUNTS["t5-base"]),
+    # Branches side by side, RoPE over a part of each head, norms of all heads together.
+    *(pytest.param(name, MORE_COUNTS[name] - table, marks=pytest.mark.long) for name, table in (
+        ("pythia-70m", 50304 * 512), ("command-r7b", 0), ("olmo2-1b", 100352 * 2048))),
     # Neither the pooler nor the positions are multiplied with.
     ("bert-base", COUNTS["bert-base"] - 768 * 769 - 512 * 768)])
 def test_flops_are_six_per_weight_that_is_multiplied_with(name, active):
