@@ -100,8 +100,10 @@ class Block(nnx.Module):
             keys = iter(jax.random.split(layer.key, 2 if self.cross_attention is None else 3))
 
         def attention(y: jax.Array) -> tuple[jax.Array, KVCache | None]:
-            return self.attention(y, s.mask, s.rotation, s.bias, cache, s.update,
-                                  kernel=s.kernel)
+            y, new = self.attention(y, s.mask, s.rotation, s.bias, cache, s.update,
+                                    kernel=s.kernel)
+            record(attention=y)
+            return y, new
 
         def cross(y: jax.Array) -> tuple[jax.Array, None]:
             attention, mask, seen = self.cross_attention, s.source_mask, layer.source
@@ -112,10 +114,13 @@ class Block(nnx.Module):
             return attention.attend(y, seen, mask, kernel=s.kernel), None
 
         def mlp(y: jax.Array) -> tuple[jax.Array, Routing | None]:
+            routing = None
             if isinstance(self.mlp, MoE):
                 y, routing = self.mlp(y, s.real)
-                return scatter_sequence(y), routing
-            return scatter_sequence(self.mlp(y)), None
+            else:
+                y = self.mlp(y)
+            record(mlp=y)
+            return scatter_sequence(y), routing
 
         with adapter_noise(layer.key), in_layer() as recorded:
             record(entry=x_BTD)

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | metrics.jsonl | figures that config and data alone determine | lines after k are removed |
 | samples.jsonl | generated text | lines after k are removed |
+| statistics/ | figures by module and layer | records after k are removed |
 | timing.jsonl | figures of this machine: rates, waits, events | kept; repeated steps appear twice |
 
 The same scalars and texts go to TensorBoard.
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from lmjax.monitoring.jsonl import Appender, read_jsonl
+from lmjax.monitoring.statistics import StatisticsWriter
 from lmjax.monitoring.tensorboard import EventFile
 
 
 class MetricsWriter:
-    """Writes metrics.jsonl, timing.jsonl, samples.jsonl and a TensorBoard event file.
+    """Writes metrics.jsonl, timing.jsonl, samples.jsonl, statistics and a TensorBoard event file.
 
     Write everything of step k, and call `flush`, before the checkpoint of step k is committed. Then
     a killed run ends with the same metrics and samples as a run without a break.
@@ -49,12 +51,13 @@ class MetricsWriter:
         self._metrics, self._samples, self._timing = (
             Appender(folder and folder / f"{name}.jsonl", step)
             for name, step in last_steps.items())
+        self.statistics = StatisticsWriter(folder, resume_step)
         timed = read_jsonl(folder / "timing.jsonl") if folder else iter(())
         earlier = [line["seconds"] for line in timed if "event" not in line and "seconds" in line]
         self.seconds_before = float(earlier[-1]) if earlier else 0.0
         self._events = EventFile(folder, resume_step + 1) if tensorboard and folder else None
-        self._files = [file for file in (self._metrics, self._samples, self._timing, self._events)
-                       if file]
+        self._files = [file for file in (self._metrics, self._samples, self._timing,
+                                         self.statistics, self._events) if file]
         self._sample_step, self._sample_index = -1, 0
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -14,13 +14,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.nn.kernels.choose import KERNELS, Kernel, attend
+from lmjax.nn.kernels.xla import largest_score
 from lmjax.nn.kv_cache import CacheArray, like
 from lmjax.nn.layers import Dense, Norm
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import Initializer
 from lmjax.nn.ops import gradient_barrier
 from lmjax.nn.positions import Rotation, apply_rope
-from lmjax.nn.recorded import record
+from lmjax.nn.recorded import is_wanted, record
 from lmjax.nn.sequence import scatter_sequence
 from lmjax.sharding import constrain
 
@@ -187,6 +188,8 @@ class Attention(nnx.Module):
         q = q if rotation is None else apply_rope(q, rotation)
         q = checkpoint_name(constrain(q, "batch", "seq", "act_heads", None), "query")
         record(query=q)
+        if kernel.name == "xla" and is_wanted("logit") and isinstance(kv.key, jax.Array):
+            record(logit=largest_score(q, kv.key, mask, self.scale))
         k, v = jax.tree.map(lambda x: x.swapaxes(1, 2), kv)
         y = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap, bias=bias_BHTS,
                    kernel=kernel)

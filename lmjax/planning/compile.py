@@ -39,7 +39,7 @@ Log = Callable[[str], None]
 SOURCES = (
     "nn", "models", "tasks", "training/optim",
     *(f"training/{name}.py" for name in ("frozen", "program", "pruning", "recipe", "state",
-                                         "step")),
+                                         "statistics", "step")),
     *(f"data/{name}.py" for name in ("augmentation", "config", "denoising", "objectives", "packing",
                                      "rows")),
     "config", "sharding.py", "tree.py", "runtime/chips.py", "planning/compile.py",

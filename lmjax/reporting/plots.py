@@ -155,7 +155,7 @@ def draw(title: str, panels: Sequence[Panel], restarts: Sequence[float] = (),
         axes[-1].xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
         axes[-1].set_xlabel(along)
         axes[-1].set_xlim(*_x_limits(panels))
-        return _svg(figure, title)
+        return as_svg(figure, title)
 
 
 def _x_limits(panels: Sequence[Panel]) -> tuple[float, float]:
@@ -255,7 +255,7 @@ def _draw_margin(ax: Axes, panel: Panel, low: float, high: float) -> None:
               transform=ax.transAxes)
 
 
-def _svg(figure: Figure, title: str) -> str:
+def as_svg(figure: Figure, title: str) -> str:
     """The figure's `<svg>` element, scaled by the page, with its fonts and colours."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True,

@@ -15,6 +15,7 @@ import numpy as np
 
 from lmjax.errors import UserError
 from lmjax.monitoring.goodput import ACTIVITIES, SLOW_FACTOR
+from lmjax.monitoring.statistics import read_statistics
 from lmjax.monitoring.units import human_count, human_seconds
 from lmjax.reporting import page as html
 from lmjax.reporting import task_report
@@ -45,8 +46,8 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         raise UserError("the directory of a run", f"{workdir}, which is none",
                         "give the --workdir of lmjax train")
     run = read_run(workdir)
-    sections = (_header, _tiles, forecast_card, _task, _curves, _time, _samples, _data, _model,
-                _config)
+    sections = (_header, _tiles, forecast_card, _task, _curves, _statistics, _time, _samples, _data,
+                _model, _config)
     body = "".join(section(run) for section in sections)
     path = workdir / "report.html"
     temporary = path.with_name("report.html.tmp")
@@ -146,6 +147,22 @@ def _curves(run: RunRecord) -> str:
             picture = draw(f"{title} against {run.unit}s", panels, restarts, along=along)
             cards += html.card(title, picture)
     return cards
+
+
+def _statistics(run: RunRecord) -> str:
+    """Heat maps of the statistics by module and layer."""
+    steps, arrays = read_statistics(run.workdir)
+    if not len(steps):
+        return ""
+    from lmjax.reporting.heat_maps import draw_heat_map, heat_maps_of
+
+    note = f"A row per layer, the first at the top; every {_every(steps):,} steps."
+    return "".join(html.card(heat.title, draw_heat_map(heat, steps), note)
+                   for heat in heat_maps_of(arrays))
+
+
+def _every(steps: np.ndarray) -> int:
+    return int(np.median(np.diff(steps, prepend=0)))
 
 
 def _time(run: RunRecord) -> str:

@@ -105,8 +105,7 @@ def without(found: Repeated, index: int) -> dict[str, float]:
     """The figures of `Rows.step` for the step in which row `index` of the batch does not count."""
     batch = {name: _cleared(x, index) if name.endswith("loss_mask") else x
              for name, x in found.batch.items()}
-    assert found.run.compiled is not None
-    after, metrics = found.run.compiled(jax.tree.map(jnp.copy, found.before), batch)
+    after, metrics = found.run.step_of(found.step)(jax.tree.map(jnp.copy, found.before), batch)
     return {**_figures(metrics), "update_norm": _update_norm(found.before, after)}
 
 

@@ -160,8 +160,7 @@ def _loop(run: Run, records: Records, stop: StopSignal, steps: range, batches: I
         if isinstance(run.recipe.task, Grpo):  # a batch of the model's own answers instead
             batch = rollout(run, state.whole(state.params), step + 1)
         profiler.before(step + 1)
-        assert run.compiled is not None
-        state, metrics = run.compiled(state, {**batch, **step_limits(run, step + 1)})
+        state, metrics = run.step_of(step + 1)(state, {**batch, **step_limits(run, step + 1)})
         if on_its_way:
             records.log_step(*on_its_way)
         on_its_way = step + 1, {**metrics, **compared(run, step + 1, state)}
@@ -182,6 +181,7 @@ class _Due(NamedTuple):
     samples: bool
     saves: bool
     first: bool  # the step is the one that this start goes on from: it is saved already
+    compiles: bool  # the next step is the first one with statistics
 
 
 def _due_after(run: Run, step: int, first: bool, stopping: bool) -> _Due:
@@ -194,7 +194,9 @@ def _due_after(run: Run, step: int, first: bool, stopping: bool) -> _Due:
         samples=to_evaluate and run.generator is not None and (
             final and recipe.sample.every > 0 or _due(recipe.sample.every, step)),
         saves=not first and (final or stopping or _due(recipe.checkpoint.every, step)
-                             or run.saver.due), first=first)
+                             or run.saver.due), first=first,
+        compiles=not (final or stopping) and run.takes_statistics(step + 1)
+        and run.compiled_with_statistics is None)
 
 
 def _between_steps(run: Run, records: Records, stop: StopSignal, step: int, state: TrainState,
@@ -219,6 +221,9 @@ def _between_steps(run: Run, records: Records, stop: StopSignal, step: int, stat
     if complete and (due.evaluates or due.samples):
         records.writer.flush()  # what is noted as done is on the disk
         run.note(evaluated=step)
+    if due.compiles and complete and not run.out_of_patience:
+        with records.timed(step, "compile"):
+            run.step_of(step + 1)
     return complete, saves
 
 

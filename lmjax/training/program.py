@@ -45,6 +45,8 @@ class Program(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]  # the arrays [B, T] of a training batch, with shardings
     # The loss that the step minimises, of `model` or of one that computes the same in another way.
     loss_of: Callable[[Model], LossFn]
+    # Traces the step that also gives the statistics of `training.statistics`.
+    trace_with_statistics: Callable[[], jax.stages.Traced]
 
 
 def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: int,
@@ -88,17 +90,18 @@ def make_program(recipe: Recipe, devices: Sequence[jax.Device], *, vocab_size: i
     if not model.config.head.outputs:  # a task has few classes, which need not be split
         layout.spec(("act_vocab",), (model.config.vocab_size,))
     loss_fn, eval_loss = _losses(recipe, model, facts, taught_by)
-    step_fn = make_train_step(loss_fn, spec, layout, schedule,
-                              seed=train.seed, microbatches=train.microbatches,
-                              ema_decay=recipe.optimizer.ema_decay)
+    make_step = functools.partial(
+        make_train_step, loss_fn, spec, layout, schedule, seed=train.seed,
+        microbatches=train.microbatches, ema_decay=recipe.optimizer.ema_decay)
     sharding = layout.sharding(("batch", "seq"))
     batch = {name: jax.ShapeDtypeStruct((train.batch_size, length), dtype_of(name),
                                         sharding=sharding) for name, length in fields.items()}
     limits = {name: jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.replicated)
               for name in LIMITS if recipe.watch.spikes == "skip"}
-    return Program(layout, model, spec, step_fn.trace(spec.shapes, batch | limits),
+    return Program(layout, model, spec, make_step().trace(spec.shapes, batch | limits),
                    make_eval_step(eval_loss, layout, train.microbatches), batch,
-                   lambda model: _losses(recipe, model, facts, taught_by)[0])
+                   lambda model: _losses(recipe, model, facts, taught_by)[0],
+                   lambda: make_step(statistics=True).trace(spec.shapes, batch | limits))
 
 
 def make_model(recipe: Recipe, layout: Layout, *, vocab_size: int,

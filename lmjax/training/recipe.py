@@ -186,10 +186,13 @@ class WatchConfig:
     # Steps between comparisons of the devices that hold the same weights, moments and averages; 0:
     # none. With it, every state is compared before it is saved.
     compare_every: int = 0
+    # Steps between statistics by module and layer, which a second compiled step gives; 0: none. On
+    # several devices these steps may round in another way than the others.
+    statistics_every: int = 0
 
     def __post_init__(self) -> None:
         at_least(0, stall_seconds=self.stall_seconds, rewind_after=self.rewind_after,
-                 compare_every=self.compare_every)
+                 compare_every=self.compare_every, statistics_every=self.statistics_every)
         choice("spikes", self.spikes, SPIKES)
         found = re.fullmatch(r"(\d+):(\d+)", self.profile)
         if self.profile and not (found and 1 <= int(found[1]) <= int(found[2])):

@@ -24,6 +24,7 @@ from lmjax.training.evaluate import bits_per_byte, bits_unit, summary
 from lmjax.training.replicas import HASHES, described, differing, hashes
 from lmjax.training.run import Run
 from lmjax.training.state import TrainState
+from lmjax.training.statistics import statistics_of
 from lmjax.training.step import LIMITS, Metrics
 
 WAITING = "waiting for data"
@@ -119,6 +120,7 @@ class Records:
         self._slow_steps.tick()
         if bad:
             self._note_bad(bad)
+        self.writer.statistics.append(step, statistics_of(metrics))
         skipped = {"skipped": health.skipped} if bad and bad.skipped else {}
         if step % train.log_every and step != train.steps and not skipped:
             return

@@ -144,7 +144,7 @@ def repeat(workdir: str | Path, step: int, log: Log, *, before_rewind: bool = Fa
 
 def _steps(run: Run, step: int, history: "_History", notes: list[str], log: Log) -> Repeated:
     """Runs the steps from `run.start` to `step`."""
-    compiled = run.compiled = run.program.traced.lower().compile()
+    run.compiled = run.program.traced.lower().compile()
     state, run.state, compared = run.state, None, 0
     differences: list[Difference] = []
     recorded, start = history.metrics(run.start + 1, step), run.start
@@ -153,7 +153,7 @@ def _steps(run: Run, step: int, history: "_History", notes: list[str], log: Log)
         batch = {**batch_of(run, state, n), **step_limits(run, n)}
         if n == step:
             before = jax.tree.map(jnp.copy, state)
-        state, metrics = compiled(state, batch)
+        state, metrics = run.step_of(n)(state, batch)
         values = {name: float(value) for name, value in metrics.items() if not value.ndim}
         run.health.judge(n, values["loss"], values["grad_norm"])
         then = recorded.get(n, {})

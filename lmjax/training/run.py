@@ -57,10 +57,25 @@ class Run:
     saved: Saved = dataclasses.field(default_factory=Saved)  # what saved.json holds
     restore_seconds: float = 0.0  # spent on reading the checkpoint; 0: there was none
     compiled: StepFn | None = None  # the train step, once the loop has started
+    compiled_with_statistics: StepFn | None = None  # the same, once it was needed
     source: Pretrained | None = None  # the model that a new run starts from
     teacher: Pretrained | None = None  # of a distillation
     health: Health = dataclasses.field(default_factory=Health)  # of the steps so far
     rewinds: int = 0  # to the step `start`
+
+    def takes_statistics(self, step: int) -> bool:
+        """Whether statistics by module are taken in `step`."""
+        every = self.recipe.watch.statistics_every
+        return every > 0 and step % every == 0
+
+    def step_of(self, step: int) -> StepFn:
+        """The compiled function of a step; the one with statistics is compiled when first used."""
+        assert self.compiled is not None
+        if not self.takes_statistics(step):
+            return self.compiled
+        if self.compiled_with_statistics is None:
+            self.compiled_with_statistics = self.program.trace_with_statistics().lower().compile()
+        return self.compiled_with_statistics
 
     def data_state(self, step: int) -> dict[str, Any]:
         """Returns what a checkpoint after `step` steps records of the data.

@@ -12,6 +12,7 @@ from etils import epath
 
 from lmjax.errors import UserError, first_line
 from lmjax.monitoring.jsonl import read_jsonl
+from lmjax.monitoring.statistics import FOLDER
 from lmjax.runtime.files import write_whole
 from lmjax.training.checkpoint import checkpoint_steps
 from lmjax.training.recipe import Recipe
@@ -102,4 +103,6 @@ def keep_records(workdir: Path, step: int) -> Path:
     folder.mkdir()
     for file in workdir.glob("*.jsonl"):
         shutil.copy2(file, folder)
+    if (workdir / FOLDER).is_dir():
+        shutil.copytree(workdir / FOLDER, folder / FOLDER)
     return folder

@@ -16,6 +16,7 @@ from lmjax.sharding import Layout, constrain, use_layout
 from lmjax.tasks.losses import LossFn
 from lmjax.training.optim.ema import ema_update
 from lmjax.training.state import StateSpec, TrainState
+from lmjax.training.statistics import module_statistics, with_activations
 
 Metrics = Mapping[str, jax.Array]
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -24,8 +25,8 @@ LIMITS = ("max_loss", "max_grad_norm")
 
 
 def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: optax.Schedule, *,
-                    seed: int, microbatches: int = 1,
-                    ema_decay: float = 0.0) -> jax.stages.Wrapped:
+                    seed: int, microbatches: int = 1, ema_decay: float = 0.0,
+                    statistics: bool = False) -> jax.stages.Wrapped:
     """Returns the jitted step: (state, batch of [B, T] arrays) -> (next state, metrics).
 
     The state is donated; its frozen parameters and its teacher stay as they are. The
@@ -34,7 +35,11 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
 
     A step whose loss or gradient norm is not finite, or above one of LIMITS in its batch, changes
     neither parameters nor moments nor their average. Steps are counted all the same.
+
+    With `statistics`, the metrics also hold those of `training.statistics`.
     """
+    if statistics and not layout.on("layers"):  # stages have no layer's output at one place
+        loss_fn = with_activations(loss_fn, microbatches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         limits = {name: batch[name] for name in LIMITS if name in batch}
@@ -69,6 +74,8 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
             "param_norm": optax.tree.norm(params),
             "weight": sums.weight,
             **{name: x if x.ndim else x / weight for name, x in sums.extra.items()},
+            **(module_statistics(gradient=grads, update=updates, weight=params)
+               if statistics else {}),
         }
         return TrainState(state.step + 1, params, opt_state, ema, state.frozen,
                           state.teacher), metrics

@@ -54,6 +54,15 @@ def xla_attention(q_BTHK: jax.Array, k_BSGK: CacheArray, v_BSGK: CacheArray,
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
+def largest_score(q_BTHK: jax.Array, k_BGSK: jax.Array, mask: AttentionMask,
+                  scale: float) -> jax.Array:
+    """The largest q k^T * scale of a query and a key that it sees, without soft-cap; float32 []."""
+    B, T, H, K = q_BTHK.shape
+    q_BTGRK = q_BTHK.reshape(B, T, k_BGSK.shape[1], -1, K)
+    scores = jnp.einsum("BTGRK,BGSK->BGRTS", q_BTGRK, k_BGSK, preferred_element_type=jnp.float32)
+    return scale * jnp.max(jnp.where(mask.to_dense()[:, None, None], scores, NEG_INF))
+
+
 def _first(x_BSGK: CacheArray, count: int) -> CacheArray:
     """The first keys or values."""
     return jax.tree.map(lambda x: x[:, :count], x_BSGK)
