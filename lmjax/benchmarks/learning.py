@@ -35,11 +35,11 @@ from lmjax.training.recipe import build_recipe
 RECIPE = "configs/quickstart.py"
 # By size in parameters: the variant of the recipe, and what is set in it.
 SIZES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "0.5M": ("", ("model.embed_dim=64", "model.num_heads=2", "model.num_kv_heads=1",
+    "0.7M": ("", ("model.embed_dim=64", "model.num_heads=2", "model.num_kv_heads=1",
                   "model.mlp_dim=176")),
-    "1M": ("", ("model.embed_dim=112", "model.num_heads=4", "model.num_kv_heads=2",
+    "1.5M": ("", ("model.embed_dim=112", "model.num_heads=4", "model.num_kv_heads=2",
                 "model.head_dim=28", "model.mlp_dim=304")),
-    "2.4M": ("", ()),
+    "3.2M": ("", ()),
     "tiny": (":tiny", ()),
 }
 
@@ -52,23 +52,16 @@ class Row(NamedTuple):
     choices: tuple[tuple[str, ...], ...]
 
 
-def _groups(multiplier: float, b1: float) -> str:
-    """Sets the rate of the token table and the first moments of all that Muon gives to AdamW."""
-    return "optimizer.groups=" + json.dumps([
-        {"kind": "embedding", "multiplier": multiplier, "b1": b1}, {"kind": "vector", "b1": b1}])
-
-
 REFERENCE = "adamw"
+ONE_RATE = "optimizer.groups=[]"  # for all kinds of parameters
 ROWS = {
-    REFERENCE: Row(("optimizer.name=adamw",), (
+    REFERENCE: Row(("optimizer.name=adamw", ONE_RATE), (
         tuple(f"optimizer.peak_lr={rate}" for rate in (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
         tuple(f"optimizer.b2={b2}" for b2 in (0.95, 0.99)),
         tuple(f"optimizer.b1={b1}" for b1 in (0.9, 0.8)))),
-    "muon": Row(("optimizer.name=muon",), (
+    "muon": Row(("optimizer.name=muon", "optimizer.muon_momentum=0.95", ONE_RATE), (
         tuple(f"optimizer.peak_lr={rate}" for rate in (5e-3, 1e-2, 2e-2)),)),
-    "muon-groups": Row(("optimizer.name=muon",), (
-        tuple(f"optimizer.peak_lr={rate}" for rate in (5e-3, 1e-2)),
-        tuple(_groups(multiplier, 0.8) for multiplier in (2.0, 4.0)))),
+    "recipe": Row((), ()),  # as configs/quickstart.py has it
 }
 SHORTER = 5 / 6  # the steps of a run as a share of those of the run before it
 WORK = Path("runs/learning")

@@ -194,7 +194,7 @@ def add_bench(parser: ArgumentParser) -> None:
     parser.add_argument("--optimizers", nargs="+", default=[], metavar="NAME",
                         help="for learning: which rows of its table (default: all)")
     parser.add_argument("--sizes", nargs="+", default=[], metavar="SIZE",
-                        help="for learning: 0.5M, 1M, 2.4M (default: all three)")
+                        help="for learning: 0.7M, 1.5M, 3.2M (default: all three)")
     parser.add_argument("--steps", type=int, default=600, metavar="N",
                         help="for learning: steps of a run; for pruning: of training after it "
                         "(default: 600)")

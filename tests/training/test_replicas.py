@@ -67,7 +67,7 @@ def test_every_flipped_bit_is_named(state):
         assert all(item.is_sure == (len(group) > 2) for item in bad)
 
 
-@pytest.mark.parametrize("mesh", ["eight", "two"])
+@pytest.mark.parametrize("mesh", [pytest.param("eight", marks=pytest.mark.slow), "two"])
 def test_a_run_undoes_it_and_ends_with_the_same_bits(tmp_path, monkeypatch, capsys, mesh):
     """Found by the comparison of step 6, and by that before the save of step 9."""
     runs = ("train.steps=12", "optimizer.warmup_steps=2", "checkpoint.every=3", "eval.every=0",

@@ -36,6 +36,7 @@ def test_a_run_with_them_differs_by_rounding_at_most(run, tmp_path):
     assert not (tmp_path / "without/statistics").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_records(run, tmp_path):
     first = (*RUN, "optimizer.schedule=constant")
     for name, starts in (("straight", [8]), ("resumed", [6, 8])):

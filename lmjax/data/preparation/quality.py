@@ -41,8 +41,11 @@ def remove(engine: Engine, parts: Sequence[Shard], config: QualityConfig, rules:
     size = sum(engine.map(_bytes, judged))
     take = functools.partial(_sample, share=min(1.0, SAMPLE_BYTES / max(size, 1)))
     corpus = [text for texts in engine.map(take, judged) for text in texts]
+    engine.log(f"prepare: quality: learning from {len(good):,} examples and {len(corpus):,} "
+               "documents of the corpus")
     learnt = quality.fit(good, corpus, config.lost)
     quality.save(learnt, folder)
+    engine.log(f"prepare: quality: scoring {sum(part.documents for part in judged):,} documents")
     scores = engine.map(functools.partial(_score, folder=folder), judged)
     rows = [np.stack([number, number, score.view(np.uint64)])[:, score < learnt.threshold]
             for part, score in zip(judged, scores, strict=True)

@@ -28,7 +28,7 @@ def test_what_is_unlike_the_examples_is_removed_from_the_sources_that_are_judged
     out = tmp_path / "out"
     prepare(config, str(out), log=silent)
     gone = pq.read_table(out / "ledger.parquet").to_pylist()
-    numbers = {int(row["id"].rpartition(":")[2]) for row in gone if row["rule"] == "quality"}
+    numbers = {int(row["id"].rpartition(":")[2]) - 1 for row in gone if row["rule"] == "quality"}
     assert len(numbers & set(range(200, 240))) >= 38 and len(numbers - set(range(200, 240))) <= 8
     assert len(numbers) == len(gone)  # all by this rule, all of this source
     threshold = json.loads((out / "receipts/2-quality.json").read_text())["facts"]["threshold"]
