@@ -58,7 +58,7 @@ def places(tmp_path, monkeypatch):
         return temporary_file(*args, **options)
 
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
-    for module, name in ((loop, "_compile"), (setup, "_open"), (prepare, "run_stages"),
+    for module, name in ((loop, "_compile"), (setup, "open_run"), (prepare, "run_stages"),
                          (lm, "load"), (plan, "compiled"), (bench_data, "corpus")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the work has begun"))
     (tmp_path / "file").write_text("kept")
