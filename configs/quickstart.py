@@ -56,11 +56,8 @@ def get_config(variant: str = "") -> ConfigDict:
         steps=600,  # 1.2M tokens: three to six minutes on two cores
         batch_size=8,  # 2048 tokens per step
     )
-    config.eval = dict(
-        every=50,
-        batches=16,
-        batch_size=16,  # twice that of training, as evaluation keeps no activations
-    )
+    # Batches twice as large as those of training, as evaluation keeps no activations.
+    config.eval = dict(every=50, batches=16, batch_size=16)
     config.checkpoint = dict(every=50, keep_last=2)  # with each evaluation
     config.watch = dict(statistics_every=25)  # 24 columns of heat maps; such a step takes 6% longer
     config.sample = dict(
