@@ -26,7 +26,7 @@ def forecast_card(run: RunRecord) -> str:
         inside = said["low"] <= reached <= said["high"]
         rows.append(["reached", f"{reached:.4f}", f"{reached / said['loss'] - 1:+.2%}, "
                      f"{'inside' if inside else 'outside'} the interval"])
-    tokens = float(run.tokens(run.step))
+    tokens = float(run.step * run.facts["tokens_per_step"])
     if not run.unfinished and abs(tokens / said["tokens"] - 1) > 0.01:
         note += (f" The forecast was for {said['tokens']:,} tokens, and the run had {tokens:,.0f}: "
                  "they do not compare.")

@@ -62,7 +62,7 @@ def size_of(recipe: Recipe) -> float:
 
 
 def tokens_of(recipe: Recipe) -> int:
-    """D: the tokens that a recipe trains on."""
+    """D: the tokens that a recipe reads, whether it predicts them or not."""
     return recipe.train.steps * recipe.train.batch_size * recipe.data.seq_len
 
 
@@ -101,7 +101,7 @@ def observations(workdir: Path) -> dict[str, Observation]:
         if math.isfinite(loss):
             data.add(run.facts["data"]["fingerprint"])
             found[name] = Observation(run.facts["flops_per_token"] / 6,
-                                      float(run.tokens(run.step)), loss)
+                                      float(run.step * run.facts["tokens_per_step"]), loss)
     if not found:
         raise UserError("a directory of finished runs", f"{workdir}, which has none",
                         "run lmjax scale ladder first", where="--workdir")

@@ -17,7 +17,6 @@ from lmjax.data.preparation.shards import Shard
 from lmjax.data.text import clean, quality, sources
 
 SAMPLE_BYTES = 16 << 20  # of the corpus, from which the filter learns
-CHARACTERS = 10_000  # of each document there, and of each example
 
 
 def remove(engine: Engine, parts: Sequence[Shard], config: QualityConfig, rules: Sequence[str],
@@ -65,7 +64,7 @@ def _good_texts(config: QualityConfig, rules: Sequence[str], broken_budget: floa
         for item in sources.read(source, files, broken_budget):
             if isinstance(item, sources.Document):
                 text, _ = clean.clean(item.data, rules)
-                found[text[:CHARACTERS]] = None
+                found[text[:quality.BEGINNING]] = None
     return [text for text in found if text.strip()]
 
 
@@ -75,7 +74,7 @@ def _bytes(part: Shard) -> int:
 
 def _sample(part: Shard, share: float) -> list[str]:
     """The beginnings of a share of a shard's documents, drawn by a hash of each text."""
-    texts = [text[:CHARACTERS] for text in shards.texts(part)]
+    texts = [text[:quality.BEGINNING] for text in shards.texts(part)]
     if share == 1:
         return texts
     return [text for text in texts if uniform(key_of("quality", text))[()] < share]

@@ -32,6 +32,7 @@ from lmjax.data.text.words import Words, batches, ngrams, split
 from lmjax.errors import UserError
 
 FOLDS = 3
+BEGINNING = 10_000  # characters of a text that are learnt from, and that decide its fold
 LEAST_EXAMPLES = 100  # with fewer, the threshold would be a guess
 BUCKETS = 1 << 16  # of hashed words and pairs of words
 WORDS, CHARACTERS = 1 << 20, 1 << 13  # ids of the n-gram models; id 0 begins a text
@@ -76,8 +77,8 @@ def fit(good: Sequence[str], corpus: Sequence[str], lost: float) -> Quality:
     """Learns a filter.
 
     Args:
-      good: examples of good text.
-      corpus: a sample of the texts that will be judged.
+      good: the beginnings of examples of good text.
+      corpus: the beginnings of a sample of the texts that will be judged.
       lost: the share of good text that may be removed, in (0, 1).
     Raises:
       UserError: there are fewer than LEAST_EXAMPLES examples, or scikit-learn is not installed.
@@ -124,8 +125,8 @@ def _regress(features: sparse.csr_matrix, good_D: np.ndarray) -> tuple[np.ndarra
 
 
 def _fold_of(texts: Sequence[str]) -> np.ndarray:
-    """The fold of each text, by its content: copies are in the same one; int64 [D]."""
-    return np.array([zlib.crc32(text.encode()) % FOLDS for text in texts], np.int64)
+    """The fold of each text, by its beginning: copies are in the same one; int64 [D]."""
+    return np.array([zlib.crc32(text[:BEGINNING].encode()) % FOLDS for text in texts], np.int64)
 
 
 def _hashed(words: Words) -> sparse.csr_matrix:

@@ -41,6 +41,9 @@ def test_planted_junk_goes_and_good_text_stays(learnt):
 def test_a_score_depends_on_the_text_alone_and_comes_back_from_a_file(learnt, tmp_path):
     filter_, good, junk = learnt
     texts = [*good[:5], "", "\u65e5\u672c", *junk["template"][:2], "!?"]
+    long = " ".join(good[:60])  # of the fold of its beginning, which may have been learnt from
+    assert len(long) > quality.BEGINNING
+    assert quality._fold_of([long]) == quality._fold_of([long[:quality.BEGINNING]])
     scores = filter_.scores(texts)
     assert np.isfinite(scores).all()
     np.testing.assert_allclose([filter_.scores([text])[0] for text in texts], scores, rtol=1e-12)
