@@ -6,6 +6,7 @@ They have RoPE and a gated MLP, and differ in their norms, layers and branches.
 from collections.abc import Mapping
 from typing import Any
 
+from lmjax.errors import UserError
 from lmjax.huggingface.decoder_tables import (
     GLM4_TABLE,
     GLM_TABLE,
@@ -59,10 +60,16 @@ OLMO3 = ModelType(
 
 def has_no_rope(settings: Mapping[str, Any], i: int) -> bool:
     """Whether layer i of a SmolLM3 is one without RoPE."""
-    listed = settings.get("no_rope_layers")
+    listed, interval = settings.get("no_rope_layers"), settings.get("no_rope_layer_interval", 4)
+    if listed is not None and len(listed) <= i:
+        raise UserError(f"an entry for layer {i}", f"{len(listed)} entries", "correct it",
+                        where="no_rope_layers in config.json")
     if listed is not None:
         return not listed[i]
-    return (i + 1) % settings.get("no_rope_layer_interval", 4) == 0
+    if not interval:
+        raise UserError("1 or more", interval, "correct it",
+                        where="no_rope_layer_interval in config.json")
+    return (i + 1) % interval == 0
 
 
 def tell_nope(config: DecoderConfig) -> dict[str, Any]:

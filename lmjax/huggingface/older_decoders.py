@@ -6,6 +6,7 @@ They have LayerNorm, an MLP without a gate, and (all but OPT) branches that run 
 from collections.abc import Mapping
 from typing import Any
 
+from lmjax.errors import UserError
 from lmjax.huggingface.decoder_tables import (
     FALCON_TABLE,
     GPTJ_TABLE,
@@ -57,6 +58,9 @@ def gptj_rotation(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The part of each head that GPT-J rotates, from its number of dimensions."""
     embed_dim = settings.get("n_embd", settings.get("hidden_size", 4096))
     num_heads = settings.get("n_head", settings.get("num_attention_heads", 16))
+    if settings.get("rotary_dim", 64) is None:
+        raise UserError("a number of dimensions", "null", "lmjax rotates a part of each head",
+                        where="rotary_dim in config.json")
     return {"rotary_fraction": settings.get("rotary_dim", 64) / (embed_dim // num_heads)}
 
 

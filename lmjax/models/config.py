@@ -189,7 +189,8 @@ class TransformerConfig:
     @property
     def rotary_dim(self) -> int:
         """The number of dimensions of a head that RoPE rotates."""
-        return int(self.dims.head_dim * self.rotary_fraction)
+        # A fraction such as 30/44 may come out just below the number that it stands for.
+        return int(self.dims.head_dim * self.rotary_fraction + 1e-6)
 
     def kinds(self, num_layers: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """The kinds of layers among the first `num_layers`, and the kind of each layer.

@@ -2,8 +2,11 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from lmjax.errors import UserError
 from lmjax.huggingface.model_types import MODEL_TYPES
+from lmjax.huggingface.settings import read_settings
 from lmjax.huggingface.stored import rows_for
 from lmjax.models.decoder import DecoderConfig
 from lmjax.nn.positions import apply_rope, rope_rotation
@@ -42,3 +45,20 @@ def test_neighbouring_pairs_of_theirs_are_the_pairs_that_rope_rotates_here():
 def test_values_and_other_types_keep_their_order():
     assert not order("glm", "value")
     assert not any(row.order for row in rows_for(MODEL_TYPES["llama"], CONFIG).values())
+
+
+@pytest.mark.parametrize("settings, told", [
+    ({"model_type": "gptj", "rotary_dim": None}, "rotary_dim .*expected a number .*got null"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers .*an entry for layer 2"),
+    ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval .*1 or more")])
+def test_settings_that_say_nothing_of_a_layer_are_one_line(settings, told):
+    with pytest.raises(UserError, match=told):
+        read_settings(settings, "config.json")
+
+
+def test_a_fraction_of_a_head_is_its_number_of_dimensions():
+    for head_dim in (44, 52, 60, 88, 100, 256):  # 30/44 of 44 comes out as 29.99...
+        for rotated in range(2, head_dim + 1, 2):
+            config = DecoderConfig(num_heads=1, head_dim=head_dim,
+                                   rotary_fraction=rotated / head_dim)
+            assert config.rotary_dim == rotated

@@ -31,18 +31,19 @@ _LOWER = bytes(range(256)).lower()
 _SPACES = b" \t\n\r\v\f"
 
 
-def exact(engine: Engine, parts: Sequence[Shard], folder: str) -> np.ndarray:
+def exact(engine: Engine, parts: Sequence[Shard], folder: str, removed: str = "") -> np.ndarray:
     """Finds documents that equal an earlier one except for spaces and ASCII case.
 
     Args:
       engine: groups the documents.
       parts: the shards of the corpus.
+      removed: .npy of documents to leave out, uint64 [_, N], sorted by document; "": none.
       folder: for `removed.npy`, which holds the result, and for spilled records in `spill`.
     Returns:
       uint64 [2, N]: the number of each copy and of the document that stays, sorted by copy.
     """
     spill = os.path.join(folder, "spill")
-    files = engine.group(_digests, parts, _copies, spill)
+    files = engine.group(functools.partial(_digests, removed=removed), parts, _copies, spill)
     count = engine.sort(files, spill, out := os.path.join(folder, "removed.npy"))
     return np.load(out) if count else np.zeros((2, 0), np.uint64)
 
@@ -52,11 +53,15 @@ def _digest(raw: bytes | memoryview) -> bytes:
     return hashlib.blake2b(bytes(raw).translate(_LOWER, _SPACES), digest_size=16).digest()
 
 
-def _digests(part: Shard) -> np.ndarray:
+def _digests(part: Shard, removed: str) -> np.ndarray:
     """Records (first half of the digest, second half, document): uint64 [3, D]."""
     data = b"".join(map(_digest, shards.raw_texts(part)))
     halves = np.frombuffer(data, "<u8").reshape(-1, 2).T
-    return np.stack([halves[0], halves[1], np.arange(part.first, part.end, dtype=np.uint64)])
+    rows = np.stack([halves[0], halves[1], np.arange(part.first, part.end, dtype=np.uint64)])
+    if not removed:
+        return rows
+    gone = between(np.load(removed, mmap_mode="r"), part.first, part.end)[0]
+    return rows[:, ~np.isin(rows[2], gone)]
 
 
 def _copies(rows: np.ndarray) -> np.ndarray:

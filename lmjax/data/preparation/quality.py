@@ -45,7 +45,9 @@ def remove(engine: Engine, parts: Sequence[Shard], config: QualityConfig, rules:
     learnt = quality.fit(good, corpus, config.lost)
     quality.save(learnt, folder)
     engine.log(f"prepare: quality: scoring {sum(part.documents for part in judged):,} documents")
-    scores = engine.map(functools.partial(_score, folder=folder), judged)
+    score = functools.partial(_score, folder=folder, threshold=learnt.threshold)
+    scores = engine.map(score, judged)
+    _load.cache_clear()
     rows = [np.stack([number, number, score.view(np.uint64)])[:, score < learnt.threshold]
             for part, score in zip(judged, scores, strict=True)
             for number in [np.arange(part.first, part.end, dtype=np.uint64)]]
@@ -80,10 +82,12 @@ def _sample(part: Shard, share: float) -> list[str]:
     return [text for text in texts if uniform(key_of("quality", text))[()] < share]
 
 
-def _score(part: Shard, folder: str) -> np.ndarray:
-    return _load(folder).scores(shards.texts(part))
+def _score(part: Shard, folder: str, threshold: float) -> np.ndarray:
+    texts = [text[:quality.BEGINNING] for text in shards.texts(part)]
+    return _load(folder, threshold).scores(texts)
 
 
 @functools.lru_cache(maxsize=1)
-def _load(folder: str) -> quality.Quality:
+def _load(folder: str, threshold: float) -> quality.Quality:
+    """The filter in `folder`; its threshold tells it from an earlier one at the same place."""
     return quality.load(folder)

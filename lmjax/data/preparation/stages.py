@@ -75,7 +75,7 @@ def run_stages(config: DataConfig, engine: Engine, make_tokenizer: TokenizerFact
     removed = {}
     if config.curate.quality.good:
         removed["quality"] = _quality(config, engine, cleaned)
-    removed["exact_copy"] = _exact(engine, cleaned)
+    removed["exact_copy"] = _exact(engine, cleaned, removed.get("quality"))
     if config.curate.dedup.threshold:
         removed["near_copy"] = _near(config, engine, cleaned, removed)
     cuts = _cuts(config, engine, cleaned, removed)
@@ -152,13 +152,15 @@ def _quality(config: DataConfig, engine: Engine, corpus: Corpus) -> Stage:
                                 f"{facts['examples']:,} examples"))
 
 
-def _exact(engine: Engine, corpus: Corpus) -> Stage:
+def _exact(engine: Engine, corpus: Corpus, judged: Stage | None) -> Stage:
     def build(folder: str) -> dict[str, int]:
-        found = dedup.exact(engine, corpus.parts, folder)
+        found = dedup.exact(engine, corpus.parts, folder,
+                            judged.path("removed.npy") if judged else "")
         shutil.rmtree(os.path.join(folder, "spill"))
         return {"removed": found.shape[1]}
 
-    return engine.stage(STAGE_NAMES["exact"], None, {"text": corpus.stage.digest}, build,
+    inputs = {"text": corpus.stage.digest} | ({"quality": judged.digest} if judged else {})
+    return engine.stage(STAGE_NAMES["exact"], None, inputs, build,
                         describe=lambda facts: f"{facts['removed']:,} copies")
 
 

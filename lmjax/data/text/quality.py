@@ -60,7 +60,7 @@ class Quality(NamedTuple):
     threshold: float
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
-        """The score of each text, higher for better ones; float64 [D]."""
+        """The score of each text (or its beginning), higher for better ones; float64 [D]."""
         out = np.zeros(len(texts))
         for base, group in batches(texts):
             words = split(group)
@@ -81,11 +81,14 @@ def fit(good: Sequence[str], corpus: Sequence[str], lost: float) -> Quality:
       corpus: the beginnings of a sample of the texts that will be judged.
       lost: the share of good text that may be removed, in (0, 1).
     Raises:
-      UserError: there are fewer than LEAST_EXAMPLES examples, or scikit-learn is not installed.
+      UserError: there are fewer than LEAST_EXAMPLES examples or texts to judge, or scikit-learn is
+        not installed.
     """
-    if len(good) < LEAST_EXAMPLES:
-        raise UserError(f"{LEAST_EXAMPLES} different examples or more", len(good), "add some",
-                        where="data.curate.quality.good")
+    for given, key in ((good, "good"), (corpus, "only")):
+        if len(given) < LEAST_EXAMPLES:
+            what = "different examples" if key == "good" else "documents to judge"
+            raise UserError(f"{LEAST_EXAMPLES} {what} or more", len(given), "add some",
+                            where=f"data.curate.quality.{key}")
     texts = [*good, *corpus]
     fold_D, is_good_D = _fold_of(texts), np.arange(len(texts)) < len(good)
     words = split(texts)

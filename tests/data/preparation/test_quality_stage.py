@@ -50,3 +50,21 @@ def test_a_quality_filter_that_cannot_be_is_refused(tmp_path, change, told):
     with pytest.raises(UserError, match=told):
         curated = CurateConfig(quality=QualityConfig(**{**change, "good": good}), workers=1)
         prepare(make_config("", sources=(web,), curate=curated), str(tmp_path / "out"), log=silent)
+
+
+@pytest.mark.long
+def test_a_copy_of_what_the_filter_removes_stays_where_it_is_not_judged(tmp_path):
+    """The first copy, of the judged source, goes; that of the other source does not go with it."""
+    good, junk = sentences(320, seed=1), shuffled(sentences(60, seed=2))
+    files = {"examples": good[:120], "web": junk[:30] + good[120:], "notes": junk[:30] + junk[30:]}
+    for name, texts in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps({"text": text}) + "\n" for text in texts))
+    examples, web, notes = (SourceConfig(name, f"jsonl:{tmp_path}/{name}.jsonl") for name in files)
+    curate = CurateConfig(quality=QualityConfig(good=(examples,), only=("web",)), workers=1)
+    prepare(make_config("", sources=(web, notes), curate=curate), str(tmp_path / "out"), log=silent)
+    gone = pq.read_table(tmp_path / "out/ledger.parquet").to_pylist()
+    assert {row["rule"] for row in gone} <= {"quality", "exact_copy"}
+    judged = [row for row in gone if row["rule"] == "quality"]
+    copies = [row for row in gone if row["rule"] == "exact_copy"]
+    assert len(judged) >= 28 and len(copies) <= 2  # only those of what the filter missed
