@@ -75,7 +75,12 @@ def kind_of(path: str, axes: tuple[str, ...]) -> str:
 
 
 def attention_multiplier(config: TransformerConfig) -> float:
-    """What attention scores are multiplied by: they become proportional to 1 / head_dim."""
+    """What attention scores are multiplied by, beside 1 / sqrt(`query_scalar` or head_dim).
+
+    Scores become proportional to 1 / head_dim. If `query_scalar` is set and the same for all sizes,
+    they become proportional to 1 / sqrt(head_dim) only.
+    Without `base_head_dim`, the heads are taken to be as large as the base's.
+    """
     if config.parametrization == "standard" or not config.base_head_dim:
         return 1.0
     return (config.base_head_dim / config.dims.head_dim) ** 0.5

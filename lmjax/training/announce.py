@@ -9,6 +9,7 @@ import lmjax
 from lmjax.data.objectives import ObjectiveConfig, mark_ids
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.errors import masked
+from lmjax.models.config import TransformerConfig
 from lmjax.models.flops import embedding_parameters, flops_per_row
 from lmjax.monitoring.units import human_count
 from lmjax.runtime.chips import FLAGS
@@ -40,6 +41,8 @@ def announce(run: Run, directory: str, log: Log) -> dict[str, Any]:
     log(f"attention: {model.kernel.name} ({model.kernel_reason})")
     log(f"model: {human_count(parameters)} parameters, {human_count(embedding)} of them in "
         f"embeddings; vocabulary {model.config.vocab_size:,}")
+    if line := told_heads_of(model.config):
+        log(line)
     if run.spec.frozen is not None:
         log(f"trained: {human_count(num_elements(run.spec.shapes.params))} parameters; the other "
             f"{human_count(num_elements(run.spec.shapes.frozen))} are frozen")
@@ -68,6 +71,15 @@ def announce(run: Run, directory: str, log: Log) -> dict[str, Any]:
         "steps": recipe.train.steps,
         "data": {"fingerprint": train.fingerprint, "directory": directory},
     }
+
+
+def told_heads_of(config: TransformerConfig) -> str:
+    """Says that the heads are taken to be as large as the base's; "" if that is known or unused."""
+    if (config.parametrization == "standard" or config.base_head_dim
+            or config.embed_dim == config.base_embed_dim):
+        return ""
+    return (f"parametrization: {config.parametrization} takes the heads of the base to have "
+            f"{config.dims.head_dim} dimensions as well; if not, set model.base_head_dim")
 
 
 def told_ids_of(config: ObjectiveConfig, tokenizer: Tokenizer) -> str:
