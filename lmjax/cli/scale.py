@@ -26,7 +26,8 @@ def add_scale(parser: ArgumentParser) -> None:
     add("--parametrizations", nargs="+", default=[], metavar="NAME",
         help="which are compared: standard, mup, completep (default: the config's)")
     add("--widths", nargs="+", type=int, default=[], metavar="N",
-        help="embed_dim of the models; heads and MLP grow with it")
+        help="embed_dim of the models; heads and MLP grow with it; for coord-check, the sizes span "
+        "at least a factor of 4")
     add("--depths", nargs="+", type=int, default=[], metavar="N", help="num_layers of the models")
     add("--steps", type=int, default=5, metavar="N",
         help="of coord-check: steps that each model takes (default: 5)")
@@ -93,7 +94,7 @@ def _parametrizations(arguments: Namespace, overrides: Sequence[str]) -> list[st
 
 
 def _ladder(arguments: Namespace, overrides: Sequence[str], workdir: Path) -> bool:
-    from lmjax.scaling.ladder import fit_ladder, parse_sizes, rungs, table
+    from lmjax.scaling.ladder import fit_ladder, parse_sizes, rungs
     from lmjax.scaling.pictures import draw_law
     from lmjax.scaling.sweep import sweep
 
@@ -104,9 +105,9 @@ def _ladder(arguments: Namespace, overrides: Sequence[str], workdir: Path) -> bo
     failed = sweep(arguments.config, overrides, workdir,
                    rungs(arguments.config, overrides, sizes, arguments.ratios),
                    at_once=arguments.at_once)
-    runs, found = fit_ladder(workdir, arguments.budgets)
+    runs, found, lines = fit_ladder(workdir, arguments.budgets)
     draw_law(list(runs.values()), found, workdir / "law.png")
-    print("\n".join([*table(runs, found, arguments.budgets), str(workdir / "law.png")]))
+    print("\n".join([*lines, str(workdir / "law.png")]))
     return bool(failed)
 
 

@@ -9,6 +9,7 @@
 
 import dataclasses
 import datetime
+import fnmatch
 import hashlib
 import json
 import math
@@ -18,23 +19,35 @@ from typing import Any
 
 import jax
 
-from lmjax.config import load, plain
+from lmjax.config import differences, load, plain
 from lmjax.errors import UserError
 from lmjax.models.flops import flops_per_token
+from lmjax.monitoring.progress import to_stderr
 from lmjax.monitoring.units import human_count
 from lmjax.reporting.run_files import read_run
 from lmjax.runtime.files import write_whole
 from lmjax.scaling.law import CONFIDENCE, Fit, Observation, fit
 from lmjax.scaling.processes import finished
-from lmjax.scaling.sizes import Size, based_on, resized
+from lmjax.scaling.sizes import Size, resized
 from lmjax.scaling.sweep import Run
 from lmjax.sharding import MeshConfig, make_layout
+from lmjax.training.changes import MAY_CHANGE
 from lmjax.training.program import make_model
 from lmjax.training.recipe import Recipe, build_recipe, recorded_recipe
+from lmjax.training.task_config import with_source
 
 FILE = "forecast.json"
 NAMES = {"floor": "E", "size_factor": "A", "size_exponent": "a", "data_factor": "B",
          "data_exponent": "b"}
+# What the runs of one law may differ in, as patterns: the size, the length, the seeds, and what a
+# run that is resumed may change. Batches and proportions of the data decide what a step learns.
+MAY_DIFFER = (
+    "model.embed_dim", "model.num_layers", "model.num_encoder_layers", "model.num_heads",
+    "model.num_kv_heads", "model.mlp_dim", "model.moe.mlp_dim", "model.moe.shared_dim",
+    "train.steps", "train.seed", "data.seed", "data.sources.*.data_dir",
+    *(key for key in MAY_CHANGE
+      if not key.startswith(("train.batch_size", "data.stages", "data.max_epochs"))))
+FAR = 100  # by how much a ratio of tokens to size may leave those of the runs before it says little
 
 
 def parse_sizes(texts: Sequence[str]) -> list[Size]:
@@ -74,12 +87,10 @@ def rungs(spec: str, overrides: Sequence[str], sizes: Sequence[Size],
       UserError: a size does not fit the heads, or a run would be shorter than its warm-up.
     """
     own, found = build_recipe(load(spec, overrides)), []
-    if any(not ratio > 0 for ratio in ratios):
+    if any(not 0 < ratio < math.inf for ratio in ratios):
         raise UserError("ratios above 0", list(ratios), "correct them", where="--ratios")
-    base = min(sizes, key=lambda size: (size.embed_dim, size.num_layers))
     for size in sizes:
-        settings = [*resized(own.model, size),
-                    *based_on(own.model, own.model.parametrization, base)]
+        settings = resized(own.model, size, "--sizes")
         recipe = build_recipe(load(spec, [*overrides, *settings]))
         a_step = recipe.train.batch_size * recipe.data.seq_len
         for ratio in ratios:
@@ -88,47 +99,62 @@ def rungs(spec: str, overrides: Sequence[str], sizes: Sequence[Size],
     return found
 
 
-def observations(workdir: Path) -> dict[str, Observation]:
-    """The finished runs of a ladder by their names.
+def observations(workdir: Path) -> tuple[dict[str, Observation], list[str]]:
+    """The finished runs of a ladder by their names, and the names of those that diverged.
 
     Raises:
-      UserError: there are none, or their data differ.
+      UserError: there are none, or their data or their recipes differ.
     """
-    found, data = {}, set()
+    found, diverged, data = {}, [], set()
     for name in sorted(finished(workdir)):
         run = read_run(workdir / name)
         loss = float(run.heldout["loss"][-1])
-        if math.isfinite(loss):
-            data.add(run.facts["data"]["fingerprint"])
-            found[name] = Observation(run.facts["flops_per_token"] / 6,
-                                      float(run.step * run.facts["tokens_per_step"]), loss)
+        if not math.isfinite(loss):
+            diverged.append(name)
+            continue
+        data.add(run.facts["data"]["fingerprint"])
+        found[name] = Observation(run.facts["flops_per_token"] / 6,
+                                  float(run.step * run.facts["tokens_per_step"]), loss)
+    if diverged:
+        to_stderr(f"left out, since they diverged: {', '.join(diverged)}")
     if not found:
         raise UserError("a directory of finished runs", f"{workdir}, which has none",
                         "run lmjax scale ladder first", where="--workdir")
     if len(data) > 1:
         raise UserError("runs on the same data", f"{len(data)} kinds", "take another --workdir",
                         where=str(workdir))
-    return found
+    first, *others = (_recorded(workdir / name) for name in found)
+    for name, recipe in zip([*found][1:], others, strict=True):
+        _check_same_recipe(recipe, first, str(workdir / name))
+    return found, diverged
 
 
-def fit_ladder(workdir: Path, budgets: Sequence[float]) -> tuple[dict[str, Observation], Fit]:
+def fit_ladder(workdir: Path,
+               budgets: Sequence[float]) -> tuple[dict[str, Observation], Fit, list[str]]:
     """Fits the law to the finished runs, and writes law.json and law.md.
 
     Args:
       workdir: of the ladder.
       budgets: FLOPs for which the best size is told.
 
+    Returns:
+      (the runs by name, the fit, the lines of law.md).
+
     Raises:
-      UserError: there are too few runs.
+      UserError: there are too few runs, or they differ in more than their size and length.
     """
-    runs = observations(workdir)
+    runs, diverged = observations(workdir)
     found = fit(list(runs.values()))
+    lines = table(runs, found, budgets)
+    if diverged:
+        lines += ["", f"Left out, since they diverged: {', '.join(diverged)}"]
     write_whole(workdir / "law.json", json.dumps({
         "law": dataclasses.asdict(found.law),
         "intervals": {name: found.interval_of(name) for name in NAMES},
-        "confidence": CONFIDENCE, "runs": _record(workdir, runs)}, indent=1) + "\n")
-    write_whole(workdir / "law.md", "\n".join(table(runs, found, budgets)) + "\n")
-    return runs, found
+        "confidence": CONFIDENCE, "runs": _record(workdir, runs), "diverged": diverged},
+        indent=1) + "\n")
+    write_whole(workdir / "law.md", "\n".join(lines) + "\n")
+    return runs, found, lines
 
 
 def _record(workdir: Path, runs: Mapping[str, Observation]) -> list[dict[str, Any]]:
@@ -151,9 +177,9 @@ def table(runs: Mapping[str, Observation], found: Fit, budgets: Sequence[float])
                  "| ---: | ---: | --- | ---: | ---: |"]
     for flops in budgets:
         size, tokens = law.best(flops)
-        low, high = found.interval_of_best(flops)
-        rows.append(f"| {flops:.3g} | {human_count(size)} | {human_count(low)} to "
-                    f"{human_count(high)} | {human_count(tokens)} | {law.loss(size, tokens):.4f} |")
+        rows.append(f"| {flops:.3g} | {human_count(size)} | "
+                    f"{_interval_of_best(found, flops, list(runs.values()))} | "
+                    f"{human_count(tokens)} | {law.loss(size, tokens):.4f} |")
     rows += ["", "| run | N | tokens | FLOPs | loss | law | residual |",
              "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     rows += [f"| {name} | {human_count(run.parameters)} | {human_count(run.tokens)} | "
@@ -161,6 +187,20 @@ def table(runs: Mapping[str, Observation], found: Fit, budgets: Sequence[float])
              f"{residual:+.2%} |"
              for (name, run), residual in zip(runs.items(), found.residuals, strict=True)]
     return rows
+
+
+def _interval_of_best(found: Fit, flops: float, runs: Sequence[Observation]) -> str:
+    """The interval of the best size; an end that the runs say nothing of is open."""
+    ratios = [run.tokens / run.parameters for run in runs]
+    least, most = (math.sqrt(flops / 6 / ratio) for ratio in (
+        max(ratios) * FAR, min(ratios) / FAR))
+    low, high = found.interval_of_best(flops)
+    if least <= low and high <= most:
+        return f"{human_count(low)} to {human_count(high)}"
+    if low < least and most < high:
+        return "unknown"
+    return (f"more than {human_count(min(low, most))}" if high > most else
+            f"less than {human_count(max(high, least))}")
 
 
 def forecast(spec: str, overrides: Sequence[str], workdir: Path, run: Path) -> dict[str, Any]:
@@ -182,9 +222,9 @@ def forecast(spec: str, overrides: Sequence[str], workdir: Path, run: Path) -> d
         if (run / name).exists():
             raise UserError("a run that is still to come", f"one that {what}",
                             "a forecast is written down before the run, once", where=str(run))
-    recipe = build_recipe(load(spec, overrides))
-    runs = observations(workdir)
-    _check_same_data(recipe, workdir / next(iter(runs)))
+    recipe = build_recipe(with_source(load(spec, overrides)))
+    runs, diverged = observations(workdir)
+    _check_same_recipe(recipe, _recorded(workdir / next(iter(runs))), spec)
     found = fit(list(runs.values()))
     size, tokens = size_of(recipe), tokens_of(recipe)
     low, high = found.interval(size, tokens)
@@ -196,20 +236,28 @@ def forecast(spec: str, overrides: Sequence[str], workdir: Path, run: Path) -> d
         "law": dataclasses.asdict(found.law),
         "recipe_sha256": hashlib.sha256(
             json.dumps(plain(recipe), sort_keys=True).encode()).hexdigest(),
-        "runs": _record(workdir, runs)}
+        "runs": _record(workdir, runs), "diverged": diverged}
     run.mkdir(parents=True, exist_ok=True)
     write_whole(run / FILE, json.dumps(made, indent=1) + "\n")
     return made
 
 
-def _check_same_data(recipe: Recipe, of_ladder: Path) -> None:
-    """Refuses a recipe whose losses do not compare with those of the ladder."""
-    data = [recipe.data, recorded_recipe(
-        json.loads((of_ladder / "config.json").read_text())).data]
-    mine, theirs = (one.prepared_by() | {"seq_len": one.seq_len} for one in data)
-    if mine != theirs:
-        keys = [key for key in mine if mine[key] != theirs.get(key)]
-        raise UserError("the data of the ladder", f"others ({', '.join(keys)})",
-                        "make a ladder of this recipe", where="config.data")
+def _recorded(run: Path) -> Recipe:
+    """The recipe of a finished run."""
+    return recorded_recipe(json.loads((run / "config.json").read_text()))
 
 
+def _check_same_recipe(recipe: Recipe, of_ladder: Recipe, where: str) -> None:
+    """Refuses a recipe whose losses do not follow the law of the ladder.
+
+    Raises:
+      UserError: it differs in a key that is not in MAY_DIFFER.
+    """
+    may = MAY_DIFFER
+    if recipe.model.parametrization == of_ladder.model.parametrization == "standard":
+        may += ("model.base_*",)  # nothing depends on them
+    changes = [change for change in differences(plain(of_ladder), plain(recipe))
+               if not any(fnmatch.fnmatchcase(change.partition(":")[0], key) for key in may)]
+    if changes:
+        raise UserError("the recipe of the ladder in all but size and length", "; ".join(changes),
+                        "undo that, or make a ladder of this recipe", where=where)

@@ -17,6 +17,7 @@ HUBER = 1e-3  # residuals of log loss above it weigh less (Hoffmann et al. 2022,
 LEAST = 6  # runs; the law has five numbers
 EXPONENTS = (0.1, 0.2, 0.35, 0.5, 0.8, 1.2)  # of the points from which fits may start
 FLOORS = (0.02, 0.3, 0.6, 0.8, 0.95)  # E there, as shares of the least loss
+SAME = 0.05  # sizes, numbers of tokens or ratios that are closer, relatively, count once
 STARTS = 6  # the best of these points, from which fits do start
 CONFIDENCE = 0.95
 
@@ -99,12 +100,14 @@ def fit(runs: Sequence[Observation], bootstrap: int = 200) -> Fit:
     Raises:
       UserError: there are too few runs.
     """
-    sizes = {round(math.log(run.parameters), 2) for run in runs}
-    tokens = {round(math.log(run.tokens), 2) for run in runs}
-    if len(runs) < LEAST or len(sizes) < 3 or len(tokens) < 3:
-        raise UserError(f"at least {LEAST} finished runs of 3 sizes and 3 numbers of tokens",
-                        f"{len(runs)} of {len(sizes)} sizes and {len(tokens)} numbers of tokens",
-                        "add sizes or ratios", where="lmjax scale")
+    sizes, tokens, ratios = (_distinct(values) for values in (
+        [run.parameters for run in runs], [run.tokens for run in runs],
+        [run.tokens / run.parameters for run in runs]))
+    if len(runs) < LEAST or min(sizes, tokens, ratios) < 3:
+        raise UserError(f"at least {LEAST} finished runs of 3 sizes, 3 numbers of tokens and 3 "
+                        "ratios of tokens to size", f"{len(runs)} of {sizes} sizes, {tokens} "
+                        f"numbers of tokens and {ratios} ratios", "add sizes or ratios",
+                        where="lmjax scale")
     n, d, losses = (np.log([getattr(run, name) for run in runs])
                     for name in ("parameters", "tokens", "loss"))
     centre = n.mean(), d.mean()  # the powers of N and D are taken around their means
@@ -120,6 +123,11 @@ def fit(runs: Sequence[Observation], bootstrap: int = 200) -> Fit:
         samples.append(_least(n - centre[0], d - centre[1], noisy, [found]))
     return Fit(_law(found, centre), tuple(residuals.tolist()),
                tuple(_law(sample, centre) for sample in samples))
+
+
+def _distinct(values: Sequence[float]) -> int:
+    """How many of these values differ by more than SAME."""
+    return 1 + int(np.sum(np.diff(np.log(np.sort(values))) > SAME)) if values else 0
 
 
 def _widened(residuals: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -23,10 +23,11 @@ class Size:
         return f"{self.embed_dim}x{self.num_layers}"
 
 
-def resized(config: ModelConfig, size: Size) -> list[str]:
+def resized(config: ModelConfig, size: Size, where: str = "--widths") -> list[str]:
     """The overrides, KEY=VALUE, that give a model another width and depth.
 
-    The number of heads and the MLP grow with the width; the heads keep their size.
+    The number of heads and the MLP grow with the width; the heads keep their size. `where` names
+    the option that the size comes from.
 
     Raises:
       UserError: the heads do not divide, or a pattern of layers does not fit.
@@ -37,7 +38,7 @@ def resized(config: ModelConfig, size: Size) -> list[str]:
         if rest or (not heads and getattr(config, key)):
             raise UserError(f"a width with which {key}={getattr(config, key)} of embed_dim="
                             f"{config.embed_dim} becomes an integer", size.embed_dim,
-                            "choose another width, or change the heads", where="--widths")
+                            "choose another width, or change the heads", where=where)
         found[key] = heads
     grown = {"mlp_dim": config.mlp_dim, "moe.mlp_dim": config.moe.mlp_dim,
              "moe.shared_dim": config.moe.shared_dim}

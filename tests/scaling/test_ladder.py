@@ -31,10 +31,10 @@ TINY = str(ROOT / "configs/quickstart.py:tiny")
 LAW = Law(1.5, 40.0, 0.4, 60.0, 0.35)
 
 
-def write_run(place: Path, size: float, tokens: int, loss: float) -> None:
+def write_run(place: Path, size: float, tokens: int, loss: float, *overrides: str) -> None:
     """The files of a finished run of the tiny recipe."""
     place.mkdir(parents=True, exist_ok=True)
-    recipe = plain(build_recipe(load(TINY, [])))
+    recipe = plain(build_recipe(load(TINY, overrides)))
     (place / "config.json").write_text(json.dumps(recipe))
     (place / "run.json").write_text(json.dumps({
         "flops_per_token": 6 * size, "tokens_per_step": tokens / 10, "steps": 10,
@@ -62,7 +62,7 @@ def ladder(tmp_path: Path) -> Path:
 @pytest.mark.long
 def test_a_forecast_is_written_once_before_the_run_and_compared_after_it(
         ladder: Path, tmp_path: Path) -> None:
-    run, overrides = tmp_path / "big", ["train.steps=40000"]
+    run, overrides = tmp_path / "big", ["train.steps=40000", "model.num_layers=3"]
     made = forecast(TINY, overrides, ladder, run)
     recipe = build_recipe(load(TINY, overrides))
     size, tokens = size_of(recipe), tokens_of(recipe)
@@ -71,7 +71,7 @@ def test_a_forecast_is_written_once_before_the_run_and_compared_after_it(
     assert made["loss"] == pytest.approx(truth, rel=0.02)
     assert made["low"] < truth < made["high"]
     assert made["times_the_largest"] == pytest.approx(size * tokens / (1e5 * 9e6))
-    assert {one["run"] for one in made["runs"]} == {*observations(ladder)}
+    assert {one["run"] for one in made["runs"]} == {*observations(ladder)[0]}
     with pytest.raises(UserError, match="has a forecast"):
         forecast(TINY, overrides, ladder, run)
     write_run(run, size, tokens, truth)
@@ -82,8 +82,31 @@ def test_a_forecast_is_written_once_before_the_run_and_compared_after_it(
     assert "outside the interval" in card and "they do not compare" in card
     with pytest.raises(UserError, match="has begun"):
         forecast(TINY, overrides, ladder, run)
-    with pytest.raises(UserError, match="seq_len"):
-        forecast(TINY, ["data.seq_len=32"], ladder, tmp_path / "other")
+
+
+def test_a_forecast_is_of_the_recipe_of_the_ladder(ladder: Path, tmp_path: Path) -> None:
+    for change in ("data.seq_len=32", "optimizer.peak_lr=1e-3", "train.batch_size=4",
+                   "optimizer.schedule=cosine", "model.norm_position=post"):
+        with pytest.raises(UserError, match=change.partition("=")[0]):
+            forecast(TINY, [change], ladder, tmp_path / "other")
+
+
+def test_runs_of_one_law_have_one_base(ladder: Path) -> None:
+    scaled = ["model.parametrization=completep", "model.base_num_layers=2"]
+    for i, name in enumerate(sorted(observations(ladder)[0])):
+        write_run(ladder / name, 1e4, 10**6, 2.0, *scaled, f"model.base_embed_dim={32 << (i > 4)}")
+    with pytest.raises(UserError, match="base_embed_dim: 32 -> 64"):
+        observations(ladder)
+    with pytest.raises(UserError, match="base_embed_dim: expected that of the base model"):
+        rungs(TINY, scaled, parse_sizes(["32x2", "64x2"]), [1.0])
+
+
+def test_runs_that_diverged_are_named(
+        ladder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(ladder / "30000-30", 3e4, 900_000, float("nan"))
+    found, diverged = observations(ladder)
+    assert diverged == ["30000-30"] and len(found) == 8
+    assert "left out, since they diverged: 30000-30" in capsys.readouterr().err
 
 
 def test_a_run_without_a_forecast_has_no_card(ladder: Path) -> None:
@@ -92,7 +115,11 @@ def test_a_run_without_a_forecast_has_no_card(ladder: Path) -> None:
 
 @pytest.mark.long
 def test_the_law_of_a_ladder_is_written_and_drawn(ladder: Path) -> None:
-    runs, found = fit_ladder(ladder, [1e15])
+    write_run(ladder / "lost", 1e4, 10**6, float("nan"))
+    with (ladder / "finished.jsonl").open("a") as file:
+        file.write(json.dumps({"run": "lost", "step": 10}) + "\n")
+    runs, found, lines = fit_ladder(ladder, [1e15])
+    assert lines[-1] == "Left out, since they diverged: lost"
     written = json.loads((ladder / "law.json").read_text())
     assert written["law"]["floor"] == found.law.floor
     assert len({one["sha256"] for one in written["runs"]}) == len(runs) == 9
@@ -119,6 +146,8 @@ def test_sizes_keep_the_shape_of_heads_and_mlp() -> None:
         "model.mlp_dim=192"}
     with pytest.raises(UserError, match="num_heads"):
         resized(model, Size(40, 2))
+    with pytest.raises(UserError, match="--sizes"):
+        rungs(TINY, [], [Size(40, 2)], [1.0])
 
 
 def test_what_is_missing_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +159,10 @@ def test_what_is_missing_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixt
             (["transfer", "--rates", "1e-3:1e-2"], "--widths or --depths"),
             (["transfer", "--rates", "1e-3", "--widths", "32", "64"], "at least three rates"),
             (["coord-check", "--widths", "32"], "at least two different sizes"),
-            (["coord-check", "--widths", "32", "64", "--parametrizations", "mu"],
+            (["transfer", "--rates", "1:inf", "--widths", "32", "64"], "at least three rates"),
+            (["coord-check", "--widths", "32", "64"], "at least a factor of 4"),
+            (["ladder", "--sizes", "64x2", "--ratios", "inf"], "ratios above 0"),
+            (["coord-check", "--widths", "32", "128", "--parametrizations", "mu"],
              "one of standard, mup, completep")):
         assert main(["scale", *more, *common]) == 2
         assert message in capsys.readouterr().err

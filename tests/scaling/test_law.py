@@ -5,7 +5,8 @@ import pytest
 from scipy.optimize import minimize_scalar
 
 from lmjax.errors import UserError
-from lmjax.scaling.law import Law, Observation, fit
+from lmjax.scaling.ladder import table
+from lmjax.scaling.law import Fit, Law, Observation, fit
 
 CHINCHILLA = Law(1.69, 406.4, 0.34, 410.7, 0.28)
 SMALL = Law(1.2, 400.0, 0.45, 900.0, 0.4)
@@ -67,3 +68,25 @@ def test_an_outlier_moves_the_fit_little() -> None:
 def test_too_few_runs_are_refused() -> None:
     with pytest.raises(UserError, match="3 sizes"):
         fit([run for run in planted(SMALL, 0.0, 0) if run.parameters < 1e7])
+
+
+def test_one_ratio_of_tokens_to_size_is_refused() -> None:
+    """Then size and data cannot be told apart; steps are integers, so the ratios are not equal."""
+    runs = [Observation(n, n * 20 * (1 + 0.01 * (n % 3)), 3.0) for n in range(10, 70, 10)]
+    with pytest.raises(UserError, match="of 6 sizes, 6 numbers of tokens and 1 ratios"):
+        fit(runs)
+
+
+def test_an_interval_of_the_best_size_that_runs_say_nothing_of_is_open() -> None:
+    runs = planted(SMALL, 0.0, 0)
+    names, zeros = {str(i): run for i, run in enumerate(runs)}, (0.0,) * len(runs)
+
+    def interval(*factors: float) -> str:
+        laws = tuple(Law(1.2, 400 * x, 0.45, 900.0, 0.4) for x in factors * 20)
+        return next(row for row in table(names, Fit(SMALL, zeros, laws), [1e18])
+                    if row.startswith("| 1e+18")).split(" | ")[2]
+
+    assert " to " in interval(0.9, 1.1)
+    assert interval(1, 1e12).startswith("more than")
+    assert interval(1e-12, 1).startswith("less than")
+    assert interval(1e-12, 1e12) == "unknown"
