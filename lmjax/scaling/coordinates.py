@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lmjax
 from lmjax.config import load, plain
 from lmjax.errors import UserError
 from lmjax.models.model import Batch, Model
 from lmjax.models.parametrization import attention_multiplier
+from lmjax.monitoring.jsonl import Appender, read_jsonl
 from lmjax.monitoring.progress import to_stderr
 from lmjax.nn.module import Params
 from lmjax.nn.recorded import recording
@@ -31,6 +33,9 @@ from lmjax.training.task_data import open_data
 
 PROBE = 4  # rows that all steps are observed on
 FLAT = 0.2  # the largest deviation from the mean of all sizes that counts as flat
+# The least ratio of the largest size to the smallest: what grows as the root of the size then
+# deviates by at least 41%. Over a factor of 2 it would deviate by 19% and count as flat.
+SPAN = 4
 # Few steps say most at a constant rate; a step may not be skipped.
 SHORT = ("optimizer.schedule=constant", "optimizer.warmup_steps=0", "watch.spikes=off",
          "sample.every=0", "train.microbatches=1")
@@ -90,6 +95,10 @@ def coordinate_check(spec: str, overrides: Sequence[str], workdir: Path, *,
     for values, where in ((widths, "--widths"), (depths, "--depths")):
         if values:
             check_sizes(values, where)
+            if max(values) < SPAN * min(values):
+                raise UserError(f"sizes that span at least a factor of {SPAN}, over which growth "
+                                "shows", list(values), "add a larger or a smaller one",
+                                where=where)
     if steps < 1 or seeds < 1 or not (widths or depths):
         raise UserError("at least 1 step, 1 seed, and --widths or --depths", f"{steps} steps, "
                         f"{seeds} seeds", "correct it", where="lmjax scale coord-check")
@@ -120,33 +129,37 @@ def coordinate_check(spec: str, overrides: Sequence[str], workdir: Path, *,
 
 
 def _kept(recipe: Recipe, directory: str, file: Path) -> dict[str, list[float]]:
-    """What `file` says of a recipe, or else what `observe` finds, which is added to it."""
-    key = json.dumps(plain(recipe), sort_keys=True)
-    if file.exists():
-        for line in file.read_text().splitlines():
-            if (found := json.loads(line))["recipe"] == key:
-                return dict(found["rms"])
+    """What `file` says of a recipe, or else what `observe` finds, which is added to it.
+
+    The same recipe is measured again after another version of lmjax, or of the data.
+    """
+    train, *_ = open_data(recipe, directory)
+    key = {"lmjax": lmjax.__version__, "data": train.fingerprint,
+           "recipe": json.dumps(plain(recipe), sort_keys=True)}
+    for found in read_jsonl(file):
+        if key.items() <= found.items():
+            return dict(found["rms"])
     c = recipe.model
     to_stderr(f"{c.parametrization}, width {c.embed_dim}, depth {c.num_layers}, seed "
               f"{recipe.train.seed}")
     rms = {name: [float(f"{x:.6g}") for x in series]
-           for name, series in observe(recipe, directory).items()}
+           for name, series in observe(recipe, train).items()}
+    Appender(file).close()  # which removes a line that a kill has cut off
     with file.open("a") as out:
-        out.write(json.dumps({"recipe": key, "rms": rms}) + "\n")
+        out.write(json.dumps({"step": recipe.train.steps, **key, "rms": rms}) + "\n")
     return rms
 
 
-def observe(recipe: Recipe, directory: str) -> Observed:
+def observe(recipe: Recipe, train: Any) -> Observed:
     """Trains a model and measures, before and after each step, what it computes for some rows.
 
     Args:
       recipe: its `train.steps` are all taken.
-      directory: of the prepared data.
+      train: its training split.
 
     Returns:
       by quantity, the RMS before the first step and after each step.
     """
-    train, *_ = open_data(recipe, directory)
     program = make_program(recipe, jax.devices()[:1], vocab_size=train.vocab_size,
                            fields=train.fields)
     size, model, sharding = recipe.train.batch_size, program.model, program.layout.sharding(

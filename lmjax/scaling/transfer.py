@@ -41,22 +41,33 @@ class Valley:
 
     size: Size
     rates: tuple[float, ...]
-    losses: tuple[float, ...]  # means over the seeds; nan: it diverged, or was not needed
+    losses: tuple[float, ...]  # means over the seeds; inf: it diverged; nan: it was not needed
 
     @property
     def best(self) -> float:
         """The rate of the lowest loss: the lowest point of a parabola through the best three.
 
-        The parabola is drawn in the logarithm of the rate. nan if the best rate is the first or the
-        last that was tried, since a better one may lie beyond.
+        The parabola is drawn in the logarithm of the rate. If the next rate diverged, it is the
+        tried rate itself. nan if the best rate is the first or the last that was tried, since a
+        better one may lie beyond.
         """
-        losses = np.where(np.isfinite(self.losses), self.losses, np.inf)
-        i = int(np.argmin(losses))
+        i, losses = self._least, np.array(self.losses)
+        if self.next_diverged and i and np.isfinite(losses[i - 1]):
+            return self.rates[i]
         if i in (0, len(losses) - 1) or not np.isfinite(losses[i - 1 : i + 2]).all():
             return math.nan
         x = np.log(self.rates[i - 1 : i + 2])
         a, b, _ = np.polyfit(x - x[1], losses[i - 1 : i + 2], 2)
         return float(np.exp(x[1] - b / (2 * a)))
+
+    @property
+    def next_diverged(self) -> bool:
+        """Whether the rate above the tried one with the lowest loss diverged."""
+        return self.losses[self._least + 1 : self._least + 2] == (math.inf,)
+
+    @property
+    def _least(self) -> int:
+        return int(np.argmin(np.where(np.isfinite(self.losses), self.losses, np.inf)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +93,9 @@ def parse_rates(text: str) -> tuple[float, ...]:
             rates = tuple(float(f"{low * math.exp(STEP * k):.4g}") for k in range(count + 1))
         else:
             rates = tuple(sorted(float(rate) for rate in text.split(",")))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         rates = ()
-    if len(set(rates)) < 3 or rates[0] <= 0:
+    if len(set(rates)) < 3 or not all(0 < rate < math.inf for rate in rates):
         raise UserError("LOW:HIGH, or at least three rates with commas between", repr(text),
                         "correct it", where="--rates")
     return rates
@@ -199,9 +210,10 @@ def read_transfers(points: Sequence[Point], workdir: Path) -> list[Transfer]:
         valleys = []
         for size in dict.fromkeys(point.size for point in own):
             rates = sorted({point.rate for point in own})
-            valleys.append(Valley(size, tuple(rates), tuple(float(np.mean([
-                losses.get(point.run.name, math.nan) for point in own
-                if (point.size, point.rate) == (size, rate)])) for rate in rates)))
+            valleys.append(Valley(size, tuple(rates), tuple(
+                _mean([losses[run.name] for run in runs])
+                if all(run.name in losses for run in runs) else math.nan
+                for runs in _by_rate([point for point in own if point.size == size]))))
         base = valleys[0].size
         for along, same in (("width", "num_layers"), ("depth", "embed_dim")):
             line = [valley for valley in valleys
@@ -219,6 +231,8 @@ def table(transfers: Sequence[Transfer]) -> list[str]:
         for valley in transfer.valleys:
             value = valley.size.embed_dim if transfer.along == "width" else valley.size.num_layers
             best = f"{valley.best:.2e}" if math.isfinite(valley.best) else "at an end of the grid"
+            if math.isfinite(valley.best) and valley.next_diverged:
+                best += " (the next rate diverged)"
             shift = math.log(valley.best / transfer.valleys[0].best) / STEP
             rows.append(f"| {transfer.parametrization} | {transfer.along} | {value} | {best} | "
                         f"{min(loss for loss in (*valley.losses, math.inf) if loss == loss):.4f} | "

@@ -4,13 +4,26 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import lmjax
 from lmjax.cli.main import main
+from lmjax.scaling import coordinates
+from lmjax.scaling import transfer as transfer_module
 from lmjax.scaling.coordinates import FLAT, JUDGED, OF_WIDTH, Line
 from lmjax.scaling.pictures import draw_transfers
 from lmjax.scaling.sizes import Size
-from lmjax.scaling.transfer import Point, Transfer, Valley, parse_rates, points_of, table, wanted
+from lmjax.scaling.transfer import (
+    Point,
+    Transfer,
+    Valley,
+    parse_rates,
+    points_of,
+    read_transfers,
+    table,
+    wanted,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs/quickstart.py:tiny")
@@ -46,6 +59,29 @@ def test_a_best_rate_at_the_end_of_the_grid_is_not_known() -> None:
 def test_a_diverged_run_is_no_best_rate() -> None:
     lost = Valley(Size(32, 2), (1e-3, 2e-3, 4e-3, 8e-3), (2.3, 2.1, 2.2, math.nan))
     assert 1e-3 < lost.best < 4e-3
+
+
+def test_the_best_rate_below_one_that_diverged_is_the_one_that_was_tried() -> None:
+    rates = (1e-3, 2e-3, 4e-3, 8e-3)
+    base = Valley(Size(32, 2), rates, (2.3, 2.2, 2.1, math.inf))
+    wide = Valley(Size(64, 2), rates, (2.3, 2.2, math.inf, math.nan))
+    assert (base.best, wide.best) == (4e-3, 2e-3)
+    rows = table([Transfer("mup", "width", (base, wide))])
+    assert "4.00e-03 (the next rate diverged)" in rows[2] and "moves by 2.0 steps" in rows[-1]
+    assert math.isnan(Valley(Size(32, 2), rates, (2.3, math.inf, math.nan, math.nan)).best)
+    assert math.isnan(Valley(Size(32, 2), rates, (math.nan, math.nan, 2.2, 2.1)).best)
+
+
+def test_what_a_run_diverged_with_is_no_missing_run(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = points_of(TINY, [], parametrizations=["mup"], widths=[32, 64], depths=[],
+                       rates=[1e-3, 2e-3, 4e-3], seeds=1)
+    losses = {point.run.name: {1e-3: 2.0, 2e-3: math.nan}[point.rate]
+              for point in points if point.rate < 4e-3}
+    monkeypatch.setattr(transfer_module, "_losses", lambda *_: losses)
+    [found] = read_transfers(points, tmp_path)
+    assert found.valleys[0].losses[:2] == (2.0, math.inf)
+    assert math.isnan(found.valleys[0].losses[2])
 
 
 def test_parametrizations_share_the_runs_of_the_base() -> None:
@@ -91,6 +127,29 @@ def test_a_line_is_flat_if_all_that_is_judged_is() -> None:
             for name in (*JUDGED, *OF_WIDTH)})
 
     assert line((1 + FLAT) ** 1.9).is_flat and not line((1 + FLAT) ** 2.1).is_flat
+
+
+def test_a_result_is_kept_for_one_version_and_its_data(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(coordinates, "observe", lambda recipe, train: measured.append(
+        recipe.model.embed_dim) or {name: np.ones(2) for name in (*JUDGED, *OF_WIDTH)})
+
+    def check(*more: str) -> int:
+        overrides = [item.removeprefix("--config.") for item in SYNTHETIC]
+        coordinates.coordinate_check(
+            TINY, [*overrides, *more], tmp_path, parametrizations=["mup"], widths=[32, 128],
+            depths=[], steps=1, seeds=1)
+        return len(measured)
+
+    assert check() == check() == 2
+    file = tmp_path / "coordinates.jsonl"
+    file.write_bytes(file.read_bytes()[:-20])  # a kill has cut the last line off
+    assert check() == check() == 3
+    monkeypatch.setattr(lmjax, "__version__", "another")
+    assert check() == 5
+    assert check("data.seed=1") == 7
+    assert measured == [32, 128, 128, 32, 128, 32, 128]
 
 
 @pytest.mark.slow
