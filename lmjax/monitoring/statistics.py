@@ -2,8 +2,8 @@
 
 DIR/statistics/<step>.bin begins with a line of JSON that names the arrays and their lengths. Each
 record is the step (int64), all arrays one after another (float32) and a CRC-32 (uint32), little
-endian. A record that a kill cut off is left out. Another set of arrays begins another file, named
-by its first step.
+endian. A record that a kill cut off, or that is damaged, is left out. Another set of arrays begins
+another file, named by its first step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class StatisticsWriter:
 
     Args:
       workdir: of the run; None on processes that write nothing.
-      last_step: the step that the run resumes from. Records of later steps are removed.
+      last_step: the step that the run resumes from. Records of later steps are removed. A file
+        without one readable record gets the ending .damaged.
     """
 
     def __init__(self, workdir: Path | None, last_step: int):
@@ -36,8 +37,11 @@ class StatisticsWriter:
         self._file: BinaryIO | None = None
         self._header = b""
         for path in _files(self._folder):
-            header, records = _whole(path.read_bytes())
-            if not header:  # written by something else: it stays as it is
+            header, records = _parsed(path.read_bytes())
+            intact = _intact(records)
+            if not header or (len(records) and not intact.any()):
+                # Its header is damaged or cut off: what was appended could not be read.
+                path.replace(path.with_name(f"{path.name}.damaged"))
                 continue
             kept = records[records["step"] <= last_step]
             whole = header + kept.tobytes()
@@ -70,9 +74,9 @@ class StatisticsWriter:
         newest = _files(self._folder)[-1:]
         goes_on = newest and newest[0].read_bytes().startswith(header)
         path = newest[0] if goes_on else self._folder / f"{step:09d}.bin"
-        self._file, self._header = path.open("ab"), header
         if not goes_on:
-            self._file.write(header)
+            write_whole(path, header)  # a full disk leaves no half of it
+        self._file, self._header = path.open("ab"), header
 
     def sync(self) -> None:
         """Returns when every record is on the disk."""
@@ -94,7 +98,8 @@ def read_statistics(workdir: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """
     parts = []
     for path in _files(workdir / FOLDER):
-        header, records = _whole(path.read_bytes())
+        header, records = _parsed(path.read_bytes())
+        records = records[_intact(records)]
         columns = json.loads(header)["columns"] if header else {}
         ends = np.cumsum([0, *columns.values()])
         parts.append((records["step"], {
@@ -122,16 +127,20 @@ def _dtype(columns: Mapping[str, int]) -> np.dtype[Any]:
                      ("crc", "<u4")])
 
 
-def _whole(content: bytes) -> tuple[bytes, np.ndarray]:
-    """The header of a file, and its records up to the first one that is not whole."""
+def _parsed(content: bytes) -> tuple[bytes, np.ndarray]:
+    """The header of a file, b"" if it has none, and its records without a short last one."""
     header, end, body = content.partition(b"\n")
     try:
         columns = json.loads(header)["columns"] if end else {}
-    except (ValueError, KeyError, TypeError):
+        dtype = _dtype(columns)
+    except (ValueError, KeyError, TypeError, AttributeError):
         columns = {}
-    dtype = _dtype(columns)
     if not columns:
-        return b"", np.zeros(0, dtype)
-    records = np.frombuffer(body, dtype, len(body) // dtype.itemsize)
-    bad = [zlib.crc32(record.tobytes()[:-4]) != record["crc"] for record in records]
-    return header + end, records[: bad.index(True)] if True in bad else records
+        return b"", np.zeros(0, _dtype({}))
+    return header + end, np.frombuffer(body, dtype, len(body) // dtype.itemsize)
+
+
+def _intact(records: np.ndarray) -> np.ndarray:
+    """Which records have the checksum that was written with them, bool [N]."""
+    return np.array([zlib.crc32(record.tobytes()[:-4]) == record["crc"] for record in records],
+                    bool)

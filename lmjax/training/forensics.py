@@ -20,7 +20,7 @@ from lmjax.nn.watched import Seen, first_bad, watched, watching
 from lmjax.sharding import Layout, constrain, use_layout
 from lmjax.tasks.distillation import Taught
 from lmjax.tasks.task import Task
-from lmjax.training.replay import Repeated
+from lmjax.training.replay import Repeated, distance
 from lmjax.training.state import TrainState
 from lmjax.training.step import LIMITS
 from lmjax.tree import named_leaves
@@ -37,13 +37,15 @@ class Row:
     index: int  # its place in the batch
     tokens: float  # that count in it
     loss: float  # nats per token of its own
-    grad_norm: float = math.nan  # of its part of the step's gradient; nan: not computed
+    grad_norm: float = math.nan  # of its part of the step's gradient
+    has_gradient: bool = False  # whether `grad_norm` was computed
     without: dict[str, float] | None = None  # `Rows.step` without it; None: not computed
 
     @property
     def is_finite(self) -> bool:
         """Whether nothing that is known of it is infinite or NaN."""
-        return math.isfinite(self.loss) and not math.isinf(self.grad_norm)
+        return math.isfinite(self.loss) and (
+            not self.has_gradient or math.isfinite(self.grad_norm))
 
 
 class Rows(NamedTuple):
@@ -67,7 +69,7 @@ def rows_of(found: Repeated, most: int, also: Sequence[int] = ()) -> Rows:
     Raises:
       UserError: the step has no such row.
     """
-    step = {**_figures(found.metrics), "update_norm": _update_norm(found.before, found.run.state)}
+    step = {**_figures(found.metrics), "update_norm": found.update_norm}
     if unknown := sorted({*also} - {*found.rows.tolist()}):
         raise UserError(f"a row from {found.rows[0]} to {found.rows[-1]}, which the step has",
                         unknown[0], "correct it", where="--without")
@@ -75,6 +77,7 @@ def rows_of(found: Repeated, most: int, also: Sequence[int] = ()) -> Rows:
         return Rows([], step, "")
     if isinstance(found.run.recipe.task, Task) and found.run.recipe.task.whole_batch:
         return Rows([], step, "The loss compares the rows of a batch: no row has one of its own.")
+    found.run.state = None  # `without` holds two more
     healthy = all(map(math.isfinite, (step["loss"], step["grad_norm"])))
     of_row = _of_row(found, alone=not healthy)
     batch = {name: x for name, x in found.batch.items() if name not in LIMITS}
@@ -93,6 +96,7 @@ def rows_of(found: Repeated, most: int, also: Sequence[int] = ()) -> Rows:
     for row in rows if hidden else chosen:
         norm = float(of_row(found.before, batch, row.index, True)[2])
         row.grad_norm = norm / found.metrics["weight"] if healthy else norm / max(row.tokens, 1.0)
+        row.has_gradient = True
     if hidden:
         rows.sort(key=lambda row: (math.isfinite(row.grad_norm), -row.loss))
         chosen = [row for i, row in enumerate(rows) if i < most or row.row in also]
@@ -106,7 +110,7 @@ def without(found: Repeated, index: int) -> dict[str, float]:
     batch = {name: _cleared(x, index) if name.endswith("loss_mask") else x
              for name, x in found.batch.items()}
     after, metrics = found.run.step_of(found.step)(jax.tree.map(jnp.copy, found.before), batch)
-    return {**_figures(metrics), "update_norm": _update_norm(found.before, after)}
+    return {**_figures(metrics), "update_norm": float(distance(after.params, found.before.params))}
 
 
 def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -116,12 +120,6 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
 @jax.jit
 def _cleared(x: jax.Array, index: int) -> jax.Array:
     return jnp.where(jnp.arange(x.shape[0])[:, None] == index, jnp.zeros((), x.dtype), x)
-
-
-def _update_norm(before: TrainState, after: TrainState | None) -> float:
-    assert after is not None
-    return float(jax.jit(lambda a, b: optax.tree.norm(jax.tree.map(jnp.subtract, a, b)))(
-        after.params, before.params))
 
 
 class _Parts(NamedTuple):
@@ -245,7 +243,8 @@ def _of_part(found: Repeated, parts: _Parts, size: int) -> Callable[..., Any]:
             loss = loss_fn(unrolled(state.for_loss(params)), parts.of(batch, part),
                            parts.key(state.step, part))
         order[:] = watch.outputs  # JAX sorts the names of a tree
-        return loss.total, (loss.nats / loss.weight, watch.outputs)
+        weight = jnp.where(loss.weight > 0, loss.weight, 1.0)  # a part may count no token
+        return loss.total, (loss.nats / weight, watch.outputs)
 
     def of_part(state: TrainState, batch: Batch, part: jax.Array) -> Any:
         with use_layout(layout):

@@ -9,13 +9,14 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from etils import epath
 
 import lmjax
@@ -25,6 +26,7 @@ from lmjax.data.order import Steps
 from lmjax.errors import UserError, first_line
 from lmjax.models.model import Batch
 from lmjax.monitoring.jsonl import read_jsonl
+from lmjax.nn.module import Params
 from lmjax.runtime.chips import FLAGS
 from lmjax.sharding import MESH_AXES, MeshConfig
 from lmjax.tasks.grpo import Grpo
@@ -66,12 +68,13 @@ class Difference(NamedTuple):
 class Repeated:
     """A step of a run, done again."""
 
-    run: Run  # with the rows of the run's steps; its state is the one after the step
+    run: Run  # with the rows of the run's steps; its state is the one after the step, if still held
     step: int
     start: int  # the checkpoint from which it was repeated; 0: the seed
     before: TrainState  # the state before the step
     batch: Batch  # of the step, limits included
     metrics: dict[str, float]  # that it gave: the names of metrics.jsonl
+    update_norm: float  # of the change of the parameters
     recorded: dict[str, float]  # the same as metrics.jsonl has it; {} if it has no such line
     compared: int  # steps up to this one that metrics.jsonl has as well
     differences: list[Difference]  # among these
@@ -122,7 +125,7 @@ def repeat(workdir: str | Path, step: int, log: Log, *, before_rewind: bool = Fa
       UserError: there is no such step, or the run cannot be repeated here.
     """
     workdir = Path(workdir)
-    history = _History(workdir)
+    history = History(workdir)
     history.check(step)
     recipe, facts = history.recipe(step), history.facts
     devices, notes = _devices(facts)
@@ -137,12 +140,37 @@ def repeat(workdir: str | Path, step: int, log: Log, *, before_rewind: bool = Fa
     if teacher:
         add_teacher(run, teacher, log)
     run.steps = history.steps(run, before_rewind)
+    check_size(run.steps, run.start, step, history.saved)
+    notes += history.changed(recipe, run.start)
     if history.rewinds_to(run.start) > MOST_REWINDS and not before_rewind:
         run.health.forgive()
     return _steps(run, step, history, notes, log)
 
 
-def _steps(run: Run, step: int, history: "_History", notes: list[str], log: Log) -> Repeated:
+def check_size(steps: Steps, start: int, step: int, saved: Sequence[int]) -> None:
+    """Refuses a step if the batch size changed between the checkpoint and the step.
+
+    The checkpoint at which it changed is gone, and the step is compiled for one size.
+
+    Args:
+      steps: of the run.
+      start: the step of the checkpoint from which `step` is repeated.
+      saved: the steps of all checkpoints, ascending.
+
+    Raises:
+      UserError: it changed; the error names the nearest steps that can be repeated.
+    """
+    sizes = [end - first for first, end in map(steps.of, range(start + 1, step + 1))]
+    same = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+    if same is not None:
+        later = next((f", or at least {s + 1:,}" for s in saved if s >= step), "")
+        raise UserError(f"one batch size from step {start + 1:,}, after the nearest checkpoint, to "
+                        f"step {step:,}", f"{sizes[0]} rows, then {sizes[same]} from step "
+                        f"{start + same + 1:,} on", f"choose a step of at most {start + same:,}"
+                        f"{later}", where="--step")
+
+
+def _steps(run: Run, step: int, history: "History", notes: list[str], log: Log) -> Repeated:
     """Runs the steps from `run.start` to `step`."""
     run.compiled = run.program.traced.lower().compile()
     state, run.state, compared = run.state, None, 0
@@ -162,9 +190,16 @@ def _steps(run: Run, step: int, history: "_History", notes: list[str], log: Log)
                         if name in then and not _same(then[name], value)]
         if n < step and (n - start) % 100 == 0:
             log(f"repeated up to step {n}")
+    update_norm = float(distance(state.params, before.params))
     run.state = state
-    return Repeated(run, step, start, before, batch, values, recorded.get(step, {}), compared,
-                    differences, notes, history.why(step))
+    return Repeated(run, step, start, before, batch, values, update_norm, recorded.get(step, {}),
+                    compared, differences, notes, history.why(step))
+
+
+@jax.jit
+def distance(a: Params, b: Params) -> jax.Array:
+    """The norm of the difference of two trees, float32 []."""
+    return optax.tree.norm(jax.tree.map(jnp.subtract, a, b))
 
 
 def batch_of(run: Run, state: TrainState, step: int) -> Batch:
@@ -182,7 +217,7 @@ def _same(recorded: float, repeated: float) -> bool:
     return recorded == repeated or (math.isnan(recorded) and math.isnan(repeated))
 
 
-class _History:
+class History:
     """What the files of a run say of its steps."""
 
     def __init__(self, workdir: Path):
@@ -216,14 +251,20 @@ class _History:
         recipe = self.newest
         later = [saved for saved in self.saved if saved >= step]
         if later:
-            about = read_about(self.checkpoints / str(later[0]))
+            about = self._about(later[0])
             same_run(self.workdir, about["recipe"], plain(recipe) | {
                 "model": plain(recipe.model) | {"vocab_size": about["recipe"]["model"][
                     "vocab_size"], "head": about["recipe"]["model"].get("head", {})}})
             then = recorded_recipe(about["recipe"])
+            first, end = Steps.restored(about["data"], later[0]).of(step)
+            earlier = [saved for saved in self.saved if saved < step]
+            if end - first != then.train.batch_size and earlier:
+                # It changed after the step, at a checkpoint that is gone.
+                then = recorded_recipe(self._about(earlier[-1])["recipe"])
             recipe = dataclasses.replace(
-                recipe, train=dataclasses.replace(then.train, init_from=recipe.train.init_from),
-                model=dataclasses.replace(
+                recipe, train=dataclasses.replace(then.train, init_from=recipe.train.init_from,
+                                                  batch_size=end - first),
+                optimizer=then.optimizer, model=dataclasses.replace(
                     recipe.model, attention=then.model.attention, remat=then.model.remat,
                     scan_layers=then.model.scan_layers),
                 watch=then.watch)
@@ -232,13 +273,26 @@ class _History:
         return dataclasses.replace(recipe, eval=EvalConfig(batch_size=recipe.eval.batch_size),
                                    sample=SampleConfig(), checkpoint=checkpoint)
 
+    def _about(self, saved: int) -> About:
+        return read_about(self.checkpoints / str(saved))
+
+    def changed(self, recipe: Recipe, start: int) -> list[str]:
+        """Notes of what changed at a checkpoint after `start` that is gone."""
+        if start not in self.saved:
+            return []
+        had = recorded_recipe(self._about(start)["recipe"]).train.microbatches
+        now = recipe.train.microbatches
+        resumed = any(event["event"] in STARTS and start < event["step"] for event in self.events)
+        return [f"the run had train.microbatches={had} at step {start:,} and changed it at a later "
+                f"resume, here all steps have {now}"] if had != now and resumed else []
+
     def steps(self, run: Run, before_rewind: bool) -> Steps:
         """Which rows each step of the run has taken."""
         if before_rewind or not self.saved:
             steps, after = run.steps, run.start
         else:
             after = self.saved[-1]
-            steps = Steps.restored(read_about(self.checkpoints / str(after))["data"], after)
+            steps = Steps.restored(self._about(after)["data"], after)
         steps = steps.resumed(after, self.newest.train.batch_size if after >= run.start
                               and not before_rewind else run.recipe.train.batch_size)
         for event in () if before_rewind else self._rewinds_since(after):
@@ -311,7 +365,7 @@ def _devices(facts: Mapping[str, Any]) -> tuple[list[jax.Device], list[str]]:
     return here[:needed], notes
 
 
-def _source(recipe: Recipe, history: _History, step: int) -> Pretrained | None:
+def _source(recipe: Recipe, history: History, step: int) -> Pretrained | None:
     """The model that the run began with, if no checkpoint before the step is there."""
     if not recipe.train.init_from or any(saved < step for saved in history.saved):
         return None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lmjax.reporting.replay_page import ReplayPage, RowShown
-from lmjax.training.forensics import Modules, Rows, modules_of, rows_of
+from lmjax.training.forensics import Modules, Row, Rows, modules_of, rows_of
 from lmjax.training.replay import Repeated
 from lmjax.training.row_texts import make_reader, row_texts
 
@@ -86,14 +86,20 @@ def _story(found: Repeated, rows: Rows, modules: Modules | None) -> list[str]:
     lines += [f"Not as it was: {note}." for note in found.notes]
     if modules is not None:
         lines += _where(modules)
-    bad = [row.row for row in rows.rows if not row.is_finite or (
-        not math.isfinite(row.grad_norm) and row.without is not None)]
-    if bad and len(bad) < len(rows.rows):
-        lines.append(f"Of the {len(rows.rows)} rows, alone in the batch, {_listed(bad)} "
-                     f"{'is' if len(bad) == 1 else 'are'} not finite.")
-    elif bad:
-        lines.append("Every row is not finite, so that no row is to blame.")
-    return [*lines, *([rows.note] if rows.note else [])]
+    return [*lines, *blame(rows.rows), *([rows.note] if rows.note else [])]
+
+
+def blame(rows: Sequence[Row]) -> list[str]:
+    """Names the rows whose loss or gradient is not finite."""
+    bad = [row.row for row in rows if not row.is_finite]
+    if not bad:
+        return []
+    if len(rows) == 1:
+        return ["The only row of the batch is not finite."]
+    if len(bad) == len(rows):
+        return ["Every row is not finite, so that no row is to blame."]
+    return [f"Of the {len(rows)} rows, alone in the batch, {_listed(bad)} "
+            f"{'is' if len(bad) == 1 else 'are'} not finite."]
 
 
 def _where(modules: Modules) -> list[str]:

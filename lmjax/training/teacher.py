@@ -202,6 +202,8 @@ def add_teacher(run: Run, found: Pretrained, log: Log) -> None:
     where = "what it predicts is stored with the data" if run.recipe.distill.stored_tokens else (
         "it computes in every step")
     log(f"teacher: {found.where}, step {found.about['step']:,}; {where}")
+    if run.recipe.watch.statistics_every:
+        log("statistics: none of activations, which are not recorded with a teacher")
 
 
 def _is_fixed(recipe: Recipe) -> bool:

@@ -40,13 +40,29 @@ def test_a_kill_and_a_resume_leave_the_bytes_of_an_undisturbed_run(tmp_path, kep
     assert [path.name for path in file.parent.iterdir()] == ["000000005.bin"]
 
 
-def test_a_damaged_record_and_those_after_it_are_left_out(tmp_path):
+def test_only_a_damaged_record_is_left_out(tmp_path):
     write(tmp_path, [5, 10, 15])
     file, = (tmp_path / "statistics").iterdir()
     content = bytearray(file.read_bytes())
     content[-40] ^= 1  # in the second record, each of which has 28 bytes
     file.write_bytes(content)
-    assert read_statistics(tmp_path)[0].tolist() == [5]
+    assert read_statistics(tmp_path)[0].tolist() == [5, 15]
+    write(tmp_path, [20], resume=15)
+    assert read_statistics(tmp_path)[0].tolist() == [5, 15, 20]
+
+
+@pytest.mark.parametrize("change", [
+    lambda content: content[:20],  # half a header
+    lambda content: content.replace(b'"weight/a": 3', b'"weight/a": 4'),
+])
+def test_a_file_with_a_damaged_header_is_set_aside(tmp_path, change):
+    write(tmp_path, [5, 10])
+    file, = (tmp_path / "statistics").iterdir()
+    damaged = change(file.read_bytes())
+    file.write_bytes(damaged)
+    write(tmp_path, [5, 10, 15], resume=0)
+    assert read_statistics(tmp_path)[0].tolist() == [5, 10, 15]
+    assert file.with_name(f"{file.name}.damaged").read_bytes() == damaged
 
 
 def test_other_arrays_begin_another_file(tmp_path):

@@ -147,6 +147,13 @@ def test_the_first_bad_gradient_is_named(repeated):
     assert np.isfinite(found.loss) and "layers[1]/mlp/up/kernel" in found.gradients
 
 
+def test_a_microbatch_without_tokens_that_count_is_not_the_culprit(repeated):
+    mask = repeated.batch["loss_mask"]
+    batch = repeated.batch | {"loss_mask": mask.at[::2].set(0)}  # the rows of the first microbatch
+    found = modules_of(dataclasses.replace(repeated, batch=batch))
+    assert np.isfinite(found.loss) and found.loss > 0
+
+
 @pytest.mark.parametrize("step", [0, STEPS + 1])
 def test_a_step_that_was_not_run_is_refused(run, step):
     with pytest.raises(UserError, match=f"expected a step from 1 to {STEPS}"):
