@@ -141,7 +141,7 @@ def repeat(workdir: str | Path, step: int, log: Log, *, before_rewind: bool = Fa
         add_teacher(run, teacher, log)
     run.steps = history.steps(run, before_rewind)
     check_size(run.steps, run.start, step, history.saved)
-    notes += history.changed(recipe, run.start)
+    notes += history.changed(recipe, run.start, step)
     if history.rewinds_to(run.start) > MOST_REWINDS and not before_rewind:
         run.health.forgive()
     return _steps(run, step, history, notes, log)
@@ -276,15 +276,19 @@ class History:
     def _about(self, saved: int) -> About:
         return read_about(self.checkpoints / str(saved))
 
-    def changed(self, recipe: Recipe, start: int) -> list[str]:
-        """Notes of what changed at a checkpoint after `start` that is gone."""
+    def changed(self, recipe: Recipe, start: int, step: int) -> list[str]:
+        """Notes of what may have changed between `start` and `step`, at a checkpoint now gone."""
         if start not in self.saved:
             return []
         had = recorded_recipe(self._about(start)["recipe"]).train.microbatches
         now = recipe.train.microbatches
-        resumed = any(event["event"] in STARTS and start < event["step"] for event in self.events)
-        return [f"the run had train.microbatches={had} at step {start:,} and changed it at a later "
-                f"resume, here all steps have {now}"] if had != now and resumed else []
+        end = next((saved for saved in self.saved if saved >= step), math.inf)
+        resumed = any(event["event"] in STARTS and start < event["step"] < end
+                      for event in self.events)
+        if had == now or not resumed:
+            return []
+        return [f"the run had train.microbatches={had} up to step {start:,} and changed it there "
+                f"or at a later resume, here all steps have {now}"]
 
     def steps(self, run: Run, before_rewind: bool) -> Steps:
         """Which rows each step of the run has taken."""

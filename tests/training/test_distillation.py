@@ -161,7 +161,8 @@ def test_killed_and_resumed_ends_as_one_that_never_was(teacher, tmp_path, stored
 
 @pytest.mark.slow
 def test_a_resumed_run_keeps_its_teacher(teacher, tmp_path, capsys):
-    assert run_here(tmp_path / "run", *of(teacher)) == 0
+    assert run_here(tmp_path / "run", *of(teacher, "watch.statistics_every=100")) == 0
+    assert "statistics: none of activations" in capsys.readouterr().err
     about = read_about(tmp_path / "run" / "checkpoints" / "6")
     assert about["teacher"]["path"].startswith(str(teacher))
     assert "teacher" not in about["checksums"], "a checkpoint names its teacher"

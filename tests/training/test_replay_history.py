@@ -65,9 +65,10 @@ def test_the_batch_size_is_that_of_the_step(make):
     history = make(newest, {10: (BASE, Steps([(0, 0, 8)])), 20: (newest, steps)}, events)
     assert history.recipe(12).train == BASE.train
     assert history.recipe(17).train == newest.train
-    assert history.changed(history.recipe(12), 10) == []
-    note, = history.changed(history.recipe(17), 10)
-    assert note.startswith("the run had train.microbatches=1 at step 10")
+    assert history.changed(history.recipe(12), 10, 12) == []
+    note, = history.changed(history.recipe(17), 10, 17)
+    assert note.startswith("the run had train.microbatches=1 up to step 10")
+    assert history.changed(history.recipe(25), 20, 25) == []
     for start, step in ((10, 15), (15, 20)):
         check_size(steps, start, step, [10, 20])
     with pytest.raises(UserError, match="8 rows, then 16 from step 16 on; choose a step of at "
