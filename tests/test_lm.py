@@ -177,12 +177,14 @@ def test_score_is_the_log_softmax_of_the_logits(lm):
         assert score.log_likelihood == pytest.approx(nats, rel=1e-5)
         assert score.by_token == () and score == dataclasses.replace(each, by_token=())
         assert "".join(token.text for token in each.by_token) == text
-        found = [(p[t, target], 1 + (p[t] > p[t, target]).sum())
+        # A rank is known but for tokens that rounding cannot tell apart.
+        found = [(p[t, target], *(1 + (p[t] > p[t, target] + by).sum() for by in (1e-5, -1e-5)))
                  for p, piece in zip(log_p, pieces, strict=True)
                  for t, target in enumerate(piece[1:])]
-        assert [token.rank for token in each.by_token] == [rank for _, rank in found]
+        assert all(low <= token.rank < high for token, (_, low, high)
+                   in zip(each.by_token, found, strict=True))
         np.testing.assert_allclose([token.log_likelihood for token in each.by_token],
-                                   [value for value, _ in found], rtol=1e-4)
+                                   [value for value, *_ in found], rtol=1e-4)
         if text:
             bits = -nats / math.log(2)
             assert score.bits_per_byte == pytest.approx(bits / len(text.encode()), rel=1e-5)

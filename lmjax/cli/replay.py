@@ -7,8 +7,6 @@ from lmjax.cli.arguments import LocalPath
 from lmjax.cli.errors import explain
 from lmjax.errors import UserError
 from lmjax.monitoring.progress import to_stderr
-from lmjax.reporting.replay_page import write_replay_page
-from lmjax.runtime.distributed import together
 from lmjax.runtime.files import check_writable
 
 
@@ -39,9 +37,12 @@ def replay(arguments: Namespace, overrides: Sequence[str]) -> int:
     check_writable(out, "--out", file=True)
     if arguments.rows < 0:
         raise UserError("0 or more", arguments.rows, "correct it", where="--rows")
+    from lmjax.runtime.distributed import together
+
     with together(explain):
         import jax
 
+        from lmjax.reporting.replay_page import write_replay_page
         from lmjax.training.replay import repeat
         from lmjax.training.replay_report import look, row_line
 
