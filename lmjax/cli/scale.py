@@ -112,7 +112,8 @@ def _ladder(arguments: Namespace, overrides: Sequence[str], workdir: Path) -> bo
 
 
 def _forecast(arguments: Namespace, overrides: Sequence[str], workdir: Path) -> bool:
-    from lmjax.scaling.ladder import FILE, forecast
+    from lmjax.reporting.forecast import FILE
+    from lmjax.scaling.ladder import forecast
 
     if not arguments.run:
         raise UserError("--run DIR, the --workdir of the run", "none", "add it", where="--run")

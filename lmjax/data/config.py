@@ -60,7 +60,7 @@ class QualityConfig:
 
     good: tuple[SourceConfig, ...] = ()  # the examples, 100 or more; () switches the step off
     only: tuple[str, ...] = ()           # names of the sources that are judged; () judges all
-    lost: float = 0.01                   # share of text as good as the examples that may be removed
+    lost: float = 0.01                   # share of the examples that scores below the threshold
 
     def __post_init__(self) -> None:
         if not 0 < self.lost < 1:

@@ -1,6 +1,6 @@
 """Where the parameters of more decoders lie in Hugging Face checkpoints, as in `tables`."""
 
-from lmjax.huggingface.tables import BLOCK, LAYER, LLAMA_TABLE, PHI3_TABLE, both, joined
+from lmjax.huggingface.tables import BLOCK, LAYER, LLAMA_TABLE, PHI3_TABLE, attention, both, joined
 from lmjax.huggingface.weights import Stored, Table
 from lmjax.models.decoder import DecoderConfig
 
@@ -78,9 +78,8 @@ GPTJ_TABLE = joined(
      "head_bias": Stored("lm_head.bias")},
     both("norm", "transformer.ln_f"),
     both(f"{BLOCK}attention_norm", f"{GPTJ_LAYER}.ln_1"),
-    *(both(f"{BLOCK}attention/{ours}", f"{GPTJ_LAYER}.attn.{theirs}_proj", how)
-      for ours, theirs, how in (("query", "q", "out,in"), ("key", "k", "out,in"),
-                                ("value", "v", "out,in"), ("out", "out", "out,in2"))),
+    attention(BLOCK, f"{GPTJ_LAYER}.attn"),
+    both(f"{BLOCK}attention/out", f"{GPTJ_LAYER}.attn.out_proj", "out,in2"),
     both(f"{BLOCK}mlp/up", f"{GPTJ_LAYER}.mlp.fc_in", "out,in"),
     both(f"{BLOCK}mlp/down", f"{GPTJ_LAYER}.mlp.fc_out", "out,in"))
 
@@ -92,8 +91,7 @@ OPT_TABLE = joined(
     both("norm", "model.decoder.final_layer_norm"),
     both(f"{BLOCK}attention_norm", f"{OPT_LAYER}.self_attn_layer_norm"),
     both(f"{BLOCK}mlp_norm", f"{OPT_LAYER}.final_layer_norm"),
-    *(both(f"{BLOCK}attention/{ours}", f"{OPT_LAYER}.self_attn.{theirs}_proj", how)
-      for ours, theirs, how in (("query", "q", "out,in"), ("key", "k", "out,in"),
-                                ("value", "v", "out,in"), ("out", "out", "out,in2"))),
+    attention(BLOCK, f"{OPT_LAYER}.self_attn"),
+    both(f"{BLOCK}attention/out", f"{OPT_LAYER}.self_attn.out_proj", "out,in2"),
     both(f"{BLOCK}mlp/up", f"{OPT_LAYER}.fc1", "out,in"),
     both(f"{BLOCK}mlp/down", f"{OPT_LAYER}.fc2", "out,in"))

@@ -259,7 +259,7 @@ def _ours(row: Setting, value: Any, where: str) -> Any:
     if row.only is not None:
         if value not in row.only:
             raise not_computed(f"{row.theirs} to be one of {', '.join(map(repr, row.only))}",
-                                repr(value), where, "with one of them")
+                               repr(value), where, "with one of them")
         return row.only[value]
     if row.also and value not in row.also and value in row.also.values():
         # Our field says "none" with this value, theirs computes with it.
@@ -315,6 +315,8 @@ def _theirs(row: Setting, value: Any) -> Any:
     back = {ours: theirs for theirs, ours in reversed([*(row.only or row.also or {}).items()])}
     if row.only is not None and value not in back:
         raise ValueError(f"{row.ours}={value!r}")
+    if row.only is not None and row.only.get(row.default) == value:
+        return row.default  # of several names for it, their class's own
     if isinstance(row.default, int) and isinstance(value, float) and value.is_integer():
         return int(value)  # transformers refuses 256.0 for 256
     if row.power:

@@ -6,7 +6,7 @@ import math
 from lmjax.reporting import page as html
 from lmjax.reporting.run_files import RunRecord, last
 
-FILE = "forecast.json"  # as `lmjax scale forecast` writes it
+FILE = "forecast.json"  # in the directory of a run; `lmjax scale forecast` writes it
 
 
 def forecast_card(run: RunRecord) -> str:

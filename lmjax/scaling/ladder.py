@@ -24,6 +24,7 @@ from lmjax.errors import UserError
 from lmjax.models.flops import flops_per_token
 from lmjax.monitoring.progress import to_stderr
 from lmjax.monitoring.units import human_count
+from lmjax.reporting.forecast import FILE
 from lmjax.reporting.run_files import read_run
 from lmjax.runtime.files import write_whole
 from lmjax.scaling.law import CONFIDENCE, Fit, Observation, fit
@@ -36,7 +37,6 @@ from lmjax.training.program import make_model
 from lmjax.training.recipe import Recipe, build_recipe, recorded_recipe
 from lmjax.training.task_config import with_source
 
-FILE = "forecast.json"
 NAMES = {"floor": "E", "size_factor": "A", "size_exponent": "a", "data_factor": "B",
          "data_exponent": "b"}
 # What the runs of one law may differ in, as patterns: the size, the length, the seeds, and what a

@@ -309,21 +309,25 @@ class History:
         """The rewinds after the newest checkpoint was saved, which no checkpoint records."""
         found: list[Event] = []
         for i, event in enumerate(self.events):
-            in_process = self.events[i + 1 : i + 2] and self.events[i + 1]["event"] == "rewind"
-            if event["event"] in STARTS and not in_process:
-                found = []  # the process was started again, and repeats them
+            if self._begins_process(i):
+                found = []  # which repeats them
             elif event["event"] == "checkpoint" and event["step"] == saved:
                 found = []
             elif event["event"] == "rewind":
                 found.append(event)
         return iter(found)
 
+    def _begins_process(self, i: int) -> bool:
+        """Whether event i is the start of a process, not what a rewind restores."""
+        later = self.events[i + 1 : i + 2]
+        is_rewind = bool(later) and later[0]["event"] == "rewind"
+        return self.events[i]["event"] in STARTS and not is_rewind
+
     def rewinds_to(self, start: int) -> int:
         """How often the run went back to the checkpoint of step `start` in its last process."""
         count = 0
         for i, event in enumerate(self.events):
-            in_process = self.events[i + 1 : i + 2] and self.events[i + 1]["event"] == "rewind"
-            if event["event"] in STARTS and not in_process and event["step"] <= start:
+            if self._begins_process(i) and event["step"] <= start:
                 count = 0
             count += event["event"] == "rewind" and event["step"] == start
         return count

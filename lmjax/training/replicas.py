@@ -36,15 +36,18 @@ class Differing(NamedTuple):
 
 def replicated(state: TrainState) -> list[Replicated]:
     """The arrays of a state (or of its shapes, with shardings) that have replicas."""
-    found = []
-    for name, leaf in named_leaves(state):
-        parts = defaultdict(list)
-        places = leaf.sharding.devices_indices_map(leaf.shape)
-        for place, device in enumerate(leaf.sharding.mesh.devices.flat):
-            parts[tuple((s.start, s.stop) for s in places[device])].append(place)
-        if groups := [group for group in parts.values() if len(group) > 1]:
-            found.append(Replicated(name, groups))
-    return found
+    return [Replicated(name, groups) for name, leaf in named_leaves(state)
+            if (groups := _groups(leaf.sharding, leaf.shape))]
+
+
+@functools.cache  # the loop asks at every comparison, of every array
+def _groups(sharding: NamedSharding, shape: tuple[int, ...]) -> list[list[int]]:
+    """The devices, as places in the mesh, that hold the same part of an array; none alone."""
+    parts = defaultdict(list)
+    places = sharding.devices_indices_map(shape)
+    for place, device in enumerate(sharding.mesh.devices.flat):
+        parts[tuple((s.start, s.stop) for s in places[device])].append(place)
+    return [group for group in parts.values() if len(group) > 1]
 
 
 def hashes(state: TrainState) -> jax.Array | None:

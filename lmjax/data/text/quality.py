@@ -64,9 +64,9 @@ class Quality(NamedTuple):
         out = np.zeros(len(texts))
         for base, group in batches(texts):
             words = split(group)
-            hashed = _hashed(words)
+            hashed, fold_D = _hashed(words), _fold_of(group)
             for k, fold in enumerate(self.folds):
-                mine = np.flatnonzero(_fold_of(group) == k)
+                mine = np.flatnonzero(fold_D == k)
                 if mine.size:
                     features = _features(fold, hashed[mine], _tokens(words, mine))
                     out[base + mine] = features @ fold.weights + fold.bias
