@@ -35,7 +35,7 @@ COUNTS = {
 }
 
 
-# Of the architectures that `huggingface.decoders` and `older_decoders` read.
+# Of the architectures that `huggingface.decoders` and `older_decoders` read: by their dimensions.
 MORE_COUNTS = {
     "gemma-2b": 2_506_172_416, "gemma-7b": 8_537_680_896, "phi3-mini": 3_821_079_552,
     "phi4": 14_659_507_200, "olmo-1b": 1_176_764_416, "olmo-7b": 6_888_095_744,

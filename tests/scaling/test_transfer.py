@@ -156,7 +156,8 @@ def test_a_result_is_kept_for_one_version_and_its_data(
 def test_activations_keep_their_size_only_where_they_should(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["scale", "coord-check", "--config", TINY, "--workdir", str(tmp_path), *SYNTHETIC,
-               "--config.optimizer.peak_lr=3e-3"]
+               "--config.optimizer.peak_lr=3e-3", "--config.optimizer.groups=[]",
+               "--config.model.tie_embeddings=true"]
     assert main([*command, "--widths", "64", "128", "256", "--parametrizations", "mup"]) == 0
     assert main([*command, "--widths", "64", "128", "256", "--parametrizations", "standard"]) == 1
     found = json.loads((tmp_path / "coord_check.json").read_text())
