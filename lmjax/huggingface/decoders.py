@@ -14,7 +14,7 @@ from lmjax.huggingface.decoder_tables import (
     STABLELM_TABLE,
     STARCODER2_TABLE,
 )
-from lmjax.huggingface.rows import ATTENTION_BIAS, MLP_BIAS, MODERN, WINDOW, biases
+from lmjax.huggingface.common_settings import ATTENTION_BIAS, MLP_BIAS, MODERN, WINDOW, biases
 from lmjax.huggingface.schema import UNGATED, ModelType, Setting, defaults
 from lmjax.huggingface.tables import LLAMA_TABLE
 from lmjax.models.config import is_rotated

@@ -15,7 +15,7 @@ from lmjax.huggingface.decoder_tables import (
     PHI_TABLE,
     falcon_norms,
 )
-from lmjax.huggingface.rows import SIZES, biases
+from lmjax.huggingface.common_settings import SIZES, biases
 from lmjax.huggingface.schema import TIED, UNGATED, UNTIED, ModelType, Setting, defaults
 from lmjax.models.decoder import DecoderConfig
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.errors import UserError
-from lmjax.huggingface.orders import in_order
+from lmjax.huggingface.row_orders import in_order
 from lmjax.huggingface.schema import ModelType
 from lmjax.huggingface.tensors import STORED_DTYPES, Entry, equal_tensors, read_tensor
 from lmjax.huggingface.weights import Stored
