@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmjax.errors import UserError
+from lmjax.huggingface.common_settings import ATTENTION_BIAS, MLP_BIAS, MODERN, WINDOW, biases
 from lmjax.huggingface.decoder_tables import (
     GLM4_TABLE,
     GLM_TABLE,
@@ -14,7 +15,6 @@ from lmjax.huggingface.decoder_tables import (
     STABLELM_TABLE,
     STARCODER2_TABLE,
 )
-from lmjax.huggingface.common_settings import ATTENTION_BIAS, MLP_BIAS, MODERN, WINDOW, biases
 from lmjax.huggingface.schema import UNGATED, ModelType, Setting, defaults
 from lmjax.huggingface.tables import LLAMA_TABLE
 from lmjax.models.config import is_rotated

@@ -13,6 +13,7 @@ have its default. `lmjax.huggingface.schema` explains the other columns: `also`,
 from collections.abc import Mapping
 from typing import Any
 
+from lmjax.huggingface.common_settings import ATTENTION_BIAS, MLP_BIAS, MODERN, SIZES, WINDOW
 from lmjax.huggingface.decoders import (
     COHERE,
     COHERE2,
@@ -29,7 +30,6 @@ from lmjax.huggingface.decoders import (
 from lmjax.huggingface.encoder_decoders import MARIAN, MT5, T5
 from lmjax.huggingface.heads import MODERNBERT_HEADS, decoder_heads, encoder_heads
 from lmjax.huggingface.older_decoders import FALCON, GPT_J, GPT_NEOX, OPT, PHI
-from lmjax.huggingface.common_settings import ATTENTION_BIAS, MLP_BIAS, MODERN, SIZES, WINDOW
 from lmjax.huggingface.schema import GATED, TIED, UNGATED, ModelType, Setting, defaults
 from lmjax.huggingface.tables import (
     GEMMA_TABLE,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmjax.errors import UserError
+from lmjax.huggingface.common_settings import SIZES, biases
 from lmjax.huggingface.decoder_tables import (
     FALCON_TABLE,
     GPTJ_TABLE,
@@ -15,7 +16,6 @@ from lmjax.huggingface.decoder_tables import (
     PHI_TABLE,
     falcon_norms,
 )
-from lmjax.huggingface.common_settings import SIZES, biases
 from lmjax.huggingface.schema import TIED, UNGATED, UNTIED, ModelType, Setting, defaults
 from lmjax.models.decoder import DecoderConfig
 
