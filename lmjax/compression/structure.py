@@ -23,7 +23,8 @@ from lmjax.tree import named_leaves
 BLOCK = "layers/block/"  # in the paths of the parameters of layers
 # The parameters that have an entry per query head, key head and channel, each with the dimension
 # of these entries after that of layers.
-QUERIES = {"attention/query/kernel": 1, "attention/query/bias": 0, "attention/out/kernel": 0}
+QUERIES = {"attention/query/kernel": 1, "attention/query/bias": 0, "attention/sinks": 0,
+           "attention/out/kernel": 0}
 KEYS = {f"attention/{name}/{leaf}": dim for name in ("key", "value")
         for leaf, dim in (("kernel", 1), ("bias", 0))}
 CHANNELS = {"mlp/gate/kernel": 1, "mlp/gate/bias": 0, "mlp/up/kernel": 1, "mlp/up/bias": 0,

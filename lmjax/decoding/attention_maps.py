@@ -49,8 +49,8 @@ def attention_maps(model: Model, params: Params, batch: Batch) -> np.ndarray:
     Args:
       batch: as for `Model.encode`.
     Returns:
-      float32 [layers, B, H, T, S]; each token's weights sum to 1. The layers of an encoder-decoder
-      are its encoder's.
+      float32 [layers, B, H, T, S]; each token's weights sum to 1, less what a sink takes. The
+      layers of an encoder-decoder are its encoder's.
     """
     model, params = model.dense(params)
     maps: list[np.ndarray] = []

@@ -185,6 +185,6 @@ def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Attenti
         scale=scale * attention_multiplier(c),
         softcap=c.attention_softcap,
         qk_norm=functools.partial(qk_norm, eps=c.norm_eps) if c.qk_norm else None,
-        qk_norm_over=c.qk_norm_over, clip=c.qkv_clip)
+        qk_norm_over=c.qk_norm_over, clip=c.qkv_clip, sinks=c.attention_sinks)
     init = AttentionInit(query_init, normal(c.init_std), residual_init(c.init_std, num_layers))
     return Attention(config, init, rngs)

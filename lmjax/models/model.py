@@ -334,6 +334,7 @@ def build_model(config: ModelConfig, *, vocab_size: int, platform: str, dtype: A
             platform, softcap=config.attention_softcap, bias=config.positions == "relative",
             window=config.sliding_window, causal=config.family == "decoder",
             cross=config.family == "encdec", context=context, prefix=prefix_lm,
+            sinks=config.attention_sinks,
             head_dim=config.dims.head_dim, seq_len=seq_len, dtype=dtype))
     else:
         reason = kernel.note

@@ -18,7 +18,7 @@ from lmjax.nn.kernels.xla import largest_score
 from lmjax.nn.kv_cache import CacheArray, like
 from lmjax.nn.layers import Dense, Norm
 from lmjax.nn.masking import AttentionMask
-from lmjax.nn.module import Initializer
+from lmjax.nn.module import Initializer, param, zeros
 from lmjax.nn.ops import gradient_barrier
 from lmjax.nn.positions import Rotation, apply_rope
 from lmjax.nn.recorded import is_wanted, record
@@ -113,6 +113,7 @@ class AttentionConfig:
     qk_norm: Callable[..., Norm] | None
     qk_norm_over: str = "head"  # of `QK_NORMS`
     clip: float = 0.0  # queries, keys and values are clipped to [-clip, clip]; 0: they are not
+    sinks: bool = False  # whether each head has a learned logit without a value in its softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Attention(nnx.Module):
                            rngs=rngs)
         self.out = Dense(heads, into, ("heads", "head_dim", "embed"), use_bias=c.out_bias,
                          init=init.out, rngs=rngs)
+        self.sinks = param(rngs, zeros, (c.num_heads,), ("heads",)) if c.sinks else None
         self.over_all_heads = c.qk_norm_over == "all_heads"
 
         def norm(num_heads: int) -> Norm | None:
@@ -191,8 +193,9 @@ class Attention(nnx.Module):
         if kernel.name == "xla" and is_wanted("logit") and isinstance(kv.key, jax.Array):
             record(logit=largest_score(q, kv.key, mask, self.scale))
         k, v = jax.tree.map(lambda x: x.swapaxes(1, 2), kv)
+        sinks = None if self.sinks is None else self.sinks[...]
         y = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap, bias=bias_BHTS,
-                   kernel=kernel)
+                   sinks=sinks, kernel=kernel)
         y = constrain(gradient_barrier(y), "batch", "seq", "act_heads", None)
         return checkpoint_name(scatter_sequence(self.out(y)), "out")
 

@@ -83,6 +83,14 @@ def per_shard(body: Body, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Arra
     return run(q_BTHK, k, v, tokens, extra)
 
 
+def heads_spec(sinks_H: jax.Array | None) -> PartitionSpec | None:
+    """How sinks are split over the mesh, as the query heads are."""
+    layout = current_layout()
+    if sinks_H is None or layout is None:
+        return None
+    return layout.spec(("act_heads",), sinks_H.shape)
+
+
 def stream_axis(x: jax.Array) -> str:
     """The axis name that splits dimension T of the residual stream [..., T, D].
 

@@ -18,6 +18,7 @@ from lmjax.nn.kernels.choose import (
     prepare,
     uses_balanced_rows,
 )
+from lmjax.nn.kv_cache import Int8Rows, like
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.sequence import balance_sequence
 from lmjax.sharding import MeshConfig, make_layout, use_layout
@@ -32,7 +33,7 @@ PACKED = dict(positions=(POSITIONS, POSITIONS), segments=(SEGMENTS, SEGMENTS))
 ONE = np.ones((B, T), np.int32)
 
 DEFAULTS = dict(positions=None, segments=(ONE, ONE), causal=True, window=0, in_order=True,
-                kv_heads=4, softcap=0.0, bias=0, prefix=None, mesh=None, size=1.0)
+                kv_heads=4, softcap=0.0, bias=0, prefix=None, sinks=False, mesh=None, size=1.0)
 # For each feature, a call that needs it and as few others as possible.
 CALLS = {
     "segments": PACKED,
@@ -43,6 +44,7 @@ CALLS = {
     "two_sided_window": dict(window=3, causal=False, **PACKED),
     "softcap": dict(softcap=2.0),
     "bias": dict(bias=1),
+    "sinks": dict(sinks=True),
     "prefix": dict(prefix=np.array(
         [[1] * 3 + [0] * (T - 3), [0] * 4 + [1] * 2 + [0] * (T - 6)], np.int32)),
     "cache": dict(positions=(POSITIONS[:1, 5:8].repeat(2, 0) + np.array([[4], [1]]),
@@ -55,7 +57,7 @@ BESIDES = {  # the features that a call needs besides its own
     "context": {"window", "segments"}, "cross": {"segments"},
 }
 # The default run checks the features that any kernel has in one call, and the others here.
-TOGETHER = {"segments", "gqa", "window", "softcap"}
+TOGETHER = {"segments", "gqa", "window", "softcap", "sinks"}
 QUICK = {("xla", "bias"), ("xla", "prefix"), ("xla", "cache"), ("chunked", "cache"),
          ("chunked", "two_sided_window"), ("cudnn", "cross"), ("splash", "cross"),
          ("splash", "two_sided_window"), ("chunked", "context")}
@@ -94,7 +96,7 @@ def sees(b, t, s, mask):
     return (not mask.causal or back >= 0 or early) and (not mask.window or abs(back) < mask.window)
 
 
-def naive(q, k, v, bias, mask, scale, softcap):
+def naive(q, k, v, bias, sinks, mask, scale, softcap):
     """out[b, t, h] in float64, one query and head at a time."""
     out = np.zeros(q.shape, np.float64)
     for b, t in itertools.product(*map(range, q.shape[:2])):
@@ -105,12 +107,13 @@ def naive(q, k, v, bias, mask, scale, softcap):
             scores = softcap * np.tanh(scores / softcap) if softcap else scores
             scores += 0 if bias is None else bias[b % len(bias), h, t, keys]
             weights = np.exp(scores - scores.max())
-            out[b, t, h] = weights / weights.sum() @ v[b, keys, g].astype(np.float64)
+            sink = 0 if sinks is None else np.exp(sinks[h] - scores.max())
+            out[b, t, h] = weights / (weights.sum() + sink) @ v[b, keys, g].astype(np.float64)
     return out
 
 
 def call(**keys):
-    """(q, k, v, bias), mask, softcap and mesh: one row of `CALLS`, with defaults for the rest."""
+    """([q, k, v, bias, sinks], mask, softcap, mesh): a row of `CALLS`, defaults for the rest."""
     c = types.SimpleNamespace(**DEFAULTS | keys)
     rows, columns = (s.shape[1] for s in c.segments)
     positions = c.positions or tuple(np.arange(n)[None].repeat(B, 0) for n in (rows, columns))
@@ -120,7 +123,8 @@ def call(**keys):
     bias = rng.normal(size=(c.bias, 4, rows, columns)).astype(np.float32) if c.bias else None
     mask = AttentionMask(*(np.asarray(x, np.int32) for x in (*positions, *c.segments)), c.causal,
                          c.window, c.prefix, c.in_order)
-    return [*arrays, bias], mask, c.softcap, c.mesh
+    sinks = rng.normal(size=4).astype(np.float32) if c.sinks else None
+    return [*arrays, bias, sinks], mask, c.softcap, c.mesh
 
 
 def run(kernel, arrays, mask, softcap, mesh):
@@ -131,11 +135,12 @@ def run(kernel, arrays, mask, softcap, mesh):
     kernel, mask = KERNELS[kernel], on_device(mask)
     how = dict(scale=0.15, softcap=softcap)
 
-    def f(q, k, v, bias):
+    def f(q, k, v, bias, sinks):
         with use_layout(make_layout(MeshConfig(**mesh)) if mesh else None):
             if kernel.name == "cudnn":
                 return kernel.run(q, k, v, mask, bias=bias, **how)
-            return attend(q, k, v, prepare(mask, kernel), bias=bias, kernel=kernel, **how)
+            return attend(q, k, v, prepare(mask, kernel), bias=bias, sinks=sinks, kernel=kernel,
+                          **how)
 
     return jax.vjp(jax.jit(f), *(None if x is None else jnp.asarray(x) for x in arrays))
 
@@ -184,17 +189,26 @@ def check_against_loop(kernel, keys):
 @pytest.mark.parametrize("kernel, feature", [
     (name, f) for name, kernel in KERNELS.items() for f in sorted(ALL - kernel.can)])
 def test_a_kernel_refuses_what_it_does_not_claim(kernel, feature):
-    (q, k, v, bias), mask, softcap, mesh = call(**CALLS[feature])
+    (q, k, v, bias, sinks), mask, softcap, mesh = call(**CALLS[feature])
     if not BESIDES.get(feature, set()) <= KERNELS[kernel].can:
         pytest.fail("the call has to fail for one reason alone")
     with use_layout(make_layout(MeshConfig(**mesh)) if mesh else None):
         with pytest.raises(UserError, match=f"expected a kernel for {feature} .*got '{kernel}', "
                                             "which cannot; use "):
-            attend(q, k, v, mask, scale=1.0, softcap=softcap, bias=bias, kernel=KERNELS[kernel])
+            attend(q, k, v, mask, scale=1.0, softcap=softcap, bias=bias, sinks=sinks,
+                   kernel=KERNELS[kernel])
 
 
 def test_every_feature_has_a_call():
     assert set(CALLS) == ALL == set().union(*(kernel.can for kernel in KERNELS.values()))
+
+
+def test_an_int8_cache_has_sinks():
+    (q, k, v, _, sinks), mask, *_ = call(kv_heads=2, sinks=True, **PACKED)
+    k, v = (like(jnp.asarray(x), Int8Rows(None, None)) for x in (k, v))
+    out, alone = (attend(q, *kv, mask, scale=0.15, sinks=jnp.asarray(sinks), kernel=KERNELS["xla"])
+                  for kv in ((k, v), (k.dense(jnp.float32), v.dense(jnp.float32))))
+    np.testing.assert_allclose(out, alone, atol=3e-6)
 
 
 def test_a_bias_per_row():
@@ -231,12 +245,13 @@ def test_queries_that_see_nothing_give_zero_and_finite_gradients(kernel):
     [name for name in KERNELS if "context" in KERNELS[name].can], {"chunked", "splash"}))
 def test_heads_split_further_than_keys(kernel):
     """Four query heads on four devices, of which two each share a key/value head."""
-    arrays, mask, *_ = call(kv_heads=2, **PACKED)
+    arrays, mask, *_ = call(kv_heads=2, sinks=True, **PACKED)
     mesh = dict(data=2, tensor=4)
     out, pull = run(kernel, arrays, mask, 0.0, mesh)
     alone, pull_alone = run("xla", arrays, mask, 0.0, None)
     np.testing.assert_allclose(out, alone, atol=3e-6)
-    for ours, theirs in zip(pull(out)[:3], pull_alone(out)[:3], strict=True):
+    for ours, theirs in zip(jax.tree.leaves(pull(out)), jax.tree.leaves(pull_alone(out)),
+                            strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -244,13 +259,16 @@ def test_heads_split_further_than_keys(kernel):
     dict(context=4, tensor=2), pytest.param(dict(data=4, context=2), marks=pytest.mark.long)])
 def test_a_ring_passes_keys_on_and_never_gathers_them(mesh):
     """Values and gradients equal those of one device; only collective-permutes move the keys."""
-    (q, k, v, _), mask, *_ = call(kv_heads=2, segments=[np.repeat(SEGMENTS, 2, 0)] * 2,
-                                 positions=[np.repeat(POSITIONS, 2, 0)] * 2)
+    (q, k, v, _, sinks), mask, *_ = call(
+        kv_heads=2, sinks=True, segments=[np.repeat(SEGMENTS, 2, 0)] * 2,
+        positions=[np.repeat(POSITIONS, 2, 0)] * 2)
     q, k, v = (np.concatenate([x, x[::-1]]) for x in (q, k, v))
-    out, pull = run("ring", (q, k, v, None), mask, 3.0, mesh)
-    alone, pull_alone = run("xla", (q, k, v, None), mask, 3.0, None)
+    arrays = q, k, v, None, sinks
+    out, pull = run("ring", arrays, mask, 3.0, mesh)
+    alone, pull_alone = run("xla", arrays, mask, 3.0, None)
     np.testing.assert_allclose(out, alone, atol=3e-6)
-    for ours, theirs in zip(pull(out)[:3], pull_alone(out)[:3], strict=True):
+    for ours, theirs in zip(jax.tree.leaves(pull(out)), jax.tree.leaves(pull_alone(out)),
+                            strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
     layout = make_layout(MeshConfig(**mesh))
     sharding = layout.sharding(("batch", "seq", "act_heads", None))

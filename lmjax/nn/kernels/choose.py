@@ -6,7 +6,7 @@ K head_dim.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ FEATURES = {  # what a model or a call may need from a kernel, in words
     "two_sided_window": "a sliding window without causality",
     "gqa": "fewer key/value heads than query heads",
     "cache": "causality or a window by position, as with a key/value cache",
+    "sinks": "a learned sink per head",
 }
 ALL = frozenset(FEATURES)
 
@@ -49,6 +50,7 @@ class Needs:
     context: bool = False  # whether the sequence is split over devices
     prefix: bool = False  # whether some keys are visible to earlier queries
     gqa: bool = False  # whether there are fewer key/value heads than query heads
+    sinks: bool = False  # whether each head has a sink
     cache: bool = False  # whether tokens are told apart by position, not by index
     head_dim: int = 0
     seq_len: int = 0  # of the rows; `auto` chooses by it
@@ -61,7 +63,7 @@ class Needs:
             "segments": True, "softcap": bool(self.softcap), "bias": self.bias,
             "window": self.window > 0, "cross": self.cross, "context": self.context,
             "prefix": self.prefix, "two_sided_window": self.window > 0 and not self.causal,
-            "gqa": self.gqa, "cache": self.cache}
+            "gqa": self.gqa, "cache": self.cache, "sinks": self.sinks}
         return [name for name in FEATURES if needed[name]]
 
 
@@ -70,7 +72,8 @@ class Kernel:
     """One way to compute attention: the function, where it runs and what it supports."""
 
     name: str  # as `model.attention` gives it
-    # run(q, k, v, mask, scale=, softcap=, bias=) -> [B, T, H, K]; see `attend`
+    # run(q, k, v, mask, scale=, softcap=, bias=) -> [B, T, H, K]; see `attend`. A kernel that can
+    # do sinks gets sinks=, too, where there are any.
     run: Callable[..., jax.Array]
     platforms: tuple[str, ...]
     can: frozenset[str]  # names of `FEATURES`
@@ -122,7 +125,7 @@ KERNELS = {kernel.name: kernel for kernel in (
     # cuDNN has no window without causality. It masks by index, so it cannot tell where a shard of
     # a sequence begins.
     Kernel("cudnn", cudnn_attention, ("gpu",),
-           ALL - {"bias", "prefix", "cache", "softcap", "two_sided_window", "context"},
+           ALL - {"bias", "prefix", "cache", "softcap", "two_sided_window", "context", "sinks"},
            "cuDNN flash attention, documents as a dense mask",
            head_dim_multiple=8, max_head_dim=128, dtypes=("bfloat16", "float16")),
 )}
@@ -131,9 +134,17 @@ FAST = {"tpu": "splash", "gpu": "cudnn"}  # what `auto` takes on a platform, if 
 LONG = 1024
 
 
+class Scores(TypedDict, total=False):
+    """How scores become weights; see `attend`."""
+
+    scale: Required[float]
+    softcap: float  # 0: none
+    bias: jax.Array | None
+    sinks: jax.Array | None
+
+
 def attend(q_BTHK: jax.Array, k_BSGK: CacheArray, v_BSGK: CacheArray, mask: AttentionMask, *,
-           scale: float, softcap: float = 0.0, bias: jax.Array | None = None,
-           kernel: Kernel) -> jax.Array:
+           kernel: Kernel, **scores: Unpack[Scores]) -> jax.Array:
     """Attention: softmax(cap(q k^T * scale) + bias) v over the keys that each query sees.
 
     cap(x) = softcap * tanh(x / softcap), or x where softcap is 0. H is a multiple of G: query head
@@ -141,6 +152,8 @@ def attend(q_BTHK: jax.Array, k_BSGK: CacheArray, v_BSGK: CacheArray, mask: Atte
 
     Args:
       bias: [1 or B, H, T, S], added to the scores in float32.
+      sinks: [H], one more logit per head in the softmax, whose probability multiplies no value
+        (gpt-oss; Xiao et al. 2023, arXiv:2309.17453, section 3.3, with a key of zeros).
 
     Returns:
       [B, T, H, K] in the dtype of q; 0 for a query that sees no key.
@@ -149,15 +162,18 @@ def attend(q_BTHK: jax.Array, k_BSGK: CacheArray, v_BSGK: CacheArray, mask: Atte
       UserError: `kernel` does not support this call.
     """
     (T, H, K), (S, G) = q_BTHK.shape[1:], k_BSGK.shape[1:3]
+    softcap, bias = scores.get("softcap", 0.0), scores.get("bias")
+    also = {} if scores.get("sinks") is None else {"sinks": scores["sinks"]}
     kernel.check(Needs(
         softcap=softcap, bias=bias is not None, window=mask.window, causal=mask.causal,
         cross=T != S, context=num_shards("seq") > 1, prefix=mask.kv_prefix is not None,
         gqa=H != G, cache=(mask.causal or mask.window > 0) and not mask.in_order,
-        head_dim=K, dtype=q_BTHK.dtype))
+        sinks=bool(also), head_dim=K, dtype=q_BTHK.dtype))
     if not kernel.dense:  # the others multiply floats
         k_BSGK, v_BSGK = (x.dense(q_BTHK.dtype) if isinstance(x, Int8Rows) else x
                           for x in (k_BSGK, v_BSGK))
-    return kernel.run(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, softcap=softcap, bias=bias)
+    return kernel.run(q_BTHK, k_BSGK, v_BSGK, mask, scale=scores["scale"], softcap=softcap,
+                      bias=bias, **also)
 
 
 def prepare(mask: AttentionMask, kernel: Kernel) -> AttentionMask:

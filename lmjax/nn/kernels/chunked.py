@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from lmjax.nn.kernels.xla import sinks_of_rows
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.ops import dot_rows
-from lmjax.nn.sequence import KERNEL_RESIDUALS, per_shard
+from lmjax.nn.sequence import KERNEL_RESIDUALS, heads_spec, per_shard
 
 QUERIES = 256  # queries per block
 SCORES = 256 * 512  # scores per block and head: a block with fewer queries has more keys
@@ -56,14 +57,21 @@ class OutputGrad(NamedTuple):
 
 
 def chunked_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask,
-                      *, scale: float, softcap: float, bias: None = None) -> jax.Array:
-    """softmax(cap(q k^T * scale)) v, block by block; `bias` is never set (see `choose.KERNELS`)."""
+                      *, scale: float, softcap: float, bias: None = None,
+                      sinks: jax.Array | None = None) -> jax.Array:
+    """softmax(cap(q k^T * scale)) v, block by block; `bias` is never set (see `choose.KERNELS`).
+
+    sinks: [H], logits of the softmax's denominator; see `choose.attend`.
+    """
     scoring = Scoring(mask.causal, mask.window, scale, softcap)
 
-    def body(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, _: None) -> jax.Array:
-        return join(_attend(*split(q, k, v, mask), scoring), q.shape)
+    def body(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask,
+             sinks: jax.Array | None) -> jax.Array:
+        blocks = split(q, k, v, mask)
+        return join(_attend(*blocks, sinks_of_blocks(sinks, blocks), scoring), q.shape)
 
-    return per_shard(body, q_BTHK, k_BSGK, v_BSGK, mask.by_index())
+    return per_shard(body, q_BTHK, k_BSGK, v_BSGK, mask.by_index(), extra=sinks,
+                     extra_spec=heads_spec(sinks))
 
 
 def split(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,
@@ -217,24 +225,25 @@ def backward(q_IBGNK: jax.Array, k_JBGsK: jax.Array, v_JBGsK: jax.Array, queries
     return dq, dk, dv
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens,
-            scoring: Scoring) -> jax.Array:
-    return forward(q, k, v, queries, keys, scoring)[0].astype(q.dtype)
+            sinks: jax.Array | None, scoring: Scoring) -> jax.Array:
+    return with_sinks(*forward(q, k, v, queries, keys, scoring), sinks)[0].astype(q.dtype)
 
 
 def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens,
-                    scoring: Scoring) -> tuple[jax.Array, tuple]:
-    y, log_sum = forward(q, k, v, queries, keys, scoring)
+                    sinks: jax.Array | None, scoring: Scoring) -> tuple[jax.Array, tuple]:
+    y, log_sum = with_sinks(*forward(q, k, v, queries, keys, scoring), sinks)
     y, log_sum = (checkpoint_name(x, KERNEL_RESIDUALS) for x in (y.astype(q.dtype), log_sum))
-    return y, (q, k, v, queries, keys, y, log_sum)
+    return y, (q, k, v, queries, keys, sinks, y, log_sum)
 
 
 def _attend_backward(scoring: Scoring, saved: tuple, g: jax.Array) -> tuple[jax.Array | None, ...]:
-    q, k, v, queries, keys, y, log_sum = saved
+    q, k, v, queries, keys, sinks, y, log_sum = saved
     output = OutputGrad(g, log_sum, grad_dot_output(g, y))
     grads = backward(q, k, v, queries, keys, scoring, output)
-    return *(d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True)), None, None
+    d_qkv = (d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True))
+    return *d_qkv, None, None, grad_of_sinks(sinks, output)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -246,3 +255,35 @@ def grad_dot_output(g: jax.Array, y: jax.Array) -> jax.Array:
     The softmax's backward pass subtracts it from the gradient of each of a query's weights.
     """
     return jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
+
+
+# Sinks: the row of a sink in the softmax adds to the denominator and has no value. So they follow
+# from the log-sums of the other rows, and whatever computes these needs not know them.
+
+
+def sinks_of_blocks(sinks_H: jax.Array | None, blocks: tuple) -> jax.Array | None:
+    """The sink of each query row of a block of `split`, float32 [G, N, 1]; None without sinks."""
+    if sinks_H is None:
+        return None
+    G, N = blocks[0].shape[2:4]
+    return sinks_of_rows(sinks_H, G, N * G // sinks_H.shape[0])
+
+
+def with_sinks(y: jax.Array, log_sum: jax.Array,
+               sinks_GN1: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Output and log-sums of `forward` with the sinks in the softmax's denominator."""
+    if sinks_GN1 is None:
+        return y, log_sum
+    total = jnp.logaddexp(log_sum, sinks_GN1[None, None])
+    return y * jnp.exp(log_sum - total), total
+
+
+def grad_of_sinks(sinks_GN1: jax.Array | None, output: OutputGrad) -> jax.Array | None:
+    """The gradient of each row's sink, float32 [G, N, 1].
+
+    A sink of probability p takes p * y from the output: its gradient is -p * sum(g * y).
+    """
+    if sinks_GN1 is None:
+        return None
+    p = jnp.exp(sinks_GN1[None, None] - output.log_sum)
+    return -jnp.sum(p * output.g_dot_y, axis=(0, 1))

@@ -21,11 +21,14 @@ from lmjax.nn.kernels.chunked import (
     backward,
     forward,
     grad_dot_output,
+    grad_of_sinks,
     join,
+    sinks_of_blocks,
     split,
+    with_sinks,
 )
 from lmjax.nn.masking import AttentionMask
-from lmjax.nn.sequence import KERNEL_RESIDUALS, mesh_axes, num_shards, per_shard
+from lmjax.nn.sequence import KERNEL_RESIDUALS, heads_spec, mesh_axes, num_shards, per_shard
 
 
 class Ring(NamedTuple):
@@ -36,18 +39,22 @@ class Ring(NamedTuple):
 
 
 def ring_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask, *,
-                   scale: float, softcap: float, bias: None = None) -> jax.Array:
+                   scale: float, softcap: float, bias: None = None,
+                   sinks: jax.Array | None = None) -> jax.Array:
     """softmax(cap(q k^T * scale)) v, with queries, keys and values split by "seq".
 
-    `bias` is never set (see `choose.KERNELS`).
+    `bias` is never set (see `choose.KERNELS`); `sinks` [H] are those of `choose.attend`.
     """
     scoring = Scoring(mask.causal, mask.window, scale, softcap)
     ring = Ring(mesh_axes("seq"), num_shards("seq"))
 
-    def body(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, _: None) -> jax.Array:
-        return join(_attend(*split(q, k, v, mask), scoring, ring), q.shape)
+    def body(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask,
+             sinks: jax.Array | None) -> jax.Array:
+        blocks = split(q, k, v, mask)
+        return join(_attend(*blocks, sinks_of_blocks(sinks, blocks), scoring, ring), q.shape)
 
-    return per_shard(body, q_BTHK, k_BSGK, v_BSGK, mask.by_index(), keys="seq")
+    return per_shard(body, q_BTHK, k_BSGK, v_BSGK, mask.by_index(), keys="seq", extra=sinks,
+                     extra_spec=heads_spec(sinks))
 
 
 def _pass_on(tree: Any, ring: Ring) -> Any:
@@ -58,14 +65,15 @@ def _pass_on(tree: Any, ring: Ring) -> Any:
     return jax.tree.map(lambda x: lax.ppermute(x, ring.axes, hop), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens,
-            scoring: Scoring, ring: Ring) -> jax.Array:
-    return _attend_forward(q, k, v, queries, keys, scoring, ring)[0]
+            sinks: jax.Array | None, scoring: Scoring, ring: Ring) -> jax.Array:
+    return _attend_forward(q, k, v, queries, keys, sinks, scoring, ring)[0]
 
 
 def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens,
-                    scoring: Scoring, ring: Ring) -> tuple[jax.Array, tuple]:
+                    sinks: jax.Array | None, scoring: Scoring,
+                    ring: Ring) -> tuple[jax.Array, tuple]:
 
     def attend(held: tuple) -> tuple[jax.Array, jax.Array]:
         """y and log-sum over the keys that this device holds now."""
@@ -89,13 +97,14 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, k
         start = _pass_on(held, ring), attend(held)
         (held, sums), _ = lax.scan(hop, start, None, length=ring.size - 2)
         y, log_sum = add(sums, held)
+    y, log_sum = with_sinks(y, log_sum, sinks)
     y, log_sum = (checkpoint_name(x, KERNEL_RESIDUALS) for x in (y.astype(q.dtype), log_sum))
-    return y, (q, k, v, queries, keys, y, log_sum)
+    return y, (q, k, v, queries, keys, sinks, y, log_sum)
 
 
 def _attend_backward(scoring: Scoring, ring: Ring, saved: tuple,
                      g: jax.Array) -> tuple[jax.Array | None, ...]:
-    q, k, v, queries, keys, y, log_sum = saved
+    q, k, v, queries, keys, sinks, y, log_sum = saved
     output = OutputGrad(g, log_sum, grad_dot_output(g, y))
 
     def add(held: tuple, dq: jax.Array, dkv: tuple) -> tuple[jax.Array, tuple]:
@@ -115,7 +124,8 @@ def _attend_backward(scoring: Scoring, ring: Ring, saved: tuple,
     (held, dq, dkv), _ = lax.scan(hop, start, None, length=ring.size - 1)
     dq, dkv = add(held, dq, dkv)
     dk, dv = _pass_on(dkv, ring)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    grads = dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    return *grads, None, None, grad_of_sinks(sinks, output)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -18,6 +18,7 @@ from lmjax.nn.masking import AttentionMask
 from lmjax.nn.sequence import (
     KERNEL_RESIDUALS,
     balanced_pieces,
+    heads_spec,
     in_reading_order,
     mesh_axes,
     num_shards,
@@ -67,7 +68,8 @@ class IndexMask(NamedTuple):
 
 
 def splash_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask,
-                     *, scale: float, softcap: float, bias: None = None) -> jax.Array:
+                     *, scale: float, softcap: float, bias: None = None,
+                     sinks: jax.Array | None = None) -> jax.Array:
     """softmax(cap(q k^T * scale)) v; `bias` is never set (see `choose.KERNELS`).
 
     The queries' sequence may be split over the mesh; every device gathers all keys. On a CPU the
@@ -86,7 +88,8 @@ def splash_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, ma
         spec = kernel.manual_sharding_spec(NamedSharding(layout.mesh, queries))
 
     def body(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask,
-             kernel: Any) -> jax.Array:
+             extra: Any) -> jax.Array:
+        kernel, sinks = extra
         if balanced:
             k, v, segments = (in_reading_order(x, shards) for x in (k, v, mask.kv_segments))
             mask = mask._replace(kv_segments=segments)
@@ -97,12 +100,15 @@ def splash_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, ma
         # Remat policies save these in the layout in which the backward pass reads them.
         q, k, v = (checkpoint_name(x.swapaxes(1, 2), name) for name, x in named)
         segment_ids = splash.SegmentIds(mask.q_segments, mask.kv_segments)
-        y = jax.vmap(kernel)(q, k, v, segment_ids).swapaxes(1, 2)
+        run = kernel if sinks is None else functools.partial(kernel, sinks=sinks)
+        y = jax.vmap(run)(q, k, v, segment_ids).swapaxes(1, 2)
         # If rows are in order, a query sees at least itself. Otherwise it may see no key, and the
         # kernel's result for it is not 0.
         return y if mask.in_order else jnp.where(mask.sees_any_key()[:, :, None, None], y, 0)
 
-    return per_shard(body, q_BTHK, k_BSGK, v_BSGK, mask, extra=kernel, extra_spec=spec)[:, :length]
+    y = per_shard(body, q_BTHK, k_BSGK, v_BSGK, mask, extra=(kernel, sinks),
+                  extra_spec=(spec, heads_spec(sinks)))
+    return y[:, :length]
 
 
 def fit(tiles: Tiles, T: int, S: int) -> Tiles:
