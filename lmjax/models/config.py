@@ -76,7 +76,8 @@ class TransformerConfig:
     scale_embeddings: bool = False  # multiplies embeddings by sqrt(embed_dim)
     embedding_multiplier: float = 1.0  # multiplies embeddings (Granite)
     residual_multiplier: float = 1.0  # multiplies each branch before it is added (Granite)
-    # gelu (exact), gelu_tanh, relu, silu; gated: swiglu, geglu (tanh), geglu_erf, reglu
+    # gelu (exact), gelu_tanh, relu, silu; gated: swiglu, geglu (tanh), geglu_erf, reglu,
+    # swiglu_clamped (gpt-oss: (up + 1) * gate * sigmoid(1.702 gate), with both limited to 7)
     mlp: str = "swiglu"
     use_bias: bool = False  # in all matrices
     qkv_bias: bool = False  # in the projections to queries, keys and values

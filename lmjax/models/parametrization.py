@@ -63,7 +63,7 @@ class Factors(NamedTuple):
 def kind_of(path: str, axes: tuple[str, ...]) -> str:
     """The row of TABLE that a parameter belongs to."""
     own = [name for name in axes if name not in ("layers", "experts")]
-    if "norm" in own or not own or own == ["heads"]:  # of sinks
+    if "norm" in own or not own or own in (["heads"], ["mlp"]):  # sinks, biases
         return "vector"
     if path.startswith("task_head/table"):
         return "out_of"

@@ -19,12 +19,17 @@ from lmjax.nn.packed import Packed, in_training
 from lmjax.nn.recorded import record
 from lmjax.sharding import constrain
 
+CLAMP = 7.0  # limit of the inputs of gpt-oss's gated unit
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "silu_clamped": lambda x: (x := jnp.minimum(x, CLAMP)) * jax.nn.sigmoid(1.702 * x),
 }
+# Gating activation -> what becomes of the other matrix's output, if it is not left as it is.
+OTHER_SIDE: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu_clamped": lambda x: jnp.clip(x, -CLAMP, CLAMP) + 1}
 # name -> (activation, whether a second matrix gates it). The gated kinds are the GLU variants of
 # Shazeer 2020, arXiv:2002.05202.
 MLP_KINDS = {
@@ -36,6 +41,7 @@ MLP_KINDS = {
     "geglu": ("gelu_tanh", True),
     "geglu_erf": ("gelu", True),
     "reglu": ("relu", True),
+    "swiglu_clamped": ("silu_clamped", True),
 }
 
 
@@ -151,6 +157,11 @@ NORMS: dict[str, Callable[..., Norm]] = {
 }
 
 
+def other_side(activation: str, up: jax.Array) -> jax.Array:
+    """What the activated gate is multiplied by: the other matrix's output, for some changed."""
+    return OTHER_SIDE[activation](up) if activation in OTHER_SIDE else up
+
+
 class MLP(nnx.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) for the gated kinds of `MLP_KINDS`."""
 
@@ -173,7 +184,8 @@ class MLP(nnx.Module):
         if self.gate is None:
             h_BTF = act(h_BTF)
         else:
-            h_BTF = act(checkpoint_name(self.gate(x_BTD), "gate")) * h_BTF
+            h_BTF = act(checkpoint_name(self.gate(x_BTD), "gate")) * other_side(
+                self.activation, h_BTF)
         return self.down(barrier(constrain(h_BTF, "batch", "seq", "act_mlp"), "tpu"))
 
 

@@ -17,8 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.config import at_least
 from lmjax.errors import UserError
-from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, Dense
-from lmjax.nn.module import Initializer, param
+from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, Dense, other_side
+from lmjax.nn.module import Initializer, param, zeros
 from lmjax.nn.ops import MATMUL
 from lmjax.nn.packed import NOT_QUANTIZED, Packed, in_training, rounded_to
 from lmjax.nn.quantized import matmuls_in
@@ -28,6 +28,7 @@ from lmjax.sharding import constrain, current_layout, platform
 # Multiplies rows by their experts' matrices [E, in, out].
 ExpertDot = Callable[[jax.Array, jax.Array], jax.Array]
 INTO, OUT = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
+BIAS_INTO, BIAS_OUT = ("experts", "mlp"), ("experts", "norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class MoEConfig:
     # Whether a token's weights are scaled to sum to 1 (Mixtral), or are the probabilities that the
     # softmax over all experts gave.
     normalize: bool = True
+    bias: bool = False  # of the router and of the experts' matrices (gpt-oss)
     shared_dim: int = 0  # mlp_dim of one more expert, which computes all tokens; 0: none
     shared_gate: bool = False  # whether a sigmoid scales that expert's output (Qwen2-MoE)
     # Limit of the tokens of a row per expert, as a multiple of an even share (Lepikhin et al. 2020,
@@ -70,7 +72,7 @@ class Routing(NamedTuple):
 
 
 class ExpertMatrices(NamedTuple):
-    """The matrices of all experts, [E, in, out]."""
+    """The matrices of all experts, [E, in, out], or their biases, [E, out]."""
 
     gate: Any  # None if the MLP is not gated
     up: Any
@@ -80,6 +82,13 @@ class ExpertMatrices(NamedTuple):
         """fn(matrix, argument) for each matrix that there is."""
         return ExpertMatrices(*(m if m is None else fn(m, arg)
                                 for m, arg in zip(self, args, strict=True)))
+
+
+class ExpertRows(NamedTuple):
+    """How rows meet what their experts have."""
+
+    dot: ExpertDot  # multiplies rows by their experts' matrices
+    of: Callable[[jax.Array], jax.Array]  # biases [E, out] -> what is added to the rows
 
 
 class MoE(nnx.Module):
@@ -95,11 +104,11 @@ class MoE(nnx.Module):
         self.activation, gated = MLP_KINDS[kind]
         hidden = c.mlp_dim or hidden
         into, out = (c.experts, dim, hidden), (c.experts, hidden, dim)
-        self.router = Dense((dim,), (c.experts,), ("embed", "router"), use_bias=False, init=init,
+        self.router = Dense((dim,), (c.experts,), ("embed", "router"), use_bias=c.bias, init=init,
                             rngs=rngs)
-        self.gate = Experts(into, INTO, init, rngs) if gated else None
-        self.up = Experts(into, INTO, init, rngs)
-        self.down = Experts(out, OUT, out_init, rngs)
+        self.gate = Experts(into, INTO, init, rngs, c.bias) if gated else None
+        self.up = Experts(into, INTO, init, rngs, c.bias)
+        self.down = Experts(out, OUT, out_init, rngs, c.bias)
         self.shared = MLP(dim, c.shared_dim, kind=kind, use_bias=False, init=init,
                           out_init=out_init, rngs=rngs) if c.shared_dim else None
         self.shared_gate = (Dense((dim,), (1,), ("embed", None), use_bias=False, init=init,
@@ -137,20 +146,23 @@ class MoE(nnx.Module):
                   experts_BTk: jax.Array) -> jax.Array:
         """Computes all choices: each device those of its own experts, for all rows of its group."""
         layout, matrices = current_layout(), self._matrices(x_BTD.dtype)
+        biases = self._biases(x_BTD.dtype)
         if layout is None or layout.mesh.size == 1:
-            return self._sorted(x_BTD, weights_BTk, experts_BTk, matrices)
+            return self._sorted(x_BTD, weights_BTk, experts_BTk, matrices, biases)
         arrays = x_BTD, weights_BTk, experts_BTk
         rows = [layout.spec(("batch", "seq", None), a.shape) for a in arrays]
         sides = matrices.map(lambda m, axes: layout.spec(axes, m.shape), (INTO, INTO, OUT))
+        of_biases = None if biases is None else biases.map(
+            lambda b, axes: layout.spec(axes, b.shape), (BIAS_INTO, BIAS_INTO, BIAS_OUT))
         # Where devices have the same rows, as in generation, they gather the same matrices. JAX
         # cannot verify that their results are equal.
         same_rows = {*mesh_axes("expert_embed")} - {*mesh_axes("batch"), *mesh_axes("seq")}
-        run = jax.shard_map(self._sorted, mesh=layout.mesh, in_specs=(*rows, sides),
+        run = jax.shard_map(self._sorted, mesh=layout.mesh, in_specs=(*rows, sides, of_biases),
                             out_specs=rows[0], check_vma=not same_rows)
-        return run(*arrays, matrices)
+        return run(*arrays, matrices, biases)
 
     def _sorted(self, x_BTD: jax.Array, weights_BTk: jax.Array, experts_BTk: jax.Array,
-                matrices: ExpertMatrices) -> jax.Array:
+                matrices: ExpertMatrices, biases: ExpertMatrices | None) -> jax.Array:
         """Sorts the choices by expert, and multiplies the rows of each expert by its matrices.
 
         On a mesh the arguments are one device's shares. Its matrices are gathered along
@@ -183,12 +195,16 @@ class MoE(nnx.Module):
         x_MD = jnp.where(own_M1, x_MD, 0)
         weights_M = weights_BTk.reshape(-1).at[order_M].get(mode="clip")
         # A grouped matmul leaves rows after its last group undefined.
-        y_MD = jnp.where(own_M1, self._apply(x_MD, matrices, dot, weights_M), 0)
+        rows_M = ExpertRows(dot, lambda b: _of_rows(b, chosen_M, order_M))
+        halves = mesh_axes("mlp")
+        if biases is not None and halves:  # whose outputs are summed: one of them adds the bias
+            first = lax.axis_index(halves) == 0
+            biases = biases._replace(down=jnp.where(first, biases.down, 0))
+        y_MD = jnp.where(own_M1, self._apply(x_MD, matrices, biases, rows_M, weights_M), 0)
         y_NkD = jnp.zeros((B * T * k, y_MD.shape[-1]), y_MD.dtype).at[order_M].set(
             y_MD, mode="drop", unique_indices=True).reshape(B, T, k, -1)
         y_BTD = jnp.sum(y_NkD, axis=2)
         y_BTD = lax.psum_scatter(y_BTD, group, tiled=True) if group else y_BTD
-        halves = mesh_axes("mlp")
         return lax.psum(y_BTD, halves) if halves else y_BTD
 
     def _within_capacity(self, x_BTD: jax.Array, weights_BTk: jax.Array, experts_BTk: jax.Array,
@@ -217,8 +233,10 @@ class MoE(nnx.Module):
         with_rows = None, "batch", None, None
         with_experts = "act_experts", "expert_batch", None, None
         x_EBCD = constrain(jnp.einsum("BTEC,BTD->EBCD", into_BTEC, x_BTD), *with_rows)
+        rows = ExpertRows(lambda x, w: jnp.einsum("EBCD,EDF->EBCF", x, w),
+                          lambda b: b[:, None, None])
         y_EBCD = self._apply(constrain(x_EBCD, *with_experts), self._matrices(x_BTD.dtype),
-                             lambda x, w: jnp.einsum("EBCD,EDF->EBCF", x, w))
+                             self._biases(x_BTD.dtype), rows)
         y_EBCD = constrain(constrain(y_EBCD, *with_experts), *with_rows)
         return jnp.einsum("BTEC,EBCD->BTD", back_BTEC, y_EBCD), jnp.sum(put_BkTEC)
 
@@ -226,9 +244,14 @@ class MoE(nnx.Module):
         gate = None if self.gate is None else self.gate.matrices(dtype)
         return ExpertMatrices(gate, self.up.matrices(dtype), self.down.matrices(dtype))
 
-    def _apply(self, x: jax.Array, matrices: ExpertMatrices, dot: ExpertDot,
-               weights: jax.Array | None = None) -> jax.Array:
-        """The experts' MLP on rows that are sorted by expert, each times its weight.
+    def _biases(self, dtype: Any) -> ExpertMatrices | None:
+        found = (None if side is None or side.bias is None else side.bias[...].astype(dtype)
+                 for side in (self.gate, self.up, self.down))
+        return ExpertMatrices(*found) if self.config.bias else None
+
+    def _apply(self, x: jax.Array, matrices: ExpertMatrices, biases: ExpertMatrices | None,
+               rows: ExpertRows, weights: jax.Array | None = None) -> jax.Array:
+        """The experts' MLP on rows, each times its weight.
 
         The weight is applied before the last matmul. Applied afterwards, its gradient would need
         that matmul's result again.
@@ -236,13 +259,30 @@ class MoE(nnx.Module):
         (gate, up, down), act = matrices, ACTIVATIONS[self.activation]
 
         def first(w: jax.Array, name: str) -> jax.Array:
-            return checkpoint_name(checkpoint_name(dot(x, w), MATMUL), name)
+            y = checkpoint_name(rows.dot(x, w), MATMUL)
+            y = y if biases is None else y + rows.of(getattr(biases, name))
+            return checkpoint_name(y, name)
 
         hidden = act(first(up, "up") if gate is None else first(gate, "gate"))
-        hidden = hidden if gate is None else hidden * first(up, "up")
-        if weights is not None:
-            hidden = hidden * weights[:, None].astype(hidden.dtype)
-        return dot(hidden, down)
+        hidden = hidden if gate is None else hidden * other_side(self.activation, first(up, "up"))
+        weighed = None if weights is None else weights[:, None].astype(hidden.dtype)
+        y = rows.dot(hidden if weighed is None else hidden * weighed, down)
+        if biases is None:
+            return y
+        bias = rows.of(biases.down)
+        return y + (bias if weighed is None else bias * weighed)
+
+
+def _of_rows(biases_EF: jax.Array, chosen_M: jax.Array, order_M: jax.Array) -> jax.Array:
+    """The bias of each row's expert, 0 for a row of none.
+
+    Args:
+      chosen_M: the expert of each choice; E: none.
+      order_M: the choice of each row; M or more: none.
+    """
+    E = biases_EF.shape[0]
+    experts = chosen_M.at[order_M].get(mode="fill", fill_value=E)
+    return biases_EF.at[experts].get(mode="fill", fill_value=0)
 
 
 def block_rows(M: int, E: int) -> int:
@@ -297,11 +337,13 @@ def _grouped_dot(sizes_E: jax.Array, staged: bool) -> ExpertDot:
 
 
 class Experts(nnx.Module):
-    """One matrix per expert, [E, in, out]."""
+    """One matrix per expert, [E, in, out], and a bias [E, out] if there is one."""
 
     def __init__(self, shape: tuple[int, int, int], axes: tuple[str, ...], init: Initializer,
-                 rngs: nnx.Rngs):
+                 rngs: nnx.Rngs, bias: bool = False):
         self.kernel = param(rngs, init, shape, axes)
+        bias_axes = BIAS_INTO if axes == INTO else BIAS_OUT
+        self.bias = param(rngs, zeros, (shape[0], shape[2]), bias_axes) if bias else None
 
     def matrices(self, dtype: Any) -> jax.Array:
         """The matrices [E, in, out] in `dtype`; packed ones are unpacked for one use."""

@@ -25,11 +25,11 @@ B, T, D, F, E = 2, 9, 8, 12, 4
 REAL = np.arange(T) < np.array([[9], [6]])
 
 
-def moe_of(**keys):
+def moe_of(kind="swiglu", **keys):
     config = MoEConfig(experts=E, **keys)
     init = normal(1.0)
     return config, functional(
-        lambda rngs: MoE(D, F, config, kind="swiglu", init=init, out_init=init, rngs=rngs))
+        lambda rngs: MoE(D, F, config, kind=kind, init=init, out_init=init, rngs=rngs))
 
 
 @functools.cache
@@ -44,19 +44,24 @@ def run(**keys):
 
 def expert(params, e, x):
     gate, up = x @ params["gate"]["kernel"][e], x @ params["up"]["kernel"][e]
-    return (gate / (1 + np.exp(-gate)) * up) @ params["down"]["kernel"][e]
+    if "bias" not in params["up"]:
+        return (gate / (1 + np.exp(-gate)) * up) @ params["down"]["kernel"][e]
+    gate, up = gate + params["gate"]["bias"][e], up + params["up"]["bias"][e]
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    hidden = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+    return hidden @ params["down"]["kernel"][e] + params["down"]["bias"][e]
 
 
 def by_hand(config, params, x, rooms=None):
     """(y, choices [B, T, k], which of them got a slot, probabilities, logits), token by token."""
-    logits = x @ params["router"]["kernel"]
+    logits = x @ params["router"]["kernel"] + params["router"].get("bias", 0)
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     choices = np.argsort(-probs, axis=-1)[..., : config.per_token]
     y, found = np.zeros_like(x), np.zeros(choices.shape, bool)
     for b in range(B):
         taken = np.zeros(E, int)
         for j in range(config.per_token):  # all first choices come before all second choices
-            for t in range(T):
+            for t in range(x.shape[1]):
                 e = choices[b, t, j]
                 if rooms is not None and (taken[e] >= rooms or not REAL[b, t]):
                     continue
@@ -73,6 +78,23 @@ def by_hand(config, params, x, rooms=None):
 def test_dropless_is_a_loop_over_tokens(keys):
     config, params, x, y, _ = run(**keys)
     expected = by_hand(config, params, x)[0]
+    np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("keys, length", [
+    (dict(), T), (dict(), 128), (dict(capacity=0.75), T)], ids=["grouped", "blocks", "capacity"])
+def test_clamped_experts_with_biases_are_a_loop_over_tokens(keys, length, monkeypatch):
+    monkeypatch.setitem(globals(), "REAL", np.ones((B, length), bool))
+    config, module = moe_of("swiglu_clamped", bias=True, per_token=2, **keys)
+    leaves, tree = jax.tree.flatten(module.shapes)
+    keys_ = jax.random.split(jax.random.key(0), len(leaves))
+    params = jax.tree.unflatten(tree, [jax.random.normal(key, leaf.shape)
+                                       for key, leaf in zip(keys_, leaves, strict=True)])
+    x = 2 * jax.random.normal(jax.random.key(1), (B, length, D))
+    y, _ = jax.jit(lambda p, x: module.bind(p)(x, jnp.ones((B, length), bool)))(params, x)
+    params, x = jax.tree.map(np.asarray, (params, x))
+    rooms = 4 if config.capacity else None
+    expected = by_hand(config, params, x, rooms)[0]
     np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
 
 
