@@ -29,6 +29,11 @@ T5 = dict(
     relative_attention_num_buckets=8, relative_attention_max_distance=12, layer_norm_epsilon=1e-5,
     feed_forward_proj="relu", is_encoder_decoder=True, pad_token_id=0, decoder_start_token_id=0,
     tie_word_embeddings=True)
+BART = dict(
+    vocab_size=V, d_model=32, encoder_layers=2, decoder_layers=3, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=48,
+    pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, activation_function="gelu",
+    scale_embedding=False, is_encoder_decoder=True, num_hidden_layers=2, tie_word_embeddings=True)
 COHERE = without(MODERN, "rms_norm_eps") | dict(
     rope_theta=500.0, layer_norm_eps=1e-4, logit_scale=0.25, tie_word_embeddings=True)
 GLM = MODERN | dict(
@@ -102,6 +107,11 @@ BASES = {
     "roberta": ROBERTA,
     "xlm-roberta": ROBERTA,
     "camembert": ROBERTA,
+    "distilbert": dict(
+        vocab_size=V, dim=32, n_layers=2, n_heads=4, hidden_dim=48, activation="gelu",
+        max_position_embeddings=48, sinusoidal_pos_embds=False, pad_token_id=0,
+        tie_word_embeddings=True),
+    "electra": BERT | dict(embedding_size=16, hidden_act="gelu_new"),
     "modernbert": dict(
         vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
         num_attention_heads=4, max_position_embeddings=48, hidden_activation="gelu", norm_eps=1e-4,
@@ -109,15 +119,16 @@ BASES = {
         local_rope_theta=50.0, pad_token_id=0, classifier_activation="gelu", norm_bias=False,
         attention_bias=False, mlp_bias=False, decoder_bias=True, classifier_bias=False,
         tie_word_embeddings=True),
+    "bart": BART | dict(normalize_before=False, add_final_layer_norm=False, classif_dropout=0.1),
+    "mbart": BART | dict(scale_embedding=True, activation_function="relu"),
+    "pegasus": BART | dict(scale_embedding=True, pad_token_id=0, static_position_embeddings=True),
+    "m2m_100": BART | dict(scale_embedding=True, activation_function="relu"),
     "t5": T5,
     "mt5": T5 | dict(feed_forward_proj="gated-gelu"),
-    "marian": dict(
-        vocab_size=V, decoder_vocab_size=V, d_model=32, encoder_layers=2, decoder_layers=3,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
-        decoder_ffn_dim=48, max_position_embeddings=48, pad_token_id=0, eos_token_id=2,
-        decoder_start_token_id=0, activation_function="swish", scale_embedding=True,
-        static_position_embeddings=True, share_encoder_decoder_embeddings=True,
-        num_hidden_layers=2, tie_word_embeddings=True),
+    "marian": BART | dict(
+        decoder_vocab_size=V, pad_token_id=0, decoder_start_token_id=0, activation_function="swish",
+        scale_embedding=True, static_position_embeddings=True,
+        share_encoder_decoder_embeddings=True),
 }
 # Other names that transformers' classes know for one key (their attribute_map).
 OTHER_NAMES = {

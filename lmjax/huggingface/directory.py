@@ -54,6 +54,7 @@ from lmjax.models.folding import folded
 from lmjax.models.model import Model, ModelConfig, build_model
 from lmjax.nn.module import Params
 from lmjax.nn.packed import NOT_QUANTIZED, Quantization
+from lmjax.nn.positions import SINUSOIDS
 from lmjax.runtime.files import new_directory
 
 
@@ -217,7 +218,7 @@ def write_directory(out: Path, model: Model, params: Params, reader: Reader | No
     if reader is not None and not source["settings"] and model.config.position_offset:
         model, params = _counted_from(pad_of(reader.names.tokenizer), model, params)
     config = model.config
-    if config.positions in ("rope", "sinusoidal"):
+    if config.positions == "rope" or config.positions in SINUSOIDS:
         # These positions have no end: a model of ours has as many as its rows had.
         given = config.max_positions if source["settings"] or not max_positions else 0
         config = dataclasses.replace(config, max_positions=max(given, max_positions))

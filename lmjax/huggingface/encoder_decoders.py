@@ -1,10 +1,10 @@
-"""The encoder-decoders of `lmjax.huggingface.model_types`: T5, mT5 and Marian."""
+"""The encoder-decoders of `lmjax.huggingface.model_types`: T5, BART and their kin."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from lmjax.huggingface.schema import TIED, UNGATED, ModelType, Setting, defaults
-from lmjax.huggingface.tables import T5_TABLE, T5_UNGATED, marian_table
+from lmjax.huggingface.tables import T5_TABLE, T5_UNGATED, bart_table
 from lmjax.models.encdec import EncDecConfig
 
 # T5's activation, with the prefix "gated-" if a second matrix gates it -> our MLP.
@@ -66,31 +66,70 @@ MT5 = ModelType(
     rope={})
 # Where two settings have the same field of ours, such as the heads and the MLP of the two halves, a
 # model in which they differ is refused.
-MARIAN = ModelType(
+BART_SETTINGS = (
+    Setting("vocab_size", "vocab_size", 50265),
+    Setting("d_model", "embed_dim", 1024, alias="hidden_size"),
+    Setting("encoder_layers", "num_encoder_layers", 12, alias="num_hidden_layers"),
+    Setting("decoder_layers", "num_layers", 12),
+    Setting("encoder_attention_heads", "num_heads", 16, alias="num_attention_heads"),
+    Setting("decoder_attention_heads", "num_heads", 16),
+    Setting("encoder_ffn_dim", "mlp_dim", 4096),
+    Setting("decoder_ffn_dim", "mlp_dim", 4096),
+    Setting("max_position_embeddings", "max_positions", 1024),
+    Setting("activation_function", "mlp", "gelu", only=UNGATED),
+    Setting("scale_embedding", "scale_embeddings", False),
+    TIED,
+    Setting("is_encoder_decoder", "", True))
+BART_FIXED = {"norm": "layernorm", "norm_eps": 1e-5, "use_bias": True}
+
+
+def bart(name: str, architecture: str, settings: tuple[Setting, ...], *, neutral: tuple[str, ...],
+         biased: bool = True, **fixed: Any) -> ModelType:
+    """BART, or a model type that is BART with other norms and positions.
+
+    Args:
+      neutral: further settings that change nothing.
+      biased: whether files may hold a bias of the logits.
+      fixed: fields of ours that all its models have alike.
+    """
+    return ModelType(
+        name, architecture, settings, bart_table(),
+        fixed=BART_FIXED | fixed,
+        prefix="model.",
+        shared=(("model.shared.weight", "model.encoder.embed_tokens.weight",
+                 "model.decoder.embed_tokens.weight"),),
+        neutral=("activation_dropout", "decoder_layerdrop", "encoder_layerdrop", "init_std",
+                 *neutral),
+        present={"output_bias": ("final_logits_bias", True, False)} if biased else {},
+        config=EncDecConfig,
+        rope={})
+
+
+# Older files of BART say how its norms lie; its class does not read it.
+BART_NEUTRAL = ("add_bias_logits", "add_final_layer_norm", "classif_dropout",
+                "extra_pos_embeddings", "force_bos_token_to_be_generated", "normalize_before",
+                "normalize_embedding", "save_step", "static_position_embeddings")
+MARIAN = bart(
     "marian", "MarianMTModel",
-    (Setting("vocab_size", "vocab_size", 58101),
+    (*defaults(BART_SETTINGS, vocab_size=58101),
      Setting("decoder_vocab_size", "vocab_size", None),
-     Setting("d_model", "embed_dim", 1024, alias="hidden_size"),
-     Setting("encoder_layers", "num_encoder_layers", 12, alias="num_hidden_layers"),
-     Setting("decoder_layers", "num_layers", 12),
-     Setting("encoder_attention_heads", "num_heads", 16, alias="num_attention_heads"),
-     Setting("decoder_attention_heads", "num_heads", 16),
-     Setting("encoder_ffn_dim", "mlp_dim", 4096),
-     Setting("decoder_ffn_dim", "mlp_dim", 4096),
-     Setting("max_position_embeddings", "max_positions", 1024),
-     Setting("activation_function", "mlp", "gelu", only=UNGATED),
-     Setting("scale_embedding", "scale_embeddings", False),
-     TIED,
-     Setting("is_encoder_decoder", "", True),
      Setting("share_encoder_decoder_embeddings", "", True)),
-    marian_table(),
-    fixed={"positions": "sinusoidal", "norm": "layernorm", "norm_eps": 1e-5,
-           "norm_position": "post", "use_bias": True},
-    prefix="model.",
-    shared=(("model.shared.weight", "model.encoder.embed_tokens.weight",
-             "model.decoder.embed_tokens.weight"),),
-    neutral=("activation_dropout", "classif_dropout", "decoder_layerdrop", "encoder_layerdrop",
-             "extra_pos_embeddings", "init_std", "static_position_embeddings"),
-    present={"output_bias": ("final_logits_bias", True, False)},
-    config=EncDecConfig,
-    rope={})
+    neutral=("classif_dropout", "extra_pos_embeddings", "static_position_embeddings"),
+    positions="sinusoidal", norm_position="post")
+BART = bart(
+    "bart", "BartForConditionalGeneration", BART_SETTINGS, neutral=BART_NEUTRAL,
+    positions="learned", position_offset=2, embedding_norm="own", norm_position="post")
+MBART = bart(
+    "mbart", "MBartForConditionalGeneration", BART_SETTINGS, neutral=BART_NEUTRAL,
+    positions="learned", position_offset=2, embedding_norm="own")
+PEGASUS = bart(
+    "pegasus", "PegasusForConditionalGeneration", BART_SETTINGS, neutral=BART_NEUTRAL,
+    positions="sinusoidal")
+M2M_100 = bart(
+    "m2m_100", "M2M100ForConditionalGeneration",
+    (*defaults(BART_SETTINGS, vocab_size=128112, activation_function="relu", scale_embedding=True),
+     # Positions are counted from the id of padding on.
+     Setting("pad_token_id", "position_offset", 1, plus=-1)),
+    neutral=("add_bias_logits", "add_final_layer_norm", "normalize_before", "normalize_embedding",
+             "static_position_embeddings"),
+    biased=False, positions="sinusoidal_t2t")

@@ -57,11 +57,19 @@ def decoder_heads(stem: str, *, tagging: str = "score", only: tuple[str, ...] = 
     return {task: found[task] for task in only}
 
 
-def encoder_heads(stem: str, dense: str, out: str) -> dict[str, HeadType]:
-    """The heads of BERT and RoBERTa; of a classification, their names of the two matrices."""
+def encoder_heads(stem: str, dense: str, out: str,
+                  pooler: str = "pooler") -> dict[str, HeadType]:
+    """The heads of BERT and its kin.
+
+    Args:
+      stem: with which the names of its classes begin.
+      dense: their name of the first matrix of a classification.
+      out: their name of the second.
+      pooler: the kind of a classification, of `lmjax.models.heads.POOLERS`.
+    """
     return {
         "classification": HeadType(
-            stem + SUFFIXES["classification"], "pooler",
+            stem + SUFFIXES["classification"], pooler,
             {**both("task_head/dense", dense, "out,in"), **linear(out)}),
         "tagging": HeadType(stem + SUFFIXES["tagging"], "linear", linear("classifier")),
         "questions": HeadType(stem + SUFFIXES["questions"], "linear", linear("qa_outputs"))}

@@ -13,7 +13,7 @@ have its default. `lmjax.huggingface.schema` explains the other columns: `also`,
 from collections.abc import Mapping
 from typing import Any
 
-from lmjax.huggingface.common_settings import ATTENTION_BIAS, MLP_BIAS, MODERN, SIZES, WINDOW
+from lmjax.huggingface.common_settings import ATTENTION_BIAS, MLP_BIAS, MODERN, WINDOW
 from lmjax.huggingface.decoders import (
     COHERE,
     COHERE2,
@@ -27,8 +27,17 @@ from lmjax.huggingface.decoders import (
     STABLELM,
     STARCODER2,
 )
-from lmjax.huggingface.encoder_decoders import MARIAN, MT5, T5
-from lmjax.huggingface.heads import MODERNBERT_HEADS, decoder_heads, encoder_heads
+from lmjax.huggingface.encoder_decoders import BART, M2M_100, MARIAN, MBART, MT5, PEGASUS, T5
+from lmjax.huggingface.encoders import (
+    BERT,
+    CAMEMBERT,
+    DISTILBERT,
+    ELECTRA,
+    MODERNBERT,
+    ROBERTA,
+    XLM_ROBERTA,
+)
+from lmjax.huggingface.heads import decoder_heads
 from lmjax.huggingface.older_decoders import FALCON, GPT_J, GPT_NEOX, OPT, PHI
 from lmjax.huggingface.schema import GATED, TIED, UNGATED, ModelType, Setting, defaults
 from lmjax.huggingface.tables import (
@@ -38,13 +47,7 @@ from lmjax.huggingface.tables import (
     MIXTRAL_TABLE,
     PHI3_TABLE,
     QWEN_MOE_TABLE,
-    bert_table,
-    modernbert_table,
 )
-from lmjax.huggingface.weights import Stored
-from lmjax.models.encoder import EncoderConfig
-
-# Decoders
 
 LLAMA = ModelType(
     "llama", "LlamaForCausalLM",
@@ -242,100 +245,9 @@ GPT2 = ModelType(
     rope={},
     heads=decoder_heads("GPT2", tagging="classifier"))
 
-# Encoders
-
-BERT_LIKE = (
-    Setting("vocab_size", "vocab_size", 30522),
-    Setting("hidden_size", "embed_dim", 768),
-    Setting("num_hidden_layers", "num_layers", 12),
-    Setting("num_attention_heads", "num_heads", 12),
-    Setting("intermediate_size", "mlp_dim", 3072),
-    Setting("hidden_act", "mlp", "gelu", only=UNGATED),
-    Setting("type_vocab_size", "token_types", 2),
-    Setting("layer_norm_eps", "norm_eps", 1e-12),
-    TIED,
-    Setting("position_embedding_type", "", "absolute"),
-    Setting("is_decoder", "", False),
-    Setting("add_cross_attention", "", False),
-)
-BERT_FIXED = {
-    "positions": "learned", "norm": "layernorm", "norm_position": "post", "embedding_norm": "own",
-    "use_bias": True}
-BERT = ModelType(
-    "bert", "BertForMaskedLM",
-    (*BERT_LIKE, Setting("max_position_embeddings", "max_positions", 512)),
-    bert_table("bert", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm",
-               "cls.predictions.bias", "cls.predictions.decoder.weight"),
-    untied={"head_bias": Stored("cls.predictions.decoder.bias")},
-    tied=(("cls.predictions.bias", "cls.predictions.decoder.bias"),),
-    fixed=BERT_FIXED,
-    prefix="bert.",
-    ignore=(r"cls\.seq_relationship\..*",),
-    neutral=("directionality", "pooler_fc_size", "pooler_num_attention_heads",
-             "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
-    present={"mlm_head": ("cls.predictions.transform.dense.weight", True, False),
-             "pooler": ("bert.pooler.dense.weight", True, False)},
-    config=EncoderConfig,
-    rope={},
-    heads=encoder_heads("Bert", "bert.pooler.dense", "classifier"))
-
-
-def roberta(name: str, architecture: str, vocab_size: int) -> ModelType:
-    """RoBERTa, or one of the model types that are RoBERTa with another vocabulary."""
-    return ModelType(
-        name, architecture,
-        (*defaults(BERT_LIKE, vocab_size=vocab_size),
-         # Theirs counts the rows up to that of padding, which `position_offset` adds in ours.
-         Setting("max_position_embeddings", "max_positions", 512),
-         # Positions are counted from the id of padding on: position 0 has the row after it.
-         Setting("pad_token_id", "position_offset", 1, plus=-1)),
-        bert_table("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias",
-                   "lm_head.decoder.weight"),
-        untied={"head_bias": Stored("lm_head.decoder.bias")},
-        tied=(("lm_head.bias", "lm_head.decoder.bias"),),
-        # Whatever hidden_act is, the head has gelu.
-        fixed=BERT_FIXED | {"head_activation": "gelu"},
-        prefix="roberta.",
-        present={"mlm_head": ("lm_head.dense.weight", True, False),
-                 "pooler": ("roberta.pooler.dense.weight", True, False)},
-        config=EncoderConfig,
-        rope={},
-        heads=encoder_heads(architecture.removesuffix("ForMaskedLM"), "classifier.dense",
-                            "classifier.out_proj"))
-
-
-ROBERTA = roberta("roberta", "RobertaForMaskedLM", 50265)
-XLM_ROBERTA = roberta("xlm-roberta", "XLMRobertaForMaskedLM", 30522)
-CAMEMBERT = roberta("camembert", "CamembertForMaskedLM", 30522)
-MODERNBERT = ModelType(
-    "modernbert", "ModernBertForMaskedLM",
-    (*defaults(SIZES, vocab_size=50368, hidden_size=768, intermediate_size=1152,
-               num_hidden_layers=22, num_attention_heads=12, max_position_embeddings=8192),
-     Setting("hidden_activation", "mlp", "gelu", only=GATED),
-     Setting("classifier_activation", "head_activation", "gelu", only=UNGATED),
-     Setting("rope_scaling", "", None),  # it would scale the local layers, too
-     # Theirs: 128 = 64 tokens on each side. Ours: 65 = 64 tokens on a side, and the token itself.
-     Setting("local_attention", "sliding_window", 128, times=2, plus=-2),
-     Setting("norm_eps", "norm_eps", 1e-5),
-     TIED,
-     Setting("decoder_bias", "", True)),
-    modernbert_table(),
-    fixed={"norm": "layernorm_no_bias", "embedding_norm": "first"},
-    prefix="model.",
-    neutral=("classifier_pooling", "embedding_dropout",
-             "global_attn_every_n_layers",  # read by `is_local`
-             "initializer_cutoff_factor", "layer_norm_eps", "mlp_dropout",
-             "position_embedding_type", "reference_compile", "repad_logits_with_grad",
-             "sparse_pred_ignore_index"),
-    present={"mlm_head": ("head.dense.weight", True, False)},
-    config=EncoderConfig,
-    is_local=lambda settings, i: i % settings.get("global_attn_every_n_layers", 3) != 0,
-    rope={"global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0},
-    heads=MODERNBERT_HEADS)
-
 # An export without --model-type takes the first of these that can express the whole model.
 MODEL_TYPES = {model_type.name: model_type for model_type in (
     LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, QWEN2_MOE, GEMMA, GEMMA2, GEMMA3, GRANITE,
     PHI3, GPT2, OLMO, OLMO2, OLMO3, SMOLLM3, MINISTRAL, STARCODER2, STABLELM, COHERE, COHERE2, GLM,
-    GLM4, GPT_NEOX, GPT_J, PHI, FALCON, OPT, BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, MODERNBERT, T5,
-    MT5, MARIAN)}
+    GLM4, GPT_NEOX, GPT_J, PHI, FALCON, OPT, BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT,
+    ELECTRA, MODERNBERT, T5, MT5, MARIAN, BART, MBART, PEGASUS, M2M_100)}

@@ -328,7 +328,8 @@ def _theirs(row: Setting, value: Any) -> Any:
 
 def _counts_offset(model_type: ModelType) -> bool:
     """Whether their number of positions includes `position_offset`, as RoBERTa's does."""
-    return any(row.ours == "position_offset" for row in model_type.settings)
+    return model_type.fixed.get("positions") == "learned" and any(
+        row.ours == "position_offset" for row in model_type.settings)
 
 
 def _get(config: Any, path: str) -> Any:

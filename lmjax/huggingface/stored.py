@@ -14,7 +14,7 @@ from lmjax.huggingface.tensors import STORED_DTYPES, Entry, equal_tensors, read_
 from lmjax.huggingface.weights import Stored
 from lmjax.models.model import ModelConfig
 from lmjax.nn.layers import MLP_KINDS
-from lmjax.nn.positions import sinusoids
+from lmjax.nn.positions import SINUSOIDS, sinusoids
 
 Entries = Mapping[str, Entry]
 # What torch.compile, FSDP and activation checkpointing put into names.
@@ -97,9 +97,9 @@ def one_of_each(entries: Entries, model_type: ModelType, config: ModelConfig,
             _merge(out, group, kept, where)
         else:  # transformers reads no other name of the group
             out = {name: entry for name, entry in out.items() if name not in group or name == kept}
-    if config.positions == "sinusoidal":
+    if config.positions in SINUSOIDS:
         for name in [name for name in out if re.fullmatch(POSITIONS, name)]:
-            _check_sinusoids(name, out.pop(name), config.embed_dim, where)
+            _check_sinusoids(name, out.pop(name), config, where)
     return out, config
 
 
@@ -117,13 +117,15 @@ def _merge(entries: dict[str, Entry], group: Sequence[str], kept: str, where: st
         entries[kept] = found
 
 
-def _check_sinusoids(name: str, entry: Entry, dim: int, where: str) -> None:
+def _check_sinusoids(name: str, entry: Entry, config: ModelConfig, where: str) -> None:
     dtype = STORED_DTYPES.get(entry.dtype, np.dtype(np.float32))
     stored = read_tensor(entry).astype(np.float32)
     positions = jnp.arange(len(stored), dtype=jnp.int32)[None]
-    made = np.asarray(sinusoids(positions, dim))[0]
+    made = np.array(sinusoids(positions, config.embed_dim, config.positions))[0]
+    if config.position_offset:
+        made[config.position_offset - 1] = 0  # the row of padding
     # float32 angles of late positions are off by some 1e-4.
     if stored.shape != made.shape or not np.allclose(
             stored, made, rtol=0, atol=max(2e-4, float(jnp.finfo(dtype).eps))):
-        raise UserError(f"{name} to be the sinusoids of a Marian model", "other values",
+        raise UserError(f"{name} to be sinusoids of the positions", "other values",
                         "use a model whose positions were not trained", where)

@@ -120,6 +120,29 @@ def bert_table(model: str, transform: str, norm: str, bias: str, head: str) -> T
         both(f"{BLOCK}mlp_norm", f"{layer}.output.LayerNorm"))
 
 
+def distilbert_table() -> Table:
+    """The rows of DistilBERT, whose layers have names of their own."""
+    layer = "distilbert.transformer.layer.{}"
+    return joined(
+        bert_table("distilbert", "vocab_transform", "vocab_layer_norm", "vocab_projector.bias",
+                   "vocab_projector.weight"),
+        *(both(f"{BLOCK}attention/{ours}", f"{layer}.attention.{theirs}", how)
+          for ours, theirs, how in (("query", "q_lin", "out,in"), ("key", "k_lin", "out,in"),
+                                    ("value", "v_lin", "out,in"), ("out", "out_lin", "out,in2"))),
+        both(f"{BLOCK}attention_norm", f"{layer}.sa_layer_norm"),
+        both(f"{BLOCK}mlp/up", f"{layer}.ffn.lin1", "out,in"),
+        both(f"{BLOCK}mlp/down", f"{layer}.ffn.lin2", "out,in"),
+        both(f"{BLOCK}mlp_norm", f"{layer}.output_layer_norm"))
+
+
+def electra_table() -> Table:
+    """The rows of ELECTRA, whose generator has the head of masked language models."""
+    return joined(
+        bert_table("electra", "generator_predictions.dense", "generator_predictions.LayerNorm",
+                   "generator_lm_head.bias", "generator_lm_head.weight"),
+        both("widening", "electra.embeddings_project", "out,in"))
+
+
 def t5_table() -> Table:
     """The rows of T5, which numbers a block's branches; a decoder block has one branch more."""
     rows = {"embedding/table": Stored("shared.weight"), "head/table": Stored("lm_head.weight")}
@@ -168,13 +191,16 @@ def modernbert_table() -> Table:
         both(f"{BLOCK}mlp/down", f"{LAYER}.mlp.Wo", "out,in"))
 
 
-def marian_table() -> Table:
-    """The rows of the original Transformer, with Marian's names."""
+def bart_table() -> Table:
+    """The rows of BART, whose names Marian, Pegasus and M2M-100 have too."""
     rows = {"embedding/table": Stored("model.shared.weight"),
             "head/table": Stored("lm_head.weight"),
             "head_bias": Stored("final_logits_bias", "in0,out")}
     for half in ("encoder", "decoder"):
         block, layer = f"{half}/layers/block/", f"model.{half}.layers.{{}}"
+        rows[f"{half}/positions/table"] = Stored(f"model.{half}.embed_positions.weight")
+        rows |= both(f"{half}/embedding_norm", f"model.{half}.layernorm_embedding")
+        rows |= both(f"{half}/norm", f"model.{half}.layer_norm")
         for ours, theirs in (("attention", "self_attn"), ("cross_attention", "encoder_attn")):
             rows |= attention(block, f"{layer}.{theirs}", ours=ours)
             rows |= both(f"{block}{ours}/out", f"{layer}.{theirs}.out_proj", "out,in2")

@@ -10,11 +10,11 @@ from lmjax.models.heads import HeadConfig
 from lmjax.nn.attention import QK_NORMS
 from lmjax.nn.layers import MLP_KINDS, NORMS
 from lmjax.nn.moe import MoEConfig
-from lmjax.nn.positions import RopeScaling
+from lmjax.nn.positions import SINUSOIDS, RopeScaling
 from lmjax.nn.stack import remat_policy
 
 CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {
-    "positions": ("rope", "learned", "sinusoidal", "relative", "none"),
+    "positions": ("rope", "learned", *SINUSOIDS, "relative", "none"),
     "norm": NORMS,
     "mlp": MLP_KINDS,
     "norm_position": ("pre", "post", "both", "after"),
@@ -53,8 +53,10 @@ class TransformerConfig:
     mlp_dim: int = 3072
     vocab_size: int = 0  # 0: the tokenizer's
     max_positions: int = 1024  # rows of the learned table
-    position_offset: int = 0  # more rows of it: position p reads row p + offset (RoBERTa)
-    positions: str = "rope"  # rope, learned, sinusoidal, relative (the buckets of T5) or none
+    position_offset: int = 0  # position p has row p + offset of it (RoBERTa), or that sinusoid
+    # rope, learned, relative (the buckets of T5), none; sinusoidal; sinusoidal_t2t: with the
+    # frequencies of tensor2tensor (M2M-100)
+    positions: str = "rope"
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
     local_rope_theta: float = 0.0  # of local layers, without scaling; 0: like the global layers

@@ -1,4 +1,4 @@
-"""The encoder: one class for BERT, RoBERTa and ModernBERT, which differ only in their settings.
+"""The encoder: one class for BERT, RoBERTa, ELECTRA and ModernBERT, which differ in settings.
 
 The settings of published models are in `presets`.
 Shape suffixes: B batch, T sequence, D embed_dim, V vocab_size.
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.config import at_least, choice
+from lmjax.errors import UserError
 from lmjax.models.config import TransformerConfig
 from lmjax.models.parametrization import logit_multiplier
 from lmjax.models.transformer import TokenInfo, Trunk, embed, task_head, token_table
@@ -20,6 +21,7 @@ from lmjax.nn.kernels.choose import Kernel
 from lmjax.nn.layers import ACTIVATIONS, MLP_KINDS, NORMS, Dense, Embedding
 from lmjax.nn.module import normal, param, zeros
 from lmjax.nn.moe import Routing
+from lmjax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,8 @@ class EncoderConfig(TransformerConfig):
 
     family: str = "encoder"
     token_types: int = 0  # kinds of segments, each with an embedding for its tokens; 0: none
+    # Width of the embeddings, which a matrix maps to embed_dim (Lan et al. 2019, arXiv:1909.11942).
+    table_dim: int = 0  # 0: embed_dim
     mlm_head: bool = True  # a matrix, an activation, a norm and a bias before the vocabulary
     head_activation: str = ""  # of the MLM head; "": the MLP's
     pooler: bool = False  # tanh of a matrix times the state of the first token (BERT)
@@ -36,7 +40,13 @@ class EncoderConfig(TransformerConfig):
         super().__post_init__()
         choice("family", self.family, ("encoder",))
         choice("head_activation", self.head_activation, ("", *ACTIVATIONS))
-        at_least(0, token_types=self.token_types)
+        at_least(0, token_types=self.token_types, table_dim=self.table_dim)
+        if self.table_dim and not (self.mlm_head or self.head.outputs):
+            raise UserError("0 without mlm_head, which maps states back to that width",
+                            self.table_dim, "set mlm_head=true", where="table_dim")
+        if self.table_dim and self.parametrization != "standard":
+            raise UserError(f"0 with parametrization={self.parametrization}", self.table_dim,
+                            "change one of them", where="table_dim")
 
     @property
     def head_act(self) -> str:
@@ -48,25 +58,25 @@ class Encoder(Trunk):
     """From token ids to hidden states, each of which depends on the whole document."""
 
     def __init__(self, config: EncoderConfig, kernel: Kernel, rngs: nnx.Rngs):
-        c, init = config, normal(config.init_std)
+        c, init, width = config, normal(config.init_std), config.table_dim or config.embed_dim
 
-        def square(use_bias: bool) -> Dense:
-            return Dense((c.embed_dim,), (c.embed_dim,), ("embed", "mlp"), use_bias=use_bias,
+        def dense(outputs: int, use_bias: bool) -> Dense:
+            return Dense((c.embed_dim,), (outputs,), ("embed", "mlp"), use_bias=use_bias,
                          init=init, rngs=rngs)
 
-        self.embedding = token_table(c, rngs)
-        super().__init__(c, kernel, rngs, causal=False)
-        self.token_types = (Embedding(c.token_types, c.embed_dim, ("positions", "embed"),
+        self.embedding = token_table(c, rngs, width)
+        super().__init__(c, kernel, rngs, causal=False, table_dim=width)
+        self.token_types = (Embedding(c.token_types, width, ("positions", "embed"),
                                       init=init, rngs=rngs) if c.token_types else None)
         task = c.head.outputs > 0
         transforms = c.mlm_head and (not task or c.head.kind == "transform")
-        self.transform = square(c.use_bias) if transforms else None
-        self.transform_norm = (NORMS[c.norm](c.embed_dim, eps=c.norm_eps, rngs=rngs)
+        self.transform = dense(width, c.use_bias) if transforms else None
+        self.transform_norm = (NORMS[c.norm](width, eps=c.norm_eps, rngs=rngs)
                                if transforms else None)
-        self.head = None if c.tie_embeddings or task else token_table(c, rngs)
+        self.head = None if c.tie_embeddings or task else token_table(c, rngs, width)
         self.head_bias = (param(rngs, zeros, (c.vocab_size,), ("norm",))
                           if c.mlm_head and not task else None)
-        self.pooler = square(True) if c.pooler and not task else None
+        self.pooler = dense(c.embed_dim, True) if c.pooler and not task else None
         self.task_head = task_head(c, rngs)
         self.activation = ACTIVATIONS[c.head_act]
 
@@ -94,7 +104,10 @@ class Encoder(Trunk):
         """`states` after the MLM head's layers or a task's head: ready for the unembedding."""
         x_BTD, routing = self.states(batch, dtype, key)
         if self.transform is not None and self.transform_norm is not None:
-            x_BTD = self.transform_norm(self.activation(self.transform(x_BTD)))
+            # Left to itself, the compiler splits the norm's features over `tensor`, and gives wrong
+            # gradients where `fsdp` has as many devices.
+            x_BTD = constrain(self.transform(x_BTD), "batch", "seq", "act_embed")
+            x_BTD = self.transform_norm(self.activation(x_BTD))
         if self.task_head is not None:
             return self.task_head(x_BTD, key), routing
         multiplier = logit_multiplier(self.config)

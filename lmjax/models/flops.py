@@ -19,8 +19,8 @@ from lmjax.tree import named_leaves
 TABLES = {"vocab", "positions"}  # axes of parameters that are looked up, not multiplied with
 MATRICES = {"embed", "expert_embed", "rank"}  # each of the other matrices has one of these axes
 # The parts of a model in the order in which a token passes through them; END: those after them.
-PLACES = {"embedding": 0, "positions": 0, "token_types": 0, "embedding_norm": 0, "encoder": 1,
-          "relative_bias": 1, "layers": 1, "decoder": 2}
+PLACES = {"embedding": 0, "positions": 0, "token_types": 0, "embedding_norm": 0, "widening": 0,
+          "encoder": 1, "relative_bias": 1, "layers": 1, "decoder": 2}
 END = 3
 Frozen = Callable[[str], bool]  # of a parameter's path
 
@@ -51,7 +51,7 @@ def flops_per_token(model: Model, seq_len: int, encoder_len: int = 0,
                   if not path.startswith("pooler"))  # the loss does not read the pooler
     if scores and not c.head.outputs:
         weights += cost("embedding/table" if c.tie_embeddings else "head/table",
-                        END) * c.vocab_size * c.embed_dim
+                        END) * c.vocab_size * (getattr(c, "table_dim", 0) or c.embed_dim)
     pairs = visible_keys(c, c.num_layers, seq_len, causal=c.family != "encoder")
     spent = pairs * (12.0 if first <= _place("layers") else 4.0)
     if isinstance(c, EncDecConfig):

@@ -10,14 +10,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.config import at_least, choice
-from lmjax.nn.layers import Dense
+from lmjax.nn.layers import ACTIVATIONS, Dense
 from lmjax.nn.module import normal, param, zeros
 from lmjax.nn.ops import dropout
+from lmjax.sharding import constrain
 
-# linear: a matrix and a bias; plain: a matrix alone (decoders of transformers). pooler: a square
-# matrix and tanh before (BERT, RoBERTa, T5). transform: an encoder's MLM transform (ModernBERT).
 KEY = 0x4EAD  # folded into the key of the layers
-HEAD_KINDS = ("linear", "plain", "pooler", "transform")
+# A square matrix and this before the head's (BERT, RoBERTa, T5; DistilBERT; ELECTRA).
+POOLERS = {"pooler": jnp.tanh, "pooler_relu": ACTIVATIONS["relu"],
+           "pooler_gelu": ACTIVATIONS["gelu"]}
+# linear: a matrix and a bias; plain: a matrix alone (decoders of transformers). transform: an
+# encoder's MLM transform before (ModernBERT).
+HEAD_KINDS = ("linear", "plain", *POOLERS, "transform")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ class HeadConfig:
     """The head of a task."""
 
     outputs: int = 0  # numbers per position, such as classes; 0: the model has its unembedding
-    kind: str = "linear"  # linear, plain, pooler or transform
+    kind: str = "linear"  # one of HEAD_KINDS
     dropout: float = 0.0  # before the last matrix
     first_dropout: float = 0.0  # before the matrix of a pooler: RoBERTa has it, BERT does not
 
@@ -41,7 +45,8 @@ class Head(nnx.Module):
         c, init = config, normal(init_std)
         self.dropout, self.first_dropout = c.dropout, c.first_dropout
         self.dense = (Dense((width,), (width,), ("embed", "mlp"), use_bias=True, init=init,
-                            rngs=rngs) if c.kind == "pooler" else None)
+                            rngs=rngs) if c.kind in POOLERS else None)
+        self.activation = POOLERS.get(c.kind)
         self.table = param(rngs, init, (c.outputs, width), ("outputs", "embed"))
         self.bias = None if c.kind == "plain" else param(rngs, zeros, (c.outputs,), ("norm",))
 
@@ -53,8 +58,9 @@ class Head(nnx.Module):
         first, second = None, None
         if key is not None:  # other keys than those of the layers
             first, second = jax.random.split(jax.random.fold_in(key.reshape(-1)[0], KEY))
-        if self.dense is not None:
-            x_BTD = jnp.tanh(self.dense(dropout(x_BTD, self.first_dropout, first)))
+        if self.dense is not None and self.activation is not None:
+            x_BTD = self.dense(dropout(x_BTD, self.first_dropout, first))
+            x_BTD = self.activation(constrain(x_BTD, "batch", "seq", "act_embed"))
         return dropout(x_BTD, self.dropout, second)
 
     @property

@@ -17,13 +17,19 @@ from lmjax.models.heads import Head
 from lmjax.models.parametrization import embedding_multiplier
 from lmjax.nn.attention import CacheUpdate, KVCache
 from lmjax.nn.kernels.choose import Kernel, kernel_for_cache, prepare, uses_balanced_rows
-from lmjax.nn.layers import NORMS, Embedding, Norm
+from lmjax.nn.layers import NORMS, Dense, Embedding, Norm
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import normal
 from lmjax.nn.moe import Routing
 from lmjax.nn.ops import dropout
 from lmjax.nn.pipeline import per_part, split_key
-from lmjax.nn.positions import Rotation, relative_buckets, rope_rotation, sinusoids
+from lmjax.nn.positions import (
+    SINUSOIDS,
+    Rotation,
+    relative_buckets,
+    rope_rotation,
+    sinusoids,
+)
 from lmjax.nn.recorded import add_stack
 from lmjax.nn.sequence import balance_sequence, gather_sequence, scatter_sequence
 from lmjax.nn.stack import Stack
@@ -45,10 +51,11 @@ class Trunk(nnx.Module):
 
     causal: tokens do not see later tokens. cross: the layers attend to an encoder, too.
     num_layers: 0 takes the config's.
+    table_dim: width of the embeddings, where a matrix maps them to embed_dim; 0: embed_dim.
     """
 
     def __init__(self, config: TransformerConfig, kernel: Kernel, rngs: nnx.Rngs, *, causal: bool,
-                 cross: bool = False, num_layers: int = 0):
+                 cross: bool = False, num_layers: int = 0, table_dim: int = 0):
         c, norm, num_layers = config, NORMS[config.norm], num_layers or config.num_layers
         self.config, self.kernel, self.causal = c, kernel, causal
         self.noisy = c.dropout > 0  # whether a layer needs a key of its own
@@ -57,15 +64,19 @@ class Trunk(nnx.Module):
         def table(rows: int, dim: int, axis: str) -> Embedding:
             return Embedding(rows, dim, ("positions", axis), init=normal(c.init_std), rngs=rngs)
 
-        def new_norm() -> Norm:
-            return norm(c.embed_dim, eps=c.norm_eps, rngs=rngs)
+        def new_norm(width: int = 0) -> Norm:
+            return norm(width or c.embed_dim, eps=c.norm_eps, rngs=rngs)
 
-        self.positions = (table(c.max_positions + c.position_offset, c.embed_dim, "embed")
+        width = table_dim or c.embed_dim
+        self.positions = (table(c.max_positions + c.position_offset, width, "embed")
                           if c.positions == "learned" else None)
         self.layers = Stack(lambda r: Block(c, r, num_layers=num_layers, cross=cross), num_layers,
                             scan=c.scan_layers, remat=c.remat, rngs=rngs, pattern=pattern)
         self.norm = new_norm() if c.norm_position != "post" else None
-        self.embedding_norm = new_norm() if c.embedding_norm == "own" else None
+        self.embedding_norm = new_norm(width) if c.embedding_norm == "own" else None
+        self.widening = (Dense((width,), (c.embed_dim,), (None, "embed"), use_bias=c.use_bias,
+                               init=normal(c.init_std), rngs=rngs)
+                         if width != c.embed_dim else None)
         self.relative_bias = (table(c.relative_buckets, c.num_heads, "heads")
                               if c.positions == "relative" else None)
 
@@ -90,6 +101,7 @@ class Trunk(nnx.Module):
             if c.dropout:
                 x_BTD = per_part(lambda x, key: dropout(x, c.dropout, key), x_BTD, keys[0])
             keys = keys[1:]
+        x_BTD = x_BTD if self.widening is None else self.widening(x_BTD)
         # Placed before the sequence is scattered: otherwise the compiler gathers the table.
         x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
         # The layers may get the tokens in another order: `order` tells attention their places.
@@ -114,8 +126,9 @@ class Trunk(nnx.Module):
         c = self.config
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(positions_BT + c.position_offset, x_BTD.dtype)
-        if c.positions == "sinusoidal":
-            x_BTD = x_BTD + sinusoids(positions_BT, c.embed_dim).astype(x_BTD.dtype)
+        if c.positions in SINUSOIDS:
+            made_BTD = sinusoids(positions_BT + c.position_offset, c.embed_dim, c.positions)
+            x_BTD = x_BTD + made_BTD.astype(x_BTD.dtype)
         return x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
 
     def _shared(self, kind: str, tokens: TokenInfo, slots: int | None,
@@ -184,9 +197,9 @@ def task_head(config: TransformerConfig, rngs: nnx.Rngs) -> Head | None:
     return Head(config.head, config.embed_dim, init_std=config.init_std, rngs=rngs)
 
 
-def token_table(config: TransformerConfig, rngs: nnx.Rngs) -> Embedding:
-    """The table (V, D) of token embeddings, or of the unembedding."""
-    return Embedding(config.vocab_size, config.embed_dim, ("vocab", "embed"),
+def token_table(config: TransformerConfig, rngs: nnx.Rngs, width: int = 0) -> Embedding:
+    """The table (V, D) of token embeddings, or of the unembedding; D is `width` or embed_dim."""
+    return Embedding(config.vocab_size, width or config.embed_dim, ("vocab", "embed"),
                      init=normal(config.embedding_std or config.init_std), rngs=rngs)
 
 

@@ -159,12 +159,25 @@ _rope_by_matmul.defvjp(
     lambda saved, g: (_rope_by_matmul(g, saved[0], -saved[1]), None, None))
 
 
-def sinusoids(positions_BT: jax.Array, dim: int) -> jax.Array:
+def _tensor2tensor(dim: int, theta: float) -> np.ndarray:
+    """theta^(-i / (dim/2 - 1)): the last is 1 / theta itself."""
+    return theta ** -(np.arange(dim // 2, dtype=np.float64) / (dim // 2 - 1))
+
+
+# kind -> the frequencies, float64 [dim / 2], of a dimension and the longest wavelength / 2 pi
+SINUSOIDS = {"sinusoidal": _frequencies, "sinusoidal_t2t": _tensor2tensor}
+
+
+def sinusoids(positions_BT: jax.Array, dim: int, kind: str = "sinusoidal") -> jax.Array:
     """Position embeddings float32 [B, T, D]: sines in the first half, cosines in the second.
 
     Vaswani et al. 2017, arXiv:1706.03762, interleave the two; the dimensions are only permuted.
+
+    kind: a row of `SINUSOIDS`.
     """
-    return jnp.concatenate(rope_rotation(positions_BT, dim, 10_000.0)[::-1], axis=-1)
+    frequencies = jnp.asarray(SINUSOIDS[kind](dim, 10_000.0), jnp.float32)
+    angles = positions_BT.astype(jnp.float32)[..., None] * frequencies.reshape(1, 1, -1)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def relative_buckets(q_positions_BT: jax.Array, kv_positions_BS: jax.Array, *, bidirectional: bool,
