@@ -1,6 +1,7 @@
-"""Denoising objectives: sentinels replace spans of a text, and the decoder writes the spans.
+"""Denoising objectives: spans of a text are hidden, and the decoder writes them or the whole text.
 
-Span corruption is T5's (arXiv:1910.10683); UL2 mixes several denoisers (arXiv:2205.05131).
+Span corruption is T5's (arXiv:1910.10683); UL2 mixes several denoisers (arXiv:2205.05131); text
+infilling is BART's (arXiv:1910.13461).
 
 Shape legend: P pieces, Q hidden spans of all pieces, N lengths of a piece.
 """
@@ -47,6 +48,7 @@ class Denoiser:
                             where="weight")
 
 
+INFILLING = Denoiser(0.3, 3.0)  # section 3 of arXiv:1910.13461; spans of no tokens are left out
 UL2 = (  # table 1 of arXiv:2205.05131
     Denoiser(0.15, 3.0, "[NLU]"),
     Denoiser(0.15, 8.0, "[NLU]"),
@@ -67,6 +69,8 @@ class Denoising:
       seq_len: length of the encoder's rows.
       sentinels: the ids for the hidden spans of a piece, in their order.
       modes: the id of each mode.
+      mask: the id that hides every span, in which case the decoder writes the whole text; None:
+        spans have sentinels, and the decoder writes the spans.
     Attributes:
       longest: tokens of the longest piece.
       cost: room that a piece of n tokens takes in a row of seq_len, int64 [longest + 1].
@@ -76,14 +80,16 @@ class Denoising:
     """
 
     def __init__(self, mixture: Sequence[Denoiser], *, name: str, seq_len: int,
-                 sentinels: Sequence[int], modes: Mapping[str, int]):
-        self.mixture, self.sentinels, self.modes = mixture, np.array(sentinels), modes
+                 sentinels: Sequence[int], modes: Mapping[str, int], mask: int | None = None):
+        self.mixture, self.modes, self.mask = mixture, modes, mask
+        self.sentinels = np.array(sentinels)
         length_N = np.arange(1, int(seq_len / (1 - min(d.density for d in mixture))) + 2)
         inputs_N, targets_N, spans_N = (np.zeros_like(length_N) for _ in range(3))
         for d in mixture:  # a row must have room for the denoiser that takes the most
             noise_N, parts_N = noise_counts(length_N, d.density, d.mean_span)
             inputs_N = np.maximum(inputs_N, length_N - noise_N + parts_N + 1 + bool(d.mode))
-            targets_N = np.maximum(targets_N, noise_N + parts_N + 1)
+            targets_N = np.maximum(
+                targets_N, 1 + (noise_N + parts_N if mask is None else length_N))
             spans_N = np.maximum(spans_N, parts_N)
         inputs_N, targets_N = np.maximum.accumulate(inputs_N), np.maximum.accumulate(targets_N)
         self.longest = int(np.searchsorted(inputs_N, seq_len, side="right"))
@@ -91,7 +97,7 @@ class Denoising:
             raise UserError(f"at least {inputs_N[0]} for {name}", seq_len, "raise it",
                             where="data.seq_len")
         most = int(spans_N[: self.longest].max())
-        if most > len(sentinels):
+        if mask is None and most > len(sentinels):
             raise UserError(f"at least {most}, the spans of a row", len(sentinels), "raise it",
                             where="data.objective.sentinels")
         decoder_len = int(targets_N[self.longest - 1])
@@ -104,13 +110,15 @@ class Denoising:
         """The batch of `rows` rows that hold these pieces.
 
         The encoder reads (mode) kept_1 sentinel_1 kept_2 sentinel_2 ... EOS; the decoder writes
-        sentinel_1 hidden_1 sentinel_2 hidden_2 ... EOS.
+        sentinel_1 hidden_1 sentinel_2 hidden_2 ... EOS. With a mask in place of the sentinels, it
+        writes the text and EOS.
         """
         density_P, mean_P, mode_P = self._choose(p.key_P)
         hidden_P, spans_P = noise_counts(p.length_P, density_P, mean_P)
         kept_Q = random_parts(p.length_P - hidden_P, spans_P, fold(p.key_P, Draw.KEPT_SPANS))
         hidden_Q = random_parts(hidden_P, spans_P, fold(p.key_P, Draw.HIDDEN_SPANS))
-        sentinel_Q = self.sentinels[ramps(np.zeros_like(spans_P), spans_P)]
+        sentinel_Q = (self.sentinels[ramps(np.zeros_like(spans_P), spans_P)]
+                      if self.mask is None else np.full(len(hidden_Q), self.mask))
         source_Q = _spans_from(p.at_P, kept_Q + hidden_Q, spans_P)
         out = empty(self.fields, rows)
 
@@ -124,13 +132,16 @@ class Denoising:
         flat[ramps(to_Q, kept_Q)] = p.flat[ramps(source_Q, kept_Q)]
         flat[to_Q + kept_Q] = sentinel_Q
 
-        size_P = hidden_P + spans_P + 1
+        size_P = 1 + (hidden_P + spans_P if self.mask is None else p.length_P)
         start_P = _place(out, "", size_P, p.place_P)
         flat = out["targets"].reshape(-1)
         flat[start_P + size_P - 1] = eos_id
-        to_Q = _spans_from(start_P, hidden_Q + 1, spans_P)
-        flat[to_Q] = sentinel_Q
-        flat[ramps(to_Q + 1, hidden_Q)] = p.flat[ramps(source_Q + kept_Q, hidden_Q)]
+        if self.mask is None:
+            to_Q = _spans_from(start_P, hidden_Q + 1, spans_P)
+            flat[to_Q] = sentinel_Q
+            flat[ramps(to_Q + 1, hidden_Q)] = p.flat[ramps(source_Q + kept_Q, hidden_Q)]
+        else:
+            flat[ramps(start_P, p.length_P)] = p.flat[ramps(p.at_P, p.length_P)]
         out["tokens"][:, 1:] = np.where(out["positions"][:, 1:] > 0, out["targets"][:, :-1],
                                         START_ID)
         out["loss_mask"][...] = out["segment_ids"] > 0

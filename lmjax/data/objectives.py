@@ -5,6 +5,7 @@
     masked_lm        BERT's (arXiv:1810.04805): some tokens are hidden and predicted in their place
     span_corruption  T5's (arXiv:1910.10683): see lmjax/data/denoising.py
     ul2              a mixture of denoisers, each announced by a token (arXiv:2205.05131)
+    text_infilling   BART's (arXiv:1910.13461): one mask hides a span, and the text is written anew
 
 A row is a pure function of its pieces and of one key per piece, which is itself a function of
 (seed, row of the run): the row is the same whenever and wherever it is made. An objective may need
@@ -23,12 +24,14 @@ import numpy as np
 
 from lmjax.config import at_least, choice
 from lmjax.data.augmentation import AugmentConfig, augment
-from lmjax.data.denoising import UL2, Denoiser, Denoising
+from lmjax.data.denoising import INFILLING, UL2, Denoiser, Denoising
 from lmjax.data.hashing import fold, uniform
 from lmjax.data.rows import DECODER, Draw, Pieces, Rows, empty, fill_rows, ramps, segments, starts
 from lmjax.data.tokenizers import SPACE, Tokenizer
 from lmjax.errors import UserError
 
+# An encoder-decoder's objective -> its denoisers.
+MIXTURES = {"span_corruption": (Denoiser(),), "ul2": UL2, "text_infilling": (INFILLING,)}
 MASK = "[MASK]"  # the name of the id that hides a token, if the tokenizer has no such token
 Specials = tuple[int, int]  # the ids of BOS and EOS
 # Whether each token begins outside a word, and whether it ends outside one; bool [V] each.
@@ -39,12 +42,12 @@ WordTables = tuple[np.ndarray, np.ndarray]
 class ObjectiveConfig:
     """What the model learns to predict."""
 
-    name: str = "causal_lm"            # causal_lm, prefix_lm, masked_lm, span_corruption or ul2
+    name: str = "causal_lm"            # a row of OBJECTIVES
     mask_rate: float = 0.15            # masked_lm: share of the tokens that are predicted
     mask_share: float = 0.8            # masked_lm: share of those that the model sees as [MASK]
     random_share: float = 0.1          # masked_lm: share of those that it sees as a random token
     whole_word: bool = False           # masked_lm: all tokens of a word are predicted, or none
-    denoisers: tuple[Denoiser, ...] = ()  # span_corruption, ul2: (): T5's one denoiser, UL2's seven
+    denoisers: tuple[Denoiser, ...] = ()  # of an encoder-decoder; (): those of its objective
     sentinels: int = 100               # span_corruption, ul2: number of ids for hidden spans
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # causal_lm, prefix_lm
     # Whether the tokenizer's own mask, sentinels and modes are used. Version 0.1.0 never used them;
@@ -60,6 +63,9 @@ class ObjectiveConfig:
                             f"{self.mask_rate}, {self.mask_share + self.random_share:g}",
                             "BERT has 0.15, 0.8 and 0.1",
                             where="mask_rate, mask_share + random_share")
+        if self.name == "text_infilling" and any(d.mode for d in self.denoisers):
+            raise UserError("no mode for text_infilling", self.denoisers[0].mode,
+                            "leave it out, or take ul2", where="denoisers.mode")
         if self.augment.share and self.architecture != "decoder":
             raise UserError(f"0 for {self.name}, which makes noise of its own", self.augment.share,
                             "set it to 0", where="augment.share")
@@ -72,12 +78,13 @@ class ObjectiveConfig:
     @property
     def mixture(self) -> tuple[Denoiser, ...]:
         """The denoisers, by default those of the objective."""
-        return self.denoisers or {"span_corruption": (Denoiser(),), "ul2": UL2}.get(self.name, ())
+        return self.denoisers or MIXTURES.get(self.name, ())
 
     @property
     def masks(self) -> bool:
         """Whether rows hold a token that hides another."""
-        return self.name == "masked_lm" or bool(self.augment.share * self.augment.mask)
+        return (self.name in ("masked_lm", "text_infilling")
+                or bool(self.augment.share * self.augment.mask))
 
     @property
     def marks(self) -> bool:
@@ -93,7 +100,7 @@ class ObjectiveConfig:
     @property
     def sentinel_names(self) -> tuple[str, ...]:
         """The names of the tokens that hide the spans of a piece, in their order."""
-        count = self.sentinels if self.architecture == "encdec" else 0
+        count = self.sentinels if self.architecture == "encdec" and not self.masks else 0
         return tuple(f"<extra_id_{i}>" for i in range(count))
 
     @property
@@ -136,7 +143,8 @@ class Objective:
             made = self.denoising = Denoising(
                 config.mixture, name=config.name, seq_len=seq_len,
                 sentinels=[self.ids[name] for name in config.sentinel_names],
-                modes={name: self.ids[name] for name in config.modes})
+                modes={name: self.ids[name] for name in config.modes},
+                mask=self.mask_id if config.masks else None)
             self.longest, self.cost, self.fields = made.longest, made.cost, made.fields
         if config.name == "prefix_lm":
             self.fields["bidirectional"] = seq_len
@@ -243,7 +251,7 @@ def masked_rows(objective: Objective, p: Pieces, rows: int, specials: Specials,
 
 def denoising_rows(objective: Objective, p: Pieces, rows: int, specials: Specials,
                    words: WordTables | None) -> Rows:
-    """Rows of span_corruption and ul2: see `Denoising.rows`."""
+    """Rows of span_corruption, ul2 and text_infilling: see `Denoising.rows`."""
     assert objective.denoising is not None
     return objective.denoising.rows(p, rows, specials[1])
 
@@ -267,4 +275,5 @@ OBJECTIVES = {
     "masked_lm": ObjectiveKind("encoder", 0, 0, 0, masked_rows),
     "span_corruption": ObjectiveKind("encdec", 1, 2, 0, denoising_rows),
     "ul2": ObjectiveKind("encdec", 1, 2, 0, denoising_rows),
+    "text_infilling": ObjectiveKind("encdec", 1, 2, 0, denoising_rows),
 }

@@ -99,6 +99,30 @@ def test_a_row_of_568_tokens_fills_512_inputs_and_114_targets():
         np.testing.assert_array_equal(row[row >= V], np.arange(first, last - 1, -1))
 
 
+def test_infilling_writes_the_text_of_which_a_mask_hides_each_span():
+    corpus, config = Corpus(lengths(400, 80)), ObjectiveConfig("text_infilling")
+    source, rows = rows_of(config, 64, corpus)
+    assert source.objective.ids == {"[MASK]": V} and source.objective.vocab_size == V + 1
+    shares, spans = [], []
+    for row, segment, text in pieces(source):
+        inputs, targets = (segment_of(rows, name, row, segment)
+                           for name in ("encoder_tokens", "targets"))
+        assert targets == [*text, EOS] and inputs[-1] == EOS
+        assert segment_of(rows, "tokens", row, segment) == [START_ID, *text]
+        parts, at = [[]], 0
+        for token in inputs[:-1]:
+            parts = [*parts, []] if token == V else [*parts[:-1], [*parts[-1], token]]
+        for part in parts:  # in the order of the text, with at least a token hidden between them
+            at = next(i for i in range(at, len(text) + 1) if text[i:i + len(part)] == part)
+            at += len(part) + (len(text) > 1)  # a text of one token has a mask after it
+        kept, count = sum(map(len, parts)), len(parts) - 1
+        if len(text) > 20:
+            shares.append(1 - kept / len(text))
+            spans.append((len(text) - kept) / count)
+    assert np.mean(shares) == pytest.approx(0.3, abs=0.01)
+    assert np.mean(spans) == pytest.approx(3, abs=0.15)
+
+
 def restored(inputs, targets, objective):
     """The text that inputs and targets stand for, token by token."""
     sentinels = {objective.ids[f"<extra_id_{i}>"] for i in range(objective.config.sentinels)}
@@ -281,7 +305,8 @@ def test_no_augmentation_is_no_change():
 
 
 ALL = {name: ObjectiveConfig(name)
-       for name in ("causal_lm", "prefix_lm", "masked_lm", "span_corruption", "ul2")}
+       for name in ("causal_lm", "prefix_lm", "masked_lm", "span_corruption", "ul2",
+                    "text_infilling")}
 ALL["augmented"] = ObjectiveConfig(augment=AugmentConfig(share=1.0, mask=0.1))
 
 
