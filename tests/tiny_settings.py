@@ -17,6 +17,8 @@ T5 = dict(
     relative_attention_num_buckets=8, relative_attention_max_distance=12)
 ROBERTA = COMMON | dict(
     max_position_embeddings=POSITIONS + 2, type_vocab_size=1, pad_token_id=1)
+DISTILBERT = dict(vocab_size=V, dim=D, hidden_dim=F, n_layers=LAYERS, n_heads=4,
+                  max_position_embeddings=POSITIONS, initializer_range=0.3)
 MODERNBERT = COMMON | dict(num_hidden_layers=4, local_attention=8, pad_token_id=0)
 MARIAN = dict(
     vocab_size=V, d_model=D, encoder_layers=LAYERS, decoder_layers=3, encoder_attention_heads=4,

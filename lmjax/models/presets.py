@@ -94,9 +94,20 @@ MODERNBERT = dict(family="encoder", norm="layernorm_no_bias", embedding_norm="fi
                   local_rope_theta=10_000.0, sliding_window=65,
                   layer_pattern=("global", "local", "local"), tie_embeddings=True,
                   vocab_size=50368)
+DISTILBERT = {key: value for key, value in BERT.items() if key not in ("token_types", "pooler")}
+ELECTRA = BERT | dict(pooler=False, head_activation="gelu")
 TRANSFORMER = dict(family="encdec", positions="sinusoidal", norm="layernorm", norm_position="post",
                    scale_embeddings=True, mlp="relu", use_bias=True, tie_embeddings=True,
                    vocab_size=37000)
+BART = dict(family="encdec", positions="learned", position_offset=2, norm="layernorm",
+            norm_position="post", embedding_norm="own", mlp="gelu", use_bias=True, output_bias=True,
+            tie_embeddings=True, vocab_size=50265, dropout=0.1)
+MBART = BART | dict(norm_position="pre", scale_embeddings=True, vocab_size=250027)
+PEGASUS = BART | dict(positions="sinusoidal", position_offset=0, norm_position="pre",
+                      embedding_norm="none", scale_embeddings=True, mlp="relu", vocab_size=96103)
+M2M_100 = PEGASUS | dict(positions="sinusoidal_t2t", position_offset=2, output_bias=False,
+                         vocab_size=128112)
+NLLB = M2M_100 | dict(vocab_size=256206)
 T5 = dict(family="encdec", positions="relative", norm_eps=1e-6, query_scalar=1.0, mlp="relu",
           tie_embeddings=True, scale_output=True, vocab_size=32128, embedding_std=1.0,
           init_std=0.04, dropout=0.1)
@@ -211,8 +222,20 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "roberta-large": (ROBERTA, (24, 1024, 16, 16, 4096)),
     "modernbert-base": (MODERNBERT, (22, 768, 12, 12, 1152)),
     "modernbert-large": (MODERNBERT, (28, 1024, 16, 16, 2624)),
+    "distilbert-base": (DISTILBERT, (6, 768, 12, 12, 3072)),
+    "electra-small": (ELECTRA, (12, 256, 4, 4, 1024), dict(table_dim=128)),
+    "electra-base": (ELECTRA, (12, 768, 12, 12, 3072)),
+    "electra-large": (ELECTRA, (24, 1024, 16, 16, 4096)),
     "transformer-base": (TRANSFORMER, (6, 512, 8, 8, 2048), dict(dropout=0.1)),
     "transformer-big": (TRANSFORMER, (6, 1024, 16, 16, 4096), dict(dropout=0.3)),
+    "bart-base": (BART, (6, 768, 12, 12, 3072)),
+    "bart-large": (BART, (12, 1024, 16, 16, 4096)),
+    "mbart-large": (MBART, (12, 1024, 16, 16, 4096)),
+    "pegasus-large": (PEGASUS, (16, 1024, 16, 16, 4096)),
+    "m2m100-418m": (M2M_100, (12, 1024, 16, 16, 4096)),
+    "nllb-600m": (NLLB, (12, 1024, 16, 16, 4096)),
+    "nllb-1.3b": (NLLB, (24, 1024, 16, 16, 8192)),
+    "nllb-3.3b": (NLLB, (24, 2048, 16, 16, 8192)),
     "t5-small": (T5, (6, 512, 8, 8, 2048, 64)),
     "t5-base": (T5, (12, 768, 12, 12, 3072, 64)),
     "t5-large": (T5, (24, 1024, 16, 16, 4096, 64)),

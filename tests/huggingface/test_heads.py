@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from classifiers import make, sentence
-from tiny_settings import COMMON, EXPERTS, GEMMA, GPT2, LLAMA, MODERNBERT, ROBERTA, T5
+from tiny_settings import COMMON, DISTILBERT, EXPERTS, GEMMA, GPT2, LLAMA, MODERNBERT, ROBERTA, T5
 
 import lmjax
 from lmjax.cli.main import main
@@ -25,6 +25,8 @@ PAD = dict(pad_token_id=0)
 ALL = (SEQUENCE, TOKENS, ANSWERS)
 MODELS = {
     "bert": ("Bert", COMMON, ALL),
+    "distilbert": ("DistilBert", DISTILBERT, ALL),
+    "electra": ("Electra", COMMON | dict(embedding_size=16), ALL),
     "roberta": ("Roberta", ROBERTA, ALL),
     "xlm-roberta": ("XLMRoberta", ROBERTA, ALL),
     "camembert": ("Camembert", ROBERTA, ALL),
@@ -45,9 +47,10 @@ MODELS = {
 }
 QUICK = (("llama", SEQUENCE),)
 # The classes for tags and answers of some models: those of the others are like these.
-LIKE = {TOKENS: ("bert", "modernbert", "llama", "gpt2"),
-        ANSWERS: ("roberta", "modernbert", "llama", "mistral", "qwen3-moe", "gpt2")}
-LONG = [(name, SEQUENCE) for name in ("bert", "modernbert", "gemma2", "qwen3-moe", "gpt2")] + [
+LIKE = {TOKENS: ("bert", "electra", "modernbert", "llama", "gpt2"),
+        ANSWERS: ("roberta", "distilbert", "modernbert", "llama", "mistral", "qwen3-moe", "gpt2")}
+LONG = [(name, SEQUENCE) for name in (
+    "bert", "distilbert", "modernbert", "gemma2", "qwen3-moe", "gpt2")] + [
     ("bert", TOKENS), ("gpt2", TOKENS), ("roberta", ANSWERS), ("llama", ANSWERS)]
 CASES = [pytest.param(name, head, marks=[] if (name, head) in QUICK else
                       pytest.mark.long if (name, head) in LONG else pytest.mark.slow)
@@ -146,7 +149,7 @@ def change(path, out, **settings):
     (dict(id2label={"0": "a", "1": "b"}), r"tensor classifier\.\w+ \[2.*got \[3"),
     (dict(architectures=["BertForMultipleChoice"]), "only tensors that the model has, got class"),
     (dict(architectures=["DistilBertForSequenceClassification"]), "a class that lmjax computes"),
-    (dict(model_type="distilbert"), "model_type to be one of"),
+    (dict(model_type="deberta"), "model_type to be one of"),
 ])
 def test_labels_that_contradict_are_refused_in_one_line(settings, said, saved, tmp_path):
     path, _ = saved("bert", SEQUENCE)

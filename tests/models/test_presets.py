@@ -52,9 +52,16 @@ MORE_COUNTS = {
     "command-r": 34_980_831_232, "command-r-plus": 103_810_674_688,
     "command-r7b": 8_028_033_024, "glm4-9b": 9_399_951_360, "glm4-9b-0414": 9_400_279_040,
     "opt-125m": 125_239_296, "opt-1.3b": 1_315_758_080, "opt-2.7b": 2_651_596_800,
+    # Those of transformers' classes, and a bias of the logits where that is a buffer there.
+    "distilbert-base": 66_985_530, "electra-small": 13_546_682, "electra-base": 109_514_298,
+    "electra-large": 335_174_458,
+    "bart-base": 139_420_416 + 50_265, "bart-large": 406_291_456 + 50_265,
+    "mbart-large": 611_101_867, "pegasus-large": 568_796_007, "m2m100-418m": 483_905_536,
+    "nllb-600m": 615_073_792, "nllb-1.3b": 1_370_638_336, "nllb-3.3b": 3_344_863_232,
     "opt-6.7b": 6_658_473_984, "opt-13b": 12_853_473_280, "opt-30b": 29_974_540_288,
 }
-OFTEN = ("olmo2-7b", "pythia-410m", "command-r-plus")  # each way to count among these
+# Each way to count is among these.
+OFTEN = ("olmo2-7b", "pythia-410m", "command-r-plus", "electra-small", "bart-base")
 
 
 @functools.cache
