@@ -79,6 +79,11 @@ BASES = {
     "cohere2": COHERE | dict(num_hidden_layers=5, sliding_window=4, sliding_window_pattern=3),
     "glm": GLM,
     "glm4": GLM,
+    "gpt_oss": without(MODERN, "hidden_act") | dict(
+        head_dim=16, sliding_window=4, num_local_experts=4, num_experts_per_tok=2, rope_theta=500.0,
+        attention_bias=True, swiglu_limit=7.0, experts_per_token=2, initial_context_length=24,
+        rope_scaling=dict(rope_type="yarn", factor=4.0, beta_fast=8.0, beta_slow=1.0,
+                          truncate=False, original_max_position_embeddings=24)),
     "gpt_neox": dict(
         vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3, hidden_act="gelu",
         num_attention_heads=4, max_position_embeddings=48, layer_norm_eps=1e-4, rotary_pct=0.5,
@@ -169,6 +174,8 @@ VALUES = [
     (r"mlp_only_layers", [[], [0], None]),
     (r"no_rope_layers", [None, [1, 0, 1, 0, 1], [0] * 5, [1] * 9, [1, 0]]),
     (r"no_rope_layer_interval", [1, 2, 3, 7]),
+    (r"swiglu_limit|swiglu_alpha", [7.0, 1.702, 7, None]),
+    (r"num_local_experts|num_experts", [2, 4, 8]),
     (r"clip_qkv", [None, 0.2, 8.0, 0.0]),
     (r"rotary_dim", [2, 4, 6, 16, 5, 64]),
     (r"rotary_pct", [0.25, 0.5, 1.0, 0.3, 2.0]),

@@ -19,6 +19,26 @@ STABLELM_TABLE = joined(
     *(both(f"{BLOCK}attention/{ours}_norm", f"{LAYER}.self_attn.{theirs}_layernorm.norms.{{}}")
       for ours, theirs in (("query", "q"), ("key", "k"))))
 GLM_TABLE = joined(LLAMA_TABLE, MLP_FUSED)
+# All experts of a layer are one tensor, [E, in, out].
+GPT_OSS_EXPERTS = f"{LAYER}.mlp.experts"
+GPT_OSS_TABLE: Table = joined(
+    {path: row for path, row in LLAMA_TABLE.items() if "/mlp/" not in path},
+    {f"{BLOCK}attention/sinks": Stored(f"{LAYER}.self_attn.sinks"),
+     **{f"{BLOCK}mlp/{name}/{leaf}": Stored(f"{GPT_OSS_EXPERTS}.gate_up_proj{ending}", "", (i, 2))
+        for i, name in enumerate(("gate", "up"))
+        for leaf, ending in (("kernel", ""), ("bias", "_bias"))},
+     f"{BLOCK}mlp/down/kernel": Stored(f"{GPT_OSS_EXPERTS}.down_proj"),
+     f"{BLOCK}mlp/down/bias": Stored(f"{GPT_OSS_EXPERTS}.down_proj_bias")},
+    both(f"{BLOCK}mlp/router", f"{LAYER}.mlp.router", "out,in"))
+
+
+def gpt_oss_experts(config: DecoderConfig) -> Table:
+    """The rows of gpt-oss's fused matrices, in which the outputs of gate and up take turns."""
+    width = 2 * (config.moe.mlp_dim or config.mlp_dim)
+    return {path: row._replace(order=tuple(range(row.part[0], width, 2)))
+            for path, row in GPT_OSS_TABLE.items() if "gate_up_proj" in row.theirs}
+
+
 GLM4_TABLE = joined(
     GLM_TABLE,
     both(f"{BLOCK}attention_post_norm", f"{LAYER}.post_self_attn_layernorm"),

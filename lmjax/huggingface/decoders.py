@@ -11,9 +11,11 @@ from lmjax.huggingface.common_settings import ATTENTION_BIAS, MLP_BIAS, MODERN, 
 from lmjax.huggingface.decoder_tables import (
     GLM4_TABLE,
     GLM_TABLE,
+    GPT_OSS_TABLE,
     OLMO2_TABLE,
     STABLELM_TABLE,
     STARCODER2_TABLE,
+    gpt_oss_experts,
 )
 from lmjax.huggingface.schema import UNGATED, ModelType, Setting, defaults
 from lmjax.huggingface.tables import LLAMA_TABLE
@@ -180,3 +182,24 @@ GLM4 = ModelType(
     prefix="model.",
     rotary=("partial_rotary_factor", 0.5),
     interleaved=True)
+GPT_OSS = ModelType(
+    "gpt_oss", "GptOssForCausalLM",
+    (*without(defaults(MODERN, vocab_size=201088, hidden_size=2880, intermediate_size=2880,
+                       num_hidden_layers=36, num_attention_heads=64, num_key_value_heads=8,
+                       head_dim=64, max_position_embeddings=131072, rms_norm_eps=1e-5),
+              "hidden_act"),
+     *defaults(ATTENTION_BIAS, attention_bias=True),
+     WINDOW._replace(default=128),
+     Setting("num_local_experts", "moe.experts", 128, alias="num_experts"),
+     Setting("num_experts_per_tok", "moe.per_token", 4),
+     Setting("swiglu_alpha", "", 1.702),
+     Setting("swiglu_limit", "", 7.0)),
+    GPT_OSS_TABLE,
+    fixed={"mlp": "swiglu_clamped", "moe.bias": True, "attention_sinks": True},
+    prefix="model.",
+    neutral=("hidden_act", "experts_per_token", "initial_context_length"),
+    is_local=lambda settings, i: i % 2 == 0,
+    rope={"rope_theta": 150_000.0},
+    default_rope={"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                  "truncate": False, "original_max_position_embeddings": 4096},
+    by_config=gpt_oss_experts)

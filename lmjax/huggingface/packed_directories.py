@@ -30,6 +30,7 @@ from lmjax.nn.packed import (
 from lmjax.tree import named_leaves, split_tree
 
 KEY = "quantization_config"  # of config.json
+MXFP4 = "mxfp4"  # quant_method of the experts of gpt-oss
 FORMATS_READ = ("pack-quantized", "int-quantized", "naive-quantized", "dense")
 PACKED, SCALE, SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 ZERO = ".weight_zero_point"
@@ -59,8 +60,10 @@ def quantization_of(settings: Mapping[str, Any], where: str) -> Quantization:
         if not holds:
             raise UserError(expected, got, FIX, where=f"{where} {KEY}")
 
+    if isinstance(told, Mapping) and told.get("quant_method") == MXFP4:
+        return NOT_QUANTIZED  # they become floats
     need(isinstance(told, Mapping) and told.get("quant_method") == "compressed-tensors",
-         "compressed-tensors", f"{told!r:.60}")
+         "compressed-tensors or mxfp4", f"{told!r:.60}")
     form = told.get("format")
     need(form in FORMATS_READ, f"a format of {', '.join(FORMATS_READ)}", repr(form))
     sparse = told.get("sparsity_config") or {}

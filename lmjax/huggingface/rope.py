@@ -14,6 +14,8 @@ from lmjax.huggingface.schema import ModelType
 from lmjax.models.model import ModelConfig
 
 Settings = Mapping[str, Any]
+# By whether a model type has a group per kind of layer: there, its class looks for it elsewhere.
+TRUNCATE = {True: (True, None), False: (True, False, None)}
 KINDS = ("full_attention", "sliding_attention")
 # Their settings of RoPE scaling -> fields of ours.
 SCALING = {
@@ -28,7 +30,7 @@ SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 PARTIAL = "partial_rotary_factor"
 ORIGINAL = "original_max_position_embeddings"  # of yarn and llama3
 # More settings of a group, which mean what lmjax computes only with these values.
-NEUTRAL_VALUES = {"truncate": (True, None), PARTIAL: (1.0, None),
+NEUTRAL_VALUES = {PARTIAL: (1.0, None),
                   "mscale": (None,), "mscale_all_dim": (None,),
                   "finetuned": (True, False)}  # a note of the first models with yarn
 
@@ -91,7 +93,8 @@ def write_rope(model_type: ModelType, c: ModelConfig) -> dict[str, Any]:
         settings[model_type.rotary[0]] = c.rotary_fraction
     scaling = c.rope_scaling
     if scaling.kind == "none":
-        return settings
+        return settings | ({"rope_scaling": {"rope_type": "default"}} if model_type.default_rope
+                           else {})
     if scaling.kind not in SCALING_KEYS:
         raise ValueError(f"rope_scaling.kind={scaling.kind!r}")
     names = [name for part in SCALING_KEYS[scaling.kind] for name in part]
@@ -99,6 +102,8 @@ def write_rope(model_type: ModelType, c: ModelConfig) -> dict[str, Any]:
               if name != "attention_factor" or scaling.attention_factor}
     if scaling.kind != "linear":
         values[ORIGINAL] = scaling.original_positions
+    if scaling.kind == "yarn" and not scaling.truncate:
+        values["truncate"] = False
     return settings | {"rope_scaling": {"rope_type": scaling.kind} | values}
 
 
@@ -116,7 +121,8 @@ def _groups(settings: Settings, model_type: ModelType, where: str) -> tuple[Sett
                         f"write its values directly into {name}", where)
     if not by_kind:
         _check_both(scaling, rope, settings, model_type, where)
-        return scaling or rope, {}
+        given = scaling or settings.get("rope_parameters")
+        return model_type.default_rope if given is None else given, {}
     if rope and not nested["rope_parameters"]:
         raise UserError(f"rope_parameters by kind of layer ({', '.join(KINDS)})", repr(dict(rope)),
                         "put it under full_attention, and the local layers' under "
@@ -161,9 +167,11 @@ def _scaling(rope: Settings, settings: Settings, model_type: ModelType,
         raise UserError(f"rope_type to be one of {', '.join(('default', *kinds))}",
                         f"{kind!r}, which lmjax cannot compute", "take a model with one of them",
                         where)
-    known = {*SCALING, *NEUTRAL_VALUES, "rope_type", "type", "rope_theta"}
+    by_kind = len(model_type.rope) == 2
+    neutral = NEUTRAL_VALUES | {"truncate": TRUNCATE[by_kind]}
+    known = {*SCALING, *neutral, "rope_type", "type", "rope_theta"}
     odd = [name for name, value in rope.items() if value is not None and name != PARTIAL and (
-        name not in known or value not in NEUTRAL_VALUES.get(name, (value,)))]
+        name not in known or value not in neutral.get(name, (value,)))]
     if odd:
         raise UserError(f"rope settings of {', '.join(SCALING)}",
                         f"{odd[0]}={rope[odd[0]]!r}, which lmjax cannot compute",
@@ -179,6 +187,8 @@ def _scaling(rope: Settings, settings: Settings, model_type: ModelType,
     values = {SCALING[name]: rope[name] for name in (*required, *optional) if rope.get(name)}
     if kind != "linear":
         values["original_positions"] = _original_positions(rope, settings, model_type, where)
+    if kind == "yarn" and not by_kind:  # their class takes null for false
+        values["truncate"] = bool(rope.get("truncate", True))
     return {"rope_scaling": {"kind": kind} | values}
 
 

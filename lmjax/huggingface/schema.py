@@ -96,6 +96,8 @@ class ModelType:
     by_config: Callable[[Any], Table] | None = None  # our config -> rows that replace others
     # The settings of the global and the local RoPE theta with their defaults; empty without RoPE.
     rope: Mapping[str, float] = field(default_factory=lambda: {"rope_theta": 10_000.0})
+    # The group of RoPE settings that the class takes where config.json has none.
+    default_rope: Mapping[str, Any] = field(default_factory=dict)
 
 
 # Settings that any class of transformers may read, with the values that lmjax computes with.

@@ -82,6 +82,11 @@ COHERE = dict(norm="layernorm_no_bias", parallel_residual="one_norm", max_positi
               logit_divisor=16.0, tie_embeddings=True, vocab_size=256000)
 GLM4 = dict(norm_eps=1.5625e-07, qkv_bias=True, rotary_fraction=0.5, max_positions=131072,
             vocab_size=151552)
+GPT_OSS = dict(attention_sinks=True, qkv_bias=True, out_bias=True, mlp="swiglu_clamped",
+               sliding_window=128, layer_pattern=("local", "global"), rope_theta=150_000.0,
+               rope_scaling=dict(kind="yarn", factor=32.0, original_positions=4096,
+                                 truncate=False),
+               max_positions=131072, vocab_size=201088)
 OPT = LAYERNORM | dict(positions="learned", position_offset=2, mlp="relu", max_positions=2048,
                        tie_embeddings=True, vocab_size=50272, dropout=0.1)
 BERT = dict(family="encoder", positions="learned", max_positions=512, norm="layernorm",
@@ -210,6 +215,10 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "glm4-9b": (GLM4, (40, 4096, 32, 2, 13696, 128)),
     "glm4-9b-0414": (GLM4, (40, 4096, 32, 2, 13696, 128), dict(
         norm_position="both", max_positions=32768, norm_eps=1e-5)),
+    "gpt-oss-20b": (GPT_OSS, (24, 2880, 64, 8, 2880, 64), dict(
+        moe=dict(experts=32, per_token=4, bias=True, balance_loss=0.001))),
+    "gpt-oss-120b": (GPT_OSS, (36, 2880, 64, 8, 2880, 64), dict(
+        moe=dict(experts=128, per_token=4, bias=True, balance_loss=0.001))),
     "opt-125m": (OPT, (12, 768, 12, 12, 3072)),
     "opt-1.3b": (OPT, (24, 2048, 32, 32, 8192)),
     "opt-2.7b": (OPT, (32, 2560, 32, 32, 10240)),

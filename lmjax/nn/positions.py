@@ -46,6 +46,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 0.0  # yarn multiplies cos and sin by it; 0: 0.1 ln(factor) + 1
+    truncate: bool = True  # yarn interpolates between whole dimensions (gpt-oss: between any)
 
     def __post_init__(self) -> None:
         choice("kind", self.kind, ROPE_SCALINGS)
@@ -90,8 +91,10 @@ def _yarn(s: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
         wavelength = s.original_positions / (turns * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(theta))
 
-    low = max(math.floor(dimension(s.beta_fast)), 0)
-    high = min(math.ceil(dimension(s.beta_slow)), head_dim - 1)
+    low, high = dimension(s.beta_fast), dimension(s.beta_slow)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
     # The ends cross where beta_fast is below beta_slow, or few rows come before the scaling.
     scaled = np.clip((np.arange(head_dim // 2) - low) / ((high - low) or 0.001), 0, 1)
     return scaled * plain / s.factor + (1 - scaled) * plain

@@ -58,6 +58,11 @@ CASES = [
     ("llama", {"hidden_act": "relu"}, "agree"), ("qwen3_moe", {"hidden_act": "relu"}, "agree"),
     ("gemma2", {"hidden_activation": "relu"}, "agree"), ("gemma", {"hidden_act": "relu"}, "agree"),
     ("llama", {"rope_scaling": YARN | {"finetuned": True}}, "agree"),
+    ("gpt_oss", {"rope_scaling": None}, "agree"), ("gpt_oss", {"swiglu_alpha": 1.5}, "refused"),
+    ("gpt_oss", {"hidden_act": "relu"}, "agree"), ("olmo3", {"rope_scaling": YARN | {
+        "truncate": False}}, "refused"), ("llama", {"rope_scaling": YARN | {"truncate": False}},
+                                          "agree"),
+    ("llama", {"rope_scaling": YARN | {"truncate": None}}, "agree"),
     ("gemma", {}, "agree"), ("granite", {}, "agree"), ("mt5", {}, "agree"),
     ("xlm-roberta", {}, "agree"), ("camembert", {}, "agree")]
 QUICK = (0, 5, 7, 10, 13)
@@ -167,7 +172,8 @@ def test_five_thousand_mutated_configs_are_never_another_model():
 
 # The decoders that have switches of their own.
 SWITCHED = ("olmo", "olmo2", "olmo3", "smollm3", "ministral", "starcoder2", "stablelm", "cohere",
-            "cohere2", "glm", "glm4", "gpt_neox", "gptj", "phi", "falcon", "opt", "phi3", "gemma")
+            "cohere2", "glm", "glm4", "gpt_neox", "gptj", "phi", "falcon", "opt", "phi3", "gemma",
+            "gpt_oss")
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ MORE_COUNTS = {
     "falcon-7b": 6_921_720_704, "falcon-40b": 41_303_293_952,
     "command-r": 34_980_831_232, "command-r-plus": 103_810_674_688,
     "command-r7b": 8_028_033_024, "glm4-9b": 9_399_951_360, "glm4-9b-0414": 9_400_279_040,
+    "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672,
     "opt-125m": 125_239_296, "opt-1.3b": 1_315_758_080, "opt-2.7b": 2_651_596_800,
     # Those of transformers' classes, and a bias of the logits where that is a buffer there.
     "distilbert-base": 66_985_530, "electra-small": 13_546_682, "electra-base": 109_514_298,
@@ -125,6 +126,9 @@ def test_a_preset_that_is_not_there_is_refused():
     ("llama3-8b", COUNTS["llama3-8b"] - 128256 * 4096),
     # 2 of 8 experts compute a token.
     ("mixtral-8x7b", COUNTS["mixtral-8x7b"] - 32000 * 4096 - 32 * 6 * 3 * 4096 * 14336),
+    # 4 of 128 experts; the published 5.1 billion of active parameters hold the head's table, too.
+    pytest.param("gpt-oss-120b", MORE_COUNTS["gpt-oss-120b"] - 201088 * 2880
+                 - 36 * (124 * 3 * 2880 * 2880 + 128 * 3 * 2880), marks=pytest.mark.long),
     # One encoder token and one decoder token; the table is also the unembedding.
     ("t5-base", COUNTS["t5-base"]),
     # Branches side by side, RoPE over a part of each head, norms of all heads together.
