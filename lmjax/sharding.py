@@ -35,6 +35,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "experts": ("expert",),
     "expert_embed": ("fsdp",),  # `embed` in the experts' matrices, which `experts` splits already
     "router": (),
+    "latent": (),  # the ranks of latent attention
     "rank": (),  # of adapters: too small to be split
     "norm": (),  # scales and biases: too small to be worth an all-gather
     "positions": (),

@@ -206,7 +206,8 @@ def filled(model, size=1.0):
     import torch
     from safetensors.torch import load_file
 
-    buffers = [b for k, b in model.named_buffers() if k == "final_logits_bias"]
+    buffers = [b for k, b in model.named_buffers()
+               if k.endswith(("final_logits_bias", "e_score_correction_bias"))]
     with torch.no_grad():
         for name, p in [*model.named_parameters(), *(("bias", b) for b in buffers)]:
             if not p.requires_grad and name != "bias":

@@ -38,6 +38,13 @@ COHERE = without(MODERN, "rms_norm_eps") | dict(
     rope_theta=500.0, layer_norm_eps=1e-4, logit_scale=0.25, tie_word_embeddings=True)
 GLM = MODERN | dict(
     pad_token_id=0, rope_theta=500.0, head_dim=8, partial_rotary_factor=0.5, attention_bias=True)
+DEEPSEEK = MODERN | dict(
+    rope_theta=500.0, num_key_value_heads=4, attention_bias=False, kv_lora_rank=16, q_lora_rank=24,
+    qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12, n_routed_experts=8, n_shared_experts=2,
+    num_experts_per_tok=3, moe_intermediate_size=12, first_k_dense_replace=1, n_group=4,
+    topk_group=2, routed_scaling_factor=2.5, rope_scaling=dict(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=12, mscale=0.7,
+        mscale_all_dim=0.9, beta_fast=32, beta_slow=1))
 # model type -> a whole config.json
 BASES = {
     "llama": LLAMA,
@@ -79,6 +86,9 @@ BASES = {
     "cohere2": COHERE | dict(num_hidden_layers=5, sliding_window=4, sliding_window_pattern=3),
     "glm": GLM,
     "glm4": GLM,
+    "deepseek_v2": DEEPSEEK | dict(topk_method="group_limited_greedy", norm_topk_prob=False),
+    "deepseek_v3": DEEPSEEK | dict(topk_method="noaux_tc", norm_topk_prob=True,
+                                   scoring_func="sigmoid", num_nextn_predict_layers=1),
     "gpt_oss": without(MODERN, "hidden_act") | dict(
         head_dim=16, sliding_window=4, num_local_experts=4, num_experts_per_tok=2, rope_theta=500.0,
         attention_bias=True, swiglu_limit=7.0, experts_per_token=2, initial_context_length=24,
@@ -166,6 +176,11 @@ VALUES = [
     (r"n_inner|intermediate_size|d_ff|ffn_dim|ffn_hidden_size", [None, 40, 48, 128]),
     (r"pad_token_id", [None, -1, 0, 1, 2]),
     (r"num_experts_per_tok", [1, 2, 3, 4, 5]),
+    (r"q_lora_rank", [None, 16, 0]),
+    (r"qk_.*_head_dim|v_head_dim", [2, 4, 8, 12, 3]),
+    (r"n_group|topk_group|n_shared_experts", [1, 2, 3, 4, None, 0]),
+    (r"first_k_dense_replace", [0, 1, 2, 3, None]),
+    (r"topk_method", ["greedy", "group_limited_greedy", "noaux_tc", None]),
     (r"position_embedding_type", ["absolute", "relative_key", None]),
     (r"partial_rotary_factor", [1.0, 0.5, 0.25, 0.3, None]),
     (r"type_vocab_size", [0, 1, 2]),

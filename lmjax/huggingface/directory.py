@@ -32,7 +32,13 @@ from lmjax.huggingface.settings import (
     read_settings,
     write_settings,
 )
-from lmjax.huggingface.stored import BUFFERS, one_of_each, plain_names, rows_for
+from lmjax.huggingface.stored import (
+    BUFFERS,
+    one_of_each,
+    plain_names,
+    rows_for,
+    without_further_layers,
+)
 from lmjax.huggingface.tensors import (
     DTYPE_CODES,
     INDEX,
@@ -74,6 +80,7 @@ class HFModel:
     head: TaskHead | None  # of a task, in place of the vocabulary's
     untied: bool  # config.json ties the head to the embedding, and the files hold two that differ
     packed: PackedTensors | None = None  # of a directory whose linear layers are integers
+    further: int = 0  # layers after the last, whose tensors are passed over
 
     @property
     def quantization(self) -> Quantization:
@@ -131,6 +138,7 @@ def read_directory(path: Path) -> HFModel:
                for field, (name, stored, absent) in model_type.present.items()}
     config = read_settings(settings, where, present)
     tied = config.tie_embeddings
+    entries, further = without_further_layers(entries, model_type, config)
     entries, config = one_of_each(entries, model_type, config, str(path))
     tokenizer = read_tokenizer(path)
     if tokenizer is not None:
@@ -145,7 +153,7 @@ def read_directory(path: Path) -> HFModel:
     if head and head.task == "classification" and config.family == "decoder" and tokenizer:
         _check_end(settings.get("pad_token_id"), tokenizer.suffix, where)
     return HFModel(path, config, entries, tokenizer, source, head,
-                   tied and not config.tie_embeddings, packed)
+                   tied and not config.tie_embeddings, packed, further)
 
 
 def remarks(found: HFModel) -> list[tuple[str, str]]:
@@ -161,6 +169,9 @@ def remarks(found: HFModel) -> list[tuple[str, str]]:
     told += [("config.json", f"{line}, as in transformers") for line in decided(settings)]
     if (found.path / SINGLE).is_file() and (found.path / INDEX).is_file():
         told.append((SINGLE, f"it is read, and {INDEX} beside it is not, as in transformers"))
+    if found.further:
+        told.append(("", f"passes over the tensors of {found.further} further layers, which "
+                     "predict tokens after the next, as in transformers"))
     if found.untied:
         told.append(("", "the head differs from the embedding that config.json ties it to; it is "
                      "loaded untied, as transformers does"))

@@ -199,6 +199,9 @@ def adapter_table(model_type: ModelType, config: ModelConfig) -> Table:
 
 def _matrices(model_type: ModelType, config: ModelConfig) -> dict[str, Stored]:
     """The matrices of the layers that may have adapters, by their paths."""
+    if config.first_dense:  # PEFT's names do not tell the two stacks apart
+        raise UserError("a base whose layers are all alike, for adapters in PEFT's form",
+                        f"one with moe.first_dense={config.first_dense}", MERGE, "adapters")
     return {path: row for path, row in rows_for(model_type, config).items()
             if "layers/block/" in path and path.endswith("/kernel") and row.theirs.count("{}") == 1}
 

@@ -21,17 +21,18 @@ KINDS = ("full_attention", "sliding_attention")
 SCALING = {
     "factor": "factor", "original_max_position_embeddings": "original_positions",
     "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
-    "beta_fast": "beta_fast", "beta_slow": "beta_slow", "attention_factor": "attention_factor"}
+    "beta_fast": "beta_fast", "beta_slow": "beta_slow", "attention_factor": "attention_factor",
+    "mscale": "mscale", "mscale_all_dim": "mscale_all_dim"}
+UNSET = ("attention_factor", "mscale", "mscale_all_dim")  # 0 of these stands for the usual one
 # Kind of RoPE scaling -> (settings that it must have, settings that it may have).
 SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
-    "yarn": (("factor",), ("beta_fast", "beta_slow", "attention_factor")),
+    "yarn": (("factor",), ("beta_fast", "beta_slow", *UNSET)),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ())}
 PARTIAL = "partial_rotary_factor"
 ORIGINAL = "original_max_position_embeddings"  # of yarn and llama3
 # More settings of a group, which mean what lmjax computes only with these values.
 NEUTRAL_VALUES = {PARTIAL: (1.0, None),
-                  "mscale": (None,), "mscale_all_dim": (None,),
                   "finetuned": (True, False)}  # a note of the first models with yarn
 
 
@@ -99,7 +100,7 @@ def write_rope(model_type: ModelType, c: ModelConfig) -> dict[str, Any]:
         raise ValueError(f"rope_scaling.kind={scaling.kind!r}")
     names = [name for part in SCALING_KEYS[scaling.kind] for name in part]
     values = {name: getattr(scaling, SCALING[name]) for name in names
-              if name != "attention_factor" or scaling.attention_factor}
+              if name not in UNSET or getattr(scaling, SCALING[name])}
     if scaling.kind != "linear":
         values[ORIGINAL] = scaling.original_positions
     if scaling.kind == "yarn" and not scaling.truncate:
@@ -170,6 +171,8 @@ def _scaling(rope: Settings, settings: Settings, model_type: ModelType,
     by_kind = len(model_type.rope) == 2
     neutral = NEUTRAL_VALUES | {"truncate": TRUNCATE[by_kind]}
     known = {*SCALING, *neutral, "rope_type", "type", "rope_theta"}
+    if kind != "yarn":
+        known -= {"mscale", "mscale_all_dim"}
     odd = [name for name, value in rope.items() if value is not None and name != PARTIAL and (
         name not in known or value not in neutral.get(name, (value,)))]
     if odd:

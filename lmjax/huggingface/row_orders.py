@@ -26,7 +26,7 @@ def in_order(rows: Mapping[str, Stored], model_type: ModelType,
             continue
         dims = np.arange(config.dims.head_dim)
         if model_type.interleaved and part != "value":
-            dims = _paired(config.dims.head_dim, config.rotary_dim)
+            dims = paired(config.dims.head_dim, config.rotary_dim)
         starts = np.arange(num_heads) * config.dims.head_dim
         if model_type.grouped:
             starts = _group_starts(part, config)
@@ -39,7 +39,7 @@ def in_order(rows: Mapping[str, Stored], model_type: ModelType,
     return out
 
 
-def _paired(head_dim: int, rotary_dim: int) -> np.ndarray:
+def paired(head_dim: int, rotary_dim: int) -> np.ndarray:
     """Where each dimension of a head lies among those of a class that rotates neighbours."""
     half = rotary_dim // 2
     return np.concatenate([2 * np.arange(half), 2 * np.arange(half) + 1,

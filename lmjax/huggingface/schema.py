@@ -60,6 +60,9 @@ class ModelType:
     # Of the tensors' names. A directory in which no name has it was saved without the head: there,
     # it is put before every name.
     prefix: str = ""
+    # The setting that counts layers after the last one, which predict further tokens: their tensors
+    # are passed over, as in transformers.
+    further_layers: str = ""
     ignore: tuple[str, ...] = ()  # patterns of tensors that hold nothing the model needs
     # More settings like NEUTRAL. They have no row and are never refused: they change nothing, or
     # other code than the rows reads them (`is_local`, `lmjax.huggingface.settings`).

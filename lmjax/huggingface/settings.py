@@ -232,6 +232,7 @@ def _refuse_unknown(model_type: ModelType, settings: Settings, where: str) -> No
 def _unknown(model_type: ModelType, settings: Settings, implied: Settings) -> Settings:
     """The settings that the model type does not know and that say something."""
     known = NEUTRAL.union(model_type.neutral, model_type.rope, implied, ONLY,
+                          (model_type.further_layers,),
                           (ORIGINAL,) if model_type.rope else (),
                           model_type.rotary[:1] if model_type.rotary else (),
                           (row.theirs for row in model_type.settings),

@@ -66,6 +66,18 @@ def rows_for(model_type: ModelType, config: ModelConfig) -> dict[str, Stored]:
     return in_order(rows, model_type, config)
 
 
+def without_further_layers(entries: Entries, model_type: ModelType,
+                           config: ModelConfig) -> tuple[dict[str, Entry], int]:
+    """Leaves out the tensors of layers after the last, and counts these layers."""
+    if not model_type.further_layers:
+        return dict(entries), 0
+    numbers = {name: int(found[1]) for name in entries
+               if (found := re.match(r"model\.layers\.(\d+)\.", name))}
+    beyond = {name: i for name, i in numbers.items() if i >= config.num_layers}
+    return ({name: entry for name, entry in entries.items() if name not in beyond},
+            len(set(beyond.values())))
+
+
 def one_of_each(entries: Entries, model_type: ModelType, config: ModelConfig,
                 where: str) -> tuple[dict[str, Entry], ModelConfig]:
     """Leaves one tensor where a file may hold one under several names.

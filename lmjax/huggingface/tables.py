@@ -5,6 +5,7 @@ Tables only; `lmjax.huggingface.weights` says what the columns of `Stored` mean.
 
 from lmjax.huggingface.weights import Stored, Table
 
+DENSE_BLOCK = "dense_layers/block/"  # that of layers before the first with experts
 BLOCK = "layers/block/"  # lmjax's path of a decoder's or an encoder's stacked layers
 # lmjax's projection -> (the letter in most Hugging Face names, how its matrix lies)
 PROJECTIONS = {

@@ -48,6 +48,7 @@ class Stored(NamedTuple):
     first: str = ""
     # Where each output of ours lies among the outputs of their tensor, if not in the same order.
     order: tuple[int, ...] = ()
+    shift: int = 0  # added to the first index: layers before ours are another parameter's
 
     @property
     def output_axis(self) -> int:
@@ -165,12 +166,13 @@ def _pieces(shapes: Params, table: Table) -> dict[str, list[_Piece]]:
         row = table[path]
         lead = row.theirs.count("{}")
         for index in itertools.product(*map(range, shape.shape[:lead])):
-            name = row.theirs.format(*index)
+            piece = _Piece(path, index, tuple(shape.shape[lead:]), row)
+            name = row.theirs.format(*_number(piece))
             if row.first and not any(index):
                 name = row.first
-            found.append((name, _Piece(path, index, tuple(shape.shape[lead:]), row)))
+            found.append((name, piece))
     out: dict[str, list[_Piece]] = {}
-    for name, piece in sorted(found, key=lambda item: item[1].at):
+    for name, piece in sorted(found, key=lambda item: _number(item[1])):
         out.setdefault(name, []).append(piece)
     for name, pieces in out.items():
         pieces.sort(key=lambda piece: piece.row.part)
@@ -178,6 +180,11 @@ def _pieces(shapes: Params, table: Table) -> dict[str, list[_Piece]]:
         starts = itertools.accumulate(sizes[:-1], initial=0)
         out[name] = [piece._replace(start=at) for piece, at in zip(pieces, starts, strict=True)]
     return out
+
+
+def _number(piece: _Piece) -> tuple[int, ...]:
+    """The numbers of a piece's layer and expert among their tensors."""
+    return tuple(i + piece.row.shift * (at == 0) for at, i in enumerate(piece.at))
 
 
 def _matrix(piece: _Piece) -> tuple[int, int]:

@@ -16,13 +16,15 @@ from lmjax.models.parametrization import attention_multiplier, residual_multipli
 from lmjax.nn.adapters import adapter_noise
 from lmjax.nn.attention import Attention, AttentionConfig, AttentionInit, CacheUpdate, KVCache
 from lmjax.nn.kernels.choose import Kernel
+from lmjax.nn.latent_attention import LatentAttention, LatentSizes
 from lmjax.nn.layers import MLP, NORMS, Norm, residual_init
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import normal
-from lmjax.nn.moe import MoE, Routing
+from lmjax.nn.moe import MoE
 from lmjax.nn.ops import dropout
 from lmjax.nn.positions import Rotation
 from lmjax.nn.recorded import Recorded, in_layer, record
+from lmjax.nn.routing import Routing
 from lmjax.nn.sequence import gather_sequence, scatter_sequence, stream_axis
 from lmjax.sharding import constrain
 
@@ -169,13 +171,18 @@ class Block(nnx.Module):
         return y if multiplier == 1.0 else y * multiplier
 
 
-def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Attention:
+def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Any:
     """An attention layer with the config's dimensions and initial weights."""
     dims = c.dims
     scale = (c.query_scalar or dims.head_dim) ** -0.5
     # If scores are not divided by sqrt(head_dim) (T5 divides by 1), initial queries are scaled to
     # give scores of the usual size.
     query_init = normal(c.init_std * dims.head_dim ** -0.5 / scale)
+    init = AttentionInit(query_init, normal(c.init_std), residual_init(c.init_std, num_layers))
+    if c.latent.kv_rank:
+        sizes = LatentSizes(c.embed_dim, dims.num_heads, down_bias=c.qkv_bias, out_bias=c.out_bias,
+                            scale=scale * c.rope_scaling.score_factor, softcap=c.attention_softcap)
+        return LatentAttention(c.latent, sizes, init, rngs)
     # Most models with LayerNorm norm their queries and keys with RMSNorm.
     auto = c.norm if c.norm.startswith("rms") else "rmsnorm"
     qk_norm = NORMS[auto if c.qk_norm_kind == "auto" else c.qk_norm_kind]
@@ -186,5 +193,4 @@ def _attention(c: TransformerConfig, num_layers: int, rngs: nnx.Rngs) -> Attenti
         softcap=c.attention_softcap,
         qk_norm=functools.partial(qk_norm, eps=c.norm_eps) if c.qk_norm else None,
         qk_norm_over=c.qk_norm_over, clip=c.qkv_clip, sinks=c.attention_sinks)
-    init = AttentionInit(query_init, normal(c.init_std), residual_init(c.init_std, num_layers))
     return Attention(config, init, rngs)

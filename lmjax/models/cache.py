@@ -25,8 +25,10 @@ class Source(NamedTuple):
 class Cache(NamedTuple):
     """The state of cached decoding."""
 
-    # One entry per kind of layer: arrays [layers, B, G, S, K], or one array per layer.
-    # Local layers have at most as many slots as their window has tokens.
+    # One entry per kind of layer: arrays [layers, B, G, S, K], or one array per layer. First layers
+    # without experts have an entry of their own, the first.
+    # Local layers have at most as many slots as their window has tokens. Latent attention keeps its
+    # rotated keys and its latents, G = 1 (`nn.latent_attention`).
     layers: tuple[KVCache, ...]
     slot: jax.Array  # int32 [B]: the position of each row's next token
     source: Source | None = None  # of an encoder-decoder
@@ -40,11 +42,17 @@ def empty_cache(config: TransformerConfig, batch_size: int, slots: int, dtype: A
     kv_cache: a row of `nn.kv_cache.KV_CACHES`.
     """
     kinds, pattern = config.kinds(config.num_layers)
+    counts = [(kind, sum(pattern[layer % len(pattern)] == i for layer in range(config.num_layers)))
+              for i, kind in enumerate(kinds)]
+    if first := config.first_dense:  # all layers are of one kind
+        counts = [(kind, n) for kind, total in counts for n in (first, total - first)]
+    latent = config.latent
+    heads, dims = config.dims.num_kv_heads, (config.dims.head_dim, config.dims.head_dim)
+    if latent.kv_rank:
+        heads, dims = 1, (latent.rope_dim, latent.kv_rank)
     layers = []
-    for i, kind in enumerate(kinds):
-        count = sum(pattern[layer % len(pattern)] == i for layer in range(config.num_layers))
+    for kind, count in counts:
         window = config.window(kind) if rings else 0
-        shape = (count, batch_size, config.dims.num_kv_heads, min(slots, window or slots),
-                 config.dims.head_dim)
-        layers.append(KVCache(*(empty_rows(shape, kv_cache, dtype) for _ in KVCache._fields)))
+        shape = (count, batch_size, heads, min(slots, window or slots))
+        layers.append(KVCache(*(empty_rows((*shape, dim), kv_cache, dtype) for dim in dims)))
     return Cache(tuple(layers), jnp.zeros((batch_size,), jnp.int32))

@@ -8,9 +8,10 @@ from lmjax.config import at_least, choice
 from lmjax.errors import UserError
 from lmjax.models.heads import HeadConfig
 from lmjax.nn.attention import QK_NORMS
+from lmjax.nn.latent_attention import LatentConfig
 from lmjax.nn.layers import MLP_KINDS, NORMS
-from lmjax.nn.moe import MoEConfig
 from lmjax.nn.positions import SINUSOIDS, RopeScaling
+from lmjax.nn.routing import MoEConfig
 from lmjax.nn.stack import remat_policy
 
 CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {
@@ -104,6 +105,7 @@ class TransformerConfig:
     attention_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: off
     logit_softcap: float = 0.0  # the same for logits
     tie_embeddings: bool = False  # the token table is also the unembedding
+    latent: LatentConfig = dataclasses.field(default_factory=LatentConfig)  # latent attention
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)  # experts that replace the MLP
     head: HeadConfig = dataclasses.field(default_factory=HeadConfig)  # of a task; made by it
     dropout: float = 0.0  # of the embeddings and of each residual branch
@@ -137,6 +139,7 @@ class TransformerConfig:
             raise UserError("less than 1", self.dropout, "lower it", where="dropout")
         self._check_heads()
         self._check_layers()
+        self._check_latent()
         for key, needed in (("base_embed_dim", self.parametrization != "standard"),
                             ("base_num_layers", self.parametrization == "completep")):
             if needed and not getattr(self, key):
@@ -145,7 +148,7 @@ class TransformerConfig:
 
     def _check_heads(self) -> None:
         """Refuses heads that do not divide what they share."""
-        if not self.head_dim and self.embed_dim % self.num_heads:
+        if not (self.head_dim or self.latent.kv_rank) and self.embed_dim % self.num_heads:
             raise UserError(f"a divisor of embed_dim={self.embed_dim}", self.num_heads,
                             "change one of them or set head_dim", where="num_heads")
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
@@ -181,6 +184,36 @@ class TransformerConfig:
             raise UserError(f"none with norm_position={self.norm_position}",
                             self.parallel_residual, "change one", where="parallel_residual")
 
+    def _check_latent(self) -> None:
+        """Refuses what latent attention, or first layers without experts, are not combined with."""
+        one_kind = len(set(self.layer_pattern)) <= 1
+        refused = {
+            "latent.kv_rank": self.latent.kv_rank and {
+                "positions": self.positions == "rope", "qk_norm": not self.qk_norm,
+                "attention_sinks": not self.attention_sinks, "qkv_clip": not self.qkv_clip,
+                "rotary_fraction": self.rotary_fraction == 1,
+                "sliding_window": not self.sliding_window, "use_bias": not self.use_bias,
+                "layer_pattern": {*self.layer_pattern} <= {"global"},
+                "head_dim": self.head_dim in (0, self.latent.key_dim),
+                "num_kv_heads": self.num_kv_heads in (0, self.num_heads),
+                "parametrization": self.parametrization == "standard"},
+            "moe.first_dense": self.first_dense and {
+                "layer_pattern": one_kind, "embedding_norm": self.embedding_norm != "first",
+                "parametrization": self.parametrization == "standard"}}
+        for key, conditions in refused.items():
+            for name, holds in (conditions or {}).items():
+                if not holds:
+                    raise UserError(f"{name} at its default with {key}", getattr(self, name),
+                                    "change one of them", where=name)
+        if self.first_dense and self.first_dense >= self.num_layers:
+            raise UserError(f"fewer than num_layers={self.num_layers}", self.first_dense,
+                            "lower it", where="moe.first_dense")
+
+    @property
+    def first_dense(self) -> int:
+        """How many layers come before the first with experts; 0 in a model without any."""
+        return self.moe.first_dense if self.moe.experts else 0
+
     @property
     def output_softcap(self) -> float:
         """The soft-cap of the logits; a task's head has none."""
@@ -189,12 +222,16 @@ class TransformerConfig:
     @property
     def dims(self) -> Dims:
         """The dimensions of the heads, with 0 replaced by what it stands for."""
+        if self.latent.kv_rank:
+            return Dims(self.num_heads, self.num_heads, self.latent.key_dim)
         return Dims(self.num_heads, self.num_kv_heads or self.num_heads,
                     self.head_dim or self.embed_dim // self.num_heads)
 
     @property
     def rotary_dim(self) -> int:
         """The number of dimensions of a head that RoPE rotates."""
+        if self.latent.kv_rank:
+            return self.latent.rope_dim
         # A fraction such as 30/44 may come out just below the number that it stands for.
         return int(self.dims.head_dim * self.rotary_fraction + 1e-6)
 

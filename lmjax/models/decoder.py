@@ -19,7 +19,7 @@ from lmjax.models.parametrization import logit_multiplier
 from lmjax.models.transformer import TokenInfo, Trunk, embed, task_head, token_table
 from lmjax.nn.kernels.choose import Kernel
 from lmjax.nn.module import param, zeros
-from lmjax.nn.moe import Routing
+from lmjax.nn.routing import Routing
 
 
 @dataclasses.dataclass(frozen=True)

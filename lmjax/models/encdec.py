@@ -22,8 +22,8 @@ from lmjax.nn.attention import KVCache
 from lmjax.nn.kernels.choose import Kernel
 from lmjax.nn.kv_cache import CacheArray, like
 from lmjax.nn.module import param, zeros
-from lmjax.nn.moe import Routing
 from lmjax.nn.pipeline import split_key
+from lmjax.nn.routing import Routing
 
 
 @dataclasses.dataclass(frozen=True)

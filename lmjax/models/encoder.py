@@ -20,7 +20,7 @@ from lmjax.models.transformer import TokenInfo, Trunk, embed, task_head, token_t
 from lmjax.nn.kernels.choose import Kernel
 from lmjax.nn.layers import ACTIVATIONS, MLP_KINDS, NORMS, Dense, Embedding
 from lmjax.nn.module import normal, param, zeros
-from lmjax.nn.moe import Routing
+from lmjax.nn.routing import Routing
 from lmjax.sharding import constrain
 
 

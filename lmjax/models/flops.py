@@ -20,7 +20,7 @@ TABLES = {"vocab", "positions"}  # axes of parameters that are looked up, not mu
 MATRICES = {"embed", "expert_embed", "rank"}  # each of the other matrices has one of these axes
 # The parts of a model in the order in which a token passes through them; END: those after them.
 PLACES = {"embedding": 0, "positions": 0, "token_types": 0, "embedding_norm": 0, "widening": 0,
-          "encoder": 1, "relative_bias": 1, "layers": 1, "decoder": 2}
+          "encoder": 1, "relative_bias": 1, "dense_layers": 1, "layers": 1, "decoder": 2}
 END = 3
 Frozen = Callable[[str], bool]  # of a parameter's path
 
@@ -60,7 +60,10 @@ def flops_per_token(model: Model, seq_len: int, encoder_len: int = 0,
         spent = (pairs + share * c.num_layers * seq_len) * (
             12.0 if first <= _place("decoder") else 4.0)
         spent += share * within * (12.0 if first <= _place("encoder") else 4.0)
-    return weights + spent * c.dims.num_heads * c.dims.head_dim
+    latent, head_dim = c.latent, float(c.dims.head_dim)
+    if latent.kv_rank:  # half of the work is with queries and keys, half with values
+        head_dim = (latent.key_dim + latent.value_dim) / 2
+    return weights + spent * c.dims.num_heads * head_dim
 
 
 def flops_per_row(model: Model, lengths: Mapping[str, int], frozen: Frozen | None = None) -> float:

@@ -26,9 +26,9 @@ from lmjax.nn.adapters import NO_ADAPTERS, AdapterConfig, is_adapter
 from lmjax.nn.kernels.choose import Kernel, Needs, choose_kernel
 from lmjax.nn.kv_cache import KV_CACHES
 from lmjax.nn.module import Functional, Params, functional, normal, param
-from lmjax.nn.moe import Routing
 from lmjax.nn.packed import NOT_QUANTIZED, Packed, Quantization
 from lmjax.nn.packed import matmul as packed_matmul
+from lmjax.nn.routing import Routing
 from lmjax.nn.stack import Unstacked, is_unstacked
 from lmjax.sharding import platform
 

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T sequence, S key sequence or cache slots, D embed_dim, V vocab_size.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lmjax.models.block import Block, PerLayer, Shared
+from lmjax.models.block import Block, LayerOut, PerLayer, Shared
 from lmjax.models.cache import Source
 from lmjax.models.config import TransformerConfig, is_local, is_rotated
 from lmjax.models.heads import Head
@@ -20,7 +21,6 @@ from lmjax.nn.kernels.choose import Kernel, kernel_for_cache, prepare, uses_bala
 from lmjax.nn.layers import NORMS, Dense, Embedding, Norm
 from lmjax.nn.masking import AttentionMask
 from lmjax.nn.module import normal
-from lmjax.nn.moe import Routing
 from lmjax.nn.ops import dropout
 from lmjax.nn.pipeline import per_part, split_key
 from lmjax.nn.positions import (
@@ -31,8 +31,9 @@ from lmjax.nn.positions import (
     sinusoids,
 )
 from lmjax.nn.recorded import add_stack
+from lmjax.nn.routing import MoEConfig, Routing
 from lmjax.nn.sequence import balance_sequence, gather_sequence, scatter_sequence
-from lmjax.nn.stack import Stack
+from lmjax.nn.stack import Stack, Unstacked, is_unstacked
 from lmjax.sharding import constrain
 
 
@@ -70,8 +71,15 @@ class Trunk(nnx.Module):
         width = table_dim or c.embed_dim
         self.positions = (table(c.max_positions + c.position_offset, width, "embed")
                           if c.positions == "learned" else None)
-        self.layers = Stack(lambda r: Block(c, r, num_layers=num_layers, cross=cross), num_layers,
-                            scan=c.scan_layers, remat=c.remat, rngs=rngs, pattern=pattern)
+        first, plain = c.first_dense, dataclasses.replace(c, moe=MoEConfig())
+
+        def stack(c: TransformerConfig, count: int) -> Stack:
+            return Stack(lambda r: Block(c, r, num_layers=num_layers, cross=cross), count,
+                         scan=c.scan_layers, remat=c.remat, rngs=rngs, pattern=pattern)
+
+        # First layers without experts have other parameters than the rest, so they do not stack.
+        self.dense_layers = stack(plain, first) if first else None
+        self.layers = stack(c, num_layers - first)
         self.norm = new_norm() if c.norm_position != "post" else None
         self.embedding_norm = new_norm(width) if c.embedding_norm == "own" else None
         self.widening = (Dense((width,), (c.embed_dim,), (None, "embed"), use_bias=c.use_bias,
@@ -87,13 +95,15 @@ class Trunk(nnx.Module):
         """Runs embedded tokens [B, T, D] through all layers.
 
         Args:
-          cache: one per kind of layer; the tokens enter it and attend to it.
+          cache: one per stack and kind of layer; the tokens enter it and attend to it.
           key: turns dropout on. In a pipeline: [M] keys, one per microbatch.
         Returns:
           (normed hidden states [B, T, D], the new cache if one was given, how experts were chosen
           in each layer).
         """
-        c, num_layers = self.config, self.layers.num_layers
+        c = self.config
+        stacks = [s for s in (self.dense_layers, self.layers) if s is not None]
+        num_layers = sum(stack.num_layers for stack in stacks)
         x_BTD = self._with_positions(x_BTD, tokens.positions)
         keys = None
         if key is not None and self.noisy:
@@ -112,10 +122,10 @@ class Trunk(nnx.Module):
         x_BTD = scatter_sequence(x_BTD)
         first = jnp.arange(num_layers) == 0 if c.embedding_norm == "first" else None
         per_layer = PerLayer(keys, first, None if source is None else source.cache)
-        caches = cache or (None,) * len(self.kinds)
+        caches = cache or (None,) * len(self.kinds) * len(stacks)
         shared = [self._shared(kind, tokens, part and _slots(part), source)
-                  for kind, part in zip(self.kinds, caches, strict=True)]
-        x_BTD, new, (routing, recorded) = self.layers(x_BTD, per_layer, caches, shared)
+                  for kind, part in zip(self.kinds, caches[-len(self.kinds):], strict=True)]
+        x_BTD, new, (routing, recorded) = _run(stacks, x_BTD, per_layer, caches, shared)
         add_stack(recorded)
         x_BTD = balance_sequence(x_BTD, back=True) if balance else x_BTD
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
@@ -176,6 +186,31 @@ class Trunk(nnx.Module):
             positions_BT, kv_positions_BS, bidirectional=not self.causal,
             buckets=self.config.relative_buckets, distance=self.config.relative_distance)
         return jnp.moveaxis(self.relative_bias(buckets_BTS, jnp.float32), -1, 1)
+
+
+def _run(stacks: Sequence[Stack], x_BTD: jax.Array, per_layer: PerLayer, caches: Sequence[Any],
+         shared: Sequence[Shared]) -> tuple[jax.Array, Sequence[Any], LayerOut]:
+    """Runs x through one stack after another, each with its share of the layers' arguments.
+
+    Returns:
+      As a stack; the routing is the last one's, what is recorded is of all layers.
+    """
+    if len(stacks) == 1:
+        return stacks[0](x_BTD, per_layer, caches, shared)
+    new: list[Any] = []
+    recorded: dict[str, list[Any]] = {}
+    first = 0
+    for i, stack in enumerate(stacks):
+        end = first + stack.num_layers
+        own = jax.tree.map(lambda a: a[first:end], per_layer)  # noqa: B023 - called at once
+        x_BTD, cache, out = stack(x_BTD, own, caches[i * len(shared):][:len(shared)], shared)
+        new, first = [*new, *cache], end
+        for name, array in out.recorded.items():
+            recorded.setdefault(name, []).append(array)
+    joined: dict[str, Any] = {
+        name: Unstacked(x for array in arrays for x in array) if is_unstacked(arrays[0])
+        else jnp.concatenate(arrays) for name, arrays in recorded.items()}
+    return x_BTD, tuple(new), LayerOut(out.routing, joined)
 
 
 def _balanced(tokens: TokenInfo) -> TokenInfo:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lmjax.errors import UserError
-from lmjax.nn.moe import MoEConfig, Routing
 from lmjax.nn.ops import barrier, dot, dot_rows
+from lmjax.nn.routing import MoEConfig, Routing
 from lmjax.sharding import constrain, current_layout, num_devices
 
 Sums = tuple[jax.Array, jax.Array]  # total and nats, as in `Loss`

@@ -4,7 +4,6 @@ Shape suffixes: B batch, T sequence, N = B * T tokens, k experts per token, M = 
 E experts, C slots per expert and row, D embed_dim, F mlp_dim. A choice is one of a token's experts.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,13 +14,12 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lmjax.config import at_least
-from lmjax.errors import UserError
 from lmjax.nn.layers import ACTIVATIONS, MLP, MLP_KINDS, Dense, other_side
 from lmjax.nn.module import Initializer, param, zeros
 from lmjax.nn.ops import MATMUL
 from lmjax.nn.packed import NOT_QUANTIZED, Packed, in_training, rounded_to
 from lmjax.nn.quantized import matmuls_in
+from lmjax.nn.routing import MoEConfig, Routing, choose_experts, routing_of
 from lmjax.nn.sequence import mesh_axes
 from lmjax.sharding import constrain, current_layout, platform
 
@@ -29,46 +27,6 @@ from lmjax.sharding import constrain, current_layout, platform
 ExpertDot = Callable[[jax.Array, jax.Array], jax.Array]
 INTO, OUT = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
 BIAS_INTO, BIAS_OUT = ("experts", "mlp"), ("experts", "norm")
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """Experts, how tokens choose among them, and the router's losses."""
-
-    experts: int = 0  # number of experts; 0: layers are dense
-    per_token: int = 2  # experts that compute a token
-    mlp_dim: int = 0  # of each expert; 0: the model's
-    # Whether a token's weights are scaled to sum to 1 (Mixtral), or are the probabilities that the
-    # softmax over all experts gave.
-    normalize: bool = True
-    bias: bool = False  # of the router and of the experts' matrices (gpt-oss)
-    shared_dim: int = 0  # mlp_dim of one more expert, which computes all tokens; 0: none
-    shared_gate: bool = False  # whether a sigmoid scales that expert's output (Qwen2-MoE)
-    # Limit of the tokens of a row per expert, as a multiple of an even share (Lepikhin et al. 2020,
-    # arXiv:2006.16668). Tokens over the limit get no output from it. 0: no limit.
-    capacity: float = 0.0
-    # Coefficient of the load-balance loss (Fedus et al. 2021, arXiv:2101.03961).
-    balance_loss: float = 0.01
-    z_loss: float = 0.0  # coefficient of the router's z-loss (Zoph et al. 2022, arXiv:2202.08906)
-
-    def __post_init__(self) -> None:
-        at_least(1, per_token=self.per_token)
-        at_least(0, experts=self.experts, mlp_dim=self.mlp_dim, shared_dim=self.shared_dim,
-                 capacity=self.capacity, balance_loss=self.balance_loss, z_loss=self.z_loss)
-        if self.experts and self.per_token > self.experts:
-            raise UserError(f"at most experts={self.experts}", self.per_token, "lower it",
-                            where="per_token")
-
-
-class Routing(NamedTuple):
-    """Statistics of one layer's router, over the tokens that are not padding."""
-
-    # E * sum over experts of (its choices per token) * (its mean probability); `per_token` if the
-    # load is even.
-    balance: jax.Array
-    z: jax.Array  # mean square of the logarithm of the softmax's denominator
-    counts: jax.Array  # choices of each expert, float32 [E]
-    dropped: jax.Array  # share of the choices for which the expert had no slot
 
 
 class ExpertMatrices(NamedTuple):
@@ -106,6 +64,7 @@ class MoE(nnx.Module):
         into, out = (c.experts, dim, hidden), (c.experts, hidden, dim)
         self.router = Dense((dim,), (c.experts,), ("embed", "router"), use_bias=c.bias, init=init,
                             rngs=rngs)
+        self.correction = param(rngs, zeros, (c.experts,), ("norm",)) if c.correction else None
         self.gate = Experts(into, INTO, init, rngs, c.bias) if gated else None
         self.up = Experts(into, INTO, init, rngs, c.bias)
         self.down = Experts(out, OUT, out_init, rngs, c.bias)
@@ -125,10 +84,8 @@ class MoE(nnx.Module):
         """
         with matmuls_in("auto"), rounded_to(NOT_QUANTIZED):
             logits_BTE = self.router(x_BTD).astype(jnp.float32)
-        probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-        weights_BTk, experts_BTk = lax.top_k(probs_BTE, self.config.per_token)
-        if self.config.normalize:
-            weights_BTk = weights_BTk / jnp.sum(weights_BTk, axis=-1, keepdims=True)
+        bias_E = None if self.correction is None else self.correction[...]
+        probs_BTE, weights_BTk, experts_BTk = choose_experts(self.config, logits_BTE, bias_E)
         kept = None
         if self.config.capacity:
             y_BTD, kept = self._within_capacity(x_BTD, weights_BTk, experts_BTk, real_BT)
@@ -140,7 +97,7 @@ class MoE(nnx.Module):
                 with rounded_to(NOT_QUANTIZED):
                     y = jax.nn.sigmoid(self.shared_gate(x_BTD)) * y
             y_BTD += y
-        return y_BTD, _routing(logits_BTE, probs_BTE, experts_BTk, real_BT, kept)
+        return y_BTD, routing_of(logits_BTE, probs_BTE, experts_BTk, real_BT, kept)
 
     def _dropless(self, x_BTD: jax.Array, weights_BTk: jax.Array,
                   experts_BTk: jax.Array) -> jax.Array:
@@ -364,15 +321,3 @@ def _each_stage(stages: int, batched: list[bool], *args: jax.Array) -> tuple[jax
     """Loops over the stages; on a mesh each device has only one."""
     assert all(batched), batched
     return lax.map(lambda of_stage: lax.ragged_dot(*of_stage), args), True
-
-
-def _routing(logits_BTE: jax.Array, probs_BTE: jax.Array, experts_BTk: jax.Array,
-             real_BT: jax.Array, kept: jax.Array | None) -> Routing:
-    """The router's statistics; kept: the number of choices that got a slot, None for all."""
-    E, real = logits_BTE.shape[-1], real_BT.astype(jnp.float32)
-    tokens = jnp.maximum(jnp.sum(real), 1.0)
-    counts = jnp.sum(jax.nn.one_hot(experts_BTk, E) * real[..., None, None], axis=(0, 1, 2))
-    mean_E = jnp.sum(probs_BTE * real[..., None], axis=(0, 1)) / tokens
-    z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)) * real) / tokens
-    dropped = jnp.zeros(()) if kept is None else 1 - kept / jnp.maximum(jnp.sum(counts), 1.0)
-    return Routing(E * jnp.sum(counts / tokens * mean_E), z, counts, dropped)

@@ -45,18 +45,39 @@ class RopeScaling:
     # most beta_slow turns, and interpolates between.
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention_factor: float = 0.0  # yarn multiplies cos and sin by it; 0: 0.1 ln(factor) + 1
+    # yarn multiplies cos and sin by it. 0: `temperature(1)`, or if mscale and mscale_all_dim are
+    # set, temperature(mscale) / temperature(mscale_all_dim), as in DeepSeek-V2.
+    attention_factor: float = 0.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0  # latent attention multiplies scores by its temperature squared
     truncate: bool = True  # yarn interpolates between whole dimensions (gpt-oss: between any)
 
     def __post_init__(self) -> None:
         choice("kind", self.kind, ROPE_SCALINGS)
         at_least(1, factor=self.factor)
-        at_least(0, length=self.length, attention_factor=self.attention_factor)
+        at_least(0, length=self.length, attention_factor=self.attention_factor,
+                 mscale=self.mscale, mscale_all_dim=self.mscale_all_dim)
         if self.kind in ("llama3", "yarn") or self.length:
             at_least(1, original_positions=self.original_positions)
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise UserError(f"more than low_freq_factor={self.low_freq_factor}",
                             self.high_freq_factor, "raise it", where="high_freq_factor")
+
+    def temperature(self, mscale: float) -> float:
+        """0.1 * mscale * ln(factor) + 1, by which yarn makes attention sharper on longer rows."""
+        return 0.1 * mscale * math.log(self.factor) + 1.0
+
+    @property
+    def size(self) -> float:
+        """What yarn multiplies cos and sin by."""
+        if self.attention_factor or not (self.mscale and self.mscale_all_dim):
+            return self.attention_factor or self.temperature(1.0)
+        return self.temperature(self.mscale) / self.temperature(self.mscale_all_dim)
+
+    @property
+    def score_factor(self) -> float:
+        """What latent attention multiplies its scores by."""
+        return self.temperature(self.mscale_all_dim) ** 2 if self.kind == "yarn" else 1.0
 
 
 def _frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -118,8 +139,7 @@ def rope_rotation(positions_BT: jax.Array, head_dim: int, theta: float,
     angles = positions_BT.astype(jnp.float32)[..., None] * scaled.reshape(1, 1, -1)
     if scaling.kind != "yarn":
         return jnp.cos(angles), jnp.sin(angles)
-    size = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
-    return size * jnp.cos(angles), size * jnp.sin(angles)
+    return scaling.size * jnp.cos(angles), scaling.size * jnp.sin(angles)
 
 
 def apply_rope(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:

@@ -24,7 +24,7 @@ from lmjax.errors import UserError
 from lmjax.models.model import Batch, Model, ModelConfig
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
-from lmjax.nn.moe import Routing
+from lmjax.nn.routing import Routing
 from lmjax.tasks.losses import LossFn, with_routers
 from lmjax.tasks.reading import read_text
 from lmjax.tasks.task import Answer, Encoded, Facts, Predicted, Record, Sizes, Task

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from lmjax.models.model import Batch, Model
 from lmjax.nn.losses import Loss, cross_entropy, with_experts
 from lmjax.nn.module import Params
-from lmjax.nn.moe import MoEConfig, Routing
 from lmjax.nn.pipeline import split_rows
+from lmjax.nn.routing import MoEConfig, Routing
 from lmjax.sharding import current_microbatches
 
 

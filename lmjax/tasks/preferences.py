@@ -28,7 +28,7 @@ from lmjax.models.heads import HeadConfig
 from lmjax.models.model import Batch, Model, ModelConfig
 from lmjax.nn.losses import Loss, row_log_likelihoods
 from lmjax.nn.module import Params
-from lmjax.nn.moe import Routing
+from lmjax.nn.routing import Routing
 from lmjax.tasks.losses import LossFn, with_routers
 from lmjax.tasks.task import Answer, Encoded, Facts, Predicted, Record, Sizes, Task
 from lmjax.tasks.templates import check_template, fill

@@ -25,7 +25,7 @@ from lmjax.decoding.sampling import Sampling
 from lmjax.decoding.scoring import likelihoods
 from lmjax.models.encdec import EncDecConfig
 from lmjax.models.model import Model, build_model
-from lmjax.nn.moe import MoEConfig
+from lmjax.nn.routing import MoEConfig
 from lmjax.sharding import MeshConfig, make_layout
 
 

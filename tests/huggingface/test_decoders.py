@@ -48,9 +48,14 @@ VARIANTS = {
     "cohere-plain": ("cohere", dict(use_qk_norm=False, attention_bias=True)),
     "gpt-oss-plain": ("gpt_oss", dict(rope_scaling={"rope_type": "default"}, attention_bias=False,
                                       num_experts_per_tok=3)),
+    "deepseek-v2-lite": ("deepseek_v2", dict(
+        topk_method="greedy", q_lora_rank=None, first_k_dense_replace=0, rope_scaling=None)),
+    "deepseek-v3-biased": ("deepseek_v3", dict(
+        attention_bias=True, first_k_dense_replace=2, num_hidden_layers=3, norm_topk_prob=False)),
     "phi3-partial": ("phi3", dict(partial_rotary_factor=0.5))}
 NAMES = ("olmo", "olmo2", "olmo3", "smollm3", "ministral", "starcoder2", "stablelm", "cohere",
-         "cohere2", "glm", "glm4", "gpt_oss", "gpt_neox", "gptj", "phi", "falcon", "opt", *VARIANTS)
+         "cohere2", "glm", "glm4", "deepseek_v2", "deepseek_v3", "gpt_oss", "gpt_neox", "gptj",
+         "phi", "falcon", "opt", *VARIANTS)
 PATTERNS = ("olmo3", "smollm3", "smollm3-window", "cohere2", "ministral")  # layers of two kinds
 
 
@@ -63,7 +68,8 @@ def cases(*fast):
 
 def settings_of(name):
     model_type, changes = VARIANTS.get(name, (name, {}))
-    layers = {} if name in PATTERNS or model_type == "gptj" else {"num_hidden_layers": 2}
+    own = name in PATTERNS or model_type == "gptj" or "num_hidden_layers" in changes
+    layers = {} if own else {"num_hidden_layers": 2}
     return {**BASES[model_type], **changes, **layers, "model_type": model_type}
 
 
@@ -150,9 +156,12 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name):
     assert float(our_loss) == pytest.approx(loss.item(), rel=1e-5)
     table = ours(name)[2]
     get = tensor_getter(grads, table)
-    wanted = {key.replace("lm_head.weight", head_name(table)): p.grad.numpy()
-              for key, p in theirs_.named_parameters() if p.grad is not None}
+    wanted = {key.replace("lm_head.weight", head_name(table)): grad
+              for name, p in theirs_.named_parameters() if p.grad is not None
+              for key, grad in by_expert(name, p.grad.numpy())}
     shapes = tensor_shapes(grads, table)
+    fixed = {key for key in shapes if key.endswith("e_score_correction_bias")}
+    wanted |= {key: np.zeros(shapes[key]) for key in fixed}  # no gradient reaches them
     assert shapes.keys() == wanted.keys()
     largest = max(np.abs(g).max() for g in wanted.values())
     for key, grad in wanted.items():
@@ -160,6 +169,16 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name):
         has_keys = "bias" in key and any(part in key for part in ("k_proj", "query_key_value"))
         size = largest if has_keys else np.abs(grad).max()
         np.testing.assert_allclose(get(key), grad, atol=1e-4 * size, rtol=0, err_msg=key)
+
+
+def by_expert(name, x):
+    """The parts of a tensor under the names of files, which hold one expert each."""
+    stem, _, last = name.rpartition(".experts.")
+    if not stem:
+        return [(name, x)]
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[last]
+    return [(f"{stem}.experts.{i}.{part}.weight", share) for i, one in enumerate(x)
+            for part, share in zip(parts, np.split(one, len(parts)), strict=True)]
 
 
 def head_name(table):

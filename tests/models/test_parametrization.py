@@ -17,7 +17,7 @@ from lmjax.models.folding import folded
 from lmjax.models.model import Model, ModelConfig, build_model
 from lmjax.models.parametrization import optimizer_factors, scale_initial
 from lmjax.nn.adapters import AdapterConfig
-from lmjax.nn.moe import MoEConfig
+from lmjax.nn.routing import MoEConfig
 from lmjax.training.optim.config import OptimizerConfig
 from lmjax.training.optim.groups import multipliers
 from lmjax.training.optim.table import make_optimizer

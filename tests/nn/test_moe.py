@@ -12,7 +12,8 @@ from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
 from lmjax.nn.losses import Loss, with_experts
 from lmjax.nn.module import functional, normal
-from lmjax.nn.moe import MoE, MoEConfig, block_rows, sort_into_blocks
+from lmjax.nn.moe import MoE, block_rows, sort_into_blocks
+from lmjax.nn.routing import MoEConfig
 from lmjax.sharding import MeshConfig, make_layout
 from lmjax.tasks.losses import next_token_loss
 from lmjax.training.optim.config import OptimizerConfig

@@ -11,7 +11,7 @@ from lmjax.models.decoder import DecoderConfig
 from lmjax.models.encoder import EncoderConfig
 from lmjax.models.heads import HeadConfig
 from lmjax.models.model import build_model
-from lmjax.nn.moe import MoEConfig
+from lmjax.nn.routing import MoEConfig
 from lmjax.tasks.classification import Classification
 from lmjax.tasks.embeddings import Embeddings
 from lmjax.tasks.grpo import Grpo

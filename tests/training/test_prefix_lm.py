@@ -19,7 +19,7 @@ from lmjax.decoding.speculative import Draft, speculate
 from lmjax.models.decoder import DecoderConfig
 from lmjax.models.model import build_model
 from lmjax.nn.attention import AttentionMask
-from lmjax.nn.moe import MoEConfig
+from lmjax.nn.routing import MoEConfig
 from lmjax.tasks.losses import next_token_loss
 
 GREEDY = Sampling(temperature=0.0)

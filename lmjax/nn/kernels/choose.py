@@ -148,7 +148,8 @@ def attend(q_BTHK: jax.Array, k_BSGK: CacheArray, v_BSGK: CacheArray, mask: Atte
     """Attention: softmax(cap(q k^T * scale) + bias) v over the keys that each query sees.
 
     cap(x) = softcap * tanh(x / softcap), or x where softcap is 0. H is a multiple of G: query head
-    h reads key/value head h // (H / G).
+    h reads key/value head h // (H / G). Values may have another size than keys; the smaller are
+    then filled up with zeros, but for the dense kernel, which takes them as they are.
 
     Args:
       bias: [1 or B, H, T, S], added to the scores in float32.
@@ -156,24 +157,29 @@ def attend(q_BTHK: jax.Array, k_BSGK: CacheArray, v_BSGK: CacheArray, mask: Atte
         (gpt-oss; Xiao et al. 2023, arXiv:2309.17453, section 3.3, with a key of zeros).
 
     Returns:
-      [B, T, H, K] in the dtype of q; 0 for a query that sees no key.
+      [B, T, H, K of the values] in the dtype of q; 0 for a query that sees no key.
 
     Raises:
       UserError: `kernel` does not support this call.
     """
-    (T, H, K), (S, G) = q_BTHK.shape[1:], k_BSGK.shape[1:3]
+    (T, H, K), (S, G, V) = q_BTHK.shape[1:], (*k_BSGK.shape[1:3], v_BSGK.shape[-1])
     softcap, bias = scores.get("softcap", 0.0), scores.get("bias")
     also = {} if scores.get("sinks") is None else {"sinks": scores["sinks"]}
     kernel.check(Needs(
         softcap=softcap, bias=bias is not None, window=mask.window, causal=mask.causal,
         cross=T != S, context=num_shards("seq") > 1, prefix=mask.kv_prefix is not None,
         gqa=H != G, cache=(mask.causal or mask.window > 0) and not mask.in_order,
-        sinks=bool(also), head_dim=K, dtype=q_BTHK.dtype))
+        sinks=bool(also), head_dim=max(K, V), dtype=q_BTHK.dtype))
     if not kernel.dense:  # the others multiply floats
         k_BSGK, v_BSGK = (x.dense(q_BTHK.dtype) if isinstance(x, Int8Rows) else x
                           for x in (k_BSGK, v_BSGK))
-    return kernel.run(q_BTHK, k_BSGK, v_BSGK, mask, scale=scores["scale"], softcap=softcap,
-                      bias=bias, **also)
+        if K != V:
+            q_BTHK, k_BSGK, v_BSGK = (
+                jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, max(K, V) - x.shape[-1])))
+                for x in (q_BTHK, k_BSGK, v_BSGK))
+    y = kernel.run(q_BTHK, k_BSGK, v_BSGK, mask, scale=scores["scale"], softcap=softcap,
+                   bias=bias, **also)
+    return y if y.shape[-1] == V else y[..., :V]
 
 
 def prepare(mask: AttentionMask, kernel: Kernel) -> AttentionMask:

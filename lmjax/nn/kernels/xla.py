@@ -90,7 +90,7 @@ def _one_piece(q_BTHK: jax.Array, k_BSGK: CacheArray, v_BSGK: CacheArray, mask_B
     k, v = jax.tree.map(lambda x: x.swapaxes(1, 2), (k_BSGK, v_BSGK))
     run = _attend_int8 if isinstance(k, Int8Rows) else _attend
     y = run(q, k, v, mask_BTS, bias, sinks, scale, softcap)
-    y = y.reshape(B, G, H // G, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+    y = y.reshape(B, G, H // G, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
     return y * jnp.any(mask_BTS, axis=-1)[:, :, None, None].astype(y.dtype)
 
 
