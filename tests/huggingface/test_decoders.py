@@ -156,10 +156,10 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name):
     assert float(our_loss) == pytest.approx(loss.item(), rel=1e-5)
     table = ours(name)[2]
     get = tensor_getter(grads, table)
+    shapes = tensor_shapes(grads, table)
     wanted = {key.replace("lm_head.weight", head_name(table)): grad
               for name, p in theirs_.named_parameters() if p.grad is not None
-              for key, grad in by_expert(name, p.grad.numpy())}
-    shapes = tensor_shapes(grads, table)
+              for key, grad in as_stored(name, p.grad.numpy(), shapes)}
     fixed = {key for key in shapes if key.endswith("e_score_correction_bias")}
     wanted |= {key: np.zeros(shapes[key]) for key in fixed}  # no gradient reaches them
     assert shapes.keys() == wanted.keys()
@@ -171,10 +171,10 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name):
         np.testing.assert_allclose(get(key), grad, atol=1e-4 * size, rtol=0, err_msg=key)
 
 
-def by_expert(name, x):
-    """The parts of a tensor under the names of files, which hold one expert each."""
+def as_stored(name, x, shapes):
+    """The parts of a tensor of all experts, if files hold one expert each, or the tensor."""
     stem, _, last = name.rpartition(".experts.")
-    if not stem:
+    if not stem or name in shapes:
         return [(name, x)]
     parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[last]
     return [(f"{stem}.experts.{i}.{part}.weight", share) for i, one in enumerate(x)
