@@ -126,6 +126,9 @@ BASES = {
         vocab_size=V, dim=32, n_layers=2, n_heads=4, hidden_dim=48, activation="gelu",
         max_position_embeddings=48, sinusoidal_pos_embds=False, pad_token_id=0,
         tie_word_embeddings=True),
+    "albert": without(BERT, "position_embedding_type") | dict(
+        num_hidden_layers=3, embedding_size=16, hidden_act="gelu_new", num_hidden_groups=1,
+        inner_group_num=1),
     "electra": BERT | dict(embedding_size=16, hidden_act="gelu_new"),
     "modernbert": dict(
         vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=4,

@@ -91,6 +91,9 @@ def _check(config: ModelConfig, layers: int, heads: float, mlp: float, texts: bo
     if not texts:
         raise UserError("texts to measure layers, heads and channels on", "none",
                         "add texts like those that the model reads (--texts FILE ...)", "prune")
+    if getattr(config, "shared_layers", False):
+        raise UserError("a model whose layers have parameters of their own", "shared_layers=true",
+                        "prune its weights instead: weights=0.5", where="prune")
     if layers >= config.num_layers:
         raise UserError(f"fewer than the {config.num_layers} layers", layers, "lower it",
                         where="prune layers")

@@ -3,7 +3,13 @@
 from lmjax.huggingface.common_settings import SIZES
 from lmjax.huggingface.heads import MODERNBERT_HEADS, encoder_heads
 from lmjax.huggingface.schema import GATED, TIED, UNGATED, ModelType, Setting, defaults
-from lmjax.huggingface.tables import bert_table, distilbert_table, electra_table, modernbert_table
+from lmjax.huggingface.tables import (
+    albert_table,
+    bert_table,
+    distilbert_table,
+    electra_table,
+    modernbert_table,
+)
 from lmjax.huggingface.weights import Stored
 from lmjax.models.encoder import EncoderConfig
 
@@ -105,6 +111,29 @@ ELECTRA = ModelType(
     config=EncoderConfig,
     rope={},
     heads=encoder_heads("Electra", "classifier.dense", "classifier.out_proj", "pooler_gelu"))
+ALBERT = ModelType(
+    "albert", "AlbertForMaskedLM",
+    (*defaults(tuple(row for row in BERT_LIKE if row.theirs not in (
+        "is_decoder", "add_cross_attention")), vocab_size=30000, hidden_size=4096,
+        num_attention_heads=64, intermediate_size=16384, hidden_act="gelu_new"),
+     Setting("embedding_size", "table_dim", 128),
+     Setting("max_position_embeddings", "max_positions", 512),
+     Setting("num_hidden_groups", "", 1),
+     Setting("inner_group_num", "", 1)),
+    albert_table(),
+    untied={"head_bias": Stored("predictions.decoder.bias")},
+    tied=(("predictions.bias", "predictions.decoder.bias"),),
+    fixed=BERT_FIXED | {"shared_layers": True},
+    prefix="albert.",
+    ignore=(r"sop_classifier\..*",),
+    # Of its first repositories; no class reads them.
+    neutral=("classifier_dropout_prob", "down_scale_factor", "gap_size", "layers_to_keep",
+             "net_structure_type", "num_memory_blocks"),
+    present={"mlm_head": ("predictions.dense.weight", True, False),
+             "pooler": ("albert.pooler.weight", True, False)},
+    config=EncoderConfig,
+    rope={},
+    heads=encoder_heads("Albert", "albert.pooler", "classifier"))
 MODERNBERT = ModelType(
     "modernbert", "ModernBertForMaskedLM",
     (*defaults(SIZES, vocab_size=50368, hidden_size=768, intermediate_size=1152,

@@ -144,6 +144,23 @@ def electra_table() -> Table:
         both("widening", "electra.embeddings_project", "out,in"))
 
 
+def albert_table() -> Table:
+    """The rows of ALBERT, all of whose layers are one."""
+    layer = "albert.encoder.albert_layer_groups.{}.albert_layers.0"
+    return joined(
+        bert_table("albert", "predictions.dense", "predictions.LayerNorm", "predictions.bias",
+                   "predictions.decoder.weight"),
+        both("widening", "albert.encoder.embedding_hidden_mapping_in", "out,in"),
+        both("pooler", "albert.pooler", "out,in"),
+        *(both(f"{BLOCK}attention/{name}", f"{layer}.attention.{name}", "out,in")
+          for name in ("query", "key", "value")),
+        both(f"{BLOCK}attention/out", f"{layer}.attention.dense", "out,in2"),
+        both(f"{BLOCK}attention_norm", f"{layer}.attention.LayerNorm"),
+        both(f"{BLOCK}mlp/up", f"{layer}.ffn", "out,in"),
+        both(f"{BLOCK}mlp/down", f"{layer}.ffn_output", "out,in"),
+        both(f"{BLOCK}mlp_norm", f"{layer}.full_layer_layer_norm"))
+
+
 def t5_table() -> Table:
     """The rows of T5, which numbers a block's branches; a decoder block has one branch more."""
     rows = {"embedding/table": Stored("shared.weight"), "head/table": Stored("lm_head.weight")}

@@ -1,4 +1,4 @@
-"""The encoder: one class for BERT, RoBERTa, ELECTRA and ModernBERT, which differ in settings.
+"""The encoder: one class for BERT, RoBERTa, ALBERT and ModernBERT, which differ in settings.
 
 The settings of published models are in `presets`.
 Shape suffixes: B batch, T sequence, D embed_dim, V vocab_size.
@@ -32,6 +32,7 @@ class EncoderConfig(TransformerConfig):
     token_types: int = 0  # kinds of segments, each with an embedding for its tokens; 0: none
     # Width of the embeddings, which a matrix maps to embed_dim (Lan et al. 2019, arXiv:1909.11942).
     table_dim: int = 0  # 0: embed_dim
+    shared_layers: bool = False  # all layers have the same parameters (ibid.)
     mlm_head: bool = True  # a matrix, an activation, a norm and a bias before the vocabulary
     head_activation: str = ""  # of the MLM head; "": the MLP's
     pooler: bool = False  # tanh of a matrix times the state of the first token (BERT)

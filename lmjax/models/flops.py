@@ -103,7 +103,9 @@ def _multiplied(shape: tuple[int, ...], axes: tuple[str, ...], config: ModelConf
     # The router, which has no `mlp` axis, computes a token for all experts; each of the chosen
     # experts computes it, too.
     chosen = "experts" in axes and "mlp" in axes
-    return math.prod(shape) * (config.moe.per_token / config.moe.experts if chosen else 1.0)
+    shared = getattr(config, "shared_layers", False) and "layers" in axes
+    times = config.num_layers if shared else 1
+    return math.prod(shape) * times * (config.moe.per_token / config.moe.experts if chosen else 1.0)
 
 
 def _place(path: str) -> int:

@@ -101,6 +101,8 @@ MODERNBERT = dict(family="encoder", norm="layernorm_no_bias", embedding_norm="fi
                   vocab_size=50368)
 DISTILBERT = {key: value for key, value in BERT.items() if key not in ("token_types", "pooler")}
 ELECTRA = BERT | dict(pooler=False, head_activation="gelu")
+ALBERT = BERT | dict(mlp="gelu_tanh", table_dim=128, shared_layers=True, vocab_size=30000,
+                     dropout=0.0)
 TRANSFORMER = dict(family="encdec", positions="sinusoidal", norm="layernorm", norm_position="post",
                    scale_embeddings=True, mlp="relu", use_bias=True, tie_embeddings=True,
                    vocab_size=37000)
@@ -235,6 +237,10 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "electra-small": (ELECTRA, (12, 256, 4, 4, 1024), dict(table_dim=128)),
     "electra-base": (ELECTRA, (12, 768, 12, 12, 3072)),
     "electra-large": (ELECTRA, (24, 1024, 16, 16, 4096)),
+    "albert-base": (ALBERT, (12, 768, 12, 12, 3072)),
+    "albert-large": (ALBERT, (24, 1024, 16, 16, 4096)),
+    "albert-xlarge": (ALBERT, (24, 2048, 16, 16, 8192)),
+    "albert-xxlarge": (ALBERT, (12, 4096, 64, 64, 16384)),
     "transformer-base": (TRANSFORMER, (6, 512, 8, 8, 2048), dict(dropout=0.1)),
     "transformer-big": (TRANSFORMER, (6, 1024, 16, 16, 4096), dict(dropout=0.3)),
     "bart-base": (BART, (6, 768, 12, 12, 3072)),

@@ -1,5 +1,6 @@
 """A stack of equal layers, scanned (compiled once) or unrolled, under a named remat policy."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -81,10 +82,13 @@ def is_unstacked(x: Any) -> bool:
     return isinstance(x, Unstacked)
 
 
+Build = Callable[[Any], Any]  # from a layer's parameters to its block
+
+
 class Inputs(NamedTuple):
     """What several layers read besides x; every array has a leading dimension of layers."""
 
-    params: Params
+    params: Params | None  # None: all layers share theirs
     per_layer: Any
     caches: Sequence[Any]  # one per kind of layer
 
@@ -101,13 +105,14 @@ class Stack(nnx.Module):
         whatever the depth. False unrolls the loop: the compiler can optimise across layers, but has
         to compile every one. Layers after the last full repetition follow the loop.
       remat: see `kept_names`.
+      shared: all layers have one set of parameters, whose leading dimension is 1.
     """
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module], num_layers: int, *, scan: bool,
-                 remat: str, rngs: nnx.Rngs, pattern: Sequence[int] = (0,)):
+                 remat: str, rngs: nnx.Rngs, pattern: Sequence[int] = (0,), shared: bool = False):
         self.num_layers, self.scan, self.remat = num_layers, scan, remat
-        self.pattern = tuple(pattern)
-        self.block = stack_modules(build, num_layers, rngs)
+        self.pattern, self.shared = tuple(pattern), shared
+        self.block = stack_modules(build, 1 if shared else num_layers, rngs)
 
     def __call__(self, x: jax.Array, per_layer: Any, caches: Sequence[Any],
                  shared: Sequence[Any]) -> tuple[jax.Array, Sequence[Any], Any]:
@@ -132,23 +137,27 @@ class Stack(nnx.Module):
              shared: Sequence[Any]) -> tuple[jax.Array, Sequence[Any], Any]:
         """`__call__` for the layers of `block`: all of them, or those of one pipeline stage."""
         graph, params = block
-        inputs = Inputs(params, per_layer, caches)
-        if not _any_unstacked(params):
-            return self._scanned(graph, x, inputs, shared)
-        num_layers = len(jax.tree.leaves(params, is_leaf=is_unstacked)[0])
-        kinds = [self.pattern[i % len(self.pattern)] for i in range(num_layers)]
-        return self._unrolled(graph, x, inputs, shared, kinds, join=_unstacked)
+        if self.shared:
+            def one(_: Any) -> nnx.Module:
+                return merge_module(graph, _at(params, 0))
 
-    def _scanned(self, graph: Any, x: jax.Array, inputs: Inputs,
-                 shared: Sequence[Any]) -> tuple[jax.Array, Sequence[Any], Any]:
+            return self._scanned(one, x, Inputs(None, per_layer, caches), shared, self.num_layers)
+        build, inputs = functools.partial(merge_module, graph), Inputs(params, per_layer, caches)
+        num_layers = len(jax.tree.leaves(params, is_leaf=is_unstacked)[0])
+        if not _any_unstacked(params):
+            return self._scanned(build, x, inputs, shared, num_layers)
+        kinds = [self.pattern[i % len(self.pattern)] for i in range(num_layers)]
+        return self._unrolled(build, x, inputs, shared, kinds, join=_unstacked)
+
+    def _scanned(self, build: Build, x: jax.Array, inputs: Inputs, shared: Sequence[Any],
+                 num_layers: int) -> tuple[jax.Array, Sequence[Any], Any]:
         """Scans over the repetitions of the pattern, then unrolls the layers that are left."""
-        num_layers = len(jax.tree.leaves(inputs.params)[0])
         rounds, num_left = divmod(num_layers, len(self.pattern))
         in_rounds, left = self._split_rounds(inputs, rounds)
         in_loop = self.scan and rounds > 1  # JAX inlines a loop of one round
 
         def one_round(x: jax.Array, inputs: Inputs) -> tuple[jax.Array, Any]:
-            x, caches, outs = self._unrolled(graph, x, inputs, shared, self.pattern, join=_stack,
+            x, caches, outs = self._unrolled(build, x, inputs, shared, self.pattern, join=_stack,
                                              in_loop=in_loop)
             return x, (caches, outs)
 
@@ -157,12 +166,12 @@ class Stack(nnx.Module):
         caches, outs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), new)
         if num_left:
             kinds = self.pattern[:num_left]
-            x, more_caches, more_outs = self._unrolled(graph, x, left, shared, kinds, join=_stack)
+            x, more_caches, more_outs = self._unrolled(build, x, left, shared, kinds, join=_stack)
             caches = tuple(map(_concatenate, caches, more_caches))
             outs = _concatenate(outs, more_outs)
         return x, caches, outs
 
-    def _unrolled(self, graph: Any, x: jax.Array, inputs: Inputs, shared: Sequence[Any],
+    def _unrolled(self, build: Build, x: jax.Array, inputs: Inputs, shared: Sequence[Any],
                   kinds: Sequence[int], *, join: Callable[[Sequence[Any]], Any],
                   in_loop: bool = False) -> tuple[jax.Array, Sequence[Any], Any]:
         """Runs one layer after another, layer i of kind kinds[i].
@@ -171,7 +180,7 @@ class Stack(nnx.Module):
           join: makes one tree of a list with one tree per layer.
           in_loop: whether this is the body of a loop.
         """
-        layers = [self._layer(graph, of_kind, in_loop) for of_kind in shared]
+        layers = [self._layer(build, of_kind, in_loop) for of_kind in shared]
         caches: list[list[Any]] = [[] for _ in shared]
         outs = []
         for i, kind in enumerate(kinds):
@@ -182,12 +191,12 @@ class Stack(nnx.Module):
             outs.append(out)
         return x, tuple(join(of_kind) for of_kind in caches), join(outs)
 
-    def _layer(self, graph: Any, shared: Any, in_loop: bool) -> Callable[..., Any]:
+    def _layer(self, build: Build, shared: Any, in_loop: bool) -> Callable[..., Any]:
         """The function of one kind of layer, under the remat policy."""
 
         def layer(x: jax.Array, params: Params, per_layer: Any,
                   cache: Any) -> tuple[jax.Array, Any, Any]:
-            return merge_module(graph, params)(x, per_layer, cache, shared)
+            return build(params)(x, per_layer, cache, shared)
 
         policy = remat_policy(self.remat)
         if policy is None:

@@ -33,6 +33,9 @@ def check_sizes(ours: ModelConfig, theirs: ModelConfig) -> None:
         raise UserError(f"heads of {large.head_dim} dimensions, as train.init_from has",
                         small.head_dim, "set model.num_heads so that it divides embed_dim into "
                         "such heads, or model.head_dim itself", where="config.model.head_dim")
+    if getattr(theirs, "shared_layers", False) and ours.num_layers != theirs.num_layers:
+        raise UserError(f"the {theirs.num_layers} layers of train.init_from, which share their "
+                        "parameters", ours.num_layers, "set it to that", "config.model.num_layers")
     for name, (own, other) in pairs.items():
         if own > other:
             raise UserError(f"at most {other}, as train.init_from has", own, "lower it",

@@ -32,7 +32,7 @@ from lmjax.sharding import MeshConfig, make_layout, use_layout  # noqa: E402
 
 T, LENGTHS = 14, (8, 6)  # of the documents, which are a padded row each, and one row together
 MORE = 6  # tokens that are generated
-ENCODERS = ("distilbert", "electra")
+ENCODERS = ("distilbert", "electra", "albert")
 ENCDECS = ("bart", "mbart", "pegasus", "m2m_100")
 NAMES = (*ENCODERS, *ENCDECS)
 
@@ -132,7 +132,7 @@ def of_theirs(name):
     return (nats * real).sum() / sum(LENGTHS), logits
 
 
-@cases("electra", "bart", "m2m_100")
+@cases("albert", "electra", "bart", "m2m_100")
 def test_logits_loss_and_gradients_are_those_of_transformers(name):
     oracle(name)[0].zero_grad()
     loss, logits = of_theirs(name)

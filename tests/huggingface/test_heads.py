@@ -27,6 +27,7 @@ MODELS = {
     "bert": ("Bert", COMMON, ALL),
     "distilbert": ("DistilBert", DISTILBERT, ALL),
     "electra": ("Electra", COMMON | dict(embedding_size=16), ALL),
+    "albert": ("Albert", COMMON | dict(embedding_size=16), ALL),
     "roberta": ("Roberta", ROBERTA, ALL),
     "xlm-roberta": ("XLMRoberta", ROBERTA, ALL),
     "camembert": ("Camembert", ROBERTA, ALL),
