@@ -88,6 +88,11 @@ def _check(config: ModelConfig, layers: int, heads: float, mlp: float, texts: bo
     if config.family == "encdec":
         raise UserError("a decoder or an encoder", "an encoder-decoder", "prune its weights "
                         "instead: weights=0.5", where="prune")
+    if config.first_dense or (heads and config.latent.kv_rank):
+        raise UserError("layers that are all alike, and heads with keys of their own",
+                        f"moe.first_dense={config.first_dense}, latent.kv_rank="
+                        f"{config.latent.kv_rank}", "prune its weights instead: weights=0.5",
+                        where="prune")
     if not texts:
         raise UserError("texts to measure layers, heads and channels on", "none",
                         "add texts like those that the model reads (--texts FILE ...)", "prune")

@@ -87,6 +87,20 @@ GPT_OSS = dict(attention_sinks=True, qkv_bias=True, out_bias=True, mlp="swiglu_c
                rope_scaling=dict(kind="yarn", factor=32.0, original_positions=4096,
                                  truncate=False),
                max_positions=131072, vocab_size=201088)
+YARN40 = dict(kind="yarn", factor=40.0, original_positions=4096, mscale=1.0, mscale_all_dim=1.0)
+LATENT = dict(kv_rank=512, query_rank=1536, nope_dim=128, rope_dim=64, value_dim=128)
+DEEPSEEK_V2 = dict(
+    norm_eps=1e-6, max_positions=163840, vocab_size=102400, rope_scaling=YARN40, latent=LATENT,
+    moe=dict(experts=160, per_token=6, mlp_dim=1536, shared_dim=3072, normalize=False, scale=16.0,
+             groups=8, top_groups=3, first_dense=1, balance_loss=0.003))
+V3_MOE: Switches = dict(
+    experts=256, per_token=8, mlp_dim=2048, shared_dim=2048, scores="sigmoid", groups=8,
+    top_groups=4, correction=True, scale=2.5, first_dense=3, balance_loss=0.0001)
+DEEPSEEK_V3 = DEEPSEEK_V2 | dict(vocab_size=129280, moe=V3_MOE)
+KIMI_K2 = DEEPSEEK_V3 | dict(
+    max_positions=131072, vocab_size=163840, rope_theta=50_000.0,
+    rope_scaling=YARN40 | dict(factor=32.0, beta_fast=1.0, beta_slow=1.0),
+    moe=V3_MOE | dict(experts=384, groups=1, top_groups=1, scale=2.827, first_dense=1))
 OPT = LAYERNORM | dict(positions="learned", position_offset=2, mlp="relu", max_positions=2048,
                        tie_embeddings=True, vocab_size=50272, dropout=0.1)
 BERT = dict(family="encoder", positions="learned", max_positions=512, norm="layernorm",
@@ -217,6 +231,14 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "glm4-9b": (GLM4, (40, 4096, 32, 2, 13696, 128)),
     "glm4-9b-0414": (GLM4, (40, 4096, 32, 2, 13696, 128), dict(
         norm_position="both", max_positions=32768, norm_eps=1e-5)),
+    "deepseek-v2-lite": (DEEPSEEK_V2, (27, 2048, 16, 16, 10944), dict(
+        latent=LATENT | dict(query_rank=0),
+        rope_scaling=YARN40 | dict(mscale=0.707, mscale_all_dim=0.707),
+        moe=dict(experts=64, per_token=6, mlp_dim=1408, shared_dim=2816, normalize=False,
+                 first_dense=1, balance_loss=0.003))),
+    "deepseek-v2": (DEEPSEEK_V2, (60, 5120, 128, 128, 12288)),
+    "deepseek-v3": (DEEPSEEK_V3, (61, 7168, 128, 128, 18432)),
+    "kimi-k2": (KIMI_K2, (61, 7168, 64, 64, 18432)),
     "gpt-oss-20b": (GPT_OSS, (24, 2880, 64, 8, 2880, 64), dict(
         moe=dict(experts=32, per_token=4, bias=True, balance_loss=0.001))),
     "gpt-oss-120b": (GPT_OSS, (36, 2880, 64, 8, 2880, 64), dict(

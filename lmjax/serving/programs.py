@@ -130,9 +130,13 @@ def compiled(models: tuple[Model, ...], layout: Layout, ids: TokenIds, shapes: S
 
 
 def _placement(model: Model, layout: Layout, shapes: Shapes) -> Any:
-    """Where the arrays of a cache lie, as a tree like `Cache`: `tensor` splits the heads."""
+    """Where the arrays of a cache lie, as a tree like `Cache`: `tensor` splits the heads.
+
+    The heads of latent attention share what it keeps.
+    """
+    heads = None if model.config.latent.kv_rank else "act_kv_heads"
     cache = jax.eval_shape(lambda: _empty_cache(model, 1, shapes.slots))
-    axes = (*(None,) * (jax.tree.leaves(cache.layers)[0].ndim - 3), "act_kv_heads", None, None)
+    axes = (*(None,) * (jax.tree.leaves(cache.layers)[0].ndim - 3), heads, None, None)
     return Cache(layout.sharding(axes), layout.replicated)  # type: ignore[arg-type]
 
 

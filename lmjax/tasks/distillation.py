@@ -140,6 +140,8 @@ def as_student(student: Model, teacher: Model, config: DistillConfig, layout: La
     heads = config.relation_heads or student.config.dims.num_heads
     widths = {number * dims.head_dim for dims in (student.config.dims, teacher.config.dims)
               for number in (dims.num_heads, dims.num_kv_heads)}
+    widths |= {c.num_heads * c.latent.value_dim for c in (student.config, teacher.config)
+               if c.latent.kv_rank}
     if config.attention and any(width % heads for width in widths):
         raise UserError(f"a divisor of {', '.join(map(str, sorted(widths)))}, the widths of the "
                         "queries and keys of both models", heads, "change it",

@@ -25,6 +25,11 @@ def check_sizes(ours: ModelConfig, theirs: ModelConfig) -> None:
     Raises:
       UserError: it is larger in some way, or its heads are other than the other's.
     """
+    for name in ("latent", "first_dense"):
+        own, other = getattr(ours, name), getattr(theirs, name)
+        if own != other:
+            raise UserError(f"{other}, as train.init_from has", own, "take it over",
+                            where=f"config.model.{name.replace('first', 'moe.first')}")
     small, large = ours.dims, theirs.dims
     pairs = {name: tuple(getattr(c, name, 0) or c.num_layers for c in (ours, theirs))
              for name in SIZES if name not in small._fields}

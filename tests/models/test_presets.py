@@ -37,6 +37,8 @@ COUNTS = {
 
 # Of the architectures that `huggingface.decoders` and `older_decoders` read: by their dimensions.
 MORE_COUNTS = {
+    "deepseek-v2-lite": 15_706_484_224, "deepseek-v2": 235_741_434_880,
+    "deepseek-v3": 671_026_419_200, "kimi-k2": 1_026_408_232_448,
     "gemma-2b": 2_506_172_416, "gemma-7b": 8_537_680_896, "phi3-mini": 3_821_079_552,
     "phi4": 14_659_507_200, "olmo-1b": 1_176_764_416, "olmo-7b": 6_888_095_744,
     "olmo2-1b": 1_484_916_736, "olmo2-7b": 7_298_617_344, "olmo2-13b": 13_716_198_400,
@@ -64,7 +66,7 @@ MORE_COUNTS = {
     "opt-6.7b": 6_658_473_984, "opt-13b": 12_853_473_280, "opt-30b": 29_974_540_288,
 }
 # Each way to count is among these.
-OFTEN = ("olmo2-7b", "pythia-410m", "command-r-plus", "albert-base", "bart-base")
+OFTEN = ("olmo2-7b", "deepseek-v3", "pythia-410m", "command-r-plus", "albert-base", "bart-base")
 
 
 @functools.cache
@@ -131,6 +133,9 @@ def test_a_preset_that_is_not_there_is_refused():
     # 4 of 128 experts; the published 5.1 billion of active parameters hold the head's table, too.
     pytest.param("gpt-oss-120b", MORE_COUNTS["gpt-oss-120b"] - 201088 * 2880
                  - 36 * (124 * 3 * 2880 * 2880 + 128 * 3 * 2880), marks=pytest.mark.long),
+    # 8 of 256 experts in 58 of 61 layers. The published 37 billion hold the head's table, too.
+    pytest.param("deepseek-v3", MORE_COUNTS["deepseek-v3"] - 129280 * 7168
+                 - 58 * 248 * 3 * 7168 * 2048, marks=pytest.mark.long),
     # One encoder token and one decoder token; the table is also the unembedding.
     ("t5-base", COUNTS["t5-base"]),
     # Branches side by side, RoPE over a part of each head, norms of all heads together.

@@ -17,8 +17,8 @@ from lmjax.training.recipe import build_recipe
 
 # Each config with overrides with which it learns in seconds, on a mesh that splits heads in two.
 CONFIGS = {
-    "quickstart": ["train.steps=60", "model.num_kv_heads=2"], "moe": [], "bert": [], "t5": [],
-    "bart": []}
+    "quickstart": ["train.steps=60", "model.num_kv_heads=2"], "moe": [], "latent": [],
+    "bert": [], "t5": [], "bart": []}
 ONE = jax.devices()[:1]
 LAST = 10  # steps whose losses are compared with the baseline
 SAME = 8  # steps after which rounding may have grown

@@ -150,7 +150,7 @@ def _axes_by_path(axes: Any) -> dict[str, Axes]:
 def _below_top(path: str, depths: dict[str, int]) -> Any:
     """How many steps of depth a parameter lies below the top: a number, or [layers]."""
     left = sum(depths.values())
-    for stack in ("encoder/", "decoder/", ""):
+    for stack in ("encoder/", "decoder/", "dense_", ""):
         if stack in depths and path.startswith(f"{stack}{STACK}"):
             return left - np.arange(depths[stack])
         left -= depths.get(stack, 0)
