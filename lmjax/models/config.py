@@ -187,8 +187,10 @@ class TransformerConfig:
     def _check_latent(self) -> None:
         """Refuses what latent attention, or first layers without experts, are not combined with."""
         one_kind = len(set(self.layer_pattern)) <= 1
+        in_halves = getattr(self, "family", "") == "encdec"
         refused = {
             "latent.kv_rank": self.latent.kv_rank and {
+                "family": not in_halves,
                 "positions": self.positions == "rope", "qk_norm": not self.qk_norm,
                 "attention_sinks": not self.attention_sinks, "qkv_clip": not self.qkv_clip,
                 "rotary_fraction": self.rotary_fraction == 1,
@@ -198,6 +200,8 @@ class TransformerConfig:
                 "num_kv_heads": self.num_kv_heads in (0, self.num_heads),
                 "parametrization": self.parametrization == "standard"},
             "moe.first_dense": self.first_dense and {
+                "family": not in_halves,
+                "shared_layers": not getattr(self, "shared_layers", False),
                 "layer_pattern": one_kind, "embedding_norm": self.embedding_norm != "first",
                 "parametrization": self.parametrization == "standard"}}
         for key, conditions in refused.items():

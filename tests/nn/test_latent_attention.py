@@ -100,7 +100,8 @@ def _packed():
 
 @pytest.mark.long
 @pytest.mark.parametrize("changed, bound", [
-    (_rounded_cache, 0.03), (_adapted, 2e-5), (_packed, 2e-5)], ids=["int8-cache", "adapters", "packed"])
+    (_rounded_cache, 0.03), (_adapted, 2e-5), (_packed, 2e-5)],
+    ids=["int8-cache", "adapters", "packed"])
 def test_decoding_of_other_forms_is_that_of_the_whole_row(changed, bound):
     model, params = changed()
     expected = jax.jit(model.logits)(params, batch_of())
