@@ -4,11 +4,7 @@ Rows are padded, of different lengths, and packed. Gradients are compared under 
 export would write them.
 """
 
-import dataclasses
 import functools
-import json
-import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +13,27 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed, so nothing is compared with "
                             "it: pip install lmjax[oracle]")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed, so "
-                                   "nothing is compared with it: pip install lmjax[oracle]")
+pytest.importorskip("transformers", reason="transformers is not installed, so nothing is compared "
+                    "with it: pip install lmjax[oracle]")
 
-from config_fuzz import filled, save, theirs  # noqa: E402
+from config_fuzz import theirs  # noqa: E402
 from config_values import BASES, V  # noqa: E402
+from hub_twins import (  # noqa: E402
+    LENGTHS,
+    T,
+    as_ours,
+    assert_as_on_one_device,
+    assert_same_gradients,
+    assert_same_logits,
+    documents,
+    random_model,
+)
 
-from lmjax import huggingface  # noqa: E402
-from lmjax.huggingface.model_types import MODEL_TYPES  # noqa: E402
 from lmjax.huggingface.settings import write_settings  # noqa: E402
-from lmjax.huggingface.stored import rows_for  # noqa: E402
 from lmjax.huggingface.weights import tensor_getter, tensor_shapes  # noqa: E402
-from lmjax.models.model import build_model  # noqa: E402
 from lmjax.sharding import MeshConfig, make_layout, use_layout  # noqa: E402
 from lmjax.tasks.losses import next_token_loss  # noqa: E402
 
-T, LENGTHS = 14, (8, 6)  # of the documents, which are a padded row each, and one row together
 MORE = 6  # tokens that are generated
 # Name -> (model type, changes of its base). Without one: the base itself.
 VARIANTS = {
@@ -76,44 +77,22 @@ def settings_of(name):
 @functools.cache
 def batch_of():
     """Two documents as padded rows, and both in one row, whose loss does not count."""
-    tokens = np.random.default_rng(0).integers(5, V, (2, T + 1), dtype=np.int32)
-    at = np.arange(T, dtype=np.int32)
-    real = (at < np.array(LENGTHS)[:, None]).astype(np.int32)
-    first, second = (tokens[i, :n] for i, n in enumerate(LENGTHS))
-    return {
-        "tokens": np.stack([*(tokens[:, :T] * real), np.concatenate([first, second])]),
-        "targets": np.concatenate([tokens[:, 1:], tokens[:1, 1:]]),
-        "segment_ids": np.stack([*real, 1 + (at >= LENGTHS[0])]).astype(np.int32),
-        "positions": np.stack([at, at, np.concatenate([np.arange(n) for n in LENGTHS])]).astype(
-            np.int32),
-        "loss_mask": np.concatenate([real, 0 * real[:1]]).astype(np.float32)}
+    rows = documents(0)
+    counts = (rows["segment_ids"] > 0) & (np.arange(3)[:, None] < 2)
+    targets = np.random.default_rng(1).integers(5, V, (3, T), dtype=np.int32)
+    return rows | {"targets": targets, "loss_mask": counts.astype(np.float32)}
 
 
 @functools.cache
 def oracle(name):
     """(their model with random weights, its tensors)."""
-    model_type = MODEL_TYPES[settings_of(name)["model_type"]]
-    cls = getattr(transformers, model_type.architecture)
-    config = cls.config_class.from_dict(json.loads(json.dumps(settings_of(name))))
-    config._attn_implementation = "eager"
-    torch.manual_seed(0)
-    model = cls(config).float().eval()
-    return model, filled(model)
+    return random_model(settings_of(name))
 
 
 @functools.cache
 def ours(name):
     """(model, parameters, rows of the table) of their tensors."""
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder), settings_of(name), oracle(name)[1])
-        found = huggingface.read_directory(Path(folder))
-        config = dataclasses.replace(  # the loss is compared without that of the router
-            found.config, moe=dataclasses.replace(found.config.moe, balance_loss=0.0))
-        model = build_model(config, vocab_size=0, platform="cpu", dtype=jnp.float32)
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        params = huggingface.read_params(found, model,
-                                         jax.tree.map(lambda x: sharding, model.shapes))
-    return model, params, rows_for(MODEL_TYPES[settings_of(name)["model_type"]], model.config)
+    return as_ours(settings_of(name), oracle(name)[1])
 
 
 def logits_and_gradients(model):
@@ -147,28 +126,16 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name):
     theirs_.zero_grad()
     loss.backward()
     got, our_loss, grads = computed(name)
-    expected, got = expected.detach().numpy(), np.asarray(got)
-    scale, start = np.abs(expected).max(), 0
-    for i, n in enumerate(LENGTHS):
-        for row in (got[i, :n], got[2, start:start + n]):  # padded and packed
-            np.testing.assert_allclose(row, expected[i, :n], atol=2e-5 * scale, rtol=0)
-        start += n
+    assert_same_logits(np.asarray(got), expected.detach().numpy())
     assert float(our_loss) == pytest.approx(loss.item(), rel=1e-5)
     table = ours(name)[2]
-    get = tensor_getter(grads, table)
     shapes = tensor_shapes(grads, table)
     wanted = {key.replace("lm_head.weight", head_name(table)): grad
               for name, p in theirs_.named_parameters() if p.grad is not None
               for key, grad in as_stored(name, p.grad.numpy(), shapes)}
     fixed = {key for key in shapes if key.endswith("e_score_correction_bias")}
     wanted |= {key: np.zeros(shapes[key]) for key in fixed}  # no gradient reaches them
-    assert shapes.keys() == wanted.keys()
-    largest = max(np.abs(g).max() for g in wanted.values())
-    for key, grad in wanted.items():
-        # A key's bias shifts all scores of a query alike: its gradient is 0 but for rounding.
-        has_keys = "bias" in key and any(part in key for part in ("k_proj", "query_key_value"))
-        size = largest if has_keys else np.abs(grad).max()
-        np.testing.assert_allclose(get(key), grad, atol=1e-4 * size, rtol=0, err_msg=key)
+    assert_same_gradients(grads, table, wanted)
 
 
 def as_stored(name, x, shapes):
@@ -248,11 +215,4 @@ def test_a_mesh_computes_what_one_device_does(name, mesh):
         with use_layout(layout):
             return logits_and_gradients(model)(params, batch)
 
-    logits, loss, grads = run(placed, batch)
-    one_logits, one_loss, one_grads = computed(name)
-    np.testing.assert_allclose(logits[:3], one_logits, rtol=0,
-                               atol=2e-5 * np.abs(one_logits).max())
-    assert float(loss) == pytest.approx(float(one_loss), rel=1e-5)
-    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(one_grads))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest), grads,
-                 one_grads)
+    assert_as_on_one_device(run(placed, batch), computed(name))

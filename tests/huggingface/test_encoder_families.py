@@ -5,9 +5,6 @@ Gradients are compared under their names, as an export would write them.
 """
 
 import functools
-import json
-import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +13,26 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed, so nothing is compared with "
                             "it: pip install lmjax[oracle]")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed, so "
-                                   "nothing is compared with it: pip install lmjax[oracle]")
+pytest.importorskip("transformers", reason="transformers is not installed, so nothing is compared "
+                    "with it: pip install lmjax[oracle]")
 
-from config_fuzz import filled, save, theirs  # noqa: E402
+from config_fuzz import theirs  # noqa: E402
 from config_values import BASES, V  # noqa: E402
+from hub_twins import (  # noqa: E402
+    LENGTHS,
+    T,
+    as_ours,
+    assert_as_on_one_device,
+    assert_same_gradients,
+    assert_same_logits,
+    documents,
+    random_model,
+)
 
-from lmjax import huggingface  # noqa: E402
-from lmjax.huggingface.model_types import MODEL_TYPES  # noqa: E402
 from lmjax.huggingface.settings import write_settings  # noqa: E402
-from lmjax.huggingface.stored import rows_for  # noqa: E402
 from lmjax.huggingface.weights import tensor_getter, tensor_shapes  # noqa: E402
-from lmjax.models.model import build_model  # noqa: E402
 from lmjax.sharding import MeshConfig, make_layout, use_layout  # noqa: E402
 
-T, LENGTHS = 14, (8, 6)  # of the documents, which are a padded row each, and one row together
 MORE = 6  # tokens that are generated
 ENCODERS = ("distilbert", "electra", "albert")
 ENCDECS = ("bart", "mbart", "pegasus", "m2m_100")
@@ -49,51 +51,24 @@ def settings_of(name):
 
 
 @functools.cache
-def rows_of(seed):
-    """Two documents as padded rows, and both in one row: tokens, segment_ids and positions."""
-    tokens = np.random.default_rng(seed).integers(5, V, (2, T), dtype=np.int32)
-    at = np.arange(T, dtype=np.int32)
-    real = (at < np.array(LENGTHS)[:, None]).astype(np.int32)
-    first, second = (tokens[i, :n] for i, n in enumerate(LENGTHS))
-    pad = 1 - real  # the id of padding in most of these models
-    return {
-        "tokens": np.stack([*(tokens * real + pad), np.concatenate([first, second])]),
-        "segment_ids": np.stack([*real, 1 + (at >= LENGTHS[0])]).astype(np.int32),
-        "positions": np.stack([at, at, np.concatenate([np.arange(n) for n in LENGTHS])]).astype(
-            np.int32)}
-
-
-@functools.cache
 def batch_of(name):
-    """`rows_of`, with another text for the encoder of an encoder-decoder; and the targets."""
-    batch = dict(rows_of(0))
+    """Rows, with another text for the encoder of an encoder-decoder; and the targets."""
+    batch = documents(0, pad=1)
     if name in ENCDECS:
-        batch |= {f"encoder_{key}": value for key, value in rows_of(1).items()}
+        batch |= {f"encoder_{key}": value for key, value in documents(1, pad=1).items()}
     return batch, np.random.default_rng(2).integers(5, V, (3, T), dtype=np.int32)
 
 
 @functools.cache
 def oracle(name):
     """(their model with random weights, its tensors)."""
-    cls = getattr(transformers, MODEL_TYPES[name].architecture)
-    config = cls.config_class.from_dict(json.loads(json.dumps(settings_of(name))))
-    config._attn_implementation = "eager"
-    torch.manual_seed(0)
-    model = cls(config).float().eval()
-    return model, filled(model)
+    return random_model(settings_of(name))
 
 
 @functools.cache
 def ours(name):
     """(model, parameters, rows of the table) of their tensors."""
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder), settings_of(name), oracle(name)[1])
-        found = huggingface.read_directory(Path(folder))
-        model = build_model(found.config, vocab_size=0, platform="cpu", dtype=jnp.float32)
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        params = huggingface.read_params(found, model,
-                                         jax.tree.map(lambda x: sharding, model.shapes))
-    return model, params, rows_for(MODEL_TYPES[name], model.config)
+    return as_ours(settings_of(name), oracle(name)[1])
 
 
 def logits_and_gradients(model):
@@ -104,17 +79,17 @@ def logits_and_gradients(model):
             nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
             return jnp.sum((nats * (batch["segment_ids"] > 0))[:2]) / sum(LENGTHS), logits
 
-        return jax.value_and_grad(mean, has_aux=True)(params)
+        (loss, logits), grads = jax.value_and_grad(mean, has_aux=True)(params)
+        return logits, loss, grads
 
     return run
 
 
 @functools.cache
 def computed(name):
-    """Our (loss, logits, gradients)."""
+    """Our (logits, loss, gradients)."""
     model, params, _ = ours(name)
-    (loss, logits), grads = jax.jit(logits_and_gradients(model))(params, *batch_of(name))
-    return loss, logits, grads
+    return jax.jit(logits_and_gradients(model))(params, *batch_of(name))
 
 
 def of_theirs(name):
@@ -137,32 +112,21 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name):
     oracle(name)[0].zero_grad()
     loss, logits = of_theirs(name)
     loss.backward()
-    our_loss, got, grads = computed(name)
-    expected, got = logits.detach().numpy(), np.asarray(got)
-    scale, start = np.abs(expected).max(), 0
-    for i, n in enumerate(LENGTHS):
-        for row in (got[i, :n], got[2, start:start + n]):  # padded and packed
-            np.testing.assert_allclose(row, expected[i, :n], atol=2e-5 * scale, rtol=0)
-        start += n
+    got, our_loss, grads = computed(name)
+    assert_same_logits(np.asarray(got), logits.detach().numpy())
     assert float(our_loss) == pytest.approx(loss.item(), rel=1e-5)
-    table = ours(name)[2]
-    get = tensor_getter(grads, table)
     wanted = {key: p.grad.numpy() for key, p in oracle(name)[0].named_parameters()
               if p.grad is not None}
-    # No parameter: a buffer of theirs.
-    assert tensor_shapes(grads, table).keys() - {"final_logits_bias"} == wanted.keys()
-    largest = max(np.abs(g).max() for g in wanted.values())
-    for key, grad in wanted.items():
-        # A key's bias shifts all scores of a query alike: its gradient is 0 but for rounding.
-        has_keys = "bias" in key and any(part in key for part in ("k_proj", "k_lin", ".key."))
-        size = largest if has_keys else np.abs(grad).max()
-        np.testing.assert_allclose(get(key), grad, atol=1e-4 * size, rtol=0, err_msg=key)
+    table = ours(name)[2]
+    if "final_logits_bias" in tensor_shapes(grads, table):  # a buffer of theirs
+        wanted["final_logits_bias"] = np.asarray(tensor_getter(grads, table)("final_logits_bias"))
+    assert_same_gradients(grads, table, wanted)
 
 
 @cases("bart", "m2m_100", names=ENCDECS)
 def test_greedy_decoding_of_a_ragged_batch_gives_their_tokens(name):
     model, params, _ = ours(name)
-    tokens, start = rows_of(1)["tokens"], oracle(name)[0].config.decoder_start_token_id
+    tokens, start = documents(1, pad=1)["tokens"], oracle(name)[0].config.decoder_start_token_id
     expected = [oracle(name)[0].generate(
         torch.tensor(tokens[i:i + 1, :n]).long(), do_sample=False, num_beams=1, max_new_tokens=MORE,
         eos_token_id=None, forced_eos_token_id=None)[0, 1:].numpy() for i, n in enumerate(LENGTHS)]
@@ -213,11 +177,4 @@ def test_a_mesh_computes_what_one_device_does(name):
             return logits_and_gradients(model)(
                 params, batch, np.concatenate([targets, targets[:1]]))
 
-    (loss, logits), grads = run(placed, batch)
-    one_loss, one_logits, one_grads = computed(name)
-    np.testing.assert_allclose(logits[:3], one_logits, rtol=0,
-                               atol=2e-5 * np.abs(one_logits).max())
-    assert float(loss) == pytest.approx(float(one_loss), rel=1e-5)
-    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(one_grads))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest), grads,
-                 one_grads)
+    assert_as_on_one_device(run(placed, batch), computed(name))
