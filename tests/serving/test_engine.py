@@ -252,6 +252,8 @@ FAMILIES = {
     "window of all slots": dict(sliding_window=64),
     "experts": dict(moe=dict(experts=4)),
     "capacity": dict(moe=dict(experts=4, capacity=2.0)),
+    "latent": dict(num_kv_heads=0, latent=dict(kv_rank=16, nope_dim=8, rope_dim=8, value_dim=8),
+                   moe=dict(experts=4, first_dense=1)),
     "softcap": dict(attention_softcap=5.0, positions="sinusoidal"),
 }
 
