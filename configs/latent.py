@@ -41,7 +41,8 @@ def get_config(variant: str = "") -> ConfigDict:
             groups=4,
             top_groups=2,  # on a mesh, a token's experts lie on few devices
             scale=2.5,
-            balance_loss=0.01,  # its correction bias would stay as it is: nothing here updates it
+            correction=True,  # stays 0, as nothing updates it: an export is a DeepSeek-V3
+            balance_loss=0.01,
         ),
     )
     config.data = dict(
