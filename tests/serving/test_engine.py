@@ -251,6 +251,8 @@ FAMILIES = {
                     scan_layers=True),
     "window of all slots": dict(sliding_window=64),
     "experts": dict(moe=dict(experts=4)),
+    "gpt-oss": dict(attention_sinks=True, layer_pattern=("local", "global"), sliding_window=8,
+                    mlp="swiglu_clamped", moe=dict(experts=4, bias=True)),
     "capacity": dict(moe=dict(experts=4, capacity=2.0)),
     "latent": dict(num_kv_heads=0, latent=dict(kv_rank=16, nope_dim=8, rope_dim=8, value_dim=8),
                    moe=dict(experts=4, first_dense=1)),
