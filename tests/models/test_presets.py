@@ -1,11 +1,13 @@
 """The presets: parameter counts of published models, how a config takes them up, and FLOPs."""
 
 import functools
+import pathlib
 
 import jax.numpy as jnp
 import pytest
 
 from lmjax.config import Text
+from lmjax.huggingface.model_types import MODEL_TYPES
 from lmjax.models.flops import flops_per_row, flops_per_token
 from lmjax.models.model import build_model
 from lmjax.models.presets import PRESETS, with_preset
@@ -171,3 +173,8 @@ def test_flops_of_attention_grow_with_the_visible_keys(name, length, keys):
     dims = model.config.dims
     grown = flops_per_token(model, length) - flops_per_token(model, 1)
     assert grown == pytest.approx(12 * dims.num_heads * dims.head_dim * keys, rel=0.01)
+
+
+def test_the_readme_counts_model_types_and_presets():
+    readme = (pathlib.Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert f"{len(MODEL_TYPES)} model types" in readme and f"{len(PRESETS)} presets" in readme
