@@ -41,8 +41,9 @@ def get_config(variant: str = "") -> ConfigDict:
             groups=4,
             top_groups=2,  # on a mesh, a token's experts lie on few devices
             scale=2.5,
-            correction=True,  # stays 0, as nothing updates it: an export is a DeepSeek-V3
-            balance_loss=0.01,
+            correction=True,
+            correction_rate=0.001,  # V3's: balances the experts, with no loss to hold them back
+            balance_loss=0.0,
         ),
     )
     config.data = dict(

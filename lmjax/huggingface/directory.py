@@ -15,10 +15,9 @@ from lmjax.data.tokenizers import Tokenizer
 from lmjax.errors import UserError
 from lmjax.huggingface.heads import TaskHead, read_head
 from lmjax.huggingface.model_types import MODEL_TYPES
-from lmjax.huggingface.mxfp4 import as_floats
 from lmjax.huggingface.packed_directories import (
     KEY,
-    MXFP4,
+    UNPACKED,
     PackedTensors,
     packed_tensors,
     quantization_of,
@@ -125,12 +124,12 @@ def read_directory(path: Path) -> HFModel:
     where = f"{path}/config.json"
     settings = read_json(path / "config.json")
     quantization, packed = quantization_of(settings, where), None
-    is_mxfp4 = (settings.get(KEY) or {}).get("quant_method") == MXFP4
+    told = settings.get(KEY) or {}
     settings = {key: value for key, value in settings.items() if key != KEY}
     model_type = model_type_of(settings, where)
     entries = plain_names(open_tensors(path), model_type, str(path))
-    if is_mxfp4:
-        entries = as_floats(entries, str(path))
+    if unpack := UNPACKED.get(told.get("quant_method", "")):
+        entries = unpack(entries, told, str(path))
     if quantization.weights:
         packed = packed_tensors(entries, quantization, str(path))
         entries = dict(packed.entries)

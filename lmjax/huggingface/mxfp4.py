@@ -7,6 +7,7 @@ Formats 1.0). Both are exact in bfloat16.
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,8 +25,12 @@ E8M0 = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.na
 FIX = "fetch it again, or use weights in floats"
 
 
-def as_floats(entries: Mapping[str, Entry], where: str) -> dict[str, Entry]:
+def as_floats(entries: Mapping[str, Entry], told: Mapping[str, Any],
+              where: str) -> dict[str, Entry]:
     """Replaces each pair of blocks [E, out, G, 16] and scales [E, out, G] by a tensor of floats.
+
+    Args:
+      told: quantization_config, of which nothing is needed.
 
     Returns:
       The tensors; those of a pair are bfloat16 [E, in, out] and computed when they are read.

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmjax.errors import UserError
+from lmjax.huggingface import fp8_blocks, mxfp4
 from lmjax.huggingface.tensors import STORED_DTYPES, Entry, read_tensor
 from lmjax.huggingface.weights import Table, read_tree, tensor_shapes
 from lmjax.models.model import Model
@@ -30,7 +31,8 @@ from lmjax.nn.packed import (
 from lmjax.tree import named_leaves, split_tree
 
 KEY = "quantization_config"  # of config.json
-MXFP4 = "mxfp4"  # quant_method of the experts of gpt-oss
+# quant_method -> the function that makes floats of such tensors.
+UNPACKED = {"mxfp4": mxfp4.as_floats, "fp8": fp8_blocks.as_floats}
 FORMATS_READ = ("pack-quantized", "int-quantized", "naive-quantized", "dense")
 PACKED, SCALE, SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 ZERO = ".weight_zero_point"
@@ -60,10 +62,10 @@ def quantization_of(settings: Mapping[str, Any], where: str) -> Quantization:
         if not holds:
             raise UserError(expected, got, FIX, where=f"{where} {KEY}")
 
-    if isinstance(told, Mapping) and told.get("quant_method") == MXFP4:
+    if isinstance(told, Mapping) and told.get("quant_method") in UNPACKED:
         return NOT_QUANTIZED  # they become floats
     need(isinstance(told, Mapping) and told.get("quant_method") == "compressed-tensors",
-         "compressed-tensors or mxfp4", f"{told!r:.60}")
+         f"compressed-tensors, {' or '.join(UNPACKED)}", f"{told!r:.60}")
     form = told.get("format")
     need(form in FORMATS_READ, f"a format of {', '.join(FORMATS_READ)}", repr(form))
     sparse = told.get("sparsity_config") or {}

@@ -378,7 +378,8 @@ def _resolved(config: ModelConfig) -> ModelConfig:
     moe = type(c.moe)()
     if c.moe.experts:
         moe = dataclasses.replace(  # the losses matter only in training
-            c.moe, mlp_dim=c.moe.mlp_dim or c.mlp_dim, balance_loss=0.0, z_loss=0.0)
+            c.moe, mlp_dim=c.moe.mlp_dim or c.mlp_dim, balance_loss=0.0, z_loss=0.0,
+            correction_rate=0.0)
     return dataclasses.replace(
         c, num_kv_heads=c.dims.num_kv_heads, head_dim=c.dims.head_dim, layer_pattern=layers,
         moe=moe, query_scalar=c.query_scalar or float(c.dims.head_dim),

@@ -199,6 +199,9 @@ class TransformerConfig:
                 "head_dim": self.head_dim in (0, self.latent.key_dim),
                 "num_kv_heads": self.num_kv_heads in (0, self.num_heads),
                 "parametrization": self.parametrization == "standard"},
+            "moe.correction_rate": self.moe.correction_rate and {
+                "family": not in_halves,
+                "shared_layers": not getattr(self, "shared_layers", False)},
             "moe.first_dense": self.first_dense and {
                 "family": not in_halves,
                 "shared_layers": not getattr(self, "shared_layers", False),

@@ -95,7 +95,8 @@ DEEPSEEK_V2 = dict(
              groups=8, top_groups=3, first_dense=1, balance_loss=0.003))
 V3_MOE: Switches = dict(
     experts=256, per_token=8, mlp_dim=2048, shared_dim=2048, scores="sigmoid", groups=8,
-    top_groups=4, correction=True, scale=2.5, first_dense=3, balance_loss=0.0001)
+    top_groups=4, correction=True, correction_rate=0.001, scale=2.5, first_dense=3,
+    balance_loss=0.0001)
 DEEPSEEK_V3 = DEEPSEEK_V2 | dict(vocab_size=129280, moe=V3_MOE)
 KIMI_K2 = DEEPSEEK_V3 | dict(
     max_positions=131072, vocab_size=163840, rope_theta=50_000.0,

@@ -36,8 +36,11 @@ class MoEConfig:
     groups: int = 0
     top_groups: int = 0
     # Whether a bias per expert is added to the scores by which experts are chosen, not to their
-    # weights (Wang et al. 2024, arXiv:2408.15664). No gradient reaches it: training keeps it fixed.
+    # weights (Wang et al. 2024, arXiv:2408.15664). No gradient reaches it.
     correction: bool = False
+    # What each step adds to the bias of an expert with less than an even share of the choices, and
+    # takes from that of one with more (ibid.; 0.001 in DeepSeek-V3). 0: the bias stays as it is.
+    correction_rate: float = 0.0
     scale: float = 1.0  # multiplies the weights of a token's experts
     first_dense: int = 0  # layers before the first one with experts, which have the model's MLP
     shared_dim: int = 0  # mlp_dim of one more expert, which computes all tokens; 0: none
@@ -58,6 +61,10 @@ class MoEConfig:
         if self.scale <= 0:
             raise UserError("more than 0", self.scale, "raise it", where="scale")
         self._check_groups()
+        at_least(0, correction_rate=self.correction_rate)
+        if self.correction_rate and not self.correction:
+            raise UserError("0 without correction", self.correction_rate, "set correction=true",
+                            where="correction_rate")
         if self.experts and self.per_token > self.experts:
             raise UserError(f"at most experts={self.experts}", self.per_token, "lower it",
                             where="per_token")
@@ -118,6 +125,15 @@ def choose_experts(config: MoEConfig, logits_BTE: jax.Array, correction_E: jax.A
         total_BT1 = jnp.sum(weights_BTk, axis=-1, keepdims=True)
         weights_BTk = weights_BTk / (total_BT1 + TINY if c.scores == "sigmoid" else total_BT1)
     return probs_BTE, weights_BTk if c.scale == 1.0 else c.scale * weights_BTk, experts_BTk
+
+
+def corrected(correction_LE: jax.Array, counts_LE: jax.Array, rate: float) -> jax.Array:
+    """The biases of the experts of L layers after a step in which they had so many choices each.
+
+    Wang et al. 2024, arXiv:2408.15664, algorithm 1.
+    """
+    even_L1 = jnp.mean(counts_LE, axis=-1, keepdims=True)
+    return correction_LE + rate * jnp.sign(even_L1 - counts_LE)
 
 
 def _in_best_groups(c: MoEConfig, choice_BTE: jax.Array) -> jax.Array:

@@ -12,11 +12,13 @@ from lmjax.models.model import Batch
 from lmjax.nn.losses import Loss
 from lmjax.nn.module import Params
 from lmjax.nn.pipeline import split_rows
+from lmjax.nn.routing import MoEConfig, corrected
 from lmjax.sharding import Layout, constrain, use_layout
 from lmjax.tasks.losses import LossFn
 from lmjax.training.optim.ema import ema_update
 from lmjax.training.state import StateSpec, TrainState
 from lmjax.training.statistics import module_statistics, with_activations
+from lmjax.tree import named_leaves
 
 Metrics = Mapping[str, jax.Array]
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -64,6 +66,7 @@ def make_train_step(loss_fn: LossFn, spec: StateSpec, layout: Layout, schedule: 
             healthy &= value <= limits[name] if name in limits else True
         updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        params = _with_even_experts(params, sums.extra, spec.model.config.moe)
         ema = None if state.ema is None else ema_update(state.ema, params, ema_decay, state.step)
         params, opt_state, ema = _where(healthy, (params, opt_state, ema),
                                         (state.params, state.opt_state, state.ema))
@@ -96,6 +99,15 @@ def make_eval_step(loss_fn: LossFn, layout: Layout,
             return loss_fn(params, batch, None)
 
     return jax.jit(step, out_shardings=layout.replicated)
+
+
+def _with_even_experts(params: Params, extra: Metrics, config: MoEConfig) -> Params:
+    """The parameters with the biases of experts moved towards an even load, if they are to move."""
+    if not config.correction_rate:
+        return params
+    leaves = [corrected(leaf, extra["expert_counts"], config.correction_rate)
+              if path.endswith("mlp/correction") else leaf for path, leaf in named_leaves(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def _where(healthy: jax.Array, new: Any, old: Any) -> Any:

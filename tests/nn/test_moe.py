@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from lmjax.config import build
+from lmjax.errors import UserError
 from lmjax.models.decoder import DecoderConfig
+from lmjax.models.encdec import EncDecConfig
 from lmjax.models.model import build_model
 from lmjax.nn.losses import Loss, with_experts
 from lmjax.nn.module import functional, normal
@@ -178,31 +180,70 @@ def test_shared_experts_are_added():
     np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("capacity", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
-def test_a_mesh_and_microbatches_change_nothing(capacity):
-    """One step gives the same loss, gradient norm and expert counts on 8 devices and on one."""
+def tiny_step(devices=1, microbatches=1, axes=None, **moe):
+    """(step, state, batch) of a model with experts on this many devices."""
     config = build(DecoderConfig, dict(
         num_layers=2, embed_dim=16, num_heads=2, mlp_dim=16, vocab_size=32,
-        moe=dict(experts=E, capacity=capacity, balance_loss=0.1, z_loss=0.01)))
+        moe=dict(experts=E, **moe)))
     model = build_model(config, vocab_size=32, platform="cpu", dtype=jnp.float32)
     tokens = np.random.default_rng(0).integers(0, 32, (8, 17), dtype=np.int32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:],
              "segment_ids": np.ones((8, 16), np.int32),
              "positions": np.broadcast_to(np.arange(16, dtype=np.int32), (8, 16)),
              "loss_mask": np.ones((8, 16), np.float32)}
+    layout = make_layout(MeshConfig(**axes or {}), jax.devices()[:devices])
+    optimizer = OptimizerConfig(name="sgd", momentum=0.0, peak_lr=1e-3, warmup_steps=0)
+    spec = state_spec(model, make_optimizer(optimizer, 10, model.axes), layout, ema=False)
+    run = make_train_step(next_token_loss(model), spec, layout, make_schedule(optimizer, 10),
+                          seed=0, microbatches=microbatches)
+    return run, spec.init(0), jax.device_put(batch, layout.sharding(("batch", "seq")))
 
+
+def correction_of(state):
+    return np.asarray(state.params["layers"]["block"]["mlp"]["correction"])
+
+
+def test_each_step_moves_the_correction_towards_an_even_load():
+    rate, start = 0.001, np.tile(0.01 * np.array([1, -1, 1, -1], np.float32), (2, 1))
+    run, state, batch = tiny_step(scores="sigmoid", correction=True, correction_rate=rate,
+                                  balance_loss=0.0)
+    state.params["layers"]["block"]["mlp"]["correction"] += start  # two experts get all tokens
+    spreads, expected = [], start
+    for _ in range(16):
+        state, metrics = run(state, batch)
+        counts = np.asarray(metrics["expert_counts"])
+        expected = expected + rate * np.sign(counts.mean(axis=1, keepdims=True) - counts)
+        np.testing.assert_allclose(correction_of(state), expected, rtol=0, atol=1e-6)
+        spreads.append(np.ptp(counts, axis=1).mean())
+    assert np.mean(spreads[-4:]) < 0.3 * spreads[0]  # the loads came nearer to each other
+    limit = {"max_loss": jnp.float32(0.0)}  # a step that is skipped moves nothing
+    state, _ = run(state, {**batch, **limit})
+    np.testing.assert_allclose(correction_of(state), expected, rtol=0, atol=1e-6)
+
+
+def test_a_correction_is_fixed_without_a_rate_and_refused_without_a_bias():
+    run, state, batch = tiny_step(scores="sigmoid", correction=True)
+    assert not correction_of(run(state, batch)[0]).any()
+    with pytest.raises(UserError, match="correction_rate: expected 0 without correction, got 0.1"):
+        MoEConfig(experts=E, correction_rate=0.1)
+    with pytest.raises(UserError, match="family: expected family at its default with moe.corr"):
+        build(EncDecConfig, dict(moe=dict(experts=E, correction=True, correction_rate=0.1)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capacity", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
+def test_a_mesh_and_microbatches_change_nothing(capacity):
+    """One step gives the same loss, gradient norm and expert counts on 8 devices and on one."""
     def step(devices, microbatches, **axes):
-        layout = make_layout(MeshConfig(**axes), jax.devices()[:devices])
-        optimizer = OptimizerConfig(name="sgd", momentum=0.0, peak_lr=1e-3, warmup_steps=0)
-        spec = state_spec(model, make_optimizer(optimizer, 10, model.axes), layout, ema=False)
-        run = make_train_step(next_token_loss(model), spec, layout, make_schedule(optimizer, 10),
-                              seed=0, microbatches=microbatches)
-        placed = jax.device_put(batch, layout.sharding(("batch", "seq")))
-        return jax.device_get(run(spec.init(0), placed)[1])
+        run, state, batch = tiny_step(devices, microbatches, axes, capacity=capacity,
+                                      balance_loss=0.1, z_loss=0.01, correction=True,
+                                      correction_rate=0.1)
+        state, metrics = run(state, batch)
+        return jax.device_get(metrics) | {"correction": correction_of(state)}
 
     one, many = step(1, 1), step(8, 1, data=2, fsdp=2, tensor=2)
-    np.testing.assert_array_equal(one["expert_counts"], many["expert_counts"])
+    for name in ("expert_counts", "correction"):
+        np.testing.assert_array_equal(one[name], many[name])
     assert one["expert_counts"].shape == (2, E) and one["expert_counts"].sum() == 2 * 8 * 16 * 2
     for name in ("loss", "grad_norm", "experts_balance", "experts_z", "experts_dropped",
                  "experts_most"):
@@ -211,5 +252,6 @@ def test_a_mesh_and_microbatches_change_nothing(capacity):
     if capacity:
         return
     parts = step(1, 2)
-    np.testing.assert_array_equal(parts["expert_counts"], one["expert_counts"])
+    for name in ("expert_counts", "correction"):
+        np.testing.assert_array_equal(parts[name], one[name])
     assert parts["loss"] == pytest.approx(one["loss"], rel=1e-5)
