@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
         num_heads=6,
         num_kv_heads=6,
         mlp_dim=768,  # four times embed_dim, as in the preset
-        norm_position="pre",  # mBART's: norms after the sums learn little in so few steps
+        norm_position="pre",  # as in mBART, whose model type an export has
         dropout=0.0,  # the model is too small to overfit in so few steps
         vocab_size=0,  # as large as the tokenizer's
         scan_layers=False,  # on a CPU, three layers run faster without a scan, and compile fast
@@ -31,13 +31,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data = dict(
         sources=[dict(name="python-stdlib", uri="builtin:python-stdlib")],
         tokenizer=dict(
-            vocab_size=4095,  # 4096 with the mask, which divides over a mesh
+            vocab_size=4095,  # with the mask 4,096, which a mesh divides evenly
             train_bytes=8_000_000,  # a sample of the corpus is enough for so few tokens
         ),
         seq_len=256,  # of the encoder; the length of the decoder's rows follows from it
         objective=dict(
             name="text_infilling",
-            denoisers=[dict(density=0.3, mean_span=3.0)],  # the paper's
+            denoisers=[dict(density=0.3, mean_span=3.0)],  # the means of the paper
         ),
     )
     config.optimizer = dict(
@@ -50,7 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.train = dict(
         steps=2000,
-        batch_size=8,  # 2048 encoder tokens per step, and half as many more of the decoder
+        batch_size=8,  # 2,048 encoder tokens per step, and about 2,560 decoder tokens
     )
     config.eval = dict(
         every=200,

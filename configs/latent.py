@@ -18,12 +18,12 @@ def get_config(variant: str = "") -> ConfigDict:
                          "leave it out")
     config = ConfigDict()
     config.model = dict(
-        num_layers=4,  # the dense quickstart's dimensions
+        num_layers=4,  # this and the next two are the dense quickstart's
         embed_dim=192,
         num_heads=6,
         mlp_dim=512,  # of the first layer
         latent=dict(
-            kv_rank=64,  # a cache holds 64 + 16 numbers per token and layer; grouped keys: 192
+            kv_rank=64,  # a cache holds 64 + 16 numbers per token and layer; the quickstart's: 192
             query_rank=96,
             nope_dim=32,
             rope_dim=16,

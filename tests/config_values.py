@@ -89,6 +89,8 @@ BASES = {
     "deepseek_v2": DEEPSEEK | dict(topk_method="group_limited_greedy", norm_topk_prob=False),
     "deepseek_v3": DEEPSEEK | dict(topk_method="noaux_tc", norm_topk_prob=True,
                                    scoring_func="sigmoid", num_nextn_predict_layers=1),
+    "kimi_k2": DEEPSEEK | dict(topk_method="noaux_tc", norm_topk_prob=True, scoring_func="sigmoid",
+                               n_group=1, topk_group=1),
     "gpt_oss": without(MODERN, "hidden_act") | dict(
         head_dim=16, sliding_window=4, num_local_experts=4, num_experts_per_tok=2, rope_theta=500.0,
         attention_bias=True, swiglu_limit=7.0, experts_per_token=2, initial_context_length=24,

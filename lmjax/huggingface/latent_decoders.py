@@ -1,5 +1,6 @@
 """DeepSeek-V2 and V3: latent attention, first layers with an MLP, and then small experts."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -158,3 +159,5 @@ DEEPSEEK_V3 = ModelType(
     told=lambda settings: told(settings, 1, 2048),
     tell=tell,
     by_config=latent_rows)
+# Its config.json has a type of its own, and its class is that of DeepSeek-V3.
+KIMI_K2 = dataclasses.replace(DEEPSEEK_V3, name="kimi_k2")

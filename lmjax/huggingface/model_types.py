@@ -40,7 +40,7 @@ from lmjax.huggingface.encoders import (
     XLM_ROBERTA,
 )
 from lmjax.huggingface.heads import decoder_heads
-from lmjax.huggingface.latent_decoders import DEEPSEEK_V2, DEEPSEEK_V3
+from lmjax.huggingface.latent_decoders import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
 from lmjax.huggingface.older_decoders import FALCON, GPT_J, GPT_NEOX, OPT, PHI
 from lmjax.huggingface.schema import GATED, TIED, UNGATED, ModelType, Setting, defaults
 from lmjax.huggingface.tables import (
@@ -252,6 +252,6 @@ GPT2 = ModelType(
 MODEL_TYPES = {model_type.name: model_type for model_type in (
     LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, QWEN2_MOE, GEMMA, GEMMA2, GEMMA3, GRANITE,
     PHI3, GPT2, OLMO, OLMO2, OLMO3, SMOLLM3, MINISTRAL, STARCODER2, STABLELM, COHERE, COHERE2, GLM,
-    GLM4, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, GPT_NEOX, GPT_J, PHI, FALCON, OPT, BERT, ROBERTA,
-    XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA, ALBERT, MODERNBERT, T5, MT5, MARIAN, BART, MBART,
-    PEGASUS, M2M_100)}
+    GLM4, DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2, GPT_OSS, GPT_NEOX, GPT_J, PHI, FALCON, OPT, BERT,
+    ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA, ALBERT, MODERNBERT, T5, MT5, MARIAN, BART,
+    MBART, PEGASUS, M2M_100)}
