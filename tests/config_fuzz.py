@@ -175,7 +175,9 @@ def theirs(raw, size=1.0):
             warnings.simplefilter("ignore")
             transformers.logging.set_verbosity_error()
             cls = getattr(transformers, model_type.architecture)
-            config = cls.config_class.from_dict(json.loads(json.dumps(raw)))
+            # Kimi-K2 has the class of DeepSeek-V3, which names its tensors by its own type.
+            own = {"model_type": cls.config_class.model_type}
+            config = cls.config_class.from_dict(json.loads(json.dumps(raw)) | own)
             config._attn_implementation = config._experts_implementation = "eager"
             if max(_sizes(config)) > 600:
                 raise Broken("too large")
