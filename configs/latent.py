@@ -25,9 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
         latent=dict(
             kv_rank=64,  # a cache holds 64 + 16 numbers per token and layer; the quickstart's: 192
             query_rank=96,
-            nope_dim=32,
-            rope_dim=16,
-            value_dim=32,
+            nope_dim=32, rope_dim=16, value_dim=32,
         ),
         tie_embeddings=True,
         scan_layers=False,  # on a CPU, four layers run faster without a scan
@@ -39,7 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
             first_dense=1,
             scores="sigmoid",
             groups=4,
-            top_groups=2,  # on a mesh, a token's experts lie on few devices
+            top_groups=2,
             scale=2.5,
             correction=True,
             correction_rate=0.001,  # V3's: balances the experts, with no loss to hold them back
@@ -73,14 +71,18 @@ def get_config(variant: str = "") -> ConfigDict:
         batch_size=16,  # twice that of training, as evaluation keeps no activations
     )
     config.checkpoint = dict(every=100)  # with each evaluation
-    if variant == "tiny":
-        config.model.update(num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64)
-        config.model.latent.update(kv_rank=16, query_rank=16, nope_dim=8, rope_dim=8, value_dim=8)
-        config.model.moe.update(experts=8, per_token=2, mlp_dim=16, shared_dim=16)
-        config.data.update(seq_len=64)
-        config.data.tokenizer.update(vocab_size=400, train_bytes=200_000)
-        config.optimizer.update(warmup_steps=5)
-        config.train.update(steps=60, batch_size=16)
-        config.eval.update(every=30, batches=2)
-        config.checkpoint.update(every=30)
+    return make_tiny(config) if variant == "tiny" else config
+
+
+def make_tiny(config: ConfigDict) -> ConfigDict:
+    """The same recipe, small enough for tests."""
+    config.model.update(num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64)
+    config.model.latent.update(kv_rank=16, query_rank=16, nope_dim=8, rope_dim=8, value_dim=8)
+    config.model.moe.update(experts=8, per_token=2, mlp_dim=16, shared_dim=16)
+    config.data.update(seq_len=64)
+    config.data.tokenizer.update(vocab_size=400, train_bytes=200_000)
+    config.optimizer.update(warmup_steps=5)
+    config.train.update(steps=60, batch_size=16)
+    config.eval.update(every=30, batches=2)
+    config.checkpoint.update(every=30)
     return config

@@ -1,5 +1,7 @@
 """The encoders of `lmjax.huggingface.model_types`: BERT and what came after it."""
 
+from typing import Any
+
 from lmjax.huggingface.common_settings import SIZES
 from lmjax.huggingface.heads import MODERNBERT_HEADS, encoder_heads
 from lmjax.huggingface.schema import GATED, TIED, UNGATED, ModelType, Setting, defaults
@@ -111,6 +113,13 @@ ELECTRA = ModelType(
     config=EncoderConfig,
     rope={},
     heads=encoder_heads("Electra", "classifier.dense", "classifier.out_proj", "pooler_gelu"))
+def tell_albert(config: EncoderConfig) -> dict[str, Any]:
+    """Refuses embeddings as wide as the layers: its class has a matrix after these, too."""
+    if config.table_dim == config.embed_dim:
+        raise ValueError(f"table_dim={config.table_dim}")
+    return {}
+
+
 ALBERT = ModelType(
     "albert", "AlbertForMaskedLM",
     (*defaults(tuple(row for row in BERT_LIKE if row.theirs not in (
@@ -133,6 +142,7 @@ ALBERT = ModelType(
              "pooler": ("albert.pooler.weight", True, False)},
     config=EncoderConfig,
     rope={},
+    tell=tell_albert,
     heads=encoder_heads("Albert", "albert.pooler", "classifier"))
 MODERNBERT = ModelType(
     "modernbert", "ModernBertForMaskedLM",

@@ -119,6 +119,11 @@ def own_code(name: str) -> tuple[str, ...]:
         f"modeling_deepseek.Deepseek{name}{kind}" for kind in ("Model", "ForCausalLM")))
 
 
+def tell_v3(config: DecoderConfig) -> dict[str, Any]:
+    """`tell`, and one group for none, since the class divides by their number."""
+    return tell(config) | ({} if config.moe.groups else {"n_group": 1, "topk_group": 1})
+
+
 DEEPSEEK_V2 = ModelType(
     "deepseek_v2", "DeepseekV2ForCausalLM",
     (*defaults(LATENT_SETTINGS, vocab_size=102400),
@@ -157,7 +162,7 @@ DEEPSEEK_V3 = ModelType(
     implied=implied,
     own_code=own_code("V3"),
     told=lambda settings: told(settings, 1, 2048),
-    tell=tell,
+    tell=tell_v3,
     by_config=latent_rows)
 # Its config.json has a type of its own, and its class is that of DeepSeek-V3.
 KIMI_K2 = dataclasses.replace(DEEPSEEK_V3, name="kimi_k2")

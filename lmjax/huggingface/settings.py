@@ -368,7 +368,8 @@ def _resolved(config: ModelConfig) -> ModelConfig:
     if isinstance(c, EncDecConfig):
         changes |= dict(num_encoder_layers=c.num_encoder_layers or c.num_layers)
     if isinstance(c, EncoderConfig):
-        changes |= dict(head_activation=c.head_act if c.mlm_head else "gelu")
+        changes |= dict(head_activation=c.head_act if c.mlm_head else "gelu",
+                        table_dim=c.table_dim or c.embed_dim)
     for name in ("qkv_bias", "out_bias", "mlp_bias"):
         changes[name] = c.use_bias or getattr(c, name)
     if isinstance(c, DecoderConfig):  # it has no other matrices with a bias
@@ -380,6 +381,8 @@ def _resolved(config: ModelConfig) -> ModelConfig:
         moe = dataclasses.replace(  # the losses matter only in training
             c.moe, mlp_dim=c.moe.mlp_dim or c.mlp_dim, balance_loss=0.0, z_loss=0.0,
             correction_rate=0.0)
+    if moe.groups == 1:  # it holds all experts
+        moe = dataclasses.replace(moe, groups=0, top_groups=0)
     return dataclasses.replace(
         c, num_kv_heads=c.dims.num_kv_heads, head_dim=c.dims.head_dim, layer_pattern=layers,
         moe=moe, query_scalar=c.query_scalar or float(c.dims.head_dim),

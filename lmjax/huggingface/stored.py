@@ -139,5 +139,5 @@ def _check_sinusoids(name: str, entry: Entry, config: ModelConfig, where: str) -
     # float32 angles of late positions are off by some 1e-4.
     if stored.shape != made.shape or not np.allclose(
             stored, made, rtol=0, atol=max(2e-4, float(jnp.finfo(dtype).eps))):
-        raise UserError(f"{name} to be sinusoids of the positions", "other values",
+        raise UserError(f"{name} to be the sinusoids of its positions", "other values",
                         "use a model whose positions were not trained", where)

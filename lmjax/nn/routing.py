@@ -69,7 +69,6 @@ class MoEConfig:
             raise UserError(f"at most experts={self.experts}", self.per_token, "lower it",
                             where="per_token")
 
-
     def _check_groups(self) -> None:
         """Refuses groups that the experts do not divide into, or that have too few experts."""
         least = 2 if self.scores == "sigmoid" else 1

@@ -53,6 +53,7 @@ VARIANTS = {
         topk_method="greedy", q_lora_rank=None, first_k_dense_replace=0, rope_scaling=None)),
     "deepseek-v3-biased": ("deepseek_v3", dict(
         attention_bias=True, first_k_dense_replace=2, num_hidden_layers=3, norm_topk_prob=False)),
+    "deepseek-v3-ungrouped": ("deepseek_v3", dict(n_group=1, topk_group=1)),
     "phi3-partial": ("phi3", dict(partial_rotary_factor=0.5))}
 NAMES = ("olmo", "olmo2", "olmo3", "smollm3", "ministral", "starcoder2", "stablelm", "cohere",
          "cohere2", "glm", "glm4", "deepseek_v2", "deepseek_v3", "gpt_oss", "gpt_neox", "gptj",

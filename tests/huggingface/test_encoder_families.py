@@ -4,6 +4,7 @@ Logits, gradients, decoding and round trips. Rows are padded, of different lengt
 Gradients are compared under their names, as an export would write them.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -29,6 +30,7 @@ from hub_twins import (  # noqa: E402
     random_model,
 )
 
+from lmjax.errors import UserError  # noqa: E402
 from lmjax.huggingface.settings import write_settings  # noqa: E402
 from lmjax.huggingface.weights import tensor_getter, tensor_shapes  # noqa: E402
 from lmjax.sharding import MeshConfig, make_layout, use_layout  # noqa: E402
@@ -178,3 +180,12 @@ def test_a_mesh_computes_what_one_device_does(name):
                 params, batch, np.concatenate([targets, targets[:1]]))
 
     assert_as_on_one_device(run(placed, batch), computed(name))
+
+
+def test_widths_that_a_class_cannot_have_are_not_written():
+    """A width of 0 means that of the layers, and ALBERT has a matrix after its embeddings."""
+    found = ours("electra")[0].config
+    same = dataclasses.replace(found, table_dim=0)
+    assert write_settings(same, "electra")["embedding_size"] == found.embed_dim
+    with pytest.raises(UserError, match="table_dim"):
+        write_settings(dataclasses.replace(same, shared_layers=True), "albert")

@@ -57,7 +57,7 @@ BAD = {
              "expected a model that needs no code of its"),
     "switch": (lambda f: edit(f, is_causal=False), "expected is_causal=True, got False"),
     "unknown": (lambda f: edit(f, quantization_config={"bits": 4}),
-                "expected compressed-tensors, got {'bits': 4}"),
+                "expected compressed-tensors, mxfp4 or fp8, got {'bits': 4}"),
     "activation": (lambda f: edit(f, hidden_act="tanh"),
                    "expected hidden_act to be one of 'silu'.* got 'tanh'"),
     "rope": (lambda f: edit(f, rope_scaling={"rope_type": "longrope", "factor": 2}),

@@ -155,12 +155,14 @@ EXACT = {
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
+    # gpt-oss: a steeper sigmoid, and a limit above
+    "silu_clamped": lambda x: np.minimum(x, 7) / (1 + np.exp(-1.702 * np.minimum(x, 7))),
 }
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(name):
-    x = np.linspace(-6, 6, 241)
+    x = np.linspace(-9, 9, 361)
     y = ACTIVATIONS[name](jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(y, EXACT[name](x), atol=2e-6)
 
@@ -183,9 +185,11 @@ def test_mlp_against_numpy(kind, use_bias):
     def dense(name, x):
         return x @ w[name]["kernel"] + (w[name]["bias"] if use_bias else 0)
 
-    gates = {"swiglu": "silu", "geglu": "gelu_tanh", "geglu_erf": "gelu", "reglu": "relu"}
+    gates = {"swiglu": "silu", "geglu": "gelu_tanh", "geglu_erf": "gelu", "reglu": "relu",
+             "swiglu_clamped": "silu_clamped"}
     act, gated = gates.get(kind, kind), kind in gates
     up = dense("up", x)
+    up = np.clip(up, -7, 7) + 1 if kind == "swiglu_clamped" else up
     hidden = EXACT[act](dense("gate", x)) * up if gated else EXACT[act](up)
     np.testing.assert_allclose(apply(params, jnp.asarray(x, jnp.float32)), dense("down", hidden),
                                atol=3e-5)
