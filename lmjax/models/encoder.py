@@ -42,10 +42,7 @@ class EncoderConfig(TransformerConfig):
         choice("family", self.family, ("encoder",))
         choice("head_activation", self.head_activation, ("", *ACTIVATIONS))
         at_least(0, token_types=self.token_types, table_dim=self.table_dim)
-        if self.table_dim and not (self.mlm_head or self.head.outputs):
-            raise UserError("0 without mlm_head, which maps states back to that width",
-                            self.table_dim, "set mlm_head=true", where="table_dim")
-        if self.table_dim and self.parametrization != "standard":
+        if self.table_dim not in (0, self.embed_dim) and self.parametrization != "standard":
             raise UserError(f"0 with parametrization={self.parametrization}", self.table_dim,
                             "change one of them", where="table_dim")
 
@@ -124,5 +121,10 @@ class Encoder(Trunk):
         """The table (V, D) that scores the vocabulary, and the bias (V,) of the scores, if any."""
         if self.task_head is not None:
             return self.task_head.unembedding
+        c = self.config
+        if self.transform is None and getattr(c, "table_dim", 0) not in (0, c.embed_dim):
+            raise UserError("an MLM head, which maps states to the width of the table, to score "
+                            "tokens", "none", "fine-tune the model for a task, or use its states",
+                            where="config.model.mlm_head")
         bias = None if self.head_bias is None else self.head_bias[...]
         return (self.head or self.embedding).table[...], bias

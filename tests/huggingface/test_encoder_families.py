@@ -189,3 +189,18 @@ def test_widths_that_a_class_cannot_have_are_not_written():
     assert write_settings(same, "electra")["embedding_size"] == found.embed_dim
     with pytest.raises(UserError, match="table_dim"):
         write_settings(dataclasses.replace(same, shared_layers=True), "albert")
+
+
+@pytest.mark.long
+def test_a_discriminator_gives_states_and_no_scores():
+    """ELECTRA's small discriminator has narrow embeddings and no head that scores tokens."""
+    tensors = {name: x for name, x in oracle("electra")[1].items() if "generator" not in name}
+    model, params, _ = as_ours(settings_of("electra"), tensors)
+    batch, _ = batch_of("electra")
+    states, _ = jax.jit(model.encode)(params, batch)
+    expected = oracle("electra")[0].electra(
+        torch.tensor(batch["tokens"][:2]).long(),
+        attention_mask=torch.tensor(batch["segment_ids"][:2])).last_hidden_state
+    assert_same_logits(np.asarray(states), expected.detach().numpy())
+    with pytest.raises(UserError, match="expected an MLM head, .*fine-tune the model"):
+        model.logits(params, batch)
