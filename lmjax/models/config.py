@@ -99,8 +99,8 @@ class TransformerConfig:
     # The kinds of the layers in this order, repeated: "global" or "local", which has the window, or
     # either with "_nope", which has no RoPE. Empty: local if there is a window, else global.
     layer_pattern: tuple[str, ...] = ()
-    # Each head has a learned logit that the softmax of its scores has besides, and that weighs no
-    # value (gpt-oss).
+    # Each head has one learned logit that enters the softmax's denominator like one more key, but
+    # has no value (gpt-oss).
     attention_sinks: bool = False
     attention_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: off
     logit_softcap: float = 0.0  # the same for logits

@@ -16,7 +16,8 @@ from lmjax.nn.ops import dropout
 from lmjax.sharding import constrain
 
 KEY = 0x4EAD  # folded into the key of the layers
-# A square matrix and this before the head's (BERT, RoBERTa, T5; DistilBERT; ELECTRA).
+# kind -> the activation after a square matrix, both before the head's own matrix: of BERT, RoBERTa
+# and T5; of DistilBERT; of ELECTRA
 POOLERS = {"pooler": jnp.tanh, "pooler_relu": ACTIVATIONS["relu"],
            "pooler_gelu": ACTIVATIONS["gelu"]}
 # linear: a matrix and a bias; plain: a matrix alone (decoders of transformers). transform: an

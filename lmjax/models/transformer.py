@@ -76,7 +76,7 @@ class Trunk(nnx.Module):
         def stack(c: TransformerConfig, count: int) -> Stack:
             return Stack(lambda r: Block(c, r, num_layers=num_layers, cross=cross), count,
                          scan=c.scan_layers, remat=c.remat, rngs=rngs, pattern=pattern,
-                         shared=getattr(c, "shared_layers", False))
+                         one_set=getattr(c, "shared_layers", False))
 
         # First layers without experts have other parameters than the rest, so they do not stack.
         self.dense_layers = stack(plain, first) if first else None

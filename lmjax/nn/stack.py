@@ -105,14 +105,14 @@ class Stack(nnx.Module):
         whatever the depth. False unrolls the loop: the compiler can optimise across layers, but has
         to compile every one. Layers after the last full repetition follow the loop.
       remat: see `kept_names`.
-      shared: all layers have one set of parameters, whose leading dimension is 1.
+      one_set: all layers have the same parameters, whose leading dimension is 1.
     """
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module], num_layers: int, *, scan: bool,
-                 remat: str, rngs: nnx.Rngs, pattern: Sequence[int] = (0,), shared: bool = False):
+                 remat: str, rngs: nnx.Rngs, pattern: Sequence[int] = (0,), one_set: bool = False):
         self.num_layers, self.scan, self.remat = num_layers, scan, remat
-        self.pattern, self.shared = tuple(pattern), shared
-        self.block = stack_modules(build, 1 if shared else num_layers, rngs)
+        self.pattern, self.one_set = tuple(pattern), one_set
+        self.block = stack_modules(build, 1 if one_set else num_layers, rngs)
 
     def __call__(self, x: jax.Array, per_layer: Any, caches: Sequence[Any],
                  shared: Sequence[Any]) -> tuple[jax.Array, Sequence[Any], Any]:
@@ -137,7 +137,7 @@ class Stack(nnx.Module):
              shared: Sequence[Any]) -> tuple[jax.Array, Sequence[Any], Any]:
         """`__call__` for the layers of `block`: all of them, or those of one pipeline stage."""
         graph, params = block
-        if self.shared:
+        if self.one_set:
             def one(_: Any) -> nnx.Module:
                 return merge_module(graph, _at(params, 0))
 
