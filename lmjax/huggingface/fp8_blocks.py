@@ -7,7 +7,7 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -56,7 +56,7 @@ def as_floats(entries: Mapping[str, Entry], told: Mapping[str, Any],
     return out
 
 
-def _floats(numbers: Entry, scales: Entry, block: tuple[int, int]) -> np.ndarray:
+def _floats(numbers: Entry, scales: Entry, block: Sequence[int]) -> np.ndarray:
     """The weights, float32 [out, in]."""
     each = read_tensor(scales)
     for axis, size in enumerate(block):
